@@ -1,0 +1,78 @@
+# Each target works in a fresh clone, on a machine with make and Python 3.11 to 3.13. 'make' alone lists them.
+#   make test PYTHON=python3.12        another Python
+#   make test ARGS="-m 'not slow'"     arguments for pytest; likewise for 'make demo' and 'make bench'
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BENCH ?= latency
+
+# Without it OpenMP threads spin at barriers, which on a busy machine makes torch many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
+# What robomimic needs for its datasets, without torchvision (docs/install.md).
+ROBOMIMIC_NEEDS := imageio psutil six tensorboardX termcolor
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench robosuite clean distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.sim  ## install with the simulators, then record, train, evaluate and report (ARGS for 'scd demo')
+	$(BIN)/scd demo $(ARGS)
+
+test: $(VENV)/.dev  ## run the tests (ARGS for pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+# mypy cannot follow the mapping of datasets/, policies/ and sim_eval/ into scd_robot, so it reads a copy laid out as
+# the wheel is.
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build/typecheck && mkdir -p build/typecheck
+	@cp -r scd_robot build/typecheck/ && cp -r datasets policies sim_eval build/typecheck/scd_robot/
+	cd build/typecheck && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml \
+	    --cache-dir $(CURDIR)/.mypy_cache -p scd_robot
+
+bench: $(VENV)/.sim  ## run benchmarks/latency.py, or another with BENCH=metaworld (ARGS for the benchmark)
+	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
+
+robosuite: $(VENV)-robosuite/.made  ## run the tests beside robosuite, with its older numpy and zarr
+	$(VENV)-robosuite/bin/python -m pytest -m "not slow" $(ARGS)
+
+clean:  ## remove what builds and tools left
+	rm -rf build dist scd_robot.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean  ## and the environments
+	rm -rf .venv .venv-robosuite
+
+# Stamps: an environment is filled again only when pyproject.toml or the constraints changed.
+
+$(VENV)/.made $(VENV)-robosuite/.venv:
+	@command -v $(PYTHON) > /dev/null || { echo "make: there is no '$(PYTHON)'; name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo \
+	    "make: Python 3.11 to 3.13 is needed, '$(PYTHON)' is $$($(PYTHON) --version); name another with PYTHON=..." >&2; \
+	    exit 1; }
+	@$(PYTHON) -m venv $(@D) || { echo \
+	    "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu it comes with 'apt-get install python3-venv'" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.sim: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "Installing scd_robot with the simulators into $(VENV) (1.8 GB on disk; a few minutes) ..."
+	$(PIP_INSTALL) --editable ".[sim]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "Installing scd_robot, simulators and development tools into $(VENV) (2 GB on disk; a few minutes) ..."
+	$(PIP_INSTALL) --editable ".[sim,formats,dev]" $(ROBOMIMIC_NEEDS)
+	$(PIP_INSTALL) --no-deps "robomimic>=0.3,<0.4"
+	@touch $(VENV)/.sim $@
+
+$(VENV)-robosuite/.made: $(VENV)-robosuite/.venv pyproject.toml constraints/robosuite.txt
+	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
+	    --constraint constraints/robosuite.txt --editable ".[sim,formats,dev]" robosuite
+	@touch $@

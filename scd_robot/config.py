@@ -1,0 +1,78 @@
+"""Frozen dataclasses to JSON and back, strictly: nothing unknown is ignored, nothing missing is guessed."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from scd_robot.errors import ConfigError, nearest_names
+
+__all__ = ["from_json", "to_json"]
+
+T = TypeVar("T")
+
+
+def to_json(config: Any) -> Any:
+    """Plain JSON types from a tree of dataclasses, mappings, tuples and scalars."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): to_json(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_json(value) for value in config]
+    if config is None or isinstance(config, bool | int | float | str):
+        return config
+    raise ConfigError(f"cannot write a {type(config).__name__} into a configuration")
+
+
+def from_json(cls: type[T], data: Any, where: str = "") -> T:
+    """Builds dataclass `cls` from what `to_json` gave.
+
+    Raises:
+        ConfigError: an unknown or missing field, or a value of another type; the message names the place.
+    """
+    value: T = _read(cls, data, where or cls.__name__)
+    return value
+
+
+def _read(kind: Any, data: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, data, where)
+    if origin is typing.Literal:
+        if data not in arguments:
+            raise ConfigError(f"{where} must be one of {', '.join(map(repr, arguments))}, got {data!r}")
+        return data
+    if origin in (typing.Union, types.UnionType):
+        if data is None and type(None) in arguments:
+            return None
+        return _read(next(a for a in arguments if a is not type(None)), data, where)
+    if origin is dict:
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{where} must be an object, got {type(data).__name__}")
+        return {key: _read(arguments[1], value, f"{where}.{key}") for key, value in data.items()}
+    if origin is tuple:
+        if not isinstance(data, list | tuple):
+            raise ConfigError(f"{where} must be a list, got {type(data).__name__}")
+        return tuple(_read(arguments[0], value, f"{where}[{i}]") for i, value in enumerate(data))
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
+        raise ConfigError(f"{where} must be {kind.__name__}, got {data!r}")
+    return data
+
+
+def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} must be an object with the fields of {kind.__name__}, got {type(data).__name__}")
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in data:
+        if name not in names:
+            near = nearest_names(name, names)
+            raise ConfigError(f"{where} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}")
+    return kind(**{name: _read(hints[name], data[name], f"{where}.{name}") for name in names})
