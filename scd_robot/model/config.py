@@ -1,0 +1,96 @@
+"""Architecture of one Separable Causal Diffusion model."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from scd_robot.errors import ConfigError
+
+__all__ = ["ScdConfig"]
+
+
+@dataclass(frozen=True)
+class ScdConfig:
+    """Architecture; widths of observations and actions come from the dataset.
+
+    Attributes:
+        observation_shapes: shape by observation key, without batch and time axes; vectors only.
+        action_dim: Da, width of one action.
+        width: D, of encoder and decoder tokens.
+        num_heads: N; must divide `width` into an even head width.
+        encoder_layers: run once per control step; a deeper encoder costs little.
+        decoder_layers: run once per denoising step.
+        mlp_ratio: hidden width of the MLPs in units of `width`.
+        history_length: W, control steps each encoder layer attends to, the current one included; 1 = memoryless.
+            The receptive field is encoder_layers * (W - 1) + 1 control steps.
+        observation_tokens: "joint" gives all vectors of a control step one token; "per_key" one token per key, of
+            which any may be absent.
+        num_context_tokens: K, context tokens a plan reads, each from a slot of its own in the step's group.
+        chunk_length: Ta, future actions in one plan; action 0 is for the current control step.
+        num_past_actions: k, executed actions that the decoder learns to denoise as well (past-token prediction, arXiv
+            2505.09561); 0 = off.
+        fusion: "concat" puts context and noisy tokens in one sequence that shares the flow time (arXiv 2602.10095);
+            "prefix" lets the context attend to itself only, so that its keys and values are computed once per plan.
+        past_action_input: whether the previous executed action is a token of the group: "none", "noised" (noise of
+            `past_action_noise` in training) or "full".
+        past_action_noise: standard deviation in normalised units.
+        context_corruption: eta, noise added to the RMS-normalised context in training.
+        memory_gate: zero-initialised gate per head on attention to earlier control steps (arXiv 2604.18933).
+        max_delay_steps: largest prefix of committed actions that training shows to the decoder as clean
+            (training-time real-time chunking, arXiv 2512.05964); 0 = off.
+    """
+
+    observation_shapes: dict[str, tuple[int, ...]]
+    action_dim: int
+    width: int = 128
+    num_heads: int = 4
+    encoder_layers: int = 4
+    decoder_layers: int = 2
+    mlp_ratio: int = 4
+    history_length: int = 64
+    observation_tokens: Literal["joint", "per_key"] = "joint"
+    num_context_tokens: int = 4
+    chunk_length: int = 16
+    num_past_actions: int = 0
+    fusion: Literal["concat", "prefix"] = "prefix"
+    past_action_input: Literal["none", "noised", "full"] = "none"
+    past_action_noise: float = 0.3
+    context_corruption: float = 0.05
+    memory_gate: bool = False
+    max_delay_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.observation_shapes:
+            raise ConfigError("observation_shapes is empty: a model needs at least one observation key")
+        for key, shape in self.observation_shapes.items():
+            if len(shape) != 1 or shape[0] < 1:
+                raise ConfigError(
+                    f"observation {key!r} has shape {tuple(shape)}; this model takes vectors (n,) with n >= 1"
+                )
+        positive = ("action_dim", "width", "num_heads", "encoder_layers", "decoder_layers", "mlp_ratio")
+        for name in (*positive, "history_length", "num_context_tokens", "chunk_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_past_actions", "past_action_noise", "context_corruption", "max_delay_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.width % (2 * self.num_heads):
+            raise ConfigError(f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads}")
+        for name, choices in (
+            ("observation_tokens", ("joint", "per_key")),
+            ("fusion", ("concat", "prefix")),
+            ("past_action_input", ("none", "noised", "full")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.max_delay_steps >= self.chunk_length:
+            raise ConfigError(f"max_delay_steps {self.max_delay_steps} must be below chunk_length {self.chunk_length}")
+        if self.past_action_input == "full" and self.num_past_actions > 1:
+            raise ConfigError(
+                "past_action_input='full' shows the encoder the very actions that num_past_actions="
+                f"{self.num_past_actions} asks the decoder to predict; use 'none' or 'noised', or num_past_actions=0"
+            )
+
+    @property
+    def receptive_field(self) -> int:
+        """Control steps that can influence one context, the current one included."""
+        return self.encoder_layers * (self.history_length - 1) + 1

@@ -1,0 +1,97 @@
+"""Causal encoder: the only part that sees history, run once per control step.
+
+Shapes: B batch, T control steps, P tokens per control step, K context tokens, D width.
+"""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from scd_robot.model.config import ScdConfig
+from scd_robot.nn import CausalBlock, KVCache, RotaryEmbedding, rms_normalize, window_mask
+
+__all__ = ["CausalEncoder"]
+
+
+class CausalEncoder(nn.Module):
+    """Transformer over token groups: bidirectional inside a control step, causal and windowed across them."""
+
+    def __init__(self, config: ScdConfig, tokens_per_step: int) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens_per_step = tokens_per_step
+        self.rotary = RotaryEmbedding(config.width // config.num_heads)
+        self.blocks = nn.ModuleList(
+            CausalBlock(config.width, config.num_heads, config.mlp_ratio, config.memory_gate)
+            for _ in range(config.encoder_layers)
+        )
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        token_valid: Tensor | None = None,
+        stream: Tensor | None = None,
+        first_position: int = 0,
+    ) -> Tensor:
+        """Contexts of all control steps of a stream in one pass.
+
+        Args:
+            tokens: (B, T, P, D).
+            token_valid: (B, T, P) bool, False = absent; None = all present.
+            stream: (B, T) int, changes where history is forgotten (virtual resets); None = nowhere.
+            first_position: control-step index of step 0.
+
+        Returns:
+            (B, T, K, D) with unit RMS over D.
+        """
+        batch, steps, group, width = tokens.shape
+        mask, own = window_mask(
+            steps, group, self.config.history_length, stream=stream, token_valid=token_valid, device=tokens.device
+        )
+        positions = torch.arange(first_position, first_position + steps, device=tokens.device)
+        rotary = self.rotary(positions.repeat_interleave(group)[None], tokens.dtype)
+        x = tokens.flatten(1, 2)
+        for block in self.blocks:
+            x = block(x, rotary, mask, own)
+        return self._context(x.view(batch, steps, group, width))
+
+    def step(
+        self, tokens: Tensor, cache: KVCache, token_valid: Tensor | None = None, active: Tensor | None = None
+    ) -> Tensor:
+        """Context (B, K, D) of one more control step, equal to `forward` over the stream from its start.
+
+        Args:
+            tokens: (B, P, D).
+            cache: advanced in place by one control step.
+            token_valid: (B, P) bool; None = all present.
+            active: (B,) bool, rows that take the step; None = all.
+        """
+        plan = cache.begin_step(token_valid, active)
+        rotary = self.rotary(plan.position[:, None], tokens.dtype)
+        x = tokens
+        for layer, block in enumerate(cast(Iterable[CausalBlock], self.blocks)):
+            x = block.step(x, rotary, layer, cache, plan)
+        cache.end_step(plan)
+        return self._context(x)
+
+    def new_cache(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        """An empty cache for `step`."""
+        config = self.config
+        return KVCache.create(
+            num_layers=config.encoder_layers,
+            batch_size=batch_size,
+            num_heads=config.num_heads,
+            history_length=config.history_length,
+            tokens_per_step=self.tokens_per_step,
+            head_dim=config.width // config.num_heads,
+            device=device,
+            dtype=dtype,
+        )
+
+    def _context(self, x: Tensor) -> Tensor:
+        return rms_normalize(self.norm(x[..., -self.config.num_context_tokens :, :]))

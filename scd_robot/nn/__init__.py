@@ -1,0 +1,20 @@
+"""Building blocks: windowed causal attention, its ring cache, transformer blocks, embeddings."""
+
+from scd_robot.nn.attention import attend, multi_head_attention, window_mask
+from scd_robot.nn.blocks import AdaLNBlock, CausalBlock, modulate
+from scd_robot.nn.embeddings import FlowTimeEmbedding, RotaryEmbedding, apply_rotary, rms_normalize
+from scd_robot.nn.kv_cache import KVCache
+
+__all__ = [
+    "AdaLNBlock",
+    "CausalBlock",
+    "FlowTimeEmbedding",
+    "KVCache",
+    "RotaryEmbedding",
+    "apply_rotary",
+    "attend",
+    "modulate",
+    "multi_head_attention",
+    "rms_normalize",
+    "window_mask",
+]

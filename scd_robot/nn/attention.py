@@ -1,0 +1,80 @@
+"""Scaled dot-product attention over groups of tokens: sliding window, causal across control steps.
+
+Shapes: B batch, T control steps, P tokens per control step, L = T * P tokens, N heads, Dh head width, D width,
+W window in control steps.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+__all__ = ["attend", "multi_head_attention", "split_heads", "window_mask"]
+
+
+def window_mask(
+    num_steps: int,
+    tokens_per_step: int,
+    history_length: int,
+    *,
+    stream: Tensor | None = None,
+    token_valid: Tensor | None = None,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which tokens of T consecutive control steps see which.
+
+    A token sees all tokens of its own control step and of the W - 1 steps before it, in every layer.
+
+    Args:
+        num_steps: T.
+        tokens_per_step: P.
+        history_length: W, the current control step included.
+        stream: (B, T) int; steps with different numbers do not see each other (virtual resets). None = one stream.
+        token_valid: (B, T, P) bool; tokens that are absent are seen by nobody. None = all are present.
+        device: where the masks are made when neither tensor is given.
+
+    Returns:
+        mask: (B or 1, 1, L, L) bool, True = may attend. No row is empty: one that sees nobody sees everybody, so that
+            the softmax stays finite (its output is never used).
+        own: (1, 1, L, L) bool, pairs within the same control step.
+    """
+    for given in (stream, token_valid):
+        device = given.device if given is not None else device
+    step = torch.arange(num_steps, device=device).repeat_interleave(tokens_per_step)
+    age = step[:, None] - step[None, :]
+    mask = ((age >= 0) & (age < history_length))[None]
+    if stream is not None:
+        token_stream = stream.repeat_interleave(tokens_per_step, dim=1)
+        mask = mask & (token_stream[:, :, None] == token_stream[:, None, :])
+    if token_valid is not None:
+        mask = mask & token_valid.flatten(1)[:, None, :]
+        mask = mask | ~mask.any(dim=-1, keepdim=True)
+    return mask[:, None], (age == 0)[None, None]
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, L, D) -> (B, N, L, Dh)."""
+    batch, length, width = x.shape
+    return x.view(batch, length, num_heads, width // num_heads).transpose(1, 2)
+
+
+def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q (B, N, Lq, Dh), k and v (B, N, Lk, Dh), mask broadcastable to (B, N, Lq, Lk) -> (B, Lq, D)."""
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: Tensor, memory_gate: Tensor | None) -> Tensor:
+    """Attention over own group and history, (B, Lq, D).
+
+    Without `memory_gate` one softmax covers both. With it (N,), the own group and the earlier control steps have a
+    softmax each and the latter is weighted by tanh(gate) per head: zero at initialisation, so that training starts
+    from a memoryless policy and lets history in where it helps (arXiv 2604.18933).
+    """
+    if memory_gate is None:
+        return multi_head_attention(q, k, v, mask)
+    past, group = mask & ~own, mask & own
+    has_past = past.any(dim=-1, keepdim=True)
+    recalled = scaled_dot_product_attention(q, k, v, attn_mask=past | ~has_past)
+    present = scaled_dot_product_attention(q, k, v, attn_mask=group | ~group.any(dim=-1, keepdim=True))
+    gate = torch.tanh(memory_gate)[:, None, None] * has_past
+    return (present + gate.to(q.dtype) * recalled).transpose(1, 2).flatten(2)

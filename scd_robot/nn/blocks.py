@@ -1,0 +1,114 @@
+"""Transformer blocks: `CausalBlock` for the encoder, `AdaLNBlock` for the diffusion decoder.
+
+Shapes: B batch, L tokens, K context tokens, P tokens per control step, N heads, Dh head width, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from scd_robot.nn.attention import attend, multi_head_attention, split_heads
+from scd_robot.nn.embeddings import apply_rotary
+from scd_robot.nn.kv_cache import KVCache, StepPlan
+
+__all__ = ["AdaLNBlock", "CausalBlock", "modulate"]
+
+Rotary = tuple[Tensor, Tensor]
+KeysValues = tuple[Tensor, Tensor]
+
+
+def _mlp(width: int, ratio: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(approximate="tanh"), nn.Linear(ratio * width, width))
+
+
+class CausalBlock(nn.Module):
+    """Pre-norm transformer block over the token groups of a stream; the same weights run a whole segment or one step.
+
+    Args:
+        width: D.
+        num_heads: N.
+        mlp_ratio: hidden width of the MLP, in units of D.
+        memory_gate: adds a zero-initialised gate per head on attention to earlier control steps.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: int = 4, memory_gate: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mlp = _mlp(width, mlp_ratio)
+        self.memory_gate = nn.Parameter(torch.zeros(num_heads)) if memory_gate else None
+
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, own: Tensor) -> Tensor:
+        """All tokens (B, L, D) of a segment at once; `mask` and `own` as `window_mask` makes them."""
+        q, k, v = self._project(x, rotary)
+        return self._finish(x, attend(q, k, v, mask, own, self.memory_gate))
+
+    def step(self, x: Tensor, rotary: Rotary, layer: int, cache: KVCache, plan: StepPlan) -> Tensor:
+        """The tokens (B, P, D) of one more control step; earlier ones come from the cache, which is extended."""
+        q, k, v = self._project(x, rotary)
+        k, v = cache.write(layer, plan, k, v)
+        return self._finish(x, attend(q, k, v, plan.mask, plan.own, self.memory_gate))
+
+    def _project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
+        q, k, v = (split_heads(y, self.num_heads) for y in (q, k, v))
+        return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.out(attended)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm's affine part; shift and scale broadcast over x (B, L, D)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class AdaLNBlock(nn.Module):
+    """Transformer block modulated by flow time, adaLN-zero (Peebles & Xie, arXiv 2212.09748).
+
+    `forward` denoises tokens, `prefix` advances context tokens that no flow time touches.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: int = 4) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = _mlp(width, mlp_ratio)
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, mask: Tensor | None = None, prefix: KeysValues | None = None
+    ) -> Tensor:
+        """One denoising layer.
+
+        Args:
+            x: (B, L, D) noisy tokens (with the context tokens in front of them for fusion "concat").
+            modulation: (B or 1, L or 1, 6 * D), this block's `modulation` of the flow-time embedding.
+            mask: broadcastable to (B, N, L, K + L), True = may attend; None = all.
+            prefix: keys and values (B, N, K, Dh) of context tokens to attend to besides x.
+        """
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
+        q, k, v = self._project(modulate(self.norm(x), shift_a, scale_a))
+        if prefix is not None:
+            k, v = torch.cat((prefix[0], k), dim=2), torch.cat((prefix[1], v), dim=2)
+        x = torch.addcmul(x, gate_a, self.out(multi_head_attention(q, k, v, mask)))
+        return torch.addcmul(x, gate_m, self.mlp(modulate(self.norm(x), shift_m, scale_m)))
+
+    def prefix(self, context: Tensor, last: bool) -> tuple[Tensor, KeysValues]:
+        """Context tokens (B, K, D) attending to themselves alone; in the `last` layer only keys and values are due."""
+        q, k, v = self._project(self.norm(context))
+        if not last:
+            context = context + self.out(multi_head_attention(q, k, v))
+            context = context + self.mlp(self.norm(context))
+        return context, (k, v)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)

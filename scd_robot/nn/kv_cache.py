@@ -1,0 +1,149 @@
+"""Ring cache of keys and values for streaming a sliding-window causal transformer, one control step at a time.
+
+All tensors have a static shape and every row of the batch keeps its own position, so rows can reset and advance at
+different times, nothing is reallocated while a robot runs, and no operation waits for the device.
+
+Shapes: B batch rows, W window in control steps (`history_length`), P tokens per control step, N heads, Dh head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["KVCache", "StepPlan"]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Where one control step is written and what it may attend to; the same for all layers.
+
+    Attributes:
+        rows: (B,) row numbers, to index with.
+        slot: (B,) ring slot that the step's group is written to.
+        position: (B,) control-step index of the group.
+        active: (B,) rows that take this step, or None = all.
+        mask: (B, 1, 1, W * P) keys that the group's tokens may see; its own group is among them.
+        own: (B, 1, 1, W * P) keys that belong to the group itself.
+    """
+
+    rows: Tensor
+    slot: Tensor
+    position: Tensor
+    active: Tensor | None
+    mask: Tensor
+    own: Tensor
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the last W control steps of every row.
+
+    Control step p is written to slot p % W, over the step that just left the window. A slot counts while its position
+    is within the window of the current one, so control steps that were never written (dropped observations) need no
+    clean-up.
+
+    Attributes:
+        keys_values: (layers, B, 2, N, W, P, Dh); index 0 of axis 2 holds keys, 1 values.
+        slot_position: (B, W) control-step index held in each slot, -1 = empty.
+        token_valid: (B, W, P) False for tokens that were absent (a camera that sent nothing).
+        position: (B,) index of the next control step of each row.
+    """
+
+    keys_values: Tensor
+    slot_position: Tensor
+    token_valid: Tensor
+    position: Tensor
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        num_layers: int,
+        batch_size: int,
+        num_heads: int,
+        history_length: int,
+        tokens_per_step: int,
+        head_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "KVCache":
+        """An empty cache."""
+        shape = (num_layers, batch_size, 2, num_heads, history_length, tokens_per_step, head_dim)
+        return cls(
+            keys_values=torch.zeros(shape, device=device, dtype=dtype),
+            slot_position=torch.full((batch_size, history_length), -1, device=device, dtype=torch.int64),
+            token_valid=torch.zeros((batch_size, history_length, tokens_per_step), device=device, dtype=torch.bool),
+            position=torch.zeros(batch_size, device=device, dtype=torch.int64),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.position.shape[0]
+
+    @property
+    def history_length(self) -> int:
+        """W."""
+        return self.slot_position.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held, in bytes."""
+        tensors = (self.keys_values, self.slot_position, self.token_valid, self.position)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Empties the rows where `rows` (B,) bool is True; None = all."""
+        if rows is None:
+            self.slot_position.fill_(-1)
+            self.position.zero_()
+        else:
+            self.slot_position.masked_fill_(rows[:, None], -1)
+            self.position.masked_fill_(rows, 0)
+
+    def clone(self) -> "KVCache":
+        """A snapshot that later steps do not change."""
+        return KVCache(
+            self.keys_values.clone(), self.slot_position.clone(), self.token_valid.clone(), self.position.clone()
+        )
+
+    def begin_step(self, token_valid: Tensor | None = None, active: Tensor | None = None) -> StepPlan:
+        """Claims a slot for the next control step.
+
+        Args:
+            token_valid: (B, P) bool, which tokens of the group are present; None = all.
+            active: (B,) bool; rows that are False are left exactly as they are (their output means nothing, but is
+                finite).
+        """
+        batch, window, tokens = self.token_valid.shape
+        rows = torch.arange(batch, device=self.position.device)
+        slot = self.position % window
+        present = torch.ones((), device=rows.device, dtype=torch.bool) if token_valid is None else token_valid
+        stamp = self.position
+        if active is not None:
+            present = torch.where(active[:, None], present, self.token_valid[rows, slot])
+            stamp = torch.where(active, stamp, self.slot_position[rows, slot])
+        self.slot_position[rows, slot] = stamp
+        self.token_valid[rows, slot] = present.expand(batch, tokens)
+
+        age = self.position[:, None] - self.slot_position
+        in_window = (self.slot_position >= 0) & (age < window)
+        mask = (in_window[:, :, None] & self.token_valid).view(batch, 1, 1, window * tokens)
+        mask = mask | ~mask.any(dim=-1, keepdim=True)  # an empty row sees zeros instead of dividing by zero
+        own = torch.arange(window, device=rows.device) == slot[:, None]
+        own = own[:, :, None].expand(batch, window, tokens).reshape(batch, 1, 1, window * tokens)
+        return StepPlan(rows, slot, self.position.clone(), active, mask, own)
+
+    def write(self, layer: int, plan: StepPlan, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one group's keys and values (B, N, P, Dh) and returns all of the layer's, each (B, N, W * P, Dh)."""
+        store = self.keys_values[layer]
+        new = torch.stack((keys, values), dim=1).to(store.dtype)
+        if plan.active is not None:
+            new = torch.where(plan.active[:, None, None, None, None], new, store[plan.rows, :, :, plan.slot])
+        store[plan.rows, :, :, plan.slot] = new
+        return store[:, 0].flatten(2, 3), store[:, 1].flatten(2, 3)
+
+    def end_step(self, plan: StepPlan) -> None:
+        """Advances the rows that took the step."""
+        self.position += 1 if plan.active is None else plan.active

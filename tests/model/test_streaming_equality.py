@@ -1,0 +1,199 @@
+"""The central promise: streaming with the ring cache equals one pass over the whole stream, at every control step."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from scd_robot.model import ScdConfig, ScdModel
+
+CONFIG = ScdConfig(
+    observation_shapes={"a": (3,), "b": (2,)},
+    action_dim=2,
+    width=32,
+    num_heads=2,
+    encoder_layers=3,
+    decoder_layers=1,
+    history_length=5,
+    observation_tokens="per_key",
+    num_context_tokens=2,
+    chunk_length=4,
+)
+VARIANTS = {
+    "per_key": {},
+    "joint": {"observation_tokens": "joint"},
+    "gate": {"memory_gate": True},
+    "past_action": {"past_action_input": "full"},
+    "memoryless": {"history_length": 1},
+    "window_two": {"history_length": 2},
+}
+
+
+def randomised(config: ScdConfig, dtype: torch.dtype = torch.float64) -> ScdModel:
+    """A model with every parameter drawn at random, so that no zero-initialised gate hides a path."""
+    torch.manual_seed(0)
+    model = ScdModel(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(
+                torch.randn_like(parameter) * (0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.5)
+            )
+    return model
+
+
+def stream_of(config: ScdConfig, batch: int, steps: int, dtype: torch.dtype) -> tuple[dict, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    observation = {
+        key: torch.randn(batch, steps, shape[0], generator=generator, dtype=dtype)
+        for key, shape in config.observation_shapes.items()
+    }
+    return observation, torch.randn(batch, steps, config.action_dim, generator=generator, dtype=dtype)
+
+
+def run_steps(model: ScdModel, observation: dict, past: torch.Tensor, first_position: int = 0) -> torch.Tensor:
+    cache = model.new_cache(past.shape[0])
+    cache.position += first_position
+    out = []
+    for t in range(past.shape[1]):
+        step = {key: value[:, t] for key, value in observation.items()}
+        reads_past = model.config.past_action_input != "none"
+        out.append(model.encode_step(step, cache, past_action=past[:, t] if reads_past else None))
+    return torch.stack(out, dim=1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@torch.no_grad()
+def test_step_matches_full_history_at_every_step(variant: str, dtype: torch.dtype, tolerance: float) -> None:
+    config = dataclasses.replace(CONFIG, **VARIANTS[variant])
+    model = randomised(config, dtype)
+    steps = 3 * config.receptive_field + 7
+    observation, past = stream_of(config, 3, steps, dtype)
+    reads_past = config.past_action_input != "none"
+    full = model.encode(observation, past if reads_past else None)
+    stepped = run_steps(model, observation, past)
+    error = (full - stepped).abs().amax(dim=(0, 2, 3))  # the context has unit RMS, so this is relative to the RMS
+    assert error.shape == (steps,)
+    assert error.max() < tolerance, f"first wrong step: {int((error >= tolerance).nonzero()[0])}"
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@torch.no_grad()
+def test_context_sees_exactly_its_receptive_field(layers: int) -> None:
+    config = dataclasses.replace(CONFIG, encoder_layers=layers)
+    model = randomised(config)
+    steps = config.receptive_field + 6
+    observation, past = stream_of(config, 1, steps, torch.float64)
+    last = run_steps(model, observation, past)[:, -1]
+    for age in range(steps):
+        changed = {key: value.clone() for key, value in observation.items()}
+        changed["a"][:, steps - 1 - age] += 1.0
+        for context in (run_steps(model, changed, past)[:, -1], model.encode(changed)[:, -1]):
+            moved = (context - last).abs().max() > 1e-9
+            assert moved == (age < config.receptive_field), f"age {age}, field {config.receptive_field}"
+
+
+@torch.no_grad()
+def test_rows_reset_at_different_times_are_independent_streams() -> None:
+    model = randomised(CONFIG)
+    steps, resets = 60, {0: [], 1: [7, 30], 2: [31], 3: [1, 2, 3]}
+    observation, _ = stream_of(CONFIG, 4, steps, torch.float64)
+    stream = torch.zeros(4, steps, dtype=torch.int64)
+    for row, times in resets.items():
+        for time in times:
+            stream[row, time:] += 1
+    full = model.encode(observation, stream=stream)
+    cache = model.new_cache(4)
+    for t in range(steps):
+        cache.reset(torch.tensor([t in resets[row] for row in range(4)]))
+        context = model.encode_step({key: value[:, t] for key, value in observation.items()}, cache)
+        torch.testing.assert_close(context, full[:, t], atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_rows_that_pause_keep_their_own_position() -> None:
+    model = randomised(CONFIG)
+    steps = 50
+    observation, past = stream_of(CONFIG, 3, steps, torch.float64)
+    full = run_steps(model, observation, past)
+    cache = model.new_cache(3)
+    done = torch.zeros(3, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(5)
+    while (done < steps).any():
+        active = (torch.rand(3, generator=generator) < 0.6) & (done < steps)
+        index = done.clamp(max=steps - 1)
+        now = {key: value[torch.arange(3), index] for key, value in observation.items()}
+        context = model.encode_step(now, cache, active)
+        assert torch.isfinite(context).all()
+        expected = full[torch.arange(3), index]
+        torch.testing.assert_close(context[active], expected[active], atol=1e-10, rtol=0)
+        done += active
+    assert cache.position.tolist() == [steps] * 3
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@torch.no_grad()
+def test_equality_holds_a_million_steps_into_a_stream(dtype: torch.dtype, tolerance: float) -> None:
+    model = randomised(CONFIG, dtype)
+    start = 1_000_003
+    observation, past = stream_of(CONFIG, 2, 3 * CONFIG.receptive_field, dtype)
+    late_steps = run_steps(model, observation, past, first_position=start)
+    late_full = model.encode(observation, first_position=start)
+    early_full = model.encode(observation)
+    assert (late_steps - late_full).abs().max() < tolerance
+    assert (late_steps - early_full).abs().max() < tolerance
+
+
+@torch.no_grad()
+def test_absent_tokens_influence_nothing_and_no_row_is_nan() -> None:
+    model = randomised(CONFIG)
+    steps = 40
+    observation, _ = stream_of(CONFIG, 2, steps, torch.float64)
+    present = {"b": torch.rand(2, steps, generator=torch.Generator().manual_seed(2)) < 0.5}
+    full = model.encode(observation, present=present)
+    garbage = {"a": observation["a"], "b": torch.where(present["b"][..., None], observation["b"], 1e3)}
+    cache = model.new_cache(2)
+    for t in range(steps):
+        context = model.encode_step(
+            {key: value[:, t] for key, value in garbage.items()}, cache, present={"b": present["b"][:, t]}
+        )
+        torch.testing.assert_close(context, full[:, t], atol=1e-10, rtol=0)
+    nothing = {key: torch.zeros(2, steps, dtype=torch.bool) for key in CONFIG.observation_shapes}
+    assert torch.isfinite(model.encode(observation, present=nothing)).all()
+
+
+@torch.no_grad()
+def test_episodes_of_different_length_are_padded_without_effect() -> None:
+    model = randomised(CONFIG)
+    observation, _ = stream_of(CONFIG, 2, 30, torch.float64)
+    full = model.encode(observation)
+    short = model.encode({key: value[1:, :13] for key, value in observation.items()})
+    torch.testing.assert_close(full[1:, :13], short, atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_inactive_rows_of_an_empty_cache_stay_finite_and_untouched() -> None:
+    for gate in (False, True):
+        model = randomised(dataclasses.replace(CONFIG, memory_gate=gate))
+        observation, _ = stream_of(CONFIG, 2, 1, torch.float64)
+        cache = model.new_cache(2)
+        before = cache.clone()
+        context = model.encode_step({k: v[:, 0] for k, v in observation.items()}, cache, torch.tensor([False, False]))
+        assert torch.isfinite(context).all()
+        assert torch.equal(cache.keys_values, before.keys_values)
+        assert torch.equal(cache.slot_position, before.slot_position)
+        assert torch.equal(cache.position, before.position)
+
+
+@torch.no_grad()
+def test_snapshot_is_not_changed_by_later_steps() -> None:
+    model = randomised(CONFIG)
+    observation, _ = stream_of(CONFIG, 1, 20, torch.float64)
+    steps = [{k: v[:, t] for k, v in observation.items()} for t in range(20)]
+    cache = model.new_cache(1)
+    for step in steps[:10]:
+        model.encode_step(step, cache)
+    snapshot = cache.clone()
+    first = [model.encode_step(step, cache) for step in steps[10:]]
+    second = [model.encode_step(step, snapshot) for step in steps[10:]]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
