@@ -1,0 +1,9 @@
+"""Policies: objects that turn observations into actions and hide their caches and normalisation."""
+
+if __name__ == "policies":
+    raise ModuleNotFoundError("no package 'policies' is installed; import 'scd_robot.policies'", name="policies")
+
+from scd_robot.policies.loading import load_policy
+from scd_robot.policies.scd import ScdPolicy
+
+__all__ = ["ScdPolicy", "load_policy"]

@@ -1,0 +1,41 @@
+"""From a checkpoint folder to a policy."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scd_robot.checkpoint import read_checkpoint
+from scd_robot.errors import CheckpointError, ConfigError
+from scd_robot.policies.registry import policy_class
+
+__all__ = ["load_policy"]
+
+
+def load_policy(path: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> Any:
+    """Loads a trained policy.
+
+    Args:
+        path: checkpoint folder, or a training run's folder (its newest checkpoint).
+        device: torch device, e.g. "cpu" or "cuda".
+        **overrides: settings of the policy that replace the checkpoint's, e.g. `num_denoising_steps=4`,
+            `num_executed=4`, `seed=1`; None leaves the checkpoint's.
+
+    Returns:
+        An object with `reset`, `observe`, `plan`, `act` and `spec`, see `scd_robot.policies.ScdPolicy`.
+
+    Raises:
+        CheckpointError: missing, foreign or damaged.
+        ConfigError: an override is unknown or out of range.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        return policy_class(checkpoint.policy).from_parts(
+            checkpoint.config, checkpoint.weights, checkpoint.normalizer, checkpoint.dataset, device, **overrides
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{checkpoint.path} is damaged or foreign: lacks {error}") from error
+    except (RuntimeError, AssertionError) as error:
+        if "CUDA" in str(error) or "device" in str(error).lower():
+            raise ConfigError(f"cannot use device {str(device)!r}: {str(error).splitlines()[0]}") from error
+        raise

@@ -1,0 +1,250 @@
+"""Checkpoint folders: written beside and renamed, read strictly, no pickle.
+
+    step_00002000/
+        manifest.json        format, schema, policy type, step, versions, SHA-256 of every other file
+        model.safetensors    weights (exponential moving average)
+        config.json          resolved experiment, can be run again
+        dataset.json         observation keys and shapes, action width, control rate
+        normalization.json   statistics and mode per key
+        metrics.json         validation and training metrics at this step
+        resume/              what only training needs (absent in a published checkpoint)
+
+A training run keeps its checkpoints in RUN/checkpoints; wherever a checkpoint is expected, the run's folder does as
+well and stands for the newest one.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scd_robot.errors import CheckpointError, ConfigError, OutputError
+from scd_robot.normalization import Normalizer
+from scd_robot.types import DatasetSpec
+
+__all__ = [
+    "SCHEMA",
+    "Checkpoint",
+    "find_checkpoint",
+    "list_checkpoints",
+    "read_checkpoint",
+    "read_step",
+    "write_checkpoint",
+]
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+_FORMAT = "scd_robot checkpoint"
+_JSON_FILES = ("config", "dataset", "normalization", "metrics")
+_PACKAGES = ("scd_robot", "torch", "lightning", "numpy", "zarr", "safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Contents of a checkpoint folder.
+
+    Attributes:
+        path: the folder.
+        policy: policy type, a name of the policy registry.
+        step: training steps taken.
+        config: resolved experiment, as JSON.
+        dataset: what the policy was trained on.
+        normalizer: statistics and modes.
+        weights: tensors by name, on the CPU.
+        metrics: numbers by name.
+        versions: of python and packages, when it was written.
+    """
+
+    path: Path
+    policy: str
+    step: int
+    config: dict[str, Any]
+    dataset: DatasetSpec
+    normalizer: Normalizer
+    weights: dict[str, Tensor]
+    metrics: dict[str, Any]
+    versions: dict[str, str]
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    policy: str,
+    step: int,
+    config: Mapping[str, Any],
+    dataset: DatasetSpec,
+    normalizer: Normalizer,
+    weights: Mapping[str, Tensor],
+    metrics: Mapping[str, Any],
+    write_resume: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes `folder` in one piece: it is there complete or not at all.
+
+    Args:
+        folder: must not exist.
+        policy: policy type.
+        step: training steps taken.
+        config: resolved experiment.
+        dataset: what the policy was trained on.
+        normalizer: statistics and modes.
+        weights: tensors by name.
+        metrics: numbers by name.
+        write_resume: called with the folder `resume` to fill it.
+
+    Raises:
+        OutputError: the folder exists or cannot be written; what was there before is untouched.
+    """
+    if folder.exists():
+        raise OutputError(f"checkpoint {folder} exists already; choose another --out")
+    beside = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        contents = {
+            "config": dict(config),
+            "dataset": dataset.to_json(),
+            "normalization": normalizer.to_json(),
+            "metrics": dict(metrics),
+        }
+        for name in _JSON_FILES:
+            (beside / f"{name}.json").write_text(json.dumps(contents[name], indent=1, allow_nan=False))
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, beside / "model.safetensors")
+        manifest = {
+            "format": _FORMAT,
+            "schema": SCHEMA,
+            "policy": policy,
+            "step": step,
+            "versions": _versions(),
+            "sha256": {p.name: _sha256(p) for p in sorted(beside.iterdir())},
+        }
+        (beside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        if write_resume is not None:
+            (beside / "resume").mkdir()
+            write_resume(beside / "resume")
+        _sync(beside)
+        beside.rename(folder)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise OutputError(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are untouched") from error
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a training run's folder, oldest first."""
+    return sorted(p.parent for p in (run / "checkpoints").glob("step_*/manifest.json"))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest of a training run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if (path / "manifest.json").is_file():
+        return path
+    found = list_checkpoints(path)
+    if found:
+        return found[-1]
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint at {path}: there is no such folder")
+    raise CheckpointError(
+        f"{path} is not a checkpoint of scd_robot: expected a folder with manifest.json, or a training run with "
+        "checkpoints/step_*/manifest.json"
+    )
+
+
+def read_step(path: str | Path) -> int:
+    """Training steps of a checkpoint, without reading its weights."""
+    folder = find_checkpoint(path)
+    step: int = _field(_read_json(folder / "manifest.json"), "step", int, folder)
+    return step
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads and checks a checkpoint folder (or the newest one of a training run).
+
+    Raises:
+        CheckpointError: missing, foreign, truncated or changed files, or a schema this version cannot read.
+    """
+    folder = find_checkpoint(path)
+    manifest = _read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise CheckpointError(f"{folder / 'manifest.json'} is not of an scd_robot checkpoint")
+    if manifest.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{folder} has checkpoint schema {manifest.get('schema')}, this version of scd_robot reads {SCHEMA}"
+        )
+    for name, digest in _field(manifest, "sha256", dict, folder).items():
+        file = folder / Path(name).name
+        if not file.is_file() or _sha256(file) != digest:
+            state = "is missing" if not file.is_file() else "was truncated or changed since it was written"
+            raise CheckpointError(f"{file} {state}; take the checkpoint from its source again")
+    config, dataset, normalization, metrics = (_read_json(folder / f"{name}.json") for name in _JSON_FILES)
+    try:
+        weights = load_file(folder / "model.safetensors")
+        return Checkpoint(
+            path=folder,
+            policy=_field(manifest, "policy", str, folder),
+            step=_field(manifest, "step", int, folder),
+            config=config,
+            dataset=DatasetSpec.from_json(dataset),
+            normalizer=Normalizer.from_json(normalization),
+            weights=weights,
+            metrics=metrics,
+            versions=_field(manifest, "versions", dict, folder),
+        )
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{folder} is damaged or foreign: {error}") from error
+
+
+def _field(manifest: dict[str, Any], name: str, kind: type, folder: Path) -> Any:
+    if not isinstance(manifest.get(name), kind):
+        raise CheckpointError(f"{folder / 'manifest.json'} lacks {name!r} or holds no {kind.__name__} there")
+    return manifest[name]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            logger.debug("%s is not installed as a distribution; its version is left out", name)
+    return versions
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Flushes a folder's files to disk, so that the rename that follows never shows an empty file after a power cut."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

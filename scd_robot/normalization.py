@@ -1,0 +1,143 @@
+"""Normalisation of observations and actions, with its inverse. It is part of a checkpoint.
+
+Shapes: Do width of one key; (..., Do) any batch axes.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from scd_robot.errors import CheckpointError, ConfigError, DatasetError, ShapeError, UnknownNameError
+
+__all__ = ["MODES", "FieldStatistics", "Mode", "Normalizer", "compute_statistics"]
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["min_max", "mean_std", "quantile", "identity"]
+MODES: tuple[Mode, ...] = ("min_max", "mean_std", "quantile", "identity")
+
+# A dimension whose spread is below this share of its magnitude is constant up to float32 rounding.
+_CONSTANT = 1e-6
+
+
+@dataclass(frozen=True)
+class FieldStatistics:
+    """Per-dimension statistics of one key, Do floats each; `low` and `high` are the 1 % and 99 % quantiles."""
+
+    minimum: tuple[float, ...]
+    maximum: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(getattr(self, name)) for name in self.__dataclass_fields__}
+        if len(set(lengths.values())) != 1:
+            raise CheckpointError(f"statistics of one key must have one width, got {lengths}")
+        if not all(np.isfinite(getattr(self, name)).all() for name in lengths):
+            raise CheckpointError("statistics hold NaN or infinite values")
+
+    @property
+    def width(self) -> int:
+        """Do."""
+        return len(self.mean)
+
+    def offset_and_gain(self, mode: Mode) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """normalised = (x - offset) * gain; constant dimensions become x - offset, that is 0 on the training data."""
+        lower, upper = {
+            "min_max": (self.minimum, self.maximum),
+            "quantile": (self.low, self.high),
+            "mean_std": (np.subtract(self.mean, self.std), np.add(self.mean, self.std)),
+            "identity": (-np.ones(self.width), np.ones(self.width)),
+        }[mode]
+        lower, upper = np.asarray(lower, np.float64), np.asarray(upper, np.float64)
+        offset, half = (lower + upper) / 2, (upper - lower) / 2
+        constant = half <= _CONSTANT * np.maximum(1.0, np.abs(offset))
+        return offset, 1 / np.where(constant, 1.0, half)
+
+
+def compute_statistics(values: NDArray[Any], key: str) -> FieldStatistics:
+    """Statistics over all but the last axis of `values` (..., Do).
+
+    Raises:
+        DatasetError: no values, or NaN or infinite ones.
+    """
+    flat = np.asarray(values, np.float64).reshape(-1, values.shape[-1])
+    if not len(flat):
+        raise DatasetError(f"cannot compute statistics of {key!r}: it holds no steps")
+    if not np.isfinite(flat).all():
+        step, dim = np.argwhere(~np.isfinite(flat))[0]
+        raise DatasetError(f"{key!r} holds a NaN or infinite value at step {step}, dimension {dim}")
+    low, high = np.quantile(flat, (0.01, 0.99), axis=0)
+    columns = (flat.min(0), flat.max(0), flat.mean(0), flat.std(0), low, high)
+    statistics = FieldStatistics(*(tuple(map(float, column)) for column in columns))
+    constant = np.flatnonzero(statistics.maximum <= np.add(statistics.minimum, _CONSTANT))
+    if len(constant):
+        logger.info("%r is constant in dimensions %s; they are mapped to 0", key, constant.tolist())
+    return statistics
+
+
+class Normalizer(nn.Module):
+    """Affine normalisation per key, held as buffers so that it moves with the model.
+
+    Args:
+        statistics: by key; actions under the key "action".
+        modes: by key, see `MODES`; "min_max" maps the data to [-1, 1], "quantile" its central 98 %, "mean_std" to zero
+            mean and unit deviation, "identity" leaves it.
+    """
+
+    def __init__(self, statistics: Mapping[str, FieldStatistics], modes: Mapping[str, Mode]) -> None:
+        super().__init__()
+        if set(statistics) != set(modes):
+            raise ConfigError(f"statistics are for {sorted(statistics)} but modes for {sorted(modes)}")
+        self.statistics = dict(statistics)
+        self.modes = dict(modes)
+        for key, mode in modes.items():
+            if mode not in MODES:
+                raise UnknownNameError("normalisation mode", mode, MODES)
+            offset, gain = statistics[key].offset_and_gain(mode)
+            self.register_buffer(f"offset_{key}", torch.tensor(offset, dtype=torch.float32), persistent=False)
+            self.register_buffer(f"gain_{key}", torch.tensor(gain, dtype=torch.float32), persistent=False)
+
+    def normalize(self, key: str, x: Tensor) -> Tensor:
+        """x (..., Do) in the dataset's units -> normalised."""
+        offset, gain = self._affine(key, x)
+        return (x - offset) * gain
+
+    def denormalize(self, key: str, x: Tensor) -> Tensor:
+        """Inverse of `normalize`."""
+        offset, gain = self._affine(key, x)
+        return x / gain + offset
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {
+            key: {"mode": self.modes[key]} | {name: list(values) for name, values in vars(self.statistics[key]).items()}
+            for key in self.statistics
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Normalizer":
+        """Inverse of `to_json`; CheckpointError for missing or extra entries."""
+        statistics, modes = {}, {}
+        names = set(FieldStatistics.__dataclass_fields__)
+        for key, entry in data.items():
+            if set(entry) != names | {"mode"}:
+                raise CheckpointError(f"normalisation of {key!r} needs {sorted(names | {'mode'})}, got {sorted(entry)}")
+            statistics[key] = FieldStatistics(**{name: tuple(float(v) for v in entry[name]) for name in names})
+            modes[key] = entry["mode"]
+        return cls(statistics, modes)
+
+    def _affine(self, key: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        if key not in self.statistics:
+            raise UnknownNameError("normalised key", key, self.statistics)
+        if x.shape[-1] != self.statistics[key].width:
+            raise ShapeError(f"{key!r} must be (..., {self.statistics[key].width}), got {tuple(x.shape)}")
+        return getattr(self, f"offset_{key}"), getattr(self, f"gain_{key}")
