@@ -1,0 +1,132 @@
+"""Which steps a training sample takes: pure index arithmetic, no arrays of data.
+
+Shapes: E episodes, B samples, T steps of a segment, k past actions, Ta chunk length.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scd_robot.errors import ConfigError, DatasetError
+from scd_robot.seeding import keyed_rng
+
+__all__ = ["SegmentBatch", "SegmentIndex", "split_episodes"]
+
+_SHUFFLE, _START, _SPLIT = 11, 12, 13  # what a random stream is for
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SegmentBatch:
+    """B segments of episodes, as steps of the concatenated dataset.
+
+    Attributes:
+        start: (B,) first step of each segment.
+        stop: (B,) one past its last step.
+        episode_start: (B,) first step of its episode.
+        episode_stop: (B,) one past the last step of its episode.
+    """
+
+    start: IntArray
+    stop: IntArray
+    episode_start: IntArray
+    episode_stop: IntArray
+
+    @property
+    def lengths(self) -> IntArray:
+        """(B,) steps in each segment."""
+        return self.stop - self.start
+
+    def steps(self) -> tuple[IntArray, NDArray[np.bool_]]:
+        """Indices (B, T) of the segments' steps, T the longest, and which are real; padding repeats the last step."""
+        index = self.start[:, None] + np.arange(self.lengths.max())
+        return np.minimum(index, self.stop[:, None] - 1), index < self.stop[:, None]
+
+    def steps_around(self, before: int, after: int) -> tuple[IntArray, NDArray[np.bool_]]:
+        """Indices (B, before + T + after) of the segments' steps with neighbours, and which lie in the episode.
+
+        Neighbours outside the episode repeat its first or last step and are marked False: they are no data.
+        """
+        index = self.start[:, None] + np.arange(-before, self.lengths.max() + after)
+        inside = (index >= self.episode_start[:, None]) & (index < self.episode_stop[:, None])
+        return np.clip(index, self.episode_start[:, None], self.episode_stop[:, None] - 1), inside
+
+
+class SegmentIndex:
+    """Deterministic shuffled segments of a set of episodes.
+
+    An episode no longer than `segment_length` is one segment. A longer one is ceil(length / segment_length) segments
+    per epoch: the first from its first step, the others from random starts, drawn anew each epoch.
+
+    Args:
+        episode_ends: (E,) cumulative, exclusive ends of all episodes.
+        segment_length: most steps in a segment.
+        episodes: numbers of the episodes to use; None = all.
+        seed: keys shuffling and starts.
+    """
+
+    def __init__(
+        self, episode_ends: IntArray, segment_length: int, episodes: IntArray | None = None, seed: int = 0
+    ) -> None:
+        if segment_length < 1:
+            raise ConfigError(f"segment_length must be at least 1, got {segment_length}")
+        ends = np.asarray(episode_ends, np.int64)
+        starts = np.concatenate(([0], ends[:-1]))
+        chosen = np.arange(len(ends)) if episodes is None else np.asarray(episodes, np.int64)
+        if not len(chosen):
+            raise DatasetError("no episodes to take segments from")
+        self._starts, self._ends, self._segment_length, self._seed = starts[chosen], ends[chosen], segment_length, seed
+        counts = -(-(self._ends - self._starts) // segment_length)
+        self._episode = np.repeat(np.arange(len(chosen)), counts)
+        self._is_first = np.diff(self._episode, prepend=-1) != 0
+        self._shuffled: tuple[int, IntArray] | None = None
+
+    def __len__(self) -> int:
+        return len(self._episode)
+
+    def batch(self, step: int, samples: range, batch_size: int) -> SegmentBatch:
+        """The segments of a training step, a function of (seed, step, sample) alone.
+
+        Args:
+            step: number of the training step.
+            samples: which samples of the global batch, e.g. those of one device.
+            batch_size: size of the global batch.
+        """
+        return self._segments([divmod(step * batch_size + sample, len(self)) for sample in samples])
+
+    def ordered(self, samples: range) -> SegmentBatch:
+        """Segments in the order of the dataset, for validation."""
+        return self._segments([(-1, sample) for sample in samples])
+
+    def _segments(self, picks: list[tuple[int, int]]) -> SegmentBatch:
+        number = np.array([i if epoch < 0 else self._order(epoch)[i] for epoch, i in picks], np.int64)
+        episode = self._episode[number]
+        first, end = self._starts[episode], self._ends[episode]
+        start = first.copy()
+        for row, (epoch, _) in enumerate(picks):
+            slack = end[row] - first[row] - self._segment_length
+            if slack > 0 and not self._is_first[number[row]]:
+                start[row] += keyed_rng(self._seed, _START, epoch + 1, number[row]).integers(slack + 1)
+        return SegmentBatch(start, np.minimum(end, start + self._segment_length), first, end)
+
+    def _order(self, epoch: int) -> IntArray:
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            self._shuffled = (epoch, keyed_rng(self._seed, _SHUFFLE, epoch).permutation(len(self)))
+        return self._shuffled[1]
+
+
+def split_episodes(num_episodes: int, held_out: float, seed: int = 0) -> tuple[IntArray, IntArray]:
+    """Splits episodes into training and held-out numbers, each ascending.
+
+    Args:
+        num_episodes: E.
+        held_out: share to hold out, in [0, 1); at least one episode where it is positive and E > 1.
+        seed: keys the choice.
+    """
+    if not 0 <= held_out < 1:
+        raise ConfigError(f"the share of held-out episodes must be in [0, 1), got {held_out}")
+    count = min(num_episodes - 1, max(1, round(held_out * num_episodes))) if held_out else 0
+    order = keyed_rng(seed, _SPLIT).permutation(num_episodes)
+    return np.sort(order[count:]), np.sort(order[:count])

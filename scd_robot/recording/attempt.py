@@ -1,0 +1,94 @@
+"""One attempt of the scripted expert, as a function of the settings and the attempt's number alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scd_robot.errors import ConfigError, SimulatorError
+from scd_robot.seeding import RECORDING, derive_seed, keyed_rng
+from scd_robot.types import Environment
+
+__all__ = ["Attempt", "RecordingConfig", "run_attempt"]
+
+_NOISE = 1  # keeps the noise's key apart from that of the start state
+
+
+@dataclass(frozen=True)
+class RecordingConfig:
+    """What every attempt shares.
+
+    Attributes:
+        environment: full name, options included.
+        seed: of the recording; attempts are numbered below it.
+        action_noise: standard deviation of the normal noise on executed actions, in units of the action.
+        steps_after_success: control steps recorded after the first success, so that the goal is held.
+    """
+
+    environment: str
+    seed: int = 0
+    action_noise: float = 0.0
+    steps_after_success: int = 10
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more, got {self.seed}")
+        if not 0 <= self.action_noise < np.inf:
+            raise ConfigError(f"action_noise must be a finite number of 0 or more, got {self.action_noise}")
+        if self.steps_after_success < 0:
+            raise ConfigError(f"steps_after_success must be 0 or more, got {self.steps_after_success}")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What came of one attempt.
+
+    Attributes:
+        index: its number.
+        start_seed: the environment was reset with.
+        episode: arrays (T, ...) as they are stored; None where the attempt failed.
+        crash: what the simulator said, where it crashed.
+    """
+
+    index: int
+    start_seed: int
+    episode: dict[str, NDArray[Any]] | None
+    crash: str | None = None
+
+
+def run_attempt(environment: Environment, config: RecordingConfig, index: int) -> Attempt:
+    """Lets the expert try from the start state number `index`.
+
+    At each control step are kept: the observation, the expert's action as the label, and what was executed, which is
+    the label plus noise, clipped. The noise takes the robot off the expert's path, where the labels show the way back
+    (Laskey et al., "DART: noise injection for robust imitation learning", 2017).
+    """
+    start_seed = derive_seed(RECORDING, config.seed, index)
+    noise = keyed_rng(RECORDING, config.seed, index, _NOISE)
+    try:
+        episode = _run(environment, config, start_seed, noise)
+    except SimulatorError as error:
+        return Attempt(index, start_seed, None, crash=str(error))
+    return Attempt(index, start_seed, episode)
+
+
+def _run(
+    environment: Environment, config: RecordingConfig, start_seed: int, noise: np.random.Generator
+) -> dict[str, NDArray[Any]] | None:
+    rows: list[dict[str, NDArray[Any]]] = []
+    observation = environment.reset(start_seed)
+    last_step: int | None = None  # known from the first success on
+    while last_step is None or len(rows) <= last_step:
+        label = environment.expert_action()
+        disturbed = label + config.action_noise * noise.standard_normal(label.shape)
+        result = environment.step(disturbed.astype(np.float32))
+        rows.append({**observation, "action": label, "executed_action": result.executed_action})
+        observation = result.observation
+        if result.success and last_step is None:
+            last_step = len(rows) - 1 + config.steps_after_success
+        if result.terminated or result.truncated:
+            break
+    if last_step is None or len(rows) < 2:
+        return None
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}

@@ -1,0 +1,130 @@
+"""Demonstrations of scripted experts, from start states that no evaluation uses."""
+
+import contextlib
+import logging
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import scd_robot
+from scd_robot.datasets.zarr_store import ZarrWriter
+from scd_robot.errors import ConfigError, SimulatorError
+from scd_robot.recording.attempt import RecordingConfig
+from scd_robot.recording.workers import available_cpus, run_attempts
+from scd_robot.sim_eval.registry import make_environment
+from scd_robot.types import DatasetSpec, EnvironmentSpec
+
+__all__ = ["record_demonstrations"]
+
+logger = logging.getLogger(__name__)
+
+_EPISODES_PER_WORKER = 10  # fewer do not pay for the start of a process
+
+
+def record_demonstrations(
+    environment: str,
+    episodes: int,
+    out: Path,
+    *,
+    seed: int = 0,
+    action_noise: float = 0.0,
+    steps_after_success: int = 10,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Records the expert's first `episodes` successes into a Zarr store.
+
+    Attempt i starts from a state that is a function of (seed, i), and failures are dropped and counted: the store is
+    the same, bit by bit, for any number of workers.
+
+    Args:
+        environment: for example "metaworld/push-v3"; see `scd_robot.sim_eval.registry`.
+        episodes: demonstrations wanted.
+        out: path of the new store.
+        seed: of the recording.
+        action_noise: standard deviation of the noise on executed actions; the labels stay clean.
+        steps_after_success: control steps recorded after the first success.
+        workers: processes; None = one per CPU, but no more than pay.
+        overwrite: replace a store at `out`.
+        progress: show a progress bar.
+
+    Returns:
+        environment, episodes, attempts, failures, steps, mean_length [steps], seconds, path, seed, action_noise; plain
+        JSON types.
+
+    Raises:
+        ConfigError: a number is out of range.
+        UnknownNameError, MissingDependencyError: the environment cannot be made.
+        SimulatorError: the expert fails far too often (10 attempts per episode and 20 more), or a process died.
+        OutputError: `out` exists or cannot be written; the finished episodes are kept.
+    """
+    start = time.perf_counter()
+    if episodes < 1:
+        raise ConfigError(f"episodes must be at least 1, got {episodes}")
+    if workers is None:
+        workers = max(1, min(available_cpus(), episodes // _EPISODES_PER_WORKER))
+    if workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {workers}")
+    config = RecordingConfig(environment, seed, action_noise, steps_after_success)
+    limit = 10 * episodes + 20
+    attempts = 0
+    with contextlib.closing(make_environment(environment)) as simulator:
+        spec = simulator.spec
+        with (
+            ZarrWriter(out, _dataset_spec(spec), _metadata(spec, config), overwrite) as writer,
+            tqdm(total=episodes, desc=f"recording {spec.name}", unit="episode", disable=not progress) as bar,
+            contextlib.closing(run_attempts(simulator, config, limit, workers)) as results,
+        ):
+            for attempt in results:
+                attempts += 1
+                if attempt.crash is not None:
+                    logger.warning("attempt %d was dropped: %s", attempt.index, attempt.crash)
+                if attempt.episode is not None:
+                    writer.append(attempt.episode, {"seed": attempt.start_seed, "attempt": attempt.index})
+                    bar.update()
+                bar.set_postfix(failures=attempts - writer.num_episodes, refresh=False)
+                if writer.num_episodes == episodes:
+                    break
+            failures = attempts - writer.num_episodes
+            writer.update_metadata({"attempts": attempts, "failures": failures})
+            if writer.num_episodes < episodes:
+                raise SimulatorError(
+                    f"the expert of {spec.name} succeeded in {writer.num_episodes} of {attempts} attempts, "
+                    f"{episodes} were wanted; lower action_noise ({action_noise}) or raise max_steps ({spec.max_steps})"
+                )
+    return {
+        "environment": spec.name,
+        "episodes": writer.num_episodes,
+        "attempts": attempts,
+        "failures": failures,
+        "steps": writer.num_steps,
+        "mean_length": writer.num_steps / writer.num_episodes,
+        "seconds": time.perf_counter() - start,
+        "path": str(out),
+        "seed": seed,
+        "action_noise": action_noise,
+    }
+
+
+def _dataset_spec(spec: EnvironmentSpec) -> DatasetSpec:
+    return DatasetSpec(spec.observation, spec.action_dim, spec.control_dt, source=spec.name)
+
+
+def _metadata(spec: EnvironmentSpec, config: RecordingConfig) -> dict[str, Any]:
+    """What makes the recording repeatable; nothing that differs between two runs of it."""
+    versions = {"scd_robot": scd_robot.__version__}
+    for package in ("metaworld", "mujoco", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "environment": spec.name,
+        "success": spec.success,
+        "seed": config.seed,
+        "action_noise": config.action_noise,
+        "steps_after_success": config.steps_after_success,
+        "versions": versions,
+    }
