@@ -1,0 +1,315 @@
+"""The 50 manipulation tasks of Meta-World 3 (Yu et al., arXiv 1910.10897) with the experts that come with them.
+
+A Sawyer arm is moved by offsets of its hand and an effort of its gripper, Da = 4, at 80 Hz. The observation is the
+present part of the benchmark's vector of 39 numbers: the previous frame, which it repeats, would smuggle history into
+policies that are meant to have none.
+
+    raw [39] = proprio (4) | object (14) | previous proprio and object (18) | goal (3)
+
+Options in the environment's name: `goal_steps=K` shows the goal in the first K control steps of an episode and zeros
+afterwards (0 = never); `max_steps=N` truncates episodes after N control steps (500 as in the benchmark).
+"""
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scd_robot.errors import (
+    ConfigError,
+    MissingDependencyError,
+    ScdRobotError,
+    ShapeError,
+    SimulatorError,
+    UnknownNameError,
+)
+from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
+
+__all__ = ["TASKS", "MetaworldEnvironment", "MetaworldOptions", "make"]
+
+# Spelled out, so that a name can be checked before the simulator is imported (or where it is not installed).
+TASKS = (
+    "assembly-v3",
+    "basketball-v3",
+    "bin-picking-v3",
+    "box-close-v3",
+    "button-press-topdown-v3",
+    "button-press-topdown-wall-v3",
+    "button-press-v3",
+    "button-press-wall-v3",
+    "coffee-button-v3",
+    "coffee-pull-v3",
+    "coffee-push-v3",
+    "dial-turn-v3",
+    "disassemble-v3",
+    "door-close-v3",
+    "door-lock-v3",
+    "door-open-v3",
+    "door-unlock-v3",
+    "drawer-close-v3",
+    "drawer-open-v3",
+    "faucet-close-v3",
+    "faucet-open-v3",
+    "hammer-v3",
+    "hand-insert-v3",
+    "handle-press-side-v3",
+    "handle-press-v3",
+    "handle-pull-side-v3",
+    "handle-pull-v3",
+    "lever-pull-v3",
+    "peg-insert-side-v3",
+    "peg-unplug-side-v3",
+    "pick-out-of-hole-v3",
+    "pick-place-v3",
+    "pick-place-wall-v3",
+    "plate-slide-back-side-v3",
+    "plate-slide-back-v3",
+    "plate-slide-side-v3",
+    "plate-slide-v3",
+    "push-back-v3",
+    "push-v3",
+    "push-wall-v3",
+    "reach-v3",
+    "reach-wall-v3",
+    "shelf-place-v3",
+    "soccer-v3",
+    "stick-pull-v3",
+    "stick-push-v3",
+    "sweep-into-v3",
+    "sweep-v3",
+    "window-close-v3",
+    "window-open-v3",
+)
+
+_ACTION_DIM = 4
+_PROPRIO, _OBJECT, _GOAL = slice(0, 4), slice(4, 18), slice(36, 39)
+_CAMERA = "corner2"
+
+
+@dataclass(frozen=True)
+class MetaworldOptions:
+    """What may follow the colon in an environment's name.
+
+    Attributes:
+        goal_steps: control steps of an episode in which the goal is shown; afterwards `goal` is zero. None = always.
+        max_steps: control steps after which an episode is truncated.
+    """
+
+    goal_steps: int | None = None
+    max_steps: int = 500
+
+    def __post_init__(self) -> None:
+        if self.goal_steps is not None and self.goal_steps < 0:
+            raise ConfigError(f"goal_steps must be 0 or more, got {self.goal_steps}; leave it out to show the goal")
+        if self.max_steps < 1:
+            raise ConfigError(f"max_steps must be at least 1, got {self.max_steps}")
+
+
+def make(task: str, options: Mapping[str, int]) -> "MetaworldEnvironment":
+    """The environment for `metaworld/TASK:OPTIONS`.
+
+    Raises:
+        UnknownNameError: no such task or option.
+        ConfigError: an option is out of range.
+        MissingDependencyError: Meta-World is not installed.
+    """
+    valid = [field.name for field in fields(MetaworldOptions)]
+    for key in options:
+        if key not in valid:
+            raise UnknownNameError("option of Meta-World", key, valid)
+    return MetaworldEnvironment(task, MetaworldOptions(**options))
+
+
+class MetaworldEnvironment:
+    """One Meta-World task with the goal in view; implements `Environment`.
+
+    Observation, all float32: `proprio` (4) hand position x, y, z [m] and gripper opening in 0..1; `object` (14)
+    position [m] and quaternion of the object, then of a second one where the task has it, padded with zeros; `goal`
+    (3) target position [m]. Action (4) in -1..1: offset of the hand in x, y, z (1 = 1 cm per control step in most
+    tasks) and gripper effort (1 = close).
+    """
+
+    def __init__(self, task: str, options: MetaworldOptions | None = None) -> None:
+        """Loads the task's model (about 1 s).
+
+        Args:
+            task: one of `TASKS`.
+            options: None = the benchmark's own.
+
+        Raises:
+            UnknownNameError: no such task.
+            MissingDependencyError: Meta-World is not installed, or does not import.
+        """
+        if task not in TASKS:
+            raise UnknownNameError("task of Meta-World", task, TASKS)
+        self._options = options or MetaworldOptions()
+        self._env, self._expert = _load(task)
+        self._env.max_path_length = self._options.max_steps
+        self._raw: NDArray[np.float64] | None = None  # None = no episode is running
+        self._steps = 0
+        self.spec = EnvironmentSpec(
+            name=_canonical_name(task, self._options),
+            observation={"proprio": ArraySpec((4,)), "object": ArraySpec((14,)), "goal": ArraySpec((3,))},
+            action_dim=_ACTION_DIM,
+            action_low=(-1.0,) * _ACTION_DIM,
+            action_high=(1.0,) * _ACTION_DIM,
+            control_dt=float(self._env.dt),
+            max_steps=self._options.max_steps,
+            success=f"Meta-World's own success flag of {task} is set in at least one control step",
+        )
+
+    @property
+    def raw_observation(self) -> NDArray[np.float64]:
+        """(39,) copy of the benchmark's own vector for the present state, goal always included."""
+        return self._present().copy()
+
+    def reset(self, seed: int) -> dict[str, NDArray[np.float32]]:
+        """Starts an episode whose initial state is a function of `seed` alone; returns its first observation.
+
+        Raises:
+            SimulatorError: the physics became unstable.
+        """
+        import mujoco
+
+        self._raw = None
+        mujoco.mj_resetData(self._env.model, self._env.data)  # the benchmark begins its reset from the present state
+        self._env.seed(int(seed))
+        try:
+            raw, _ = self._env.reset()
+        except mujoco.FatalError as error:
+            raise SimulatorError(f"{self.spec.name} crashed in reset({seed}): {error}") from error
+        self._check_physics(f"in reset({seed})")
+        # The benchmark clips the vector in every step but not here; with this a policy sees one and the same range.
+        space = self._env.sawyer_observation_space
+        self._raw = np.clip(raw, space.low, space.high)
+        self._steps = 0
+        return self._observation()
+
+    def step(self, action: ActionArray) -> StepResult:
+        """Applies one action (4,), clipped to -1..1.
+
+        Raises:
+            ShapeError: the action is not (4,).
+            ScdRobotError: the action holds NaN or infinite values.
+            SimulatorError: the physics became unstable, or the episode is over.
+        """
+        import mujoco
+
+        self._present()
+        if self._steps >= self.spec.max_steps:
+            raise SimulatorError(
+                f"the episode of {self.spec.name} was truncated after {self._steps} control steps; call reset(seed)"
+            )
+        executed = self._checked(action)
+        try:
+            raw, reward, terminated, truncated, info = self._env.step(executed)
+        except mujoco.FatalError as error:
+            raise SimulatorError(f"{self.spec.name} crashed in control step {self._steps}: {error}") from error
+        self._check_physics(f"in control step {self._steps}")
+        self._raw = raw
+        self._steps += 1
+        return StepResult(
+            observation=self._observation(),
+            reward=float(reward),
+            success=bool(info["success"]),
+            terminated=bool(terminated),
+            truncated=bool(truncated),
+            executed_action=executed,
+            info=dict(info),
+        )
+
+    def state_hash(self) -> str:
+        """Hexadecimal SHA-256 of joint positions and velocities, motion target of the hand, and goal."""
+        goal = self._present()[_GOAL]
+        data = self._env.data
+        digest = hashlib.sha256()
+        for part in (data.qpos, data.qvel, data.mocap_pos, data.mocap_quat, goal):
+            digest.update(np.ascontiguousarray(part, dtype="<f8").tobytes())
+        return digest.hexdigest()
+
+    def expert_action(self) -> ActionArray:
+        """The benchmark's scripted action (4,) for the present state, clipped; it sees the goal at all times."""
+        with warnings.catch_warnings():  # says at nearly every step that its actions will be clipped
+            warnings.filterwarnings("ignore", message=r"Constant\(s\) may be too high")
+            action = self._expert.get_action(self._present())
+        return np.clip(action, -1.0, 1.0).astype(np.float32)
+
+    def render(self, height: int, width: int) -> NDArray[np.uint8]:
+        """An RGB frame (height, width, 3) of the present state from the benchmark's camera, the right way up."""
+        from scd_robot.sim_eval.rendering import render_frame
+
+        self._present()
+        frame = render_frame(self._env.model, self._env.data, height, width, camera=_CAMERA)
+        return np.ascontiguousarray(frame[::-1, ::-1])  # this camera is mounted upside down
+
+    def close(self) -> None:
+        """Releases the simulator; may be called twice."""
+        self._raw = None
+        self._env.close()
+
+    def _present(self) -> NDArray[np.float64]:
+        if self._raw is None:
+            raise SimulatorError(f"no episode of {self.spec.name} is running; call reset(seed) first")
+        return self._raw
+
+    def _observation(self) -> dict[str, NDArray[np.float32]]:
+        raw = self._present().astype(np.float32)
+        shown = self._options.goal_steps is None or self._steps < self._options.goal_steps
+        goal = raw[_GOAL] if shown else np.zeros(3, np.float32)
+        return {"proprio": raw[_PROPRIO], "object": raw[_OBJECT], "goal": goal}
+
+    def _checked(self, action: ActionArray) -> ActionArray:
+        values = np.asarray(action, dtype=np.float32)
+        if values.shape != (_ACTION_DIM,):
+            raise ShapeError(f"the action must be ({_ACTION_DIM},) for {self.spec.name}, got {values.shape}")
+        if not np.isfinite(values).all():
+            raise ScdRobotError(
+                f"the action in control step {self._steps} of {self.spec.name} must be finite, got {values.tolist()}; "
+                "check the policy that made it"
+            )
+        return np.clip(values, -1.0, 1.0)
+
+    def _check_physics(self, where: str) -> None:
+        """MuJoCo meets NaN and huge values by a warning and a silent reset of the state; here they are errors."""
+        import mujoco
+
+        data = self._env.data
+        kinds = mujoco.mjtWarning
+        bad = [
+            kind
+            for kind in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC)
+            if data.warning[kind].number
+        ]
+        if bad or not (np.isfinite(data.qpos).all() and np.isfinite(data.qvel).all()):
+            self._raw = None
+            names = ", ".join(kind.name for kind in bad) or "a state that is not finite"
+            raise SimulatorError(f"the physics of {self.spec.name} became unstable {where} ({names})")
+
+
+def _canonical_name(task: str, options: MetaworldOptions) -> str:
+    default = asdict(MetaworldOptions())
+    changed = [f"{key}={value}" for key, value in asdict(options).items() if value != default[key]]
+    return f"metaworld/{task}" + (":" + ",".join(changed) if changed else "")
+
+
+def _load(task: str) -> tuple[Any, Any]:
+    """The benchmark's task object, with its goal in view and start states drawn from its seed, and its expert."""
+    try:
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+        from metaworld.policies import ENV_POLICY_MAP
+    except ImportError as error:
+        raise MissingDependencyError(
+            f'metaworld/{task} needs the package metaworld ({error}); install it with: pip install "scd_robot[sim]"'
+        ) from error
+    env: Any = ALL_V3_ENVIRONMENTS[task]()
+    expert: Any = ENV_POLICY_MAP[task]
+    env._partially_observable = False
+    del env.sawyer_observation_space  # cached for a hidden goal, and used to clip the observation
+    env._freeze_rand_vec = False
+    env.seeded_rand_vec = True
+    env._set_task_called = True
+    return env, expert()

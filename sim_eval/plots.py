@@ -1,0 +1,194 @@
+"""Plots of an evaluation as inline SVG that takes its colours from the page, so that light and dark both fit.
+
+matplotlib is needed here only. It draws with placeholder colours, which are then replaced by CSS variables.
+"""
+
+import importlib.util
+import io
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scd_robot.errors import MissingDependencyError
+from scd_robot.sim_eval.result import EvaluationResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["latency_plot", "require_matplotlib", "steps_plot", "success_plot", "timeline_plot"]
+
+# What matplotlib draws with, and the CSS variable that takes its place; no two are alike, and none occurs by itself.
+_COLOURS = {
+    "ink": "#010203",
+    "muted": "#020304",
+    "line": "#030405",
+    "success": "#040506",
+    "failure": "#050607",
+    "invalid": "#060708",
+    "accent": "#070809",
+}
+_WIDTH_IN = 4.4
+_COMPACT = {"handlelength": 1.0, "columnspacing": 1.2}
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.size": 9.0,
+    "text.color": _COLOURS["ink"],
+    "axes.edgecolor": _COLOURS["line"],
+    "axes.labelcolor": _COLOURS["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": _COLOURS["line"],
+    "grid.linewidth": 0.6,
+    "xtick.color": _COLOURS["line"],
+    "ytick.color": _COLOURS["line"],
+    "xtick.labelcolor": _COLOURS["muted"],
+    "ytick.labelcolor": _COLOURS["muted"],
+    "legend.frameon": False,
+}
+
+
+def require_matplotlib() -> None:
+    """Checks that plots can be drawn.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependencyError('the report needs matplotlib; run pip install "scd_robot[sim]"')
+
+
+def success_plot(result: EvaluationResult) -> str:
+    """SVG of the success rate with its 95 % interval."""
+    figure = _Figure(2.2)
+    axes = figure.axes
+    low, high = (100 * bound for bound in result.interval)
+    axes.barh(0, 100, height=0.4, color=_COLOURS["line"], alpha=0.5)
+    if result.success_rate is not None:
+        axes.barh(0, 100 * result.success_rate, height=0.4, color=_COLOURS["success"])
+    axes.errorbar((low + high) / 2, 0, xerr=(high - low) / 2, color=_COLOURS["ink"], capsize=7, linewidth=1.6)
+    for bound, alignment in ((low, "right"), (high, "left")):
+        axes.text(min(max(bound, 9), 91), 0.3, f"{bound:.1f}", ha=alignment, color=_COLOURS["ink"])
+    axes.set_xlim(0, 100.5)
+    axes.set_ylim(-0.6, 0.6)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("success [%], with 95 % interval")
+    return figure.svg(f"Success rate between {low:.1f} and {high:.1f} percent")
+
+
+def steps_plot(result: EvaluationResult) -> str:
+    """SVG of the histogram of control steps to success."""
+    figure = _Figure(2.2)
+    steps = [e.steps for e in result.valid if e.success]
+    if steps:
+        bars = min(24, max(6, len(steps) // 2))
+        width = (max(steps) - min(steps)) // bars + 1  # whole steps, so that no bar stays empty by rounding
+        edges = np.arange(min(steps), max(steps) + width + 1, width) - 0.5
+        figure.axes.hist(steps, bins=edges.tolist(), color=_COLOURS["success"], rwidth=0.92)
+        median = float(np.median(steps))
+        figure.axes.axvline(median, color=_COLOURS["ink"], linewidth=1.2, linestyle="--")
+        figure.mark(median, f"median {median:g}")
+    else:
+        figure.say("no successes")
+    figure.whole_number_ticks()
+    figure.label("control steps to success", "episodes")
+    return figure.svg("Histogram of control steps to success")
+
+
+def latency_plot(result: EvaluationResult) -> str:
+    """SVG of the histograms of encoder and plan latency; of whole calls where the policy does not tell them apart."""
+    figure = _Figure(2.2)
+    timings = {name: result.timings_ms.get(name, []) for name in ("encoder", "plan")}
+    shown = {name: values for name, values in timings.items() if values} or {"act": result.timings_ms["act"]}
+    longest = max(float(np.percentile(values, 99.5)) for values in shown.values())
+    shortest = max(1e-3, min(float(np.min(values)) for values in shown.values()))
+    edges = np.geomspace(shortest, max(longest, 1.2 * shortest), 40)
+    colours = {"encoder": _COLOURS["accent"], "plan": _COLOURS["failure"], "act": _COLOURS["accent"]}
+    for name, values in shown.items():
+        label = f"{name} (median {np.median(values):.3g} ms)"
+        weights = np.full(len(values), 100 / len(values))
+        clipped = np.clip(values, edges[0], edges[-1])
+        figure.axes.hist(clipped, bins=edges.tolist(), weights=weights, color=colours[name], alpha=0.75, label=label)
+    figure.axes.set_xscale("log")
+    figure.plain_log_ticks()
+    figure.legend()
+    figure.label(f"wall time per call [ms], batch {result.num_envs}", "calls [%]")
+    return figure.svg("Histogram of latencies")
+
+
+def timeline_plot(result: EvaluationResult) -> str:
+    """SVG with one bar per episode: its length, coloured by its outcome."""
+    figure = _Figure(2.2)
+    groups = {
+        "success": [e for e in result.valid if e.success],
+        "failure": [e for e in result.valid if not e.success],
+        "invalid": [e for e in result.episodes_detail if e.invalid],
+    }
+    for outcome, episodes in groups.items():
+        if episodes:
+            colour = _COLOURS[outcome]
+            figure.axes.bar([e.index for e in episodes], [e.steps for e in episodes], color=colour, label=outcome)
+    figure.whole_number_ticks()
+    figure.legend()
+    figure.label("episode", "control steps")
+    return figure.svg("Length and outcome of every episode")
+
+
+class _Figure:
+    """A small figure with one pair of axes, in the house style."""
+
+    def __init__(self, height_in: float) -> None:
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        self._context = matplotlib.rc_context
+        with self._context(_STYLE):
+            self._figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
+            self.axes: Axes = self._figure.add_subplot()
+
+    def label(self, x: str, y: str) -> None:
+        with self._context(_STYLE):
+            self.axes.set_xlabel(x)
+            self.axes.set_ylabel(y)
+            self.axes.grid(axis="y")
+
+    def legend(self) -> None:
+        with self._context(_STYLE):
+            self.axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, fontsize=8, **_COMPACT)
+
+    def mark(self, x: float, text: str) -> None:
+        transform = self.axes.get_xaxis_transform()
+        self.axes.text(x, 1.02, text, transform=transform, ha="center", color=_COLOURS["ink"])
+
+    def say(self, text: str) -> None:
+        self.axes.text(0.5, 0.5, text, transform=self.axes.transAxes, ha="center", color=_COLOURS["muted"])
+
+    def whole_number_ticks(self) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        self.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        self.axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+
+    def plain_log_ticks(self) -> None:
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+        self.axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        self.axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        self.axes.xaxis.set_minor_formatter(NullFormatter())
+
+    def svg(self, description: str) -> str:
+        """The figure as an `<svg>` element that fills the width it is given."""
+        buffer = io.StringIO()
+        with self._context({**_STYLE, "svg.hashsalt": description}):
+            self._figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        text = re.sub(r' width="[\d.]+pt"| height="[\d.]+pt"', "", text, count=2)
+        text = text.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
+        text = text.replace("'DejaVu Sans'", "system-ui")
+        for name, placeholder in _COLOURS.items():
+            text = text.replace(placeholder, f"var(--{name})")
+        return text

@@ -1,0 +1,196 @@
+"""What an evaluation found, and the JSON that other programs read."""
+
+import importlib.metadata
+import platform
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import scd_robot
+from scd_robot.sim_eval.metrics import mean_and_median, percentiles, wilson_interval
+from scd_robot.types import EnvironmentSpec
+
+__all__ = ["SCHEMA", "EpisodeRecord", "EvaluationResult", "VideoRecord", "collect_versions"]
+
+SCHEMA = 1
+_PACKAGES = ("numpy", "mujoco", "metaworld", "gymnasium")
+
+
+@dataclass(frozen=True)
+class EpisodeRecord:
+    """Outcome of one episode.
+
+    Attributes:
+        index: number of the episode; with the seed domain it determines the start state.
+        seed: what the environment was reset with.
+        initial_state_hash: SHA-256 of the simulator's state after the reset; None if it never got there.
+        success: the success condition held at some step (the episode ends there).
+        steps: control steps taken.
+        invalid: the simulator crashed twice; the episode counts neither as success nor as failure.
+        total_reward: sum of the task's rewards.
+        reason: why it ended: "success", "terminated", "time limit", or what crashed.
+    """
+
+    index: int
+    seed: int
+    initial_state_hash: str | None
+    success: bool
+    steps: int
+    invalid: bool
+    total_reward: float
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {
+            "index": self.index,
+            "seed": self.seed,
+            "initial_state_hash": self.initial_state_hash,
+            "success": self.success,
+            "steps": self.steps,
+            "invalid": self.invalid,
+            "return": self.total_reward,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class VideoRecord:
+    """A replayed episode.
+
+    Attributes:
+        episode: its index.
+        success: its outcome.
+        file: path relative to the output folder.
+    """
+
+    episode: int
+    success: bool
+    file: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {"episode": self.episode, "success": self.success, "file": self.file}
+
+
+@dataclass
+class EvaluationResult:
+    """An evaluation.
+
+    Attributes:
+        environment: what was evaluated in.
+        policy: name of the policy, for people.
+        episodes_detail: one record per episode, in the order of their indices.
+        timings_ms: wall milliseconds per call: "act" always, "encoder" and "plan" where the policy tells.
+        num_envs: rows stepped side by side, which is the batch size of the timings.
+        max_steps: control steps after which an episode was ended.
+        first_episode: index of the first episode.
+        seed_domain: see `scd_robot.seeding`.
+        wall_s: duration of the roll-outs, without videos and report.
+        versions: of the packages that matter.
+        videos: replays that were written.
+        video_error: why videos are missing, in one line; None if none are.
+        out: the output folder, if there is one.
+    """
+
+    environment: EnvironmentSpec
+    policy: str
+    episodes_detail: list[EpisodeRecord]
+    timings_ms: dict[str, list[float]]
+    num_envs: int
+    max_steps: int
+    first_episode: int
+    seed_domain: int
+    wall_s: float
+    versions: dict[str, str]
+    videos: list[VideoRecord] = field(default_factory=list)
+    video_error: str | None = None
+    out: Path | None = None
+
+    @property
+    def valid(self) -> list[EpisodeRecord]:
+        """The episodes that count."""
+        return [e for e in self.episodes_detail if not e.invalid]
+
+    @property
+    def successes(self) -> int:
+        """Number of successful episodes."""
+        return sum(e.success for e in self.valid)
+
+    @property
+    def invalid(self) -> int:
+        """Number of episodes that a crash of the simulator made invalid."""
+        return len(self.episodes_detail) - len(self.valid)
+
+    @property
+    def success_rate(self) -> float | None:
+        """Successes over valid episodes; None without valid episodes."""
+        return self.successes / len(self.valid) if self.valid else None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson 95 % interval of the success rate."""
+        return wilson_interval(self.successes, len(self.valid))
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `result.json`, schema 1, as plain JSON types.
+
+        Keys: `schema`, `env`, `policy`, `episodes`, `successes`, `invalid`, `success_rate` (null without valid
+        episodes), `interval` ([low, high], Wilson 95 %), `encoder_ms`, `plan_ms`, `act_ms` ({p50, p95, p99, count} of
+        wall milliseconds per call, or null), `timing_batch_size`, `time_to_success` ({steps, seconds}, each {mean,
+        median}, or null without a success), `mean_steps` (valid episodes), `terminate_on_success`, `max_steps`,
+        `control_dt` [s], `success_definition`, `seeds` ({domain, first_episode}), `num_envs`, `wall_s`, `versions`,
+        `videos` (list of {episode, success, file}), `video_error` (one line or null), and `episodes_detail` (list of
+        {index, seed, initial_state_hash, success, steps, invalid, return, reason}).
+        """
+        rate = self.success_rate
+        steps = mean_and_median([e.steps for e in self.valid])
+        return {
+            "schema": SCHEMA,
+            "env": self.environment.name,
+            "policy": self.policy,
+            "episodes": len(self.episodes_detail),
+            "successes": self.successes,
+            "invalid": self.invalid,
+            "success_rate": rate,
+            "interval": list(self.interval),
+            "encoder_ms": percentiles(self.timings_ms.get("encoder", [])),
+            "plan_ms": percentiles(self.timings_ms.get("plan", [])),
+            "act_ms": percentiles(self.timings_ms.get("act", [])),
+            "timing_batch_size": self.num_envs,
+            "time_to_success": self._time_to_success(),
+            "mean_steps": steps["mean"] if steps else None,
+            "terminate_on_success": True,
+            "max_steps": self.max_steps,
+            "control_dt": self.environment.control_dt,
+            "success_definition": self.environment.success,
+            "seeds": {"domain": self.seed_domain, "first_episode": self.first_episode},
+            "num_envs": self.num_envs,
+            "wall_s": self.wall_s,
+            "versions": self.versions,
+            "videos": [v.to_json() for v in self.videos],
+            "video_error": self.video_error,
+            "episodes_detail": [e.to_json() for e in self.episodes_detail],
+        }
+
+    def _time_to_success(self) -> dict[str, Any] | None:
+        steps = mean_and_median([e.steps for e in self.valid if e.success])
+        if steps is None:
+            return None
+        return {"steps": steps, "seconds": {k: v * self.environment.control_dt for k, v in steps.items()}}
+
+
+def collect_versions() -> dict[str, str]:
+    """Versions of Python, this package, torch if loaded, and of the simulators that are installed."""
+    versions = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "scd_robot": scd_robot.__version__,
+    }
+    for name in _PACKAGES + (("torch",) if "torch" in sys.modules else ()):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,366 @@
+"""Closed-loop evaluation: START HERE for how success rates come about.
+
+B worker processes step one environment each, in lock-step with one batched policy. Episode e starts from
+`environment.reset(derive_seed(seed_domain, e))`, so neither B nor the order of events changes an episode. Success ends
+an episode. A simulator that crashes or hangs is replaced and its episode repeated once; then the episode is invalid,
+which counts neither as success nor as failure. An exception of the policy ends the evaluation.
+
+Shapes: B rows (environments), Da action width.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scd_robot import seeding
+from scd_robot.errors import ConfigError, ShapeError
+from scd_robot.sim_eval.output import EpisodeLog, check_output_folder, prepare_output_folder, write_json
+from scd_robot.sim_eval.policy_adapter import PolicyAdapter, PolicyError, check_policy_spec
+from scd_robot.sim_eval.result import EpisodeRecord, EvaluationResult, collect_versions
+from scd_robot.sim_eval.workers import (
+    EnvironmentSource,
+    EnvironmentWorker,
+    WorkerCrashError,
+    close_workers,
+    start_workers,
+)
+from scd_robot.types import ActionArray, EnvironmentSpec, StepResult
+
+__all__ = ["evaluate"]
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    policy: Any,
+    environment: EnvironmentSource,
+    episodes: int,
+    *,
+    first_episode: int = 0,
+    seed_domain: int = seeding.EVALUATION,
+    num_envs: int | None = None,
+    max_steps: int | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+    num_videos: int = 3,
+    video_size: tuple[int, int] = (256, 256),
+    timeout_s: float = 60.0,
+    policy_name: str | None = None,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Evaluates a policy in closed loop.
+
+    Args:
+        policy: any object with `reset()` and `act()`, see `scd_robot.types.Policy` and `PolicyAdapter`. One whose
+            `reset` takes no rows is run in one environment at a time.
+        environment: registry name, "module:callable", or a picklable callable that makes an `Environment`.
+        episodes: how many.
+        first_episode: index of the first; ranges that do not overlap have different start states.
+        seed_domain: keeps start states of different purposes disjoint, see `scd_robot.seeding`.
+        num_envs: B; None = at most 16, depending on the cores. Changes neither start states nor outcomes.
+        max_steps: ends episodes earlier than the environment would.
+        out: folder for `result.json`, `episodes.jsonl`, `report.html` and `videos/`; None writes nothing.
+        overwrite: replace an earlier evaluation in `out`; files of others stay.
+        num_videos: replays to record of successes, and as many of failures.
+        video_size: height and width of the videos, in pixels.
+        timeout_s: seconds after which a simulator that does not answer counts as hung.
+        policy_name: for the report; None = the name of the policy's class.
+        progress: shows a progress bar.
+
+    Returns:
+        The outcome; `to_json()` is what `result.json` holds.
+
+    Raises:
+        ConfigError: a number is out of range.
+        ShapeError: policy and environment do not fit together.
+        PolicyError: the policy asked for a NaN or infinite action.
+        OutputError: `out` is not empty or cannot be written.
+        ScdRobotError: the environment cannot be made, for a reason the user can mend.
+    """
+    _check_numbers(episodes, first_episode, num_envs, max_steps, num_videos, video_size)
+    if out is not None:
+        from scd_robot.sim_eval.plots import require_matplotlib
+
+        require_matplotlib()  # now, rather than after the last episode
+        out = Path(out)
+        check_output_folder(out, overwrite)
+    adapter = PolicyAdapter(policy)
+    workers = start_workers(environment, _choose_num_envs(adapter, num_envs, episodes), timeout_s=timeout_s)
+    try:
+        spec = workers[0].spec
+        check_policy_spec(policy, spec)
+        if out is not None:
+            prepare_output_folder(out)
+        limit = spec.max_steps if max_steps is None else min(max_steps, spec.max_steps)
+        indices = range(first_episode, first_episode + episodes)
+        rollout = _Rollout(adapter, workers, indices, seed_domain, limit, _Observer(out, episodes, progress))
+        start = time.perf_counter()
+        rollout.run()
+        result = EvaluationResult(
+            environment=spec,
+            policy=policy_name or type(policy).__name__,
+            episodes_detail=[rollout.records[index] for index in indices],
+            timings_ms=adapter.timings_ms(),
+            num_envs=len(workers),
+            max_steps=limit,
+            first_episode=first_episode,
+            seed_domain=seed_domain,
+            wall_s=time.perf_counter() - start,
+            versions=collect_versions(),
+            out=out,
+        )
+        if out is not None:
+            _write_outputs(result, out, workers[0], rollout.actions, num_videos, video_size)
+    finally:
+        close_workers(workers)
+    return result
+
+
+def _write_outputs(
+    result: EvaluationResult,
+    out: Path,
+    worker: EnvironmentWorker,
+    actions: dict[int, list[ActionArray]],
+    num_videos: int,
+    video_size: tuple[int, int],
+) -> None:
+    from scd_robot.sim_eval.report import write_report
+    from scd_robot.sim_eval.video import record_videos
+
+    write_json(out / "result.json", result.to_json())  # before anything that could fail
+    if num_videos:
+        result.videos, result.video_error = record_videos(worker, result, actions, out, num_videos, video_size)
+        write_json(out / "result.json", result.to_json())
+    write_report(result, out / "report.html")
+
+
+def _check_numbers(
+    episodes: int,
+    first_episode: int,
+    num_envs: int | None,
+    max_steps: int | None,
+    num_videos: int,
+    video_size: tuple[int, int],
+) -> None:
+    smallest = {
+        "episodes": (episodes, 1),
+        "first_episode": (first_episode, 0),
+        "num_envs": (num_envs, 1),
+        "max_steps": (max_steps, 1),
+        "num_videos": (num_videos, 0),
+        "video height": (video_size[0], 16),
+        "video width": (video_size[1], 16),
+    }
+    for name, (value, least) in smallest.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+def _choose_num_envs(policy: PolicyAdapter, num_envs: int | None, episodes: int) -> int:
+    if not policy.takes_rows:
+        if num_envs is not None and num_envs > 1:
+            raise ConfigError(
+                f"num_envs must be 1 for this policy, got {num_envs}: its reset takes no rows, so it cannot begin an "
+                "episode in one environment while others go on"
+            )
+        return 1
+    if num_envs is None:
+        num_envs = min(16, max(4, os.cpu_count() or 1))
+    return min(num_envs, episodes)
+
+
+class _Observer:
+    """Told of every finished episode: the log on disk and the progress bar."""
+
+    def __init__(self, out: Path | None, episodes: int, progress: bool) -> None:
+        from tqdm import tqdm
+
+        self._log = EpisodeLog(out / "episodes.jsonl" if out else None)
+        self._bar = tqdm(total=episodes, unit="episode", disable=not progress, dynamic_ncols=True)
+        self._counts = {"successes": 0, "failures": 0, "invalid": 0}
+
+    def __call__(self, record: EpisodeRecord) -> None:
+        self._log.append(record.to_json())
+        self._counts["invalid" if record.invalid else "successes" if record.success else "failures"] += 1
+        self._bar.set_postfix(self._counts, refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+@dataclass(eq=False)
+class _Row:
+    """One environment of the batch and the episode that runs in it (None = no work left)."""
+
+    number: int
+    worker: EnvironmentWorker
+    observation: dict[str, NDArray[Any]]
+    episode: int | None = None
+    repeated: bool = False
+    seed: int = 0
+    initial_state_hash: str | None = None
+    total_reward: float = 0.0
+    actions: list[ActionArray] = field(default_factory=list)
+
+
+class _Rollout:
+    """All episodes, B at a time.
+
+    Attributes:
+        records: outcome by episode index.
+        actions: executed actions (Da,) of every step, by episode index, for replays.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyAdapter,
+        workers: Sequence[EnvironmentWorker],
+        indices: Sequence[int],
+        seed_domain: int,
+        max_steps: int,
+        observer: _Observer,
+    ) -> None:
+        self.records: dict[int, EpisodeRecord] = {}
+        self.actions: dict[int, list[ActionArray]] = {}
+        self._policy = policy
+        self._spec = workers[0].spec
+        self._waiting = iter(indices)
+        self._seed_domain = seed_domain
+        self._max_steps = max_steps
+        self._observer = observer
+        nothing = {key: np.zeros(array.shape, array.dtype) for key, array in self._spec.observation.items()}
+        self._rows = [_Row(number, worker, nothing) for number, worker in enumerate(workers)]
+        self._executed: ActionArray | None = None
+
+    def run(self) -> None:
+        """Plays all episodes."""
+        try:
+            self._begin_episodes(self._rows)
+            self._policy.begin([row.episode or 0 for row in self._rows])  # 0 stands for rows without work
+            while any(row.episode is not None for row in self._rows):
+                self._control_step()
+        finally:
+            self._observer.close()
+
+    def _control_step(self) -> None:
+        """One action in every row that has an episode; the others repeat their last observation to the policy."""
+        keys = self._spec.observation
+        observation = {key: np.stack([row.observation[key] for row in self._rows]) for key in keys}
+        actions = self._policy.act(observation, self._executed, self._spec.action_dim)
+        active = [row for row in self._rows if row.episode is not None]
+        for row in active:
+            _check_finite_action(actions[row.number], row)
+        for row in active:
+            row.worker.send("step", actions[row.number])
+        self._executed = np.zeros_like(actions)
+        ended = [row for row in active if self._receive_step(row)]
+        started = self._begin_episodes(ended)
+        if started:
+            episodes = [row.episode for row in started if row.episode is not None]
+            self._policy.reset([row.number for row in started], episodes)
+
+    def _receive_step(self, row: _Row) -> bool:
+        """Takes in the result of a step; True when the row needs a (new or repeated) episode."""
+        assert self._executed is not None
+        try:
+            result: StepResult = row.worker.receive()
+            row.observation = _check_observation(result.observation, self._spec)
+        except WorkerCrashError as error:
+            self._handle_crash(row, error)
+            return True
+        row.actions.append(result.executed_action)
+        row.total_reward += float(result.reward)
+        if result.success:
+            self._end_episode(row, "success")
+        elif result.terminated:
+            self._end_episode(row, "terminated")
+        elif result.truncated or len(row.actions) >= self._max_steps:
+            self._end_episode(row, "time limit")
+        else:
+            self._executed[row.number] = result.executed_action
+            return False
+        return True
+
+    def _begin_episodes(self, rows: Sequence[_Row]) -> list[_Row]:
+        """Resets environments that need an episode until each runs one or no work is left; returns those that run."""
+        started: list[_Row] = []
+        pending = list(rows)
+        while pending:
+            for row in pending:
+                if row.episode is None:
+                    row.episode = next(self._waiting, None)
+                    row.repeated = False
+            pending = [row for row in pending if row.episode is not None]
+            for row in pending:
+                assert row.episode is not None
+                row.seed = seeding.derive_seed(self._seed_domain, row.episode)
+                row.initial_state_hash, row.total_reward, row.actions = None, 0.0, []
+                row.worker.send("reset", row.seed)
+            begun = [row for row in pending if self._receive_reset(row)]
+            pending = [row for row in pending if row not in begun]
+            started += begun
+        return sorted(started, key=lambda row: row.number)
+
+    def _receive_reset(self, row: _Row) -> bool:
+        try:
+            row.observation = _check_observation(row.worker.receive(), self._spec)
+            row.initial_state_hash = row.worker.call("state_hash")
+        except WorkerCrashError as error:
+            self._handle_crash(row, error)
+            return False
+        return True
+
+    def _handle_crash(self, row: _Row, error: WorkerCrashError) -> None:
+        """Replaces the simulator; the episode is repeated the first time and invalid the second time."""
+        logger.warning("episode %s, control step %d: %s", row.episode, len(row.actions), error)
+        row.worker.restart()
+        if row.repeated:
+            self._end_episode(row, f"crash: {error}", invalid=True)
+        row.repeated = True
+
+    def _end_episode(self, row: _Row, reason: str, *, invalid: bool = False) -> None:
+        assert row.episode is not None
+        record = EpisodeRecord(
+            index=row.episode,
+            seed=row.seed,
+            initial_state_hash=row.initial_state_hash,
+            success=reason == "success",
+            steps=len(row.actions),
+            invalid=invalid,
+            total_reward=row.total_reward,
+            reason=reason,
+        )
+        self.records[row.episode] = record
+        self.actions[row.episode] = row.actions
+        row.episode = None
+        self._observer(record)
+
+
+def _check_finite_action(action: ActionArray, row: _Row) -> None:
+    if not np.isfinite(action).all():
+        raise PolicyError(
+            f"the policy's actions must be finite, got {action.tolist()} in row {row.number} (episode {row.episode}) "
+            f"at control step {len(row.actions)}; look at the policy's input normalisation and weights"
+        )
+
+
+def _check_observation(observation: dict[str, NDArray[Any]], spec: EnvironmentSpec) -> dict[str, NDArray[Any]]:
+    """Passes on an observation that keeps to the environment's own specification."""
+    for key, wanted in spec.observation.items():
+        if key not in observation or observation[key].shape != tuple(wanted.shape):
+            got = f"shape {observation[key].shape}" if key in observation else f"only {', '.join(sorted(observation))}"
+            raise ShapeError(
+                f"environment {spec.name!r} promises the observation {key!r} of shape {tuple(wanted.shape)} but gave "
+                f"{got}; mend its spec"
+            )
+        if not np.isfinite(observation[key]).all():
+            raise WorkerCrashError(f"the simulator returned NaN or infinite values in {key!r}")
+    return observation

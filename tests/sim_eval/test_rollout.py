@@ -1,0 +1,237 @@
+import functools
+import json
+import logging
+import multiprocessing
+
+import numpy as np
+import pytest
+
+from scd_robot import seeding
+from scd_robot.errors import ConfigError, MissingDependencyError, OutputError, ShapeError
+from scd_robot.sim_eval.policy_adapter import PolicyError
+from scd_robot.sim_eval.rollout import evaluate
+from scd_robot.types import ArraySpec, PolicySpec
+
+POINT = "toy_environment:make_point"
+
+
+def seed_of(episode):
+    return seeding.derive_seed(seeding.EVALUATION, episode)
+
+
+def run(policy, environment=POINT, episodes=6, **options):
+    return evaluate(policy, environment, episodes, **{"progress": False, "num_envs": 1, **options})
+
+
+class Still:
+    """Takes no rows, no episodes, no executed action."""
+
+    def __init__(self, action=(0.0, 0.0)):
+        self.action = np.array(action)
+        self.calls = 0
+
+    def reset(self):
+        self.calls += 1
+
+    def act(self, observation):
+        return np.tile(self.action, (len(observation["goal"]), 1))
+
+
+def test_outcomes_do_not_depend_on_the_number_of_environments(toy):
+    alone, together = (run(toy.GoToGoal(), num_envs=n).episodes_detail for n in (1, 4))
+    assert alone == together
+    assert all(e.success and e.reason == "success" for e in alone)
+    assert len({e.steps for e in alone}) > 1  # rows really end at different times
+    assert len({e.initial_state_hash for e in alone}) == 6
+
+
+def test_initial_state_is_a_function_of_the_episode_index(toy):
+    first = run(toy.GoToGoal(), num_envs=3).episodes_detail
+    later = run(toy.GoToGoal(), episodes=3, first_episode=3).episodes_detail
+    assert later == first[3:]
+    assert later[0].seed == seed_of(3)
+    other = run(toy.GoToGoal(), episodes=3, seed_domain=seeding.VALIDATION).episodes_detail
+    assert {e.initial_state_hash for e in first}.isdisjoint(e.initial_state_hash for e in other)
+
+
+def test_policy_is_told_which_rows_begin_which_episodes(toy):
+    policy = toy.GoToGoal()
+    result = run(policy, episodes=5, num_envs=2)
+    assert policy.resets[0] == (None, [0, 1])  # the whole batch first: a policy does not know its size before
+    assert all(len(rows) == len(episodes) for rows, episodes in policy.resets[1:])
+    assert sorted(e for _, episodes in policy.resets for e in episodes) == [0, 1, 2, 3, 4]
+    assert len(policy.executed) == result.to_json()["act_ms"]["count"]
+    assert result.to_json()["timing_batch_size"] == 2
+
+
+def test_policy_that_takes_rows_but_no_episodes_is_fine(toy):
+    class Uncounted(toy.GoToGoal):
+        def reset(self, rows=None):
+            super().reset(rows)
+
+    policy = Uncounted()
+    assert run(policy, num_envs=2).episodes_detail == run(toy.GoToGoal()).episodes_detail
+    assert policy.resets[0] == (None, None)
+
+
+def test_policy_gets_the_action_that_was_executed(toy):
+    policy = toy.GoToGoal()
+    run(policy, episodes=1)
+    assert policy.executed[0] is None
+    assert all(action.shape == (1, 2) and np.abs(action).max() <= 1 for action in policy.executed[1:])
+    assert max(np.abs(action).max() for action in policy.executed[1:]) == 1.0  # the policy asked for more
+
+
+def test_policy_without_rows_runs_in_one_environment(toy):
+    policy = Still()
+    result = run(policy, episodes=3, num_envs=None, max_steps=7)
+    assert policy.calls == 3
+    assert result.num_envs == 1
+    assert [(e.success, e.steps, e.reason) for e in result.episodes_detail] == [(False, 7, "time limit")] * 3
+    with pytest.raises(ConfigError, match="takes no rows"):
+        run(policy, num_envs=2)
+
+
+@pytest.mark.parametrize("fault", ["raise", "die", "hang", "nan"])
+def test_crash_is_invalid_and_never_failed(toy, fault, caplog):
+    source = functools.partial(toy.PointEnvironment, faults={seed_of(1): fault})
+    with caplog.at_level(logging.ERROR):
+        result = run(toy.GoToGoal(), source, episodes=4, num_envs=2, timeout_s=1.0)
+    crashed = result.episodes_detail[1]
+    assert crashed.invalid
+    assert not crashed.success
+    assert crashed.steps == toy.FAULT_STEP
+    assert crashed.reason.startswith("crash: ")
+    assert crashed.initial_state_hash is not None
+    assert (result.successes, result.invalid, result.success_rate) == (3, 1, 1.0)
+    healthy = run(toy.GoToGoal(), episodes=4).episodes_detail
+    assert [e for e in result.episodes_detail if not e.invalid] == [healthy[i] for i in (0, 2, 3)]
+
+
+def test_crash_that_does_not_repeat_costs_nothing(toy, tmp_path):
+    source = functools.partial(toy.PointEnvironment, faults={seed_of(1): "raise"}, fault_once=tmp_path / "happened")
+    result = run(toy.GoToGoal(), source, episodes=3, num_envs=2)
+    assert (tmp_path / "happened").exists()
+    assert result.episodes_detail == run(toy.GoToGoal(), episodes=3).episodes_detail
+
+
+def test_all_episodes_invalid_leaves_no_rate(toy):
+    source = functools.partial(toy.PointEnvironment, faults={seed_of(e): "raise" for e in range(2)})
+    document = run(toy.GoToGoal(), source, episodes=2, num_envs=1).to_json()
+    assert (document["success_rate"], document["interval"], document["invalid"]) == (None, [0.0, 1.0], 2)
+    assert document["time_to_success"] is None
+
+
+def test_policy_that_raises_ends_the_evaluation_and_leaves_no_process(toy, tmp_path):
+    class Failing(toy.GoToGoal):
+        def act(self, observation, executed_action=None):
+            if len(self.executed) == 30:
+                raise RuntimeError("out of memory")
+            return super().act(observation, executed_action)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(Failing(), out=tmp_path / "out")
+    assert multiprocessing.active_children() == []
+    lines = (tmp_path / "out/episodes.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == list(range(len(lines)))
+    assert len(lines) >= 1  # what was finished is kept
+    assert not (tmp_path / "out/result.json").exists()
+
+
+def test_action_that_is_not_finite_names_row_and_step(toy):
+    with pytest.raises(PolicyError, match=r"nan.* in row 0 \(episode 0\) at control step 0"):
+        run(Still((np.nan, 0)))
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_action_of_another_width_is_refused(toy, width):
+    with pytest.raises(ShapeError, match=rf"\(1, 2\) .*got \(1, {width}\)"):
+        run(Still((0.0,) * width))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"observation": {"camera": ArraySpec((8, 8, 3), "uint8")}}, "'camera'.*gives goal, position"),
+        ({"observation": {"goal": ArraySpec((3,))}}, r"'goal' as float32 \(3,\).*gives float32 \(2,\)"),
+        ({"observation": {"goal": ArraySpec((2,), "uint8")}}, "'goal' as uint8"),
+        ({"action_dim": 4}, "4 wide, environment 'toy/point' needs 2"),
+        ({"control_dt": 0.1}, "0.1 s, environment 'toy/point' steps 0.05 s"),
+    ],
+)
+def test_policy_of_another_task_is_refused_before_it_is_run(toy, changes, message, tmp_path):
+    policy = toy.GoToGoal()
+    fitting = {"observation": {"goal": ArraySpec((2,))}, "action_dim": 2, "control_dt": toy.CONTROL_DT}
+    policy.spec = PolicySpec(**{**fitting, **changes}, chunk_length=1, num_executed=1, history_length=1)
+    with pytest.raises(ShapeError, match=message):
+        run(policy, out=tmp_path / "out")
+    assert policy.resets == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_timings_of_the_policy_are_summarised(toy):
+    class Timed(toy.GoToGoal):
+        def drain_timings(self):
+            count = len(self.executed)
+            return {"encoder_ms": [1.0] * count, "plan_ms": [4.0, 6.0] if count else []}
+
+    document = run(Timed(), episodes=2).to_json()
+    assert document["plan_ms"] == {"p50": 5.0, "p95": 5.9, "p99": 5.98, "count": 2}
+    assert document["encoder_ms"]["p99"] == 1.0
+    assert run(toy.GoToGoal(), episodes=1).to_json()["plan_ms"] is None
+
+
+def test_output_folder_holds_the_whole_evaluation(toy, tmp_path):
+    result = run(toy.GoToGoal(), episodes=4, out=tmp_path / "out", num_videos=1, video_size=(64, 64))
+    document = json.loads((tmp_path / "out/result.json").read_text())
+    assert document == json.loads(json.dumps(result.to_json()))
+    assert document["schema"] == 1
+    assert (document["env"], document["episodes"], document["successes"]) == ("toy/point", 4, 4)
+    assert document["interval"] == pytest.approx([0.51, 1.0], abs=1e-3)
+    assert document["terminate_on_success"] is True
+    assert document["time_to_success"]["seconds"]["mean"] == pytest.approx(document["mean_steps"] * toy.CONTROL_DT)
+    lines = [json.loads(line) for line in (tmp_path / "out/episodes.jsonl").read_text().splitlines()]
+    assert sorted(lines, key=lambda line: line["index"]) == document["episodes_detail"]
+    assert document["videos"] == [{"episode": 0, "success": True, "file": "videos/episode_00000_success.mp4"}]
+    assert (tmp_path / "out" / document["videos"][0]["file"]).stat().st_size > 500
+    assert document["video_error"] is None
+    assert "<html" in (tmp_path / "out/report.html").read_text()
+
+
+def test_only_our_own_files_are_overwritten(toy, tmp_path):
+    (tmp_path / "videos").mkdir()
+    ours = ("episodes.jsonl", "result.json.part", "videos/episode_00007_failure.mp4")
+    for name in (*ours, "notes.txt", "videos/mine.mp4"):
+        (tmp_path / name).write_text("old\n")
+    with pytest.raises(OutputError, match="not empty"):
+        run(toy.GoToGoal(), out=tmp_path)
+    assert (tmp_path / "episodes.jsonl").read_text() == "old\n"
+    run(toy.GoToGoal(), episodes=2, out=tmp_path, overwrite=True, num_videos=0)
+    assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "notes.txt").read_text() == "old\n"
+    assert sorted(p.name for p in (tmp_path / "videos").iterdir()) == ["mine.mp4"]
+    assert not (tmp_path / "result.json.part").exists()
+
+
+def test_output_folder_that_is_a_file_is_refused_at_once(toy, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        run(toy.GoToGoal(), out=tmp_path / "out")
+
+
+def test_missing_simulator_says_how_to_install_it(toy):
+    with pytest.raises(MissingDependencyError, match="pip install"):
+        run(toy.GoToGoal(), "toy_environment:make_without_simulator")
+
+
+@pytest.mark.parametrize(
+    "options", [{"episodes": 0}, {"num_envs": 0}, {"max_steps": 0}, {"num_videos": -1}, {"first_episode": -1}]
+)
+def test_numbers_out_of_range_are_refused(toy, options):
+    with pytest.raises(ConfigError, match=f"{next(iter(options))} must be at least"):
+        run(toy.GoToGoal(), **options)
+
+
+def test_object_that_is_no_policy_is_refused():
+    with pytest.raises(ConfigError, match="has no act"):
+        run(type("Half", (), {"reset": lambda self, rows=None: None})())

@@ -1,0 +1,116 @@
+import functools
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from scd_robot.errors import ConfigError, MissingDependencyError, SimulatorError, UnknownNameError
+from scd_robot.sim_eval.workers import EnvironmentWorker, WorkerCrashError, load_environment, start_workers
+
+POINT = "toy_environment:make_point"
+
+
+def test_worker_answers_as_the_environment_itself_would(toy):
+    local = toy.make_point()
+    with EnvironmentWorker(POINT) as worker:
+        assert worker.spec == local.spec
+        for key, value in worker.call("reset", 5).items():
+            np.testing.assert_array_equal(value, local.reset(5)[key])
+        assert worker.call("state_hash") == local.state_hash()
+        action = np.array([3.0, 0.5], np.float32)
+        theirs, ours = worker.call("step", action), local.step(action)
+        np.testing.assert_array_equal(theirs.executed_action, [1.0, 0.5])
+        np.testing.assert_array_equal(theirs.observation["position"], ours.observation["position"])
+        np.testing.assert_array_equal(worker.call("render", 32, 48), local.render(32, 48))
+
+
+def test_numerical_libraries_get_one_thread_in_the_worker_only(toy, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    with EnvironmentWorker("toy_environment:make_telling_threads") as worker:
+        assert worker.spec.success == "1 1 1"
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert "MKL_NUM_THREADS" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("raise", "ValueError at toy_environment.py:.*contact solver"), ("die", "exit code 3"), ("hang", "within 1 s")],
+)
+def test_faults_are_crashes_and_a_restart_mends_them(toy, fault, message):
+    source = functools.partial(toy.PointEnvironment, faults={5: fault})
+    action = np.zeros(2, np.float32)
+    with EnvironmentWorker(source, timeout_s=1.0) as worker:
+        _ = worker.spec
+        worker.call("reset", 5)
+        for _ in range(toy.FAULT_STEP):
+            worker.call("step", action)
+        with pytest.raises(WorkerCrashError, match=message):
+            worker.call("step", action)
+        worker.restart()
+        worker.call("reset", 6)
+        for _ in range(toy.FAULT_STEP + 1):
+            worker.call("step", action)
+
+
+def test_no_process_is_left_behind(toy):
+    before = multiprocessing.active_children()
+    workers = start_workers(POINT, 2)
+    assert len(multiprocessing.active_children()) == len(before) + 2
+    for worker in workers:
+        worker.close()
+        worker.close()
+    assert multiprocessing.active_children() == before
+    with pytest.raises(SimulatorError):
+        start_workers("toy_environment:make_broken", 2)
+    assert multiprocessing.active_children() == before
+
+
+def test_worker_ignores_ctrl_c(toy):
+    with EnvironmentWorker(POINT) as worker:
+        _ = worker.spec
+        child = next(p for p in multiprocessing.active_children())
+        os.kill(child.pid, signal.SIGINT)
+        assert len(worker.call("reset", 1)) == 2
+
+
+def test_worker_exits_silently(toy, capfd):
+    with EnvironmentWorker(POINT) as worker:
+        _ = worker.spec
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "message"),
+    [
+        ("toy_environment:make_without_simulator", MissingDependencyError, 'pip install "scd_robot'),
+        ("toy_environment:make_pint", UnknownNameError, "did you mean 'make_point'"),
+        ("toy_environment:make_broken", SimulatorError, "ZeroDivisionError.*bad asset"),
+        ("no_such_module:make", SimulatorError, "No module named 'no_such_module'"),
+        ("nosuch/task", UnknownNameError, "nosuch/task"),
+    ],
+)
+def test_environment_that_cannot_be_made_says_why(toy, source, kind, message):
+    with EnvironmentWorker(source) as worker, pytest.raises(kind, match=message):
+        _ = worker.spec
+
+
+def test_environment_that_hangs_at_the_start_is_given_up(toy):
+    source = "toy_environment:make_hanging_at_start"
+    with (
+        EnvironmentWorker(source, startup_timeout_s=2.0) as worker,
+        pytest.raises(SimulatorError, match="not answer within 2 s"),
+    ):
+        _ = worker.spec
+
+
+def test_callable_that_cannot_travel_is_refused(toy):
+    with pytest.raises(ConfigError, match="picklable"):
+        EnvironmentWorker(lambda: toy.make_point())
+
+
+def test_environment_is_made_from_a_name_or_a_callable(toy):
+    assert load_environment(POINT).spec.name == "toy/point"
+    assert load_environment(toy.make_point).spec.name == "toy/point"

@@ -1,0 +1,148 @@
+"""A point in the plane that must reach a goal; it can be told to crash, hang, die or return NaN."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from scd_robot.errors import MissingDependencyError
+from scd_robot.types import ArraySpec, EnvironmentSpec, StepResult
+
+CONTROL_DT = 0.05
+FAULT_STEP = 3
+
+
+class PointEnvironment:
+    """Moves by 0.2 per step at most; `faults` maps the seed of an episode to what goes wrong in its fourth step."""
+
+    def __init__(self, faults=None, fault_once=None, max_steps=40, render="good"):
+        self.spec = EnvironmentSpec(
+            name="toy/point",
+            observation={"position": ArraySpec((2,)), "goal": ArraySpec((2,))},
+            action_dim=2,
+            action_low=(-1.0, -1.0),
+            action_high=(1.0, 1.0),
+            control_dt=CONTROL_DT,
+            max_steps=max_steps,
+            success="The point is within 0.15 of the goal.",
+        )
+        self._faults = faults or {}
+        self._fault_once = fault_once  # a file that remembers across processes that the fault has happened
+        self._render = render
+
+    def reset(self, seed):
+        rng = np.random.default_rng(seed)
+        self._seed = seed
+        self._steps = 0
+        self._position = rng.uniform(-2, 2, 2)
+        self._goal = rng.uniform(-2, 2, 2)
+        return self._observe()
+
+    def step(self, action):
+        if self._steps == FAULT_STEP and self._seed in self._faults:
+            self._fail(self._faults[self._seed])
+        executed = np.clip(action, -1, 1).astype(np.float32)
+        self._steps += 1
+        self._position = self._position + 0.2 * executed
+        distance = float(np.linalg.norm(self._position - self._goal))
+        truncated = self._steps >= self.spec.max_steps
+        return StepResult(self._observe(), -distance, distance < 0.15, False, truncated, executed)
+
+    def state_hash(self):
+        return hashlib.sha256(np.concatenate([self._position, self._goal]).tobytes()).hexdigest()
+
+    def render(self, height, width):
+        if self._render == "missing":
+            raise NotImplementedError("no camera here")
+        frame = np.full((height, width, 3), 235, np.uint8)
+        if self._render == "blank":
+            return frame
+        for place, colour in ((self._goal, (40, 160, 90)), (self._position, (200, 60, 60))):
+            column, row = np.clip((place / 3 + 1) / 2, 0.05, 0.95) * (width, height)
+            frame[int(row) - 6 : int(row) + 6, int(column) - 6 : int(column) + 6] = colour
+        return frame
+
+    def expert_action(self):
+        return np.clip((self._goal - self._position) / 0.2, -1, 1).astype(np.float32)
+
+    def close(self):
+        pass
+
+    def _observe(self):
+        return {"position": self._position.astype(np.float32), "goal": self._goal.astype(np.float32)}
+
+    def _fail(self, fault):
+        if self._fault_once is not None:
+            if Path(self._fault_once).exists():
+                return
+            Path(self._fault_once).touch()
+        if fault == "hang":
+            threading.Event().wait()
+        elif fault == "die":
+            os._exit(3)
+        elif fault == "nan":
+            self._position = self._position * np.nan
+        else:
+            raise ValueError("contact solver diverged")
+
+
+def make_point():
+    return PointEnvironment()
+
+
+def make_without_simulator():
+    raise MissingDependencyError('toy simulator is missing; run pip install "scd_robot[sim]"')
+
+
+def make_broken():
+    raise ZeroDivisionError("bad asset")
+
+
+def make_telling_threads():
+    environment = PointEnvironment()
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    told = " ".join(os.environ[name] for name in names)
+    environment.spec = dataclasses.replace(environment.spec, success=told)
+    return environment
+
+
+class ForgetfulEnvironment(PointEnvironment):
+    """Its start state depends on how often it was reset."""
+
+    count = 0
+
+    def reset(self, seed):
+        self.count += 1
+        return super().reset(seed + self.count)
+
+
+make_forgetful = ForgetfulEnvironment
+make_hanging_at_start = functools.partial(threading.Event().wait)
+
+
+class GoToGoal:
+    """A deterministic policy that remembers, per row, the steps since its reset: slow at first, then fast."""
+
+    def __init__(self):
+        self.resets = []
+        self.executed = []
+        self._steps = None
+
+    def reset(self, rows=None, episodes=None):
+        self.resets.append((rows, episodes))
+        if rows is None:
+            self._steps = None
+        else:
+            self._steps[rows] = 0
+
+    def act(self, observation, executed_action=None):
+        self.executed.append(executed_action)
+        if self._steps is None:
+            self._steps = np.zeros(len(observation["goal"]))
+        self._steps += 1
+        gain = np.minimum(self._steps / 5, 1)[:, None]
+        return (observation["goal"] - observation["position"]) * 5 * gain
