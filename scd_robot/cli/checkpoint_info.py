@@ -1,0 +1,86 @@
+"""The verb `scd info`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+__all__ = ["describe_checkpoint", "info"]
+
+
+def info(checkpoint: Annotated[Path, tyro.conf.Positional], /, *, json: Path | None = None) -> None:
+    """Shows what a checkpoint holds: architecture, sizes, dataset, normalisation, metrics and versions.
+
+    Args:
+        checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint).
+        json: write the description to this file too ("-": standard output).
+    """
+    from scd_robot.cli.output import write_json
+
+    description = describe_checkpoint(checkpoint)
+    if json is not None:
+        write_json(json, description)
+    if str(json) != "-":
+        print("\n".join(_lines(description)))
+
+
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """The checkpoint's contents without its weights, and their sizes."""
+    from scd_robot.checkpoint import SCHEMA, read_checkpoint
+
+    checkpoint = read_checkpoint(path)
+    sizes: dict[str, int] = {}
+    for name, tensor in checkpoint.weights.items():
+        part = name.partition(".")[0]
+        sizes[part] = sizes.get(part, 0) + tensor.numel()
+    return {
+        "checkpoint": str(checkpoint.path),
+        "schema": SCHEMA,
+        "policy": checkpoint.policy,
+        "step": checkpoint.step,
+        "resumable": (checkpoint.path / "resume").is_dir(),
+        "parameters": {**sizes, "total": sum(sizes.values())},
+        "dataset": checkpoint.dataset.to_json(),
+        "normalization": checkpoint.normalizer.to_json(),
+        "config": checkpoint.config,
+        "metrics": checkpoint.metrics,
+        "versions": checkpoint.versions,
+    }
+
+
+def _lines(description: dict[str, Any]) -> list[str]:
+    dataset, config = description["dataset"], description["config"]
+    model = config["model"]
+    field = model["encoder_layers"] * (model["history_length"] - 1) + 1
+    lines = [
+        f"checkpoint   {description['checkpoint']}",
+        f"policy       {description['policy']}, preset {config['preset']}, step {description['step']}"
+        + (", can be resumed" if description["resumable"] else ""),
+        "parameters   " + ", ".join(f"{part} {count:,}" for part, count in description["parameters"].items()),
+        f"trained on   {dataset['source'] or 'unknown source'}, control_dt {dataset['control_dt']:g} s",
+        "observation  " + ", ".join(f"{key} {tuple(spec['shape'])}" for key, spec in dataset["observation"].items()),
+        f"action       ({dataset['action_dim']},)",
+        f"history      {model['history_length']} control steps per layer, receptive field {field}",
+        f"plan         chunk of {model['chunk_length']}, {config['policy']['num_executed']} executed, "
+        f"{config['policy']['sampler']['num_denoising_steps']} {config['policy']['sampler']['solver']} steps",
+        "versions     " + ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
+        "metrics",
+        *(f"  {name:24} {value:.5g}" for name, value in description["metrics"].items()),
+        "normalisation                 mode      min ... max per dimension",
+    ]
+    for key, entry in description["normalization"].items():
+        ranges = " ".join(
+            f"[{low:.3g}, {high:.3g}]" for low, high in zip(entry["minimum"], entry["maximum"], strict=True)
+        )
+        lines.append(f"  {key:27} {entry['mode']:9} {ranges}")
+    lines.append("settings (scd train --set FIELD=VALUE)")
+    lines += [
+        f"  {name} = {value}" for name, value in _flatten(config) if not name.startswith("model.observation_shapes")
+    ]
+    return lines
+
+
+def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(tree, dict):
+        return [(prefix, tree)]
+    return [pair for name, value in tree.items() for pair in _flatten(value, f"{prefix}.{name}".lstrip("."))]

@@ -1,0 +1,88 @@
+"""The verbs `scd data record` and `scd data info`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+__all__ = ["info", "record"]
+
+
+def record(
+    env: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    episodes: int,
+    out: Path,
+    seed: int = 0,
+    action_noise: float = 0.0,
+    steps_after_success: int = 10,
+    workers: int | None = None,
+    overwrite: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Records demonstrations of the expert that comes with a simulator, into a Zarr store.
+
+    Failed attempts are dropped and counted. The store depends on the environment, the number of episodes, the seed and
+    the noise only: any number of processes writes the same bytes. If the recording is interrupted, the finished
+    episodes stay readable.
+
+    Args:
+        env: the environment, metaworld/TASK or metaworld/TASK:OPTION=INTEGER,...; for example metaworld/push-v3, or
+            metaworld/push-v3:goal_steps=5 to show the goal in the first 5 control steps only.
+        episodes: successful demonstrations to record.
+        out: folder of the new store.
+        seed: start states and noise follow from it; evaluations never start from the same states.
+        action_noise: standard deviation of normal noise on the executed actions, in their units (0.1 is usual for
+            Meta-World); the stored labels are the expert's clean actions.
+        steps_after_success: control steps recorded after the first success.
+        workers: simulator processes; by default one per CPU, fewer for few episodes.
+        overwrite: replace a store that exists at OUT, once the new one is complete.
+        json: write the summary to this file too ("-": standard output).
+    """
+    from scd_robot.cli.output import write_json
+    from scd_robot.recording import record_demonstrations
+
+    summary = record_demonstrations(
+        env,
+        episodes,
+        out,
+        seed=seed,
+        action_noise=action_noise,
+        steps_after_success=steps_after_success,
+        workers=workers,
+        overwrite=overwrite,
+    )
+    if json is not None:
+        write_json(json, summary)
+    if str(json) != "-":
+        print(
+            f"{summary['path']}: {summary['episodes']} episodes, {summary['steps']} steps "
+            f"(mean length {summary['mean_length']:.1f}), {summary['failures']} failed attempts dropped, "
+            f"{summary['seconds']:.1f} s"
+        )
+
+
+def info(
+    path: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    keys: list[str] | None = None,
+    json: Path | None = None,
+) -> None:
+    """Checks a dataset and shows what it holds: episodes, lengths, keys, shapes, and the range of each dimension.
+
+    Args:
+        path: the dataset, a Zarr folder as `scd data record` or diffusion_policy writes it.
+        keys: observation keys to look at; by default all (images are loaded into memory).
+        json: write the description to this file too ("-": standard output).
+    """
+    from scd_robot.cli.output import write_json
+    from scd_robot.datasets.open import open_dataset
+    from scd_robot.datasets.summary import describe, format_description
+
+    description = describe(open_dataset(path, keys))
+    if json is not None:
+        write_json(json, description)
+    if str(json) != "-":
+        print(format_description(description))

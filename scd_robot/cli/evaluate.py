@@ -1,0 +1,93 @@
+"""The verb `scd eval`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+__all__ = ["evaluate", "headline"]
+
+
+def evaluate(
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    env: str,
+    episodes: int = 50,
+    out: Path | None = None,
+    first_episode: int = 0,
+    num_envs: int | None = None,
+    max_steps: int | None = None,
+    num_denoising_steps: int | None = None,
+    num_executed: int | None = None,
+    seed: int | None = None,
+    device: str = "cpu",
+    num_videos: int = 3,
+    overwrite: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Runs a checkpoint in closed loop and reports its success rate with an interval, its times and its videos.
+
+    Episode i always starts from the same state, whatever the checkpoint. A crash of the simulator makes an episode
+    invalid, which is neither success nor failure. OUT gets report.html, result.json, episodes.jsonl and videos/.
+
+    Args:
+        checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint).
+        env: environment, for example metaworld/push-v3 or metaworld/push-v3:goal_steps=5.
+        episodes: how many.
+        out: folder for the report; by default nothing is written.
+        first_episode: index of the first episode; ranges that do not overlap have different start states.
+        num_envs: environments side by side, one process each; changes neither start states nor noise.
+        max_steps: control steps after which an episode fails; by default the environment's own limit.
+        num_denoising_steps: replaces the checkpoint's.
+        num_executed: actions taken from one plan before the next; replaces the checkpoint's.
+        seed: of the policy's noise; replaces the checkpoint's.
+        device: torch device of the policy.
+        num_videos: successes and failures to replay into videos, so many of each; 0 = none.
+        overwrite: replace an earlier evaluation in OUT.
+        json: write the result to this file too ("-": standard output).
+    """
+    import torch
+
+    from scd_robot.cli.output import write_json
+    from scd_robot.policies import load_policy
+    from scd_robot.sim_eval import evaluate as run
+
+    torch.set_num_threads(1)  # small batches; the simulators have the other cores
+    policy = load_policy(
+        checkpoint, device, num_denoising_steps=num_denoising_steps, num_executed=num_executed, seed=seed
+    )
+    result = run(
+        policy,
+        env,
+        episodes,
+        first_episode=first_episode,
+        num_envs=num_envs,
+        max_steps=max_steps,
+        out=out,
+        overwrite=overwrite,
+        num_videos=num_videos,
+        policy_name=str(checkpoint),
+        progress=str(json) != "-",
+    )
+    if json is not None:
+        write_json(json, result.to_json())
+    if str(json) != "-":
+        print(headline(result.to_json()))
+        if out is not None:
+            print(f"report: {out / 'report.html'}")
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """One line for people."""
+    low, high = result["interval"]
+    valid = result["episodes"] - result["invalid"]
+    rate = "no valid episode" if result["success_rate"] is None else f"{100 * result['success_rate']:.1f} %"
+    times = [f"{name} {result[f'{name}_ms']['p50']:.1f} ms" for name in ("encoder", "plan") if result[f"{name}_ms"]]
+    return (
+        f"{result['env']}: {result['successes']}/{valid} successes, {rate} "
+        f"(95 % interval {100 * low:.1f}-{100 * high:.1f} %), {result['invalid']} invalid; "
+        + ", ".join(times)
+        + f" (p50, batch {result['timing_batch_size']})"
+    )

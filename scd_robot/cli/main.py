@@ -1,0 +1,179 @@
+"""The program `scd`: finds the verb, lets tyro parse its options, and turns errors into exit codes.
+
+Each verb is one typed function in a module of its own: its signature and docstring become the options and their help,
+it returns nothing, and it raises an `ScdRobotError` for what the user can mend. Only the called verb's module is
+imported, so that `scd --help` answers at once.
+"""
+
+import errno
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import scd_robot
+from scd_robot.errors import ScdRobotError, UnknownNameError
+
+__all__ = ["VERBS", "Verb", "main"]
+
+logger = logging.getLogger(__name__)
+
+EXIT_DONE = 0
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+INTRODUCTION = "Robot trajectory generation with Separable Causal Diffusion."
+DETAILS = """\
+options before the verb:
+  -h, --help     this text; 'scd VERB --help' shows the options of a verb
+  --version      the installed version
+  -v, --verbose  log details, and show the traceback of errors in the input as well
+
+a first run, about as 'scd demo' does it:
+  scd data record metaworld/push-v3 --episodes 100 --out data/push.zarr --seed 0
+  scd train metaworld_state --dataset data/push.zarr --out runs/push --seed 0
+  scd eval runs/push --env metaworld/push-v3 --episodes 50 --out runs/push-eval
+
+exit codes:
+  0 done, 2 bad usage or input (one sentence says what), 1 a bug of ours (with its traceback), 130 interrupted"""
+
+# What to do about the operating system's refusals; any other OSError is taken for a bug.
+FILE_HINTS = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "name a file instead",
+    errno.EACCES: "check its permissions or choose another path",
+    errno.EPERM: "check its permissions or choose another path",
+    errno.EROFS: "choose a path on a writable file system",
+    errno.ENOSPC: "free some space or choose a path on another disk",
+    errno.EDQUOT: "free some space or choose a path on another disk",
+}
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where the function of one verb is found.
+
+    Attributes:
+        module: imported only when the verb is called.
+        function: its name in the module.
+        summary: one line for `scd --help`.
+    """
+
+    module: str
+    function: str
+    summary: str
+
+
+VERBS = {
+    "demo": Verb("scd_robot.cli.demo", "demo", "record, train and evaluate one task, then show the report"),
+    "data record": Verb("scd_robot.cli.data", "record", "record demonstrations of a simulator's scripted expert"),
+    "data info": Verb("scd_robot.cli.data", "info", "what a dataset holds: episodes, keys, shapes, ranges"),
+    "train": Verb("scd_robot.cli.train", "train", "train a policy on a dataset, or continue an interrupted run"),
+    "eval": Verb("scd_robot.cli.evaluate", "evaluate", "run a checkpoint in closed loop: success rate, times, report"),
+    "info": Verb("scd_robot.cli.checkpoint_info", "info", "what a checkpoint holds: sizes, dataset, metrics, versions"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        argv: the arguments without the program's name; None = those of this process.
+
+    Returns:
+        The exit code. Exceptions that are bugs of ours pass through: Python prints them and exits with 1.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbose = bool(arguments) and arguments[0] in ("-v", "--verbose")
+    if verbose:
+        arguments.pop(0)
+    set_up_logging(verbose)
+    try:
+        return dispatch(arguments)
+    except KeyboardInterrupt:
+        print("scd: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except ScdRobotError as error:
+        message = str(error)
+        logger.debug("the error in full:", exc_info=error)
+    except OSError as error:
+        if error.errno not in FILE_HINTS:
+            raise
+        message = describe_os_error(error)
+        logger.debug("the error in full:", exc_info=error)
+    print(f"scd: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Answers `--help` and `--version`, or finds the verb and runs it.
+
+    Raises:
+        UnknownNameError: for a verb or a leading option that does not exist.
+    """
+    groups = {name.split()[0] for name in VERBS if " " in name}
+    first = arguments[0] if arguments else ""
+    if first in ("", "-h", "--help"):
+        print(help_text())
+        return EXIT_DONE if first else EXIT_BAD_INPUT
+    if first == "--version":
+        print(f"scd {scd_robot.__version__}")
+        return EXIT_DONE
+    if first.startswith("-"):
+        raise UnknownNameError("option before the verb", first, ["--help", "--version", "--verbose"])
+    if first not in groups:
+        return run_verb(first, arguments[1:])
+    second = arguments[1] if len(arguments) > 1 else ""
+    if second in ("", "-h", "--help"):
+        print(help_text(first))
+        return EXIT_DONE if second else EXIT_BAD_INPUT
+    return run_verb(f"{first} {second}", arguments[2:])
+
+
+def run_verb(name: str, arguments: Sequence[str]) -> int:
+    """Parses the verb's options and calls its function.
+
+    Raises:
+        UnknownNameError: there is no such verb.
+    """
+    if name not in VERBS:
+        raise UnknownNameError("verb", name, VERBS)
+    import tyro
+
+    function = getattr(importlib.import_module(VERBS[name].module), VERBS[name].function)
+    try:
+        tyro.cli(function, prog=f"scd {name}", args=list(arguments))
+    except SystemExit as stop:  # tyro has shown the help (0) or what is wrong with the options (2)
+        return stop.code if isinstance(stop.code, int) else EXIT_BAD_INPUT
+    return EXIT_DONE
+
+
+def help_text(group: str = "") -> str:
+    """The help of the program, or of the verbs that begin with `group`."""
+    names = [name for name in VERBS if name.startswith(f"{group} " if group else "")]
+    width = max(len(name) for name in names)
+    listing = "\n".join(f"  {name:{width}}  {VERBS[name].summary}" for name in names)
+    if group:
+        return f"usage: scd {group} VERB ...\n\nverbs:\n{listing}\n\n'scd {group} VERB --help' shows the options of one"
+    return f"usage: scd [-v] VERB ...\n\n{INTRODUCTION}\n\nverbs:\n{listing}\n\n{DETAILS}"
+
+
+def describe_os_error(error: OSError) -> str:
+    """One sentence: which path, what the system said, what to do."""
+    path = f"{os.fspath(error.filename)!r}: " if error.filename else ""
+    reason = os.strerror(error.errno).lower() if error.errno else str(error)
+    return f"{path}{reason}; {FILE_HINTS.get(error.errno or 0, 'check the path')}"
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Sends log messages to standard error: our own from INFO on, those of other packages from WARNING on."""
+    detailed = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(format=detailed if verbose else "%(message)s", level=logging.WARNING)
+    logging.getLogger("scd_robot").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The verb `scd train`."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+__all__ = ["train"]
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    preset: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    dataset: Path,
+    out: Path,
+    max_steps: int | None = None,
+    seed: int | None = None,
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
+    resume: bool = False,
+    init: Path | None = None,
+    init_statistics: Literal["checkpoint", "dataset"] | None = None,
+    eval_env: str | None = None,
+    eval_every: int = 0,
+    eval_episodes: int = 20,
+    accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    threads: int | None = None,
+    json: Path | None = None,
+) -> None:
+    """Trains a policy on a dataset.
+
+    Writes OUT/checkpoints/step_* (each a complete policy), and TensorBoard and CSV logs in OUT/logs. A run that was
+    interrupted continues with --resume and the same options, and ends with the same weights.
+
+    Args:
+        preset: named experiment, for example metaworld_state.
+        dataset: folder of the dataset; widths of observations and actions are taken from it.
+        out: folder of the run.
+        max_steps: optimiser steps; by default the preset's.
+        seed: keys every random draw; by default the preset's.
+        settings: settings that replace the preset's, as FIELD=VALUE: training.learning_rate=3e-4 model.history_length=1
+            policy.sampler.num_denoising_steps=4; 'scd info' shows all of a trained one.
+        resume: continue the run in OUT from its newest checkpoint.
+        init: fine-tune from this checkpoint (or run) of the same architecture.
+        init_statistics: with --init, normalise with the checkpoint's statistics or with new ones of the dataset.
+        eval_env: evaluate in this environment while training, from start states that `scd eval` never uses.
+        eval_every: training steps between these evaluations, a multiple of training.validate_every.
+        eval_episodes: episodes of each of them.
+        accelerator: Lightning's: auto, cpu, gpu.
+        devices: per node.
+        num_nodes: machines.
+        strategy: Lightning's: auto, ddp, ...
+        threads: CPU threads; by default all cores, at most 8.
+        json: write the summary to this file too ("-": standard output).
+    """
+    from scd_robot.cli.output import write_json
+    from scd_robot.cli.threads import use_training_threads
+    from scd_robot.datasets import open_dataset
+    from scd_robot.errors import ConfigError
+    from scd_robot.presets import resolve, with_settings
+    from scd_robot.training import train as run
+
+    if bool(eval_env) != bool(eval_every):
+        raise ConfigError("evaluation while training needs both --eval-env and --eval-every")
+    data = open_dataset(dataset)
+    given = list(settings)
+    given += [] if max_steps is None else [f"training.max_steps={max_steps}"]
+    given += [] if seed is None else [f"training.seed={seed}"]
+    experiment = with_settings(resolve(preset, data.spec), given)
+    count = use_training_threads(threads)
+    logger.info("training %s on %s, %d steps, %d threads", preset, dataset, experiment.training.max_steps, count)
+    summary = run(
+        data,
+        experiment,
+        out,
+        resume=resume,
+        init=init,
+        init_statistics=init_statistics,
+        evaluate=_evaluation(eval_env, eval_episodes) if eval_env else None,
+        evaluate_every=eval_every,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        progress=str(json) != "-",
+    )
+    if json is not None:
+        write_json(json, summary)
+    if str(json) != "-":
+        error = summary["metrics"].get("val/chunk_rmse")
+        held_out = "" if error is None else f", held-out chunk error {error:.4f} (RMS, normalised units)"
+        print(f"{summary['checkpoint']}: {summary['steps']} steps in {summary['seconds']:.0f} s{held_out}")
+
+
+def _evaluation(environment: str, episodes: int) -> Callable[[Any], dict[str, float]]:
+    """A closed-loop evaluation from the start states kept for validation."""
+    from scd_robot.seeding import VALIDATION
+    from scd_robot.sim_eval import evaluate
+
+    def run(policy: Any) -> dict[str, float]:
+        result = evaluate(policy, environment, episodes, seed_domain=VALIDATION, num_videos=0, progress=False)
+        low, high = result.interval
+        return {"success_rate": result.success_rate or 0.0, "interval_low": low, "interval_high": high}
+
+    return run

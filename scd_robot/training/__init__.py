@@ -1,0 +1,21 @@
+"""Training with Lightning: data module, objective, moving average, checkpoints."""
+
+from scd_robot.training.batches import SegmentDataset, TrainingBatch
+from scd_robot.training.config import ExperimentConfig, TrainingConfig
+from scd_robot.training.datamodule import EpisodeDataModule
+from scd_robot.training.ema import Ema
+from scd_robot.training.module import ScdLightningModule
+from scd_robot.training.objective import flow_matching_terms
+from scd_robot.training.run import train
+
+__all__ = [
+    "Ema",
+    "EpisodeDataModule",
+    "ExperimentConfig",
+    "ScdLightningModule",
+    "SegmentDataset",
+    "TrainingBatch",
+    "TrainingConfig",
+    "flow_matching_terms",
+    "train",
+]

@@ -1,0 +1,198 @@
+"""Training batches: episode segments with all random draws, each a function of (seed, step, sample) alone.
+
+Because nothing depends on what was drawn before, a run that was killed continues with the same batches, and several
+devices together see what one device would have seen.
+
+Shapes: B segments, T steps (longest segment), k past actions, Ta chunk length, L = k + Ta, M positions, S noise draws,
+Da action width, K context tokens, D width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from scd_robot.datasets import EpisodeDataset
+from scd_robot.datasets.windows import SegmentBatch, SegmentIndex
+from scd_robot.diffusion import sample_flow_time
+from scd_robot.errors import DatasetError
+from scd_robot.seeding import keyed_rng
+from scd_robot.training.config import ExperimentConfig
+
+__all__ = ["Draws", "EpochSampler", "SegmentDataset", "TrainingBatch"]
+
+_TRAINING_DRAW, _VALIDATION_DRAW = 21, 22
+
+
+@dataclass
+class Draws:
+    """Random quantities of a batch.
+
+    Attributes:
+        stream: (B, T) int64, 0 before the virtual reset and 1 from it on.
+        position: (B, M) int64 control steps whose chunks are denoised.
+        position_valid: (B, M) bool, False where a segment has fewer eligible steps than M.
+        flow_time: (B, M, S).
+        noise: (B, M, S, L, Da).
+        corruption: (B, M, S, K, D), or empty where the model has none.
+        past_action_noise: (B, T, Da), or empty where the model has none.
+        delay: (B, M, S) int64 committed actions.
+    """
+
+    stream: Tensor
+    position: Tensor
+    position_valid: Tensor
+    flow_time: Tensor
+    noise: Tensor
+    corruption: Tensor
+    past_action_noise: Tensor
+    delay: Tensor
+
+
+@dataclass
+class TrainingBatch:
+    """Segments in the dataset's units.
+
+    Attributes:
+        observation: (B, T, ...) by key; steps past a segment's end repeat its last one.
+        step_valid: (B, T) bool, False past a segment's end.
+        action: (B, before + T + Ta, Da) labels around the segment, `before` = max(k, 1); entry `before` is step 0.
+        executed: like `action`, what was really executed.
+        action_valid: (B, before + T + Ta) bool, False outside the episode: no data.
+        draws: the random quantities.
+    """
+
+    observation: dict[str, Tensor]
+    step_valid: Tensor
+    action: Tensor
+    executed: Tensor
+    action_valid: Tensor
+    draws: Draws
+
+
+class SegmentDataset(Dataset[TrainingBatch]):
+    """Item i is the whole batch of training step i (of one device), so that loading is one gather per key.
+
+    Args:
+        data: the episodes.
+        experiment: architecture and training settings.
+        episodes: which episodes to use.
+        rank: number of this device.
+        world_size: number of devices; must divide the batch size.
+        validation: items are the held-out segments in order, with draws that never change.
+    """
+
+    def __init__(
+        self,
+        data: EpisodeDataset,
+        experiment: ExperimentConfig,
+        episodes: NDArray[np.int64],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        validation: bool = False,
+    ) -> None:
+        training = experiment.training
+        if training.batch_size % world_size:
+            raise DatasetError(f"batch_size {training.batch_size} is not a multiple of the {world_size} devices")
+        self._experiment, self._validation = experiment, validation
+        self._index = SegmentIndex(data.episode_ends, training.segment_length, episodes, training.seed)
+        share = training.batch_size // world_size
+        self._samples = range(rank * share, (rank + 1) * share)
+        self._observation = {key: torch.from_numpy(data.arrays[key]) for key in experiment.model.observation_shapes}
+        self._action = torch.from_numpy(data.arrays["action"])
+        self._executed = torch.from_numpy(data.executed())
+
+    def __len__(self) -> int:
+        if not self._validation:
+            return self._experiment.training.max_steps
+        segments = min(len(self._index), self._experiment.training.validation_segments)
+        return -(-segments // self._experiment.training.batch_size)
+
+    def __getitem__(self, step: int) -> TrainingBatch:
+        size = self._experiment.training.batch_size
+        if self._validation:
+            last = min(len(self._index), self._experiment.training.validation_segments)
+            samples = range(step * size, min(last, (step + 1) * size))
+            segments = self._index.ordered(samples)
+            keys = [(_VALIDATION_DRAW, 0, sample) for sample in samples]
+        else:
+            segments = self._index.batch(step, self._samples, size)
+            keys = [(_TRAINING_DRAW, step, sample) for sample in self._samples]
+        return self._assemble(segments, self._draw(segments, keys))
+
+    def _assemble(self, segments: SegmentBatch, draws: Draws) -> TrainingBatch:
+        model = self._experiment.model
+        steps, step_valid = (torch.from_numpy(x) for x in segments.steps())
+        around, inside = segments.steps_around(max(1, model.num_past_actions), model.chunk_length)
+        return TrainingBatch(
+            observation={key: value[steps] for key, value in self._observation.items()},
+            step_valid=step_valid,
+            action=self._action[torch.from_numpy(around)],
+            executed=self._executed[torch.from_numpy(around)],
+            action_valid=torch.from_numpy(inside),
+            draws=draws,
+        )
+
+    def _draw(self, segments: SegmentBatch, keys: list[tuple[int, int, int]]) -> Draws:
+        model, training = self._experiment.model, self._experiment.training
+        batch, steps = len(keys), int(segments.lengths.max())
+        positions, copies = training.positions_per_segment, training.noise_draws
+        length = model.num_past_actions + model.chunk_length
+        stream = np.zeros((batch, steps), np.int64)
+        position = np.zeros((batch, positions), np.int64)
+        position_valid = np.zeros((batch, positions), bool)
+        flow_time = np.empty((batch, positions, copies), np.float32)
+        noise = np.empty((batch, positions, copies, length, model.action_dim), np.float32)
+        corrupts = (batch if model.context_corruption else 0, positions, copies, model.num_context_tokens, model.width)
+        corruption = np.empty(corrupts, np.float32)
+        noises_past = model.past_action_input == "noised"
+        past_noise = np.zeros((batch if noises_past else 0, steps, model.action_dim), np.float32)
+        delay = np.zeros((batch, positions, copies), np.int64)
+        begins_inside = segments.start > segments.episode_start
+        for i, key in enumerate(keys):
+            rng, steps_here = keyed_rng(training.seed, *key), int(segments.lengths[i])
+            cut, at = rng.random(), rng.integers(1, max(2, steps_here))
+            if cut < training.virtual_reset_probability and not self._validation:
+                stream[i, at:] = 1
+            first = min(training.burn_in, steps_here - 1) if begins_inside[i] else 0
+            eligible = first + rng.permutation(steps_here - first)[:positions]
+            position[i, : len(eligible)], position_valid[i, : len(eligible)] = eligible, True
+            flow_time[i] = sample_flow_time(training.flow_time, (positions, copies), rng)
+            rng.standard_normal(dtype=np.float32, out=noise[i])
+            if model.max_delay_steps:
+                delay[i] = rng.integers(0, model.max_delay_steps + 1, (positions, copies))
+            if model.context_corruption:
+                rng.standard_normal(dtype=np.float32, out=corruption[i])
+            if noises_past:
+                past_noise[i, :steps_here] = rng.standard_normal((steps_here, model.action_dim), np.float32)
+        fields = (stream, position, position_valid, flow_time, noise, corruption, past_noise, delay)
+        return Draws(*(torch.from_numpy(x) for x in fields))
+
+
+class EpochSampler(Sampler[int]):
+    """Yields the training steps of one Lightning epoch: `steps` of them, the last epoch perhaps fewer.
+
+    Lightning calls `set_epoch` before each epoch, except that when it resumes it has asked for an iterator by then:
+    therefore the epoch to begin with is given.
+    """
+
+    def __init__(self, steps: int, max_steps: int, epoch: int = 0) -> None:
+        self.steps, self.max_steps, self.epoch = steps, max_steps, epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration is for."""
+        self.epoch = epoch
+
+    def _range(self) -> range:
+        return range(self.epoch * self.steps, min(self.max_steps, (self.epoch + 1) * self.steps))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._range())
+
+    def __len__(self) -> int:
+        return len(self._range())

@@ -1,0 +1,107 @@
+"""Everything a training run depends on besides the data; resolved and stored in the checkpoint."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from scd_robot.diffusion import FlowTimeConfig
+from scd_robot.errors import ConfigError
+from scd_robot.model import ScdConfig
+from scd_robot.normalization import Mode
+from scd_robot.policies.scd import ScdPolicyConfig
+
+__all__ = ["ExperimentConfig", "TrainingConfig"]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Data, objective and optimisation.
+
+    Attributes:
+        max_steps: optimiser steps.
+        seed: keys every draw together with step and sample.
+        batch_size: episode segments per step, over all devices.
+        segment_length: most control steps in a segment; episodes up to this length are used whole.
+        burn_in: control steps at the start of a segment that begins inside an episode which carry no loss; 0 treats
+            the start of the segment as a virtual reset instead, which is trained as a cold start.
+        positions_per_segment: control steps of each encoded segment whose chunks are denoised.
+        noise_draws: (noise, flow time) draws for each of them; the encoder's cost is shared by all.
+        virtual_reset_probability: share of segments whose history is cut at a random step, in all layers (variable
+            history, arXiv 2606.16447).
+        flow_time: distribution of the flow time.
+        learning_rate: peak, of the encoder.
+        decoder_learning_rate_factor: the decoder's peak in units of it.
+        final_learning_rate: at the end of the cosine, in units of the peak.
+        warmup_steps: linear warm-up.
+        weight_decay: AdamW's, on matrices only.
+        betas: AdamW's.
+        gradient_clip: largest norm of the gradient; 0 = off.
+        ema_decay: largest decay of the weights' moving average; at step n it is min(ema_decay, (1 + n) / (10 + n)).
+        observation_normalization: mode for all observation vectors, see `normalization.MODES`.
+        action_normalization: mode for actions.
+        held_out: share of episodes kept for validation.
+        validate_every: steps between validations; a checkpoint is written after each.
+        validation_segments: most held-out segments per validation.
+        precision: "32-true", or "bf16-mixed" where the device is fast at it.
+        num_workers: processes that prepare batches; 0 = the training process itself, best for vectors.
+    """
+
+    max_steps: int = 2000
+    seed: int = 0
+    batch_size: int = 16
+    segment_length: int = 128
+    burn_in: int = 0
+    positions_per_segment: int = 32
+    noise_draws: int = 1
+    virtual_reset_probability: float = 0.2
+    flow_time: FlowTimeConfig = field(default_factory=FlowTimeConfig)
+    learning_rate: float = 1e-3
+    decoder_learning_rate_factor: float = 2.0
+    final_learning_rate: float = 0.01
+    warmup_steps: int = 100
+    weight_decay: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.95)
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.9999
+    observation_normalization: Mode = "min_max"
+    action_normalization: Mode = "min_max"
+    held_out: float = 0.05
+    validate_every: int = 500
+    validation_segments: int = 32
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        positive = ("max_steps", "batch_size", "segment_length", "positions_per_segment", "noise_draws")
+        for name in (*positive, "validate_every", "validation_segments"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "burn_in", "warmup_steps", "weight_decay", "gradient_clip", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("learning_rate", "decoder_learning_rate_factor"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("virtual_reset_probability", "ema_decay", "final_learning_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.burn_in >= self.segment_length:
+            raise ConfigError(f"burn_in {self.burn_in} leaves nothing of segment_length {self.segment_length}")
+        if len(self.betas) != 2:
+            raise ConfigError(f"betas must be two numbers, got {self.betas}")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """A training run that can be repeated: what a preset resolves to for a dataset.
+
+    Attributes:
+        preset: name of the preset it came from.
+        model: architecture.
+        training: data, objective, optimisation.
+        policy: how the trained model is run.
+    """
+
+    preset: str
+    model: ScdConfig
+    training: TrainingConfig
+    policy: ScdPolicyConfig

@@ -1,0 +1,64 @@
+"""Exponential moving average of weights."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Ema"]
+
+
+class Ema:
+    """Shadow copy of a module's parameters, shadow = decay * shadow + (1 - decay) * parameter.
+
+    The decay grows from 2 / 11 to `max_decay` as min(max_decay, (1 + n) / (10 + n)), n = updates so far.
+    """
+
+    def __init__(self, module: nn.Module, max_decay: float) -> None:
+        self.max_decay = max_decay
+        self.num_updates = 0
+        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Takes in the module's present parameters."""
+        self.num_updates += 1
+        decay = min(self.max_decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(list(self.shadow.values()), list(self._parameters(module).values()), 1 - decay)
+
+    @contextmanager
+    def applied_to(self, module: nn.Module) -> Iterator[None]:
+        """Within the context the module has the averaged parameters."""
+        raw = {name: p.clone() for name, p in self._parameters(module).items()}
+        self._copy(module, self.shadow)
+        try:
+            yield
+        finally:
+            self._copy(module, raw)
+
+    def state_dict(self) -> dict[str, object]:
+        """Plain types and tensors."""
+        return {"num_updates": self.num_updates, "shadow": dict(self.shadow)}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Inverse of `state_dict`."""
+        shadow, num_updates = state["shadow"], state["num_updates"]
+        assert isinstance(shadow, Mapping)
+        assert isinstance(num_updates, int)
+        self.num_updates = num_updates
+        for name, value in self.shadow.items():
+            value.copy_(shadow[name])
+
+    def to(self, device: torch.device) -> None:
+        """Moves the shadow."""
+        self.shadow = {name: value.to(device) for name, value in self.shadow.items()}
+
+    @staticmethod
+    def _parameters(module: nn.Module) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def _copy(self, module: nn.Module, source: Mapping[str, Tensor]) -> None:
+        for name, parameter in module.named_parameters():
+            parameter.copy_(source[name])

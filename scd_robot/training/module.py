@@ -1,0 +1,141 @@
+"""LightningModule: optimisation of the flow-matching loss, moving average, validation by sampled chunks."""
+
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scd_robot.errors import TrainingDivergedError
+from scd_robot.model import ScdModel
+from scd_robot.normalization import Normalizer
+from scd_robot.training.batches import TrainingBatch
+from scd_robot.training.compat import lightning
+from scd_robot.training.config import ExperimentConfig, TrainingConfig
+from scd_robot.training.ema import Ema
+from scd_robot.training.objective import encode_batch, flow_matching_terms, select_samples
+
+__all__ = ["ScdLightningModule", "learning_rate_factor"]
+
+
+def learning_rate_factor(step: int, training: TrainingConfig) -> float:
+    """Learning rate at an optimiser step, in units of the peak: linear warm-up, then a cosine to its final value."""
+    if step < training.warmup_steps:
+        return (step + 1) / training.warmup_steps
+    progress = (step - training.warmup_steps) / max(1, training.max_steps - training.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return training.final_learning_rate + (1 - training.final_learning_rate) * cosine
+
+
+class ScdLightningModule(lightning.LightningModule):
+    """Trains an `ScdModel`.
+
+    Args:
+        experiment: architecture and settings.
+        normalizer: statistics of the training data.
+    """
+
+    def __init__(self, experiment: ExperimentConfig, normalizer: Normalizer) -> None:
+        super().__init__()
+        self.experiment = experiment
+        self.model = ScdModel(experiment.model)
+        self.normalizer = normalizer
+        self.ema = Ema(self.model, experiment.training.ema_decay)
+        self._averaged = ExitStack()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a learning rate of its own for the decoder and weight decay on matrices only."""
+        training = self.experiment.training
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            groups.setdefault((name.startswith("decoder."), parameter.ndim > 1), []).append(parameter)
+        settings = [
+            {
+                "params": parameters,
+                "lr": training.learning_rate * (training.decoder_learning_rate_factor if is_decoder else 1.0),
+                "weight_decay": training.weight_decay if is_matrix else 0.0,
+            }
+            for (is_decoder, is_matrix), parameters in groups.items()
+        ]
+        optimizer = torch.optim.AdamW(settings, betas=(training.betas[0], training.betas[1]), fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, training))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Moves the moving average to the training device."""
+        self.ema.to(self.device)
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
+        """Mean over the counted tokens of the global batch, whatever share of it this device holds."""
+        total, count = flow_matching_terms(self.model, self.normalizer, batch)
+        world_size = self.trainer.world_size
+        sums = torch.stack((total.detach(), count.to(total.dtype)))
+        if world_size > 1:
+            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        mean = sums[0] / sums[1]
+        if not torch.isfinite(mean):
+            raise TrainingDivergedError(
+                f"the loss became {mean.item()} at step {self.trainer.global_step}; continue from the last checkpoint "
+                "with a smaller learning_rate, and look for outliers with 'scd data info'"
+            )
+        self.log("train/loss", mean, prog_bar=True)
+        return total * (world_size / sums[1])  # gradients are averaged over devices
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the total norm, logs it, and stops on NaN."""
+        clip = self.experiment.training.gradient_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        if not torch.isfinite(norm):
+            raise TrainingDivergedError(
+                f"the gradient's norm became {norm.item()} at step {self.trainer.global_step}; continue from the last "
+                "checkpoint with a smaller learning_rate"
+            )
+        self.log("train/gradient_norm", norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One update of the weights and of their moving average."""
+        super().optimizer_step(*args, **kwargs)
+        self.ema.update(self.model)
+
+    def on_validation_start(self) -> None:
+        """Validates the averaged weights, those that a checkpoint holds."""
+        self._averaged.enter_context(self.ema.applied_to(self.model))
+
+    def on_validation_end(self) -> None:
+        """Back to the raw weights."""
+        self._averaged.close()
+
+    def validation_step(self, batch: TrainingBatch, batch_idx: int) -> None:
+        """Loss, and error of chunks sampled as the policy would, on held-out episodes in normalised units."""
+        total, count = flow_matching_terms(self.model, self.normalizer, batch)
+        context = encode_batch(self.model, self.normalizer, batch)
+        samples = select_samples(self.model, self.normalizer, batch, context)
+        future = slice(self.model.config.num_past_actions, None)
+        plan = self.model.plan(
+            samples.context, sampler=self.experiment.policy.sampler, noise=batch.draws.noise.flatten(0, 2)[:, future]
+        )
+        counted = samples.valid[:, future] & samples.counted[:, None]
+        error = (plan.actions - samples.data[:, future]).square().mean(-1)
+        first = counted[:, :1]
+        values = {
+            "val/loss": (total / count, count),
+            "val/chunk_rmse": (((error * counted).sum() / counted.sum()).sqrt(), counted.sum()),
+            "val/first_action_rmse": (((error[:, :1] * first).sum() / first.sum()).sqrt(), first.sum()),
+        }
+        for name, (value, weight) in values.items():
+            self.log(name, value, batch_size=int(weight), sync_dist=self.trainer.world_size > 1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the moving average to the training state."""
+        checkpoint["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Takes the moving average from the training state."""
+        self.ema.load_state_dict(checkpoint["ema"])

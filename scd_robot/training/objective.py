@@ -1,0 +1,95 @@
+"""The training loss: one encoder pass over whole segments, many decoder samples from its contexts.
+
+Shapes: B segments, T steps, M positions, S noise draws, R = B * M * S decoder samples, k past actions, Ta chunk length,
+L = k + Ta, Da action width, K context tokens, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scd_robot.diffusion import corrupt, interpolate
+from scd_robot.model import ScdModel
+from scd_robot.normalization import Normalizer
+from scd_robot.training.batches import TrainingBatch
+
+__all__ = ["DecoderSamples", "encode_batch", "flow_matching_terms", "select_samples"]
+
+
+@dataclass(frozen=True)
+class DecoderSamples:
+    """What the decoder is trained on, normalised.
+
+    Attributes:
+        context: (R, K, D), not corrupted.
+        data: (R, L, Da) the last k executed actions and the chunk's Ta labels (executed ones in the committed prefix).
+        valid: (R, L) bool; False before the history begins and past the episode's end: masked in attention, no loss.
+        committed: (R, L) bool; actions given clean, no loss.
+        counted: (R,) bool; False for padding.
+    """
+
+    context: Tensor
+    data: Tensor
+    valid: Tensor
+    committed: Tensor
+    counted: Tensor
+
+
+def encode_batch(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) -> Tensor:
+    """Contexts (B, T, K, D) of all steps, with teacher forcing."""
+    observation = {key: normalizer.normalize(key, batch.observation[key].float()) for key in batch.observation}
+    past_action = None
+    if model.config.past_action_input != "none":
+        before = batch.action.shape[1] - batch.step_valid.shape[1] - model.config.chunk_length
+        past_action = normalizer.normalize("action", batch.executed)[:, before - 1 :][:, : batch.step_valid.shape[1]]
+        if model.config.past_action_input == "noised" and model.training:
+            past_action = past_action + model.config.past_action_noise * batch.draws.past_action_noise
+    return model.encode(observation, past_action, stream=batch.draws.stream)
+
+
+def select_samples(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch, context: Tensor) -> DecoderSamples:
+    """Gathers context and actions of the drawn positions."""
+    config, draws = model.config, batch.draws
+    past, copies = config.num_past_actions, draws.flow_time.shape[2]
+    before = batch.action.shape[1] - batch.step_valid.shape[1] - config.chunk_length
+    row = torch.arange(len(context), device=context.device)[:, None, None]
+    offset = torch.arange(-past, config.chunk_length, device=context.device)
+    step = draws.position[:, :, None] + offset  # (B, M, L) relative to the segment's start
+
+    executed = normalizer.normalize("action", batch.executed)[row, step + before]
+    label = normalizer.normalize("action", batch.action)[row, step + before]
+    valid = batch.action_valid[row, step + before]
+    # A history that begins at a virtual reset, or inside an episode, knows no actions from before.
+    begins = torch.where(draws.stream.gather(1, draws.position) > 0, (draws.stream == 0).sum(1, keepdim=True), 0)
+    valid = valid & ((offset >= 0) | (step >= begins[:, :, None]))
+
+    def flat(x: Tensor) -> Tensor:  # (B, M, ...) -> (R, ...)
+        return x[:, :, None].expand(-1, -1, copies, *x.shape[2:]).flatten(0, 2)
+
+    committed = (offset >= 0) & (offset < draws.delay[..., None])
+    committed = committed.flatten(0, 2) & flat(valid)
+    use_executed = committed | (offset < 0)
+    data = torch.where(use_executed[..., None], flat(executed), flat(label))
+    chosen = context.gather(1, draws.position[:, :, None, None].expand(-1, -1, *context.shape[2:]))
+    return DecoderSamples(flat(chosen), data, flat(valid), committed, flat(draws.position_valid))
+
+
+def flow_matching_terms(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+    """Sum of squared velocity errors over counted tokens (mean over Da), and their number, both scalars.
+
+    The mean over a global batch is the quotient of the two sums over all devices.
+    """
+    samples = select_samples(model, normalizer, batch, encode_batch(model, normalizer, batch))
+    draws, config = batch.draws, model.config
+    context = samples.context
+    if config.context_corruption:
+        context = corrupt(context, draws.corruption.flatten(0, 2), config.context_corruption)
+    flow_time = draws.flow_time.flatten()[:, None]
+    if config.max_delay_steps:
+        flow_time = torch.where(samples.committed, 1.0, flow_time)
+    path = interpolate(draws.noise.flatten(0, 2), samples.data, flow_time)
+    velocity = model.decoder(path.x_t, flow_time, context, samples.valid)
+    counted = samples.valid & ~samples.committed & samples.counted[:, None]
+    error = (velocity.float() - path.velocity).square().mean(-1)
+    return torch.where(counted, error, 0.0).sum(), counted.sum()

@@ -1,0 +1,163 @@
+"""The loss sees what it should: actions of the right steps, no data from outside the episode or before a reset."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tiny import LENGTHS, tiny_data, tiny_experiment
+
+from scd_robot.model import ScdModel
+from scd_robot.normalization import Normalizer, compute_statistics
+from scd_robot.training.batches import SegmentDataset, TrainingBatch
+from scd_robot.training.config import ExperimentConfig
+from scd_robot.training.objective import encode_batch, flow_matching_terms, select_samples
+
+DATA = tiny_data()
+ALL = np.arange(len(LENGTHS))
+
+
+def parts(experiment: ExperimentConfig) -> tuple[ScdModel, Normalizer]:
+    torch.manual_seed(0)
+    keys = [*experiment.model.observation_shapes, "action"]
+    normalizer = Normalizer({k: compute_statistics(DATA.arrays[k], k) for k in keys}, dict.fromkeys(keys, "identity"))
+    model = ScdModel(experiment.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model, normalizer
+
+
+def batch_of(experiment: ExperimentConfig, step: int = 0) -> TrainingBatch:
+    return SegmentDataset(DATA, experiment, ALL)[step]
+
+
+def test_samples_hold_the_actions_of_their_control_steps() -> None:
+    experiment = tiny_experiment(virtual_reset_probability=0.5)
+    model, normalizer = parts(experiment)
+    dataset = SegmentDataset(DATA, experiment, ALL)
+    starts = np.r_[0, DATA.episode_ends[:-1]]
+    for step in range(4):
+        batch = dataset[step]
+        segments = dataset._index.batch(step, range(4), 4)
+        samples = select_samples(model, normalizer, batch, encode_batch(model, normalizer, batch))
+        index = 0
+        for b in range(4):
+            episode = int(np.searchsorted(DATA.episode_ends, segments.start[b], side="right"))
+            reset = int((batch.draws.stream[b] == 0).sum()) if batch.draws.stream[b].any() else 0
+            for m in range(5):
+                position = int(batch.draws.position[b, m])
+                for _ in range(2):
+                    if batch.draws.position_valid[b, m]:
+                        begin = segments.start[b] + (reset if position >= reset else 0)
+                        for token, offset in enumerate(range(-2, 4)):
+                            at = segments.start[b] + position + offset
+                            exists = starts[episode] <= at < DATA.episode_ends[episode]
+                            known = exists and (offset >= 0 or at >= begin)
+                            assert bool(samples.valid[index, token]) == known
+                            if known:
+                                source = DATA.arrays["executed_action" if offset < 0 else "action"]
+                                np.testing.assert_allclose(samples.data[index, token].detach(), source[at], rtol=1e-6)
+                    index += 1
+
+
+def test_what_lies_outside_the_episode_is_never_learned() -> None:
+    experiment = tiny_experiment()
+    model, normalizer = parts(experiment)
+    batch = batch_of(experiment)
+    assert not batch.action_valid.all(), "the batch has to reach past an episode's end"
+    outside = ~batch.action_valid[..., None]
+    poisoned = dataclasses.replace(
+        batch, action=torch.where(outside, 1e4, batch.action), executed=torch.where(outside, 1e4, batch.executed)
+    )
+    clean, dirty = (flow_matching_terms(model, normalizer, b) for b in (batch, poisoned))
+    torch.testing.assert_close(clean, dirty)
+
+
+def test_padding_after_a_segment_changes_nothing() -> None:
+    experiment = tiny_experiment()
+    model, normalizer = parts(experiment)
+    batch = batch_of(experiment)
+    assert not batch.step_valid.all()
+    padding = ~batch.step_valid[..., None]
+    poisoned = dataclasses.replace(
+        batch, observation={k: torch.where(padding, 1e3, v) for k, v in batch.observation.items()}
+    )
+    torch.testing.assert_close(
+        flow_matching_terms(model, normalizer, batch), flow_matching_terms(model, normalizer, poisoned)
+    )
+
+
+def test_a_virtual_reset_equals_a_new_stream() -> None:
+    experiment = tiny_experiment(virtual_reset_probability=1.0)
+    model, normalizer = parts(experiment)
+    model.eval()
+    batch = batch_of(experiment)
+    context = encode_batch(model, normalizer, batch)
+    for b in range(4):
+        reset = int((batch.draws.stream[b] == 0).sum())
+        assert 1 <= reset < batch.step_valid.shape[1]
+        length = int(batch.step_valid[b].sum())
+        observation = {k: v[b : b + 1, reset:length] for k, v in batch.observation.items()}
+        executed = batch.executed[b : b + 1, 2 + reset - 1 : 2 + length - 1]
+        alone = model.encode(observation, executed)
+        torch.testing.assert_close(context[b : b + 1, reset:length], alone, atol=1e-5, rtol=0)
+
+
+def test_committed_actions_are_the_executed_ones_and_carry_no_loss() -> None:
+    experiment = tiny_experiment(model={"max_delay_steps": 3})
+    model, normalizer = parts(experiment)
+    batch = batch_of(experiment)
+    samples = select_samples(model, normalizer, batch, encode_batch(model, normalizer, batch))
+    delay = batch.draws.delay.flatten()
+    counted_tokens = samples.committed.sum(1) <= delay
+    assert counted_tokens.all()
+    assert samples.committed.any()
+    assert not samples.committed[:, :2].any()
+    _, count = flow_matching_terms(model, normalizer, batch)
+    expected = (samples.valid & ~samples.committed & samples.counted[:, None]).sum()
+    assert count == expected
+    assert count < (samples.valid & samples.counted[:, None]).sum()
+
+
+@pytest.mark.parametrize("fusion", ["concat", "prefix"])
+def test_every_parameter_gets_a_gradient(fusion: str) -> None:
+    experiment = tiny_experiment(model={"fusion": fusion, "memory_gate": True, "max_delay_steps": 2})
+    model, normalizer = parts(experiment)
+    total, count = flow_matching_terms(model, normalizer, batch_of(experiment))
+    (total / count).backward()
+    without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    if fusion == "prefix":  # in the last layer the context gives keys and values only, for others to read
+        without -= set()
+    assert not without
+
+
+def test_draws_depend_on_seed_step_and_sample_alone() -> None:
+    experiment = tiny_experiment()
+    whole = SegmentDataset(DATA, experiment, ALL)[7]
+    halves = [SegmentDataset(DATA, experiment, ALL, rank=rank, world_size=2)[7] for rank in (0, 1)]
+    noise = torch.cat([half.draws.noise for half in halves])
+    assert torch.equal(noise, whole.draws.noise)
+    assert torch.equal(torch.cat([half.draws.position for half in halves]), whole.draws.position)
+    other = SegmentDataset(DATA, tiny_experiment(seed=1), ALL)[7]
+    assert not torch.equal(other.draws.noise, whole.draws.noise)
+
+
+def test_a_memoryless_target_is_learned() -> None:
+    """A constant action is denoised to itself after a few hundred steps."""
+    experiment = tiny_experiment(model={"num_past_actions": 0, "past_action_input": "none"})
+    data = tiny_data()
+    data.arrays["action"][:] = np.float32([0.3, -0.6])
+    model, normalizer = parts(experiment)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    dataset = SegmentDataset(
+        data, dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, max_steps=1000)), ALL
+    )
+    for step in range(250):
+        total, count = flow_matching_terms(model, normalizer, dataset[step])
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    with torch.no_grad():
+        plan = model.plan(encode_batch(model, normalizer, dataset[999])[:, 0])
+    torch.testing.assert_close(plan.actions.mean((0, 1)), torch.tensor([0.3, -0.6]), atol=0.05, rtol=0)

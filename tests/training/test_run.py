@@ -1,0 +1,222 @@
+"""Training runs: resume after a kill, several devices, checkpoints, fine-tuning, errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_data, tiny_experiment
+
+from scd_robot.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
+from scd_robot.config import to_json
+from scd_robot.errors import CheckpointError, ConfigError, DatasetError, OutputError, ShapeError, TrainingDivergedError
+from scd_robot.policies import load_policy
+from scd_robot.training import Ema, train
+
+TINY = Path(__file__).with_name("tiny.py")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(out: Path, experiment=None, **options):
+    return train(tiny_data(), experiment or tiny_experiment(), out, accelerator="cpu", progress=False, **options)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(find_checkpoint(out) / "model.safetensors")
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    run(tmp_path / "whole", tiny_experiment(9))
+    killed = tmp_path / "killed"
+    # The process kills itself with SIGKILL in the middle of an epoch, after two checkpoints.
+    code = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); sys.argv[1:] = sys.argv[2:]; import tiny\n"
+        "from scd_robot.training.module import ScdLightningModule as M\n"
+        "step = M.training_step\n"
+        "def dying(self, batch, i):\n"
+        "    if self.trainer.global_step == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self, batch, i)\n"
+        "M.training_step = dying\n"
+        "tiny.main()\n"
+    )
+    died = subprocess.run([sys.executable, "-c", code, str(TINY.parent), str(killed), "9"], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert [p.name for p in list_checkpoints(killed)] == ["step_00000003", "step_00000006"]
+    run(killed, tiny_experiment(9), resume=True)
+    assert_same(weights(tmp_path / "whole"), weights(killed))
+    raw = [
+        torch.load(find_checkpoint(tmp_path / name) / "resume" / "training_state.ckpt", weights_only=True)
+        for name in ("whole", "killed")
+    ]
+    assert_same(raw[0]["state_dict"], raw[1]["state_dict"])
+    for first, second in zip(
+        raw[0]["optimizer_states"][0]["state"].values(), raw[1]["optimizer_states"][0]["state"].values(), strict=True
+    ):
+        assert torch.equal(first["exp_avg_sq"], second["exp_avg_sq"])
+    assert raw[0]["ema"]["num_updates"] == raw[1]["ema"]["num_updates"] == 9
+
+
+def test_two_processes_train_like_one_with_the_same_global_batch(tmp_path: Path) -> None:
+    for devices in (1, 2):
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(TINY), str(tmp_path / str(devices)), "6", "--devices", str(devices)]
+        subprocess.run(command, check=True, env=environment, timeout=300)
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    start = weights_at_start()
+    for name in one:
+        moved = (one[name] - start[name].detach()).abs().max()
+        torch.testing.assert_close(one[name], two[name], atol=float(1e-4 * moved + 1e-6), rtol=1e-4)
+
+
+def weights_at_start() -> dict[str, torch.Tensor]:
+    from scd_robot.normalization import Normalizer
+    from scd_robot.training import ScdLightningModule
+
+    torch.manual_seed(0)
+    return dict(ScdLightningModule(tiny_experiment(), Normalizer({}, {})).model.named_parameters())
+
+
+def test_a_checkpoint_folder_is_complete_and_rerunnable(tmp_path: Path) -> None:
+    summary = run(tmp_path / "run")
+    folder = Path(summary["checkpoint"])
+    names = {"manifest.json", "model.safetensors", "config.json", "dataset.json", "normalization.json", "metrics.json"}
+    assert {p.name for p in folder.iterdir()} == names | {"resume"}
+    checkpoint = read_checkpoint(tmp_path / "run")
+    assert checkpoint.config == to_json(tiny_experiment())
+    assert checkpoint.dataset == tiny_data().spec
+    assert checkpoint.step == 6
+    assert {"train/loss", "val/loss", "val/chunk_rmse"} <= checkpoint.metrics.keys()
+    assert not (list_checkpoints(tmp_path / "run")[0] / "resume").exists(), "only the newest keeps its training state"
+    policy = load_policy(tmp_path / "run")
+    action = policy.act({"position": np.zeros((3, 2), np.float32), "goal": np.ones((3, 2), np.float32)})
+    assert action.shape == (3, 2)
+
+
+def test_statistics_leave_held_out_episodes_alone(tmp_path: Path) -> None:
+    run(tmp_path / "run", tiny_experiment(3))
+    data = tiny_data()
+    from scd_robot.datasets import split_episodes
+
+    _, held_out = split_episodes(data.num_episodes, 0.2, 0)
+    start = np.r_[0, data.episode_ends][held_out[0]]
+    data.arrays["goal"][start : data.episode_ends[held_out[0]]] = 50.0
+    train(data, tiny_experiment(3), tmp_path / "other", accelerator="cpu", progress=False)
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "other"))
+
+
+def test_fine_tuning_keeps_or_renews_statistics_as_told(tmp_path: Path) -> None:
+    run(tmp_path / "old")
+    old = read_checkpoint(tmp_path / "old")
+    data = tiny_data()
+    data.arrays["position"] *= 3
+    for statistics in ("checkpoint", "dataset"):
+        out = tmp_path / statistics
+        train(
+            data,
+            tiny_experiment(3, learning_rate=1e-12),
+            out,
+            init=tmp_path / "old",
+            init_statistics=statistics,
+            accelerator="cpu",
+            progress=False,
+        )
+        new = read_checkpoint(out)
+        same = new.normalizer.to_json()["position"] == old.normalizer.to_json()["position"]
+        assert same == (statistics == "checkpoint")
+        for name, value in new.weights.items():
+            torch.testing.assert_close(value, old.weights[name], atol=1e-6, rtol=1e-4)
+    with pytest.raises(ConfigError, match="init-statistics"):
+        train(data, tiny_experiment(3), tmp_path / "x", init=tmp_path / "old", accelerator="cpu", progress=False)
+    with pytest.raises(ShapeError, match="another architecture"):
+        train(
+            data,
+            tiny_experiment(3, model={"width": 32}),
+            tmp_path / "x",
+            init=tmp_path / "old",
+            init_statistics="dataset",
+            accelerator="cpu",
+            progress=False,
+        )
+
+
+def test_a_run_is_never_overwritten_and_resumes_with_its_own_settings_only(tmp_path: Path) -> None:
+    run(tmp_path / "run", tiny_experiment(3))
+    before = weights(tmp_path / "run")
+    with pytest.raises(OutputError, match="already holds a run at step_00000003"):
+        run(tmp_path / "run", tiny_experiment(3))
+    with pytest.raises(CheckpointError, match=r"training\.learning_rate: 0\.001 there, 0\.01 here"):
+        run(tmp_path / "run", tiny_experiment(3, learning_rate=0.01), resume=True)
+    run(tmp_path / "run", tiny_experiment(3), resume=True)  # nothing left to do
+    assert_same(before, weights(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        run(tmp_path / "nowhere", resume=True)
+
+
+def test_nan_stops_training_and_keeps_earlier_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(TrainingDivergedError, match="at step"):
+        run(tmp_path / "run", tiny_experiment(60, learning_rate=1e30, warmup_steps=0, gradient_clip=0.0))
+    data = tiny_data()
+    data.arrays["goal"][3, 0] = np.nan
+    with pytest.raises(DatasetError, match=r"'goal'.*episode 0 at step 3"):
+        train(data, tiny_experiment(), tmp_path / "nan", accelerator="cpu", progress=False)
+
+
+def test_a_dataset_of_other_widths_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ShapeError, match="'position' of shape"):
+        run(tmp_path / "run", tiny_experiment(model={"observation_shapes": {"position": (3,), "goal": (2,)}}))
+    with pytest.raises(ShapeError, match="width 5"):
+        run(tmp_path / "run", tiny_experiment(model={"action_dim": 5}))
+
+
+def test_closed_loop_evaluation_runs_on_averaged_weights_and_is_stored(tmp_path: Path) -> None:
+    seen = []
+
+    def evaluate(policy) -> dict[str, float]:
+        seen.append({n: p.clone() for n, p in policy.model.named_parameters()})
+        return {"success_rate": 0.25}
+
+    run(tmp_path / "run", evaluate=evaluate, evaluate_every=3)
+    assert len(seen) == 2
+    assert_same(seen[-1], weights(tmp_path / "run"))
+    metrics = json.loads((find_checkpoint(tmp_path / "run") / "metrics.json").read_text())
+    assert metrics["eval/success_rate"] == 0.25
+
+
+def test_bf16_trains_with_float32_weights(tmp_path: Path) -> None:
+    run(tmp_path / "run", tiny_experiment(3, precision="bf16-mixed"))
+    assert {value.dtype for value in weights(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_ema_decay_grows_as_stated() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(module.weight)
+    ema = Ema(module, 0.5)
+    torch.nn.init.ones_(module.weight)
+    expected = 0.0
+    for n in range(1, 20):
+        ema.update(module)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + 1 - decay
+        assert float(ema.shadow["weight"]) == pytest.approx(expected, rel=1e-5)
+    with ema.applied_to(module):
+        assert float(module.weight) == pytest.approx(expected, rel=1e-5)
+    assert float(module.weight) == 1.0

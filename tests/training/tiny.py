@@ -1,0 +1,91 @@
+"""A tiny dataset and experiment that train in a second; shared by the training tests and run as a program by some.
+
+python tiny.py OUT MAX_STEPS [--resume] [--devices N]
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from scd_robot.datasets import EpisodeDataset
+from scd_robot.model import ScdConfig
+from scd_robot.policies.scd import ScdPolicyConfig
+from scd_robot.training import ExperimentConfig, TrainingConfig
+from scd_robot.types import ArraySpec, DatasetSpec
+
+LENGTHS = (9, 14, 5, 21, 17, 8)
+
+
+def tiny_data() -> EpisodeDataset:
+    """A point that is pushed towards a goal shown in its observation."""
+    rng = np.random.default_rng(0)
+    ends = np.cumsum(LENGTHS)
+    position, goal, action = (np.zeros((ends[-1], 2), np.float32) for _ in range(3))
+    for start, stop in zip(np.r_[0, ends[:-1]], ends, strict=True):
+        target, at = rng.uniform(-1, 1, 2), rng.uniform(-1, 1, 2)
+        for step in range(start, stop):
+            position[step], goal[step] = at, target
+            action[step] = np.clip(2 * (target - at), -1, 1)
+            at = at + 0.2 * action[step]
+    executed = action + 0.05 * rng.standard_normal(action.shape).astype(np.float32)
+    spec = DatasetSpec({"position": ArraySpec((2,)), "goal": ArraySpec((2,))}, 2, 0.1, "tiny")
+    arrays = {"position": position, "goal": goal, "action": action, "executed_action": executed}
+    return EpisodeDataset(spec, ends.astype(np.int64), arrays)
+
+
+def tiny_experiment(max_steps: int = 6, model: dict | None = None, **training: object) -> ExperimentConfig:
+    """Small in every respect; `model` and `training` replace fields."""
+    architecture = {
+        "observation_shapes": {"position": (2,), "goal": (2,)},
+        "action_dim": 2,
+        "width": 16,
+        "num_heads": 2,
+        "encoder_layers": 2,
+        "decoder_layers": 1,
+        "history_length": 4,
+        "num_context_tokens": 2,
+        "chunk_length": 4,
+        "num_past_actions": 2,
+        "past_action_input": "noised",
+    }
+    settings = {
+        "max_steps": max_steps,
+        "batch_size": 4,
+        "segment_length": 12,
+        "positions_per_segment": 5,
+        "noise_draws": 2,
+        "warmup_steps": 2,
+        "validate_every": 3,
+        "held_out": 0.2,
+    }
+    return ExperimentConfig(
+        "tiny",
+        ScdConfig(**{**architecture, **(model or {})}),  # type: ignore[arg-type]
+        TrainingConfig(**{**settings, **training}),  # type: ignore[arg-type]
+        ScdPolicyConfig(num_executed=2),
+    )
+
+
+def main() -> None:
+    """Trains in a process of its own."""
+    import torch
+
+    from scd_robot.training import train
+
+    torch.set_num_threads(1)
+    devices = int(sys.argv[sys.argv.index("--devices") + 1]) if "--devices" in sys.argv else 1
+    train(
+        tiny_data(),
+        tiny_experiment(int(sys.argv[2])),
+        Path(sys.argv[1]),
+        resume="--resume" in sys.argv,
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        progress=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
