@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from scd_robot.checkpoint import read_checkpoint
-from scd_robot.errors import CheckpointError, ConfigError
+from scd_robot.errors import ConfigError
 from scd_robot.policies.registry import policy_class
 
 __all__ = ["load_policy"]
@@ -26,15 +26,15 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu", **override
 
     Raises:
         CheckpointError: missing, foreign or damaged.
+        UnknownNameError: a policy type that this version does not have.
         ConfigError: an override is unknown or out of range.
     """
     checkpoint = read_checkpoint(path)
+    policy = policy_class(checkpoint.policy)
     try:
-        return policy_class(checkpoint.policy).from_parts(
+        return policy.from_parts(
             checkpoint.config, checkpoint.weights, checkpoint.normalizer, checkpoint.dataset, device, **overrides
         )
-    except KeyError as error:
-        raise CheckpointError(f"{checkpoint.path} is damaged or foreign: lacks {error}") from error
     except (RuntimeError, AssertionError) as error:
         if "CUDA" in str(error) or "device" in str(error).lower():
             raise ConfigError(f"cannot use device {str(device)!r}: {str(error).splitlines()[0]}") from error

@@ -6,6 +6,7 @@ Shapes: B rows, Ta chunk length, k past actions, Da action width, d committed ac
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch import Tensor
 from scd_robot.config import from_json
 from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import CheckpointError, ConfigError, ShapeError
-from scd_robot.model import ScdConfig, ScdModel
+from scd_robot.model import Conditioning, ScdConfig, ScdModel
 from scd_robot.normalization import Normalizer
 from scd_robot.seeding import keyed_rng
 from scd_robot.types import ActionArray, DatasetSpec, Observation, PolicySpec
@@ -27,6 +28,7 @@ from scd_robot.types import ActionArray, DatasetSpec, Observation, PolicySpec
 __all__ = ["ScdPolicy", "ScdPolicyConfig"]
 
 _SMALL_BATCH = 16  # rows up to which one thread is faster than several
+_MOST_TIMINGS = 100_000  # a robot that runs for days and never asks for them must not run out of memory
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class ScdPolicy:
         self.normalizer = normalizer.to(device)
         self.device = torch.device(device)
         architecture = model.config
+        _check_widths(architecture, normalizer, dataset)
         if self.config.num_executed > architecture.chunk_length:
             raise ConfigError(
                 f"num_executed {self.config.num_executed} exceeds the model's chunk_length {architecture.chunk_length}"
@@ -90,17 +93,19 @@ class ScdPolicy:
         if self.config.num_samples > 1 and not architecture.num_past_actions:
             raise ConfigError("num_samples > 1 picks by agreement with the past and needs num_past_actions > 0")
         self.spec = PolicySpec(
-            observation=dict(dataset.observation),
+            observation={key: dataset.observation[key] for key in architecture.observation_shapes},
             action_dim=dataset.action_dim,
             control_dt=dataset.control_dt,
             chunk_length=architecture.chunk_length,
             num_executed=self.config.num_executed,
             history_length=architecture.history_length,
         )
-        self._timings: dict[str, list[float]] = {"encoder_ms": [], "plan_ms": []}
+        self._timings = _empty_timings()
         self._rows: _Rows | None = None
         self._context: Tensor | None = None
+        self._conditioning: dict[float, Conditioning] | None = None  # of weights and sampler, which never change
         self._first_episodes: list[int] | None = None
+        self._next_episode = 0
 
     @classmethod
     def from_parts(
@@ -130,8 +135,10 @@ class ScdPolicy:
         return cls(model, normalizer, dataset, from_json(ScdPolicyConfig, settings, "policy"), device)
 
     def reset(self, rows: Sequence[int] | None = None, episodes: Sequence[int] | None = None) -> None:
-        """Begins new episodes; see `types.Policy.reset`."""
+        """Begins new episodes; see `types.Policy.reset`. Without `episodes` they are counted on, from 0."""
         if rows is None:
+            if self._rows is not None:
+                self._next_episode = self._rows.next_episode
             self._rows, self._context = None, None
             self._first_episodes = None if episodes is None else list(episodes)
             return
@@ -154,18 +161,21 @@ class ScdPolicy:
         """
         arrays = self._checked(observation)
         batch = len(next(iter(arrays.values())))
+        if executed_action is not None:
+            executed_action = self._checked_action("executed_action", executed_action, (batch, self.spec.action_dim))
         if self._rows is None:
-            self._rows = _Rows(self.model, batch, self._first_episodes)
+            episodes = self._first_episodes
+            if episodes is None:
+                episodes = list(range(self._next_episode, self._next_episode + batch))
+            self._rows = _Rows(self.model, batch, episodes)
         elif batch != self._rows.batch_size:
             raise ShapeError(f"batch has {batch} rows, the policy runs {self._rows.batch_size}; call reset() first")
         rows = self._rows
-        if executed_action is not None:
-            executed_action = self._checked_action(executed_action, batch)
         rows.record_executed(executed_action)
         started = time.perf_counter()
         with self._inference(batch):
             normalised = {
-                key: self.normalizer.normalize(key, torch.as_tensor(value, dtype=torch.float32, device=self.device))
+                key: self.normalizer.normalize(key, torch.as_tensor(value, device=self.device))
                 for key, value in arrays.items()
             }
             past = None
@@ -189,17 +199,13 @@ class ScdPolicy:
             (B, Ta, Da); action 0 is for the control step last observed.
         """
         rows = self._observed("plan")
+        if delay_steps < 0:
+            raise ConfigError(f"delay_steps must not be negative, got {delay_steps}")
         if prefix is None and delay_steps:
             prefix = rows.upcoming(delay_steps)
         elif prefix is not None:
-            prefix = np.asarray(prefix, np.float32)
-            expected = (
-                rows.batch_size,
-                delay_steps or (prefix.shape[1] if prefix.ndim == 3 else 0),
-                self.spec.action_dim,
-            )
-            if prefix.shape != expected:
-                raise ShapeError(f"prefix must be (B, d, Da) = {expected}, got {prefix.shape}")
+            count = delay_steps or (np.shape(prefix)[1] if np.ndim(prefix) == 3 else 0)
+            prefix = self._checked_action("prefix", prefix, (rows.batch_size, count, self.spec.action_dim))
         return self._plan_rows(np.arange(rows.batch_size), prefix)
 
     def act(self, observation: Observation, executed_action: ActionArray | None = None) -> ActionArray:
@@ -212,10 +218,12 @@ class ScdPolicy:
         return rows.current_action()
 
     def drain_timings(self) -> dict[str, list[float]]:
-        """Wall times [ms] of every encoder step and plan since the last call, as {"encoder_ms", "plan_ms"}."""
-        drained = self._timings
-        self._timings = {name: [] for name in drained}
-        return drained
+        """Wall times [ms] of encoder steps and plans since the last call, as {"encoder_ms", "plan_ms"}.
+
+        No more than the latest 100,000 of each are kept.
+        """
+        drained, self._timings = self._timings, _empty_timings()
+        return {name: list(values) for name, values in drained.items()}
 
     def _plan_rows(self, chosen: NDArray[np.int64], prefix: ActionArray | None) -> ActionArray:
         rows, config = self._observed("plan"), self.config
@@ -223,27 +231,34 @@ class ScdPolicy:
         with_past = config.num_samples > 1
         length = architecture.chunk_length + (architecture.num_past_actions if with_past else 0)
         started = time.perf_counter()
+        guided = config.guidance_scale != 1.0
         noise = np.empty((len(chosen), config.num_samples, length, architecture.action_dim), np.float32)
-        corruption = np.empty((len(chosen), architecture.num_context_tokens, architecture.width), np.float32)
+        corruption = np.empty((len(chosen) * guided, architecture.num_context_tokens, architecture.width), np.float32)
         for i, row in enumerate(chosen):
             rng = keyed_rng(config.seed, rows.episode[row], rows.num_plans[row])
             rng.standard_normal(dtype=np.float32, out=noise[i])
-            if config.guidance_scale != 1.0:
+            if guided:
                 rng.standard_normal(dtype=np.float32, out=corruption[i])
         with self._inference(len(chosen)):
-            committed = None
-            if prefix is not None:
-                committed = self.normalizer.normalize("action", torch.as_tensor(prefix, device=self.device))
             assert self._context is not None
             copies = config.num_samples
+            context, committed = self._context, None
+            if len(chosen) < rows.batch_size:
+                context = context[torch.as_tensor(chosen, device=self.device)]
+            if prefix is not None:
+                committed = self.normalizer.normalize("action", torch.as_tensor(prefix, device=self.device))
+                committed = committed.repeat_interleave(copies, 0)
+            if self._conditioning is None:
+                self._conditioning = self.model.conditioning(config.sampler)
             plan = self.model.plan(
-                self._context[torch.as_tensor(chosen, device=self.device)].repeat_interleave(copies, 0),
+                context.repeat_interleave(copies, 0) if copies > 1 else context,
                 sampler=config.sampler,
                 noise=torch.as_tensor(noise, device=self.device).flatten(0, 1),
-                prefix=None if committed is None else committed.repeat_interleave(copies, 0),
+                prefix=committed,
                 guidance_scale=config.guidance_scale,
                 corruption_noise=torch.as_tensor(corruption, device=self.device).repeat_interleave(copies, 0),
                 with_past=with_past,
+                conditioning=self._conditioning,
             )
             chunk = self.normalizer.denormalize("action", plan.actions).cpu().numpy()
             if plan.past is not None:
@@ -266,23 +281,26 @@ class ScdPolicy:
         for key, spec in self.spec.observation.items():
             if key not in observation:
                 raise ShapeError(f"observation {key!r} is missing; got {sorted(observation)}")
-            value = np.asarray(observation[key])
+            value = _as_float32(observation[key], f"observation {key!r}")
             batch = len(value) if batch is None and value.ndim else batch
-            if value.shape != (batch, *spec.shape):
+            if value.shape != (batch, *spec.shape) or not batch:
                 expected = ", ".join(map(str, ("B", *spec.shape)))
-                raise ShapeError(f"observation {key!r} must be ({expected}) with one B for all keys, got {value.shape}")
+                raise ShapeError(
+                    f"observation {key!r} must be ({expected}) with one B >= 1 for all keys, got {value.shape}"
+                )
             if not np.isfinite(value).all():
                 row = int(np.argwhere(~np.isfinite(value))[0][0])
                 raise ShapeError(f"observation {key!r} holds a NaN or infinite value in row {row}")
             arrays[key] = value
         return arrays
 
-    def _checked_action(self, action: ActionArray, batch: int) -> ActionArray:
-        value = np.asarray(action, np.float32)
-        if value.shape != (batch, self.spec.action_dim):
-            raise ShapeError(f"executed_action must be ({batch}, {self.spec.action_dim}), got {value.shape}")
+    def _checked_action(self, name: str, action: ActionArray, shape: tuple[int, ...]) -> ActionArray:
+        value = _as_float32(action, name)
+        if value.shape != shape:
+            raise ShapeError(f"{name} must be {shape}, got {value.shape}")
         if not np.isfinite(value).all():
-            raise ShapeError("executed_action holds a NaN or infinite value")
+            row = int(np.argwhere(~np.isfinite(value))[0][0])
+            raise ShapeError(f"{name} holds a NaN or infinite value in row {row}")
         return value
 
     @contextmanager
@@ -300,12 +318,38 @@ class ScdPolicy:
                 torch.set_num_threads(threads)
 
 
+def _check_widths(config: ScdConfig, normalizer: Normalizer, dataset: DatasetSpec) -> None:
+    """Raises ShapeError where model, statistics and specification are not of one dataset."""
+    specified = {key: spec.shape for key, spec in dataset.observation.items()} | {"action": (dataset.action_dim,)}
+    for key, shape in {**config.observation_shapes, "action": (config.action_dim,)}.items():
+        statistics = normalizer.statistics.get(key)
+        found = (specified.get(key), None if statistics is None else (statistics.width,))
+        if found != (tuple(shape), tuple(shape)):
+            raise ShapeError(
+                f"the model takes {key!r} of shape {tuple(shape)}, the dataset's specification has {found[0]} and the "
+                f"normalisation {found[1]}; they must be of one checkpoint"
+            )
+
+
+def _empty_timings() -> dict[str, deque[float]]:
+    return {name: deque(maxlen=_MOST_TIMINGS) for name in ("encoder_ms", "plan_ms")}
+
+
+def _as_float32(values: Any, name: str) -> ActionArray:
+    """The values in float32, those that are too large as infinite."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise ShapeError(f"{name} must hold numbers, got an array of {array.dtype}")
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32, copy=False)
+
+
 class _Rows:
     """State of the B rows: history cache, chunks being followed, executed actions."""
 
-    def __init__(self, model: ScdModel, batch_size: int, episodes: Sequence[int] | None) -> None:
+    def __init__(self, model: ScdModel, batch_size: int, episodes: Sequence[int]) -> None:
         config = model.config
-        if episodes is not None and len(episodes) != batch_size:
+        if len(episodes) != batch_size:
             raise ShapeError(f"reset() was given {len(episodes)} episodes, the observation has {batch_size} rows")
         self.batch_size = batch_size
         self.cache = model.new_cache(batch_size)
@@ -314,8 +358,8 @@ class _Rows:
         self.chunk = np.zeros((batch_size, config.chunk_length, config.action_dim), np.float32)
         self.past = np.zeros((batch_size, max(1, config.num_past_actions), config.action_dim), np.float32)
         self.num_plans = np.zeros(batch_size, np.int64)
-        self.episode = np.arange(batch_size) if episodes is None else np.asarray(episodes, np.int64)
-        self._next_episode = int(self.episode.max()) + 1
+        self.episode = np.asarray(episodes, np.int64)
+        self.next_episode = int(self.episode.max()) + 1
 
     @property
     def age(self) -> NDArray[np.int64]:
@@ -328,11 +372,11 @@ class _Rows:
         with torch.inference_mode():
             self.cache.reset(mask)
         if episodes is None:
-            episodes = range(self._next_episode, self._next_episode + len(chosen))
+            episodes = range(self.next_episode, self.next_episode + len(chosen))
         elif len(episodes) != len(chosen):
             raise ShapeError(f"{len(chosen)} rows reset with {len(episodes)} episodes")
         self.episode[chosen] = np.asarray(episodes, np.int64)
-        self._next_episode = max(self._next_episode, int(self.episode.max()) + 1)
+        self.next_episode = max(self.next_episode, int(self.episode.max()) + 1)
         self.position[chosen], self.origin[chosen], self.num_plans[chosen], self.past[chosen] = 0, -1, 0, 0
 
     def record_executed(self, executed: ActionArray | None) -> None:

@@ -1,7 +1,7 @@
 """Checkpoint folders: written beside and renamed, read strictly, no pickle.
 
     step_00002000/
-        manifest.json        format, schema, policy type, step, versions, SHA-256 of every other file
+        manifest.json        format, schema, policy type, step, versions, SHA-256 of all other files
         model.safetensors    weights (exponential moving average)
         config.json          resolved experiment, can be run again
         dataset.json         observation keys and shapes, action width, control rate
@@ -29,8 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scd_robot.errors import CheckpointError, ConfigError, OutputError
+from scd_robot.errors import CheckpointError, OutputError
 from scd_robot.normalization import Normalizer
+from scd_robot.output import to_plain
 from scd_robot.types import DatasetSpec
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "list_checkpoints",
     "read_checkpoint",
     "read_step",
+    "resume_file",
     "write_checkpoint",
 ]
 
@@ -100,7 +102,7 @@ def write_checkpoint(
         dataset: what the policy was trained on.
         normalizer: statistics and modes.
         weights: tensors by name.
-        metrics: numbers by name.
+        metrics: numbers by name; NaN and infinite ones become null.
         write_resume: called with the folder `resume` to fill it.
 
     Raises:
@@ -116,10 +118,13 @@ def write_checkpoint(
             "config": dict(config),
             "dataset": dataset.to_json(),
             "normalization": normalizer.to_json(),
-            "metrics": dict(metrics),
+            "metrics": to_plain(metrics),
         }
         for name in _JSON_FILES:
             (beside / f"{name}.json").write_text(json.dumps(contents[name], indent=1, allow_nan=False))
+        if write_resume is not None:
+            (beside / "resume").mkdir()
+            write_resume(beside / "resume")
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, beside / "model.safetensors")
         manifest = {
             "format": _FORMAT,
@@ -127,17 +132,15 @@ def write_checkpoint(
             "policy": policy,
             "step": step,
             "versions": _versions(),
-            "sha256": {p.name: _sha256(p) for p in sorted(beside.iterdir())},
+            "sha256": {str(p.relative_to(beside)): _sha256(p) for p in sorted(beside.rglob("*")) if p.is_file()},
         }
         (beside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        if write_resume is not None:
-            (beside / "resume").mkdir()
-            write_resume(beside / "resume")
         _sync(beside)
         beside.rename(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise OutputError(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are untouched") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -168,7 +171,8 @@ def find_checkpoint(path: str | Path) -> Path:
 def read_step(path: str | Path) -> int:
     """Training steps of a checkpoint, without reading its weights."""
     folder = find_checkpoint(path)
-    step: int = _field(_read_json(folder / "manifest.json"), "step", int, folder)
+    manifest = folder / "manifest.json"
+    step: int = _field(_read_object(manifest), "step", int, manifest)
     return step
 
 
@@ -179,49 +183,78 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: missing, foreign, truncated or changed files, or a schema this version cannot read.
     """
     folder = find_checkpoint(path)
-    manifest = _read_json(folder / "manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+    manifest = _read_object(folder / "manifest.json")
+    if manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{folder / 'manifest.json'} is not of an scd_robot checkpoint")
     if manifest.get("schema") != SCHEMA:
         raise CheckpointError(
             f"{folder} has checkpoint schema {manifest.get('schema')}, this version of scd_robot reads {SCHEMA}"
         )
-    for name, digest in _field(manifest, "sha256", dict, folder).items():
-        file = folder / Path(name).name
-        if not file.is_file() or _sha256(file) != digest:
-            state = "is missing" if not file.is_file() else "was truncated or changed since it was written"
-            raise CheckpointError(f"{file} {state}; take the checkpoint from its source again")
-    config, dataset, normalization, metrics = (_read_json(folder / f"{name}.json") for name in _JSON_FILES)
+    for name in (*(f"{name}.json" for name in _JSON_FILES), "model.safetensors"):
+        _check_digest(folder, name, manifest)
+    config, dataset, normalization, metrics = (_read_object(folder / f"{name}.json") for name in _JSON_FILES)
+    for name, kind in (("preset", str), ("model", dict), ("policy", dict)):
+        _field(config, name, kind, folder / "config.json")
     try:
         weights = load_file(folder / "model.safetensors")
         return Checkpoint(
             path=folder,
-            policy=_field(manifest, "policy", str, folder),
-            step=_field(manifest, "step", int, folder),
+            policy=_field(manifest, "policy", str, folder / "manifest.json"),
+            step=_field(manifest, "step", int, folder / "manifest.json"),
             config=config,
             dataset=DatasetSpec.from_json(dataset),
             normalizer=Normalizer.from_json(normalization),
             weights=weights,
             metrics=metrics,
-            versions=_field(manifest, "versions", dict, folder),
+            versions=_field(manifest, "versions", dict, folder / "manifest.json"),
         )
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, ConfigError) as error:
+    except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder} is damaged or foreign: {error}") from error
 
 
-def _field(manifest: dict[str, Any], name: str, kind: type, folder: Path) -> Any:
-    if not isinstance(manifest.get(name), kind):
-        raise CheckpointError(f"{folder / 'manifest.json'} lacks {name!r} or holds no {kind.__name__} there")
-    return manifest[name]
+def resume_file(path: str | Path, name: str) -> Path:
+    """The file `name` of a checkpoint's folder `resume`, as it was written.
+
+    Raises:
+        CheckpointError: there is none, or it was truncated or changed.
+    """
+    folder = find_checkpoint(path)
+    if not (folder / "resume" / name).is_file():
+        raise CheckpointError(f"{folder} holds no training state to resume from (resume/{name}); use --init")
+    _check_digest(folder, f"resume/{name}", _read_object(folder / "manifest.json"))
+    return folder / "resume" / name
 
 
-def _read_json(path: Path) -> Any:
+def _check_digest(folder: Path, name: str, manifest: dict[str, Any]) -> None:
+    """Compares a file with the SHA-256 that the manifest holds for it."""
+    file = folder / name
+    digest = _field(manifest, "sha256", dict, folder / "manifest.json").get(name)
+    state = "is missing" if not file.is_file() else "is not listed in manifest.json" if digest is None else ""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if not state and _sha256(file) != digest:
+            state = "was truncated or changed since it was written"
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+    if state:
+        raise CheckpointError(f"{file} {state}; take the checkpoint from its source again")
+
+
+def _field(document: dict[str, Any], name: str, kind: type, path: Path) -> Any:
+    if not isinstance(document.get(name), kind):
+        raise CheckpointError(f"{path} lacks {name!r} or holds no {kind.__name__} there; it is damaged or foreign")
+    return document[name]
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
+        raise CheckpointError(f"{path} is missing; take the checkpoint from its source again") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read ({error}); it is damaged or foreign") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} holds a {type(document).__name__}, not an object; it is damaged or foreign")
+    return document
 
 
 def _versions() -> dict[str, str]:

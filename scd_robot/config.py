@@ -1,6 +1,7 @@
 """Frozen dataclasses to JSON and back, strictly: nothing unknown is ignored, nothing missing is guessed."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -60,6 +61,8 @@ def _read(kind: Any, data: Any, where: str) -> Any:
         return float(data)
     if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
         raise ConfigError(f"{where} must be {kind.__name__}, got {data!r}")
+    if kind is float and not math.isfinite(data):
+        raise ConfigError(f"{where} must be finite, got {data}")
     return data
 
 

@@ -65,6 +65,10 @@ def with_settings(experiment: ExperimentConfig, settings: Sequence[str]) -> Expe
             if not isinstance(node, dict) or name not in node:
                 raise UnknownNameError(f"setting {path!r}: field", name, node if isinstance(node, dict) else ())
             parent, node = node, node[name]
+        if isinstance(node, dict):
+            raise ConfigError(
+                f"{path} is a group of settings; set one of them: {', '.join(f'{path}.{n}' for n in node)}"
+            )
         parent[last] = _parse(text, node, path)
     return from_json(ExperimentConfig, tree, "experiment")
 
@@ -79,7 +83,8 @@ def _parse(text: str, old: Any, path: str) -> Any:
         return text.lower() == "true"
     try:
         if isinstance(old, list):
-            return [float(part) for part in text.strip("[]() ").split(",")]
+            number = int if all(isinstance(element, int) for element in old) else float
+            return [number(part) for part in text.strip("[]() ").split(",")]
         return int(text) if isinstance(old, int) else float(text)
     except ValueError as error:
         raise ConfigError(

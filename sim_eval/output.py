@@ -1,14 +1,15 @@
 """The output folder of an evaluation: never mixed with other files, never half-written."""
 
+import contextlib
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from scd_robot.errors import OutputError
+from scd_robot.output import to_plain
 
-__all__ = ["EpisodeLog", "check_output_folder", "prepare_output_folder", "write_file", "write_json"]
+__all__ = ["EpisodeLog", "check_output_folder", "prepare_output_folder"]
 
 _OUR_FILES = ("result.json", "episodes.jsonl", "report.html", "videos/episode_*.mp4")
 
@@ -43,30 +44,6 @@ def prepare_output_folder(out: Path) -> None:
         raise OutputError(f"cannot write to the output folder {out}: {error.strerror or error}") from error
 
 
-def write_file(path: Path, content: str) -> None:
-    """Writes a text file beside its name and renames it, so that it is never seen half-written.
-
-    Raises:
-        OutputError: no permission, or the disk is full.
-    """
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_text(content, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Writes a JSON file as `write_file` does.
-
-    Raises:
-        OutputError: no permission, or the disk is full.
-    """
-    write_file(path, json.dumps(_finite(document), indent=2, allow_nan=False) + "\n")
-
-
 class EpisodeLog:
     """A JSON-lines file that holds every finished episode even when the evaluation is killed.
 
@@ -81,20 +58,16 @@ class EpisodeLog:
         self._path = path
 
     def append(self, record: dict[str, Any]) -> None:
-        """Adds one line and hands it to the operating system."""
+        """Adds one line and hands it to the operating system; a line that does not fit is taken back."""
         if self._path is None:
             return
+        line = json.dumps(to_plain(record), allow_nan=False) + "\n"
+        size = 0
         try:
+            size = self._path.stat().st_size if self._path.exists() else 0
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+                file.write(line)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)
             raise OutputError(f"cannot write {self._path}: {error.strerror or error}") from error
-
-
-def _finite(value: Any) -> Any:
-    """The same document with null for NaN and infinite numbers, which JSON does not know."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

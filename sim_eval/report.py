@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from scd_robot.errors import OutputError
+from scd_robot.output import write_text
 from scd_robot.sim_eval import plots
-from scd_robot.sim_eval.output import write_file
 from scd_robot.sim_eval.result import EpisodeRecord, EvaluationResult
 
 __all__ = ["render_report", "write_report"]
@@ -64,7 +64,7 @@ def write_report(result: EvaluationResult, path: Path) -> None:
         OutputError: it cannot be written, or a video cannot be read.
         MissingDependencyError: matplotlib is not installed.
     """
-    write_file(path, render_report(result, path.parent))
+    write_text(path, render_report(result, path.parent))
 
 
 def render_report(result: EvaluationResult, folder: Path) -> str:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from scd_robot import seeding
 from scd_robot.errors import ConfigError, ShapeError
-from scd_robot.sim_eval.output import EpisodeLog, check_output_folder, prepare_output_folder, write_json
+from scd_robot.output import write_json
+from scd_robot.sim_eval.output import EpisodeLog, check_output_folder, prepare_output_folder
 from scd_robot.sim_eval.policy_adapter import PolicyAdapter, PolicyError, check_policy_spec
 from scd_robot.sim_eval.result import EpisodeRecord, EvaluationResult, collect_versions
 from scd_robot.sim_eval.workers import (

@@ -1,12 +1,25 @@
-"""Skips what this machine cannot run: `gpu` tests without a CUDA device, `sim` tests without the [sim] extra."""
+"""What tests share: a tiny trained run, recorded data, and skips for what this machine cannot run."""
 
+import os
+import sys
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent / "training"))  # makes `tiny` importable
+
+TINY_SETTINGS = (
+    "training.validate_every=2 training.batch_size=2 training.segment_length=12 training.positions_per_segment=4 "
+    "training.warmup_steps=1 training.held_out=0.2 model.width=16 model.num_heads=2 model.encoder_layers=2 "
+    "model.decoder_layers=1 model.history_length=4 model.chunk_length=4 policy.num_executed=2 "
+    "policy.sampler.num_denoising_steps=2"
+).split()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that cannot run here."""
+    """Marks the tests that cannot run here: `gpu` without a CUDA device, `sim` without the [sim] extra."""
     missing = [name for name in ("metaworld", "gym_pusht") if find_spec(name) is None]
     if missing:
         no_simulator = pytest.mark.skip(reason=f"{' and '.join(missing)} not installed: pip install -e '.[sim]'")
@@ -20,3 +33,81 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in on_gpu:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Runs `scd` and asserts that it refuses as it should."""
+    from scd_robot.cli.main import main
+
+    def check(arguments: Sequence[object], *told: str, unchanged: Sequence[Path] = (), at_once: bool = True) -> None:
+        """Exit code 2 and one sentence that holds all of `told`; the folders `unchanged` stay as they are.
+
+        Args:
+            arguments: of the program.
+            told: parts of the sentence.
+            unchanged: folders in which no file may appear, vanish or change.
+            at_once: nothing but the sentence is on standard error (otherwise it is the end of it).
+        """
+        before = [folder_contents(folder) for folder in unchanged]
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.startswith("scd: error: ") for line in lines].count(True) == 1, lines
+        assert lines[-1].startswith("scd: error: ")
+        assert len(lines) == 1 or not at_once, lines
+        assert not any("Traceback" in line for line in lines), lines
+        for part in told:
+            assert part in lines[-1]
+        assert [folder_contents(folder) for folder in unchanged] == before
+
+    return check
+
+
+def folder_contents(folder: Path) -> dict[str, bytes | None]:
+    """All files below a folder with their bytes, and its folders."""
+    paths = folder.rglob("*") if folder.is_dir() else ()
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+@pytest.fixture(scope="session")
+def recordings() -> Path:
+    """Folder of recorded datasets: $SCD_ROBOT_DATA, else shared/data beside the checkout."""
+    folder = Path(os.environ.get("SCD_ROBOT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no recorded data at {folder}; set SCD_ROBOT_DATA to the folder that holds it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Zarr store of a point pushed to a goal, which fits the toy environment; copy it before spoiling it."""
+    import dataclasses
+
+    from tiny import tiny_data
+
+    from scd_robot.datasets import ZarrWriter
+
+    data = tiny_data()
+    path = tmp_path_factory.mktemp("tiny") / "point.zarr"
+    with ZarrWriter(path, dataclasses.replace(data.spec, control_dt=0.05)) as writer:
+        for index in range(data.num_episodes):
+            writer.append(data.episode(index))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_train_options() -> list[str]:
+    """Options that make `scd train metaworld_state` take a second."""
+    return ["--accelerator", "cpu", "--threads", "1", "--set", *TINY_SETTINGS]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_store: Path, tiny_train_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of four steps and two checkpoints on `tiny_store`; copy it before spoiling it."""
+    from scd_robot.cli.main import main
+
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    options = ["--dataset", str(tiny_store), "--out", str(out), "--max-steps", "4", *tiny_train_options]
+    assert main(["train", "metaworld_state", *options]) == 0
+    return out

@@ -10,7 +10,7 @@ CHECKOUT = Path(__file__).parent.parent
 PACKAGE = CHECKOUT / "scd_robot"
 MAPPED = ("datasets", "policies", "sim_eval")
 
-BASE = {"errors", "types", "seeding", "config"}
+BASE = {"errors", "types", "seeding", "config", "output"}
 NUMERICS = BASE | {"normalization", "transforms"}
 NETWORK = NUMERICS | {"nn", "diffusion", "model"}
 TRAINED = NETWORK | {"checkpoint"}
@@ -22,6 +22,7 @@ ALLOWED = {
     "types": {"errors"},
     "seeding": {"errors"},
     "config": {"errors"},
+    "output": {"errors"},
     "normalization": BASE,
     "transforms": BASE | {"normalization"},
     "checkpoint": BASE | {"normalization"},

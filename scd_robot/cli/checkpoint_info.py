@@ -15,7 +15,7 @@ def info(checkpoint: Annotated[Path, tyro.conf.Positional], /, *, json: Path | N
         checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint).
         json: write the description to this file too ("-": standard output).
     """
-    from scd_robot.cli.output import write_json
+    from scd_robot.output import write_json
 
     description = describe_checkpoint(checkpoint)
     if json is not None:
@@ -27,7 +27,9 @@ def info(checkpoint: Annotated[Path, tyro.conf.Positional], /, *, json: Path | N
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint's contents without its weights, and their sizes."""
     from scd_robot.checkpoint import SCHEMA, read_checkpoint
+    from scd_robot.policies import load_policy
 
+    load_policy(path)  # refuses what fits its manifest and yet is no policy
     checkpoint = read_checkpoint(path)
     sizes: dict[str, int] = {}
     for name, tensor in checkpoint.weights.items():
@@ -65,7 +67,10 @@ def _lines(description: dict[str, Any]) -> list[str]:
         f"{config['policy']['sampler']['num_denoising_steps']} {config['policy']['sampler']['solver']} steps",
         "versions     " + ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
         "metrics",
-        *(f"  {name:24} {value:.5g}" for name, value in description["metrics"].items()),
+        *(
+            f"  {name:24} {'nan' if value is None else f'{value:.5g}'}"
+            for name, value in description["metrics"].items()
+        ),
         "normalisation                 mode      min ... max per dimension",
     ]
     for key, entry in description["normalization"].items():

@@ -40,9 +40,11 @@ def record(
         overwrite: replace a store that exists at OUT, once the new one is complete.
         json: write the summary to this file too ("-": standard output).
     """
-    from scd_robot.cli.output import write_json
+    from scd_robot.output import check_target, write_json
     from scd_robot.recording import record_demonstrations
 
+    if json is not None:
+        check_target(json)
     summary = record_demonstrations(
         env,
         episodes,
@@ -77,9 +79,9 @@ def info(
         keys: observation keys to look at; by default all (images are loaded into memory).
         json: write the description to this file too ("-": standard output).
     """
-    from scd_robot.cli.output import write_json
     from scd_robot.datasets.open import open_dataset
     from scd_robot.datasets.summary import describe, format_description
+    from scd_robot.output import write_json
 
     description = describe(open_dataset(path, keys))
     if json is not None:

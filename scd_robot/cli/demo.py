@@ -35,9 +35,11 @@ def demo(
     """
     from scd_robot.cli import data as data_verbs
     from scd_robot.cli.evaluate import evaluate
-    from scd_robot.cli.output import write_json
     from scd_robot.cli.train import train
+    from scd_robot.output import check_target, write_json
 
+    if json is not None:
+        check_target(json)
     started = time.monotonic()
     store, run, evaluation = out / "demonstrations.zarr", out / "run", out / "evaluation"
     if overwrite:

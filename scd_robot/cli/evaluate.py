@@ -50,10 +50,12 @@ def evaluate(
     """
     import torch
 
-    from scd_robot.cli.output import write_json
+    from scd_robot.output import check_target, write_json
     from scd_robot.policies import load_policy
     from scd_robot.sim_eval import evaluate as run
 
+    if json is not None:
+        check_target(json)
     torch.set_num_threads(1)  # small batches; the simulators have the other cores
     policy = load_policy(
         checkpoint, device, num_denoising_steps=num_denoising_steps, num_executed=num_executed, seed=seed
@@ -71,12 +73,12 @@ def evaluate(
         policy_name=str(checkpoint),
         progress=str(json) != "-",
     )
-    if json is not None:
-        write_json(json, result.to_json())
-    if str(json) != "-":
+    if str(json) != "-":  # before the file: a disk that is full by now must not take the result with it
         print(headline(result.to_json()))
         if out is not None:
             print(f"report: {out / 'report.html'}")
+    if json is not None:
+        write_json(json, result.to_json())
 
 
 def headline(result: Mapping[str, Any]) -> str:

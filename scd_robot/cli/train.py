@@ -60,15 +60,17 @@ def train(
         threads: CPU threads; by default all cores, at most 8.
         json: write the summary to this file too ("-": standard output).
     """
-    from scd_robot.cli.output import write_json
     from scd_robot.cli.threads import use_training_threads
     from scd_robot.datasets import open_dataset
     from scd_robot.errors import ConfigError
+    from scd_robot.output import check_target, write_json
     from scd_robot.presets import resolve, with_settings
     from scd_robot.training import train as run
 
     if bool(eval_env) != bool(eval_every):
         raise ConfigError("evaluation while training needs both --eval-env and --eval-every")
+    if json is not None:
+        check_target(json)
     data = open_dataset(dataset)
     given = list(settings)
     given += [] if max_steps is None else [f"training.max_steps={max_steps}"]
@@ -91,18 +93,21 @@ def train(
         strategy=strategy,
         progress=str(json) != "-",
     )
-    if json is not None:
-        write_json(json, summary)
     if str(json) != "-":
         error = summary["metrics"].get("val/chunk_rmse")
         held_out = "" if error is None else f", held-out chunk error {error:.4f} (RMS, normalised units)"
         print(f"{summary['checkpoint']}: {summary['steps']} steps in {summary['seconds']:.0f} s{held_out}")
+    if json is not None:
+        write_json(json, summary)
 
 
 def _evaluation(environment: str, episodes: int) -> Callable[[Any], dict[str, float]]:
-    """A closed-loop evaluation from the start states kept for validation."""
+    """A closed-loop evaluation from the start states kept for validation; the environment is tried at once."""
     from scd_robot.seeding import VALIDATION
     from scd_robot.sim_eval import evaluate
+    from scd_robot.sim_eval.workers import close_workers, start_workers
+
+    close_workers(start_workers(environment, 1))
 
     def run(policy: Any) -> dict[str, float]:
         result = evaluate(policy, environment, episodes, seed_domain=VALIDATION, num_videos=0, progress=False)

@@ -46,9 +46,9 @@ class ScdConfig:
     encoder_layers: int = 4
     decoder_layers: int = 2
     mlp_ratio: int = 4
-    history_length: int = 64
+    history_length: int = 128
     observation_tokens: Literal["joint", "per_key"] = "joint"
-    num_context_tokens: int = 4
+    num_context_tokens: int = 1
     chunk_length: int = 16
     num_past_actions: int = 0
     fusion: Literal["concat", "prefix"] = "prefix"
@@ -84,11 +84,11 @@ class ScdConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.max_delay_steps >= self.chunk_length:
             raise ConfigError(f"max_delay_steps {self.max_delay_steps} must be below chunk_length {self.chunk_length}")
-        if self.past_action_input == "full" and self.num_past_actions > 1:
-            raise ConfigError(
-                "past_action_input='full' shows the encoder the very actions that num_past_actions="
-                f"{self.num_past_actions} asks the decoder to predict; use 'none' or 'noised', or num_past_actions=0"
-            )
+
+    @property
+    def leaks_past_actions(self) -> bool:
+        """The encoder is shown the very actions that past-token prediction asks the decoder for."""
+        return self.past_action_input == "full" and self.num_past_actions > 0
 
     @property
     def receptive_field(self) -> int:

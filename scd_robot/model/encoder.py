@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scd_robot.model.config import ScdConfig
-from scd_robot.nn import CausalBlock, KVCache, RotaryEmbedding, rms_normalize, window_mask
+from scd_robot.nn import CausalBlock, KVCache, RotaryEmbedding, window_mask
 
 __all__ = ["CausalEncoder"]
 
@@ -27,7 +27,7 @@ class CausalEncoder(nn.Module):
             CausalBlock(config.width, config.num_heads, config.mlp_ratio, config.memory_gate)
             for _ in range(config.encoder_layers)
         )
-        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)  # to unit RMS
 
     def forward(
         self,
@@ -94,4 +94,5 @@ class CausalEncoder(nn.Module):
         )
 
     def _context(self, x: Tensor) -> Tensor:
-        return rms_normalize(self.norm(x[..., -self.config.num_context_tokens :, :]))
+        context: Tensor = self.norm(x[..., -self.config.num_context_tokens :, :])
+        return context

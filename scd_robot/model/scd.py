@@ -134,6 +134,7 @@ class ScdModel(nn.Module):
         guidance_scale: float = 1.0,
         corruption_noise: Tensor | None = None,
         with_past: bool = False,
+        conditioning: Mapping[float, Conditioning] | None = None,
     ) -> ActionPlan:
         """Denoises one action chunk per row.
 
@@ -147,6 +148,7 @@ class ScdModel(nn.Module):
             guidance_scale: above 1, extrapolates away from a corrupted context, for twice the decoder calls.
             corruption_noise: (B, K, D) standard normal for that; None = drawn.
             with_past: also denoise the k past actions.
+            conditioning: of this sampler, from `conditioning`, where it was computed once for many plans.
         """
         config = self.config
         length = config.chunk_length + (config.num_past_actions if with_past else 0)
@@ -158,13 +160,9 @@ class ScdModel(nn.Module):
         sampler = sampler or SamplerConfig()
         clamp, committed = self._hold_prefix(prefix, noise, length)
 
-        times = evaluation_times(sampler)
-        flow_time = torch.tensor(times, device=noise.device, dtype=noise.dtype)[:, None]
-        if committed is not None:
-            flow_time = torch.where(committed, 1.0, flow_time)
-        conditions = self.decoder.condition(flow_time)
-        condition: dict[float, Conditioning] = {time: conditions[i] for i, time in enumerate(times)}
-
+        condition = conditioning
+        if condition is None or committed is not None:
+            condition = self.conditioning(sampler, committed)
         prepared = self.decoder.prepare(context)
         weak = None
         if guidance_scale != 1.0:
@@ -183,6 +181,21 @@ class ScdModel(nn.Module):
         past, actions = result.x.split((length - config.chunk_length, config.chunk_length), dim=1)
         evaluations = result.num_evaluations * (1 if weak is None else 2)
         return ActionPlan(actions, past if with_past else None, evaluations)
+
+    def conditioning(self, sampler: SamplerConfig, committed: Tensor | None = None) -> dict[float, Conditioning]:
+        """What the decoder derives from each flow time at which `sampler` will call it, in one pass.
+
+        Args:
+            sampler: solver and number of denoising steps.
+            committed: (1, L) bool, tokens that are shown at flow time 1; None = none.
+        """
+        times = evaluation_times(sampler)
+        weight = self.decoder.position
+        flow_time = torch.tensor(times, device=weight.device, dtype=weight.dtype)[:, None]
+        if committed is not None:
+            flow_time = torch.where(committed, 1.0, flow_time)
+        conditions = self.decoder.condition(flow_time)
+        return {time: conditions[i] for i, time in enumerate(times)}
 
     def _hold_prefix(
         self, prefix: Tensor | None, noise: Tensor, length: int

@@ -2,7 +2,7 @@
 
 from scd_robot.nn.attention import attend, multi_head_attention, window_mask
 from scd_robot.nn.blocks import AdaLNBlock, CausalBlock, modulate
-from scd_robot.nn.embeddings import FlowTimeEmbedding, RotaryEmbedding, apply_rotary, rms_normalize
+from scd_robot.nn.embeddings import FlowTimeEmbedding, RotaryEmbedding, apply_rotary
 from scd_robot.nn.kv_cache import KVCache
 
 __all__ = [
@@ -15,6 +15,5 @@ __all__ = [
     "attend",
     "modulate",
     "multi_head_attention",
-    "rms_normalize",
     "window_mask",
 ]

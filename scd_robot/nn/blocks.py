@@ -33,10 +33,10 @@ class CausalBlock(nn.Module):
     def __init__(self, width: int, num_heads: int, mlp_ratio: int = 4, memory_gate: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention_norm = nn.LayerNorm(width, eps=1e-6, bias=False)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width)
-        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mlp_norm = nn.LayerNorm(width, eps=1e-6, bias=False)
         self.mlp = _mlp(width, mlp_ratio)
         self.memory_gate = nn.Parameter(torch.zeros(num_heads)) if memory_gate else None
 
@@ -52,9 +52,9 @@ class CausalBlock(nn.Module):
         return self._finish(x, attend(q, k, v, plan.mask, plan.own, self.memory_gate))
 
     def _project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
-        q, k, v = (split_heads(y, self.num_heads) for y in (q, k, v))
-        return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)
+        q, k = apply_rotary(qkv[:, :, :2], *rotary).unbind(2)
+        return q, k, qkv[:, :, 2]
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.out(attended)

@@ -1,4 +1,4 @@
-"""Rotary positions that stay exact in endless streams, flow-time features, RMS normalisation.
+"""Rotary positions that stay exact in endless streams, and flow-time features.
 
 Shapes: B batch, N heads, L tokens, Dh head width, D width.
 """
@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FlowTimeEmbedding", "RotaryEmbedding", "apply_rotary", "rms_normalize"]
+__all__ = ["FlowTimeEmbedding", "RotaryEmbedding", "apply_rotary"]
 
 _TURN_BITS = 32  # one full turn is 2**32 phase units
 _TURN_MASK = (1 << _TURN_BITS) - 1
@@ -38,8 +38,8 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates queries or keys x (B, N, L, Dh) by angles whose cosine and sine (B or 1, L, Dh / 2) are given."""
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    """Rotates queries or keys x (B, N, any, L, Dh) by angles whose cosine and sine (B or 1, L, Dh / 2) are given."""
+    cos, sin = cos[:, None, None].to(x.dtype), sin[:, None, None].to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
@@ -59,8 +59,3 @@ class FlowTimeEmbedding(nn.Module):
         """Embeds flow_time (...), in [0, 1], as (..., D)."""
         angle = flow_time[..., None] * self.frequencies.to(flow_time.dtype)
         return self.mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))
-
-
-def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Scales x (..., D) to unit root mean square over its last axis; no learned parameters."""
-    return torch.nn.functional.rms_norm(x, (x.shape[-1],), eps=eps)

@@ -47,10 +47,10 @@ class TrainingConfig:
 
     max_steps: int = 2000
     seed: int = 0
-    batch_size: int = 16
+    batch_size: int = 8
     segment_length: int = 128
     burn_in: int = 0
-    positions_per_segment: int = 32
+    positions_per_segment: int = 16
     noise_draws: int = 1
     virtual_reset_probability: float = 0.2
     flow_time: FlowTimeConfig = field(default_factory=FlowTimeConfig)
@@ -84,6 +84,8 @@ class TrainingConfig:
         for name in ("virtual_reset_probability", "ema_decay", "final_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed must be below 2**32, got {self.seed}")
         if self.burn_in >= self.segment_length:
             raise ConfigError(f"burn_in {self.burn_in} leaves nothing of segment_length {self.segment_length}")
         if len(self.betas) != 2:

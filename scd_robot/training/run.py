@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import pickle
 import time
 import warnings
 from collections.abc import Callable
@@ -10,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from scd_robot.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, read_checkpoint, read_step
+from scd_robot.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    read_step,
+    resume_file,
+)
 from scd_robot.config import from_json, to_json
 from scd_robot.datasets import EpisodeDataset
 from scd_robot.errors import CheckpointError, ConfigError, DatasetError, OutputError, ShapeError
@@ -94,7 +103,7 @@ def train(
         normalizer = fit_normalizer(datamodule, experiment)
     module = ScdLightningModule(experiment, normalizer)
     if source is not None:
-        module.model.load_state_dict(source.weights)
+        _load_weights(module, source)
         module.ema = type(module.ema)(module.model, experiment.training.ema_decay)
 
     callbacks: list[Any] = [ProgressBar()] if progress else []
@@ -127,6 +136,14 @@ def fit_normalizer(datamodule: EpisodeDataModule, experiment: ExperimentConfig) 
     return Normalizer({key: compute_statistics(arrays[key][rows], key) for key in modes}, modes)
 
 
+def _load_weights(module: ScdLightningModule, source: Checkpoint) -> None:
+    try:
+        module.model.load_state_dict(source.weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"the weights of {source.path} do not fit its configuration: {reason}") from error
+
+
 def _trainer(
     out: Path,
     experiment: ExperimentConfig,
@@ -138,6 +155,7 @@ def _trainer(
 ) -> Any:
     training = experiment.training
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices found, products advertised
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
@@ -146,22 +164,28 @@ def _trainer(
         (out / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
-    return lightning.Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy,
-        precision=training.precision,
-        max_epochs=-(-training.max_steps // training.validate_every),  # the sampler cuts the last one short
-        logger=[CSVLogger(out / "logs", name="csv"), TensorBoardLogger(out / "logs", name="tensorboard")],
-        log_every_n_steps=min(10, training.validate_every),
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=callbacks,
-    )
+    try:
+        return lightning.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            precision=training.precision,
+            max_epochs=-(-training.max_steps // training.validate_every),  # the sampler cuts the last one short
+            logger=[CSVLogger(out / "logs", name="csv"), TensorBoardLogger(out / "logs", name="tensorboard")],
+            log_every_n_steps=min(10, training.validate_every),
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=callbacks,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise ConfigError(
+            f"cannot train with accelerator {accelerator!r}, {devices} devices, {num_nodes} nodes, strategy "
+            f"{strategy!r} and precision {training.precision!r}: {error}"
+        ) from error
 
 
 def _check_lengths(data: EpisodeDataset, experiment: ExperimentConfig) -> None:
@@ -173,6 +197,12 @@ def _check_lengths(data: EpisodeDataset, experiment: ExperimentConfig) -> None:
     if model.action_dim != data.spec.action_dim:
         raise ShapeError(
             f"the model gives actions of width {model.action_dim}, the dataset's are {data.spec.action_dim}"
+        )
+    if model.leaks_past_actions:
+        logger.warning(
+            "past_action_input='full' shows the encoder the very actions that num_past_actions=%d asks the decoder to "
+            "predict: past-token prediction then teaches nothing; use 'noised' or 'none'",
+            model.num_past_actions,
         )
     longest = int(data.episode_lengths.max())
     steps = math.ceil(float(np.minimum(data.episode_lengths, experiment.training.segment_length).sum()))
@@ -190,12 +220,18 @@ def _check_lengths(data: EpisodeDataset, experiment: ExperimentConfig) -> None:
 def _resume_state(out: Path, experiment: ExperimentConfig) -> Path:
     """The training state to continue from."""
     newest = read_checkpoint(out)
+    state = resume_file(newest.path, RESUME_FILE.name)
     if newest.config != to_json(experiment):
         changed = _differences(newest.config, to_json(experiment))
         raise CheckpointError(f"{out} was run with other settings ({changed}); resume it with the same, or use --init")
-    state = newest.path / RESUME_FILE
-    if not state.is_file():
-        raise CheckpointError(f"{newest.path} holds no training state to resume from ({RESUME_FILE}); use --init")
+    try:
+        torch.load(state, weights_only=True, mmap=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{state} is not a training state of plain tensors ({reason}); remove {newest.path} to resume from the "
+            "checkpoint before it, or use --init"
+        ) from error
     return state
 
 

@@ -205,7 +205,6 @@ def test_wrong_noise_and_prefix_are_refused() -> None:
         ({"fusion": "film"}, "fusion must be one of"),
         ({"observation_shapes": {}}, "observation_shapes is empty"),
         ({"observation_shapes": {"image": (8, 8, 3)}}, "takes vectors"),
-        ({"past_action_input": "full"}, "num_past_actions"),
         ({"max_delay_steps": 6}, "below chunk_length"),
         ({"context_corruption": -0.1}, "must not be negative"),
     ],

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scd_robot.cli.output import to_plain, write_json
 from scd_robot.errors import OutputError
+from scd_robot.output import to_plain, write_json
 
 
 @dataclass

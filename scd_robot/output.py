@@ -1,0 +1,111 @@
+"""Files for people and machines that appear whole or not at all: written beside the target, then renamed over it."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scd_robot.errors import OutputError
+
+__all__ = ["check_target", "to_plain", "write_json", "write_text"]
+
+
+def check_target(path: str | Path) -> None:
+    """Makes the folder of `path` and tries whether a file can be written there, before hours of work depend on it.
+
+    Args:
+        path: a file that will be written later and is not touched now; "-" = standard output.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if str(path) == "-":
+        return
+    target = Path(path)
+    beside = _beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise OutputError(f"cannot write {str(target)!r}: it is a folder; name a file")
+        beside.touch()
+        beside.unlink()
+    except OSError as error:
+        raise _refused(target, error) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, in UTF-8; its folder is made where missing.
+
+    Raises:
+        OutputError: no permission, the disk is full; an earlier file of that name is left as it was.
+    """
+    beside = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise _refused(path, error) from error
+
+
+def write_json(path: str | Path, data: object) -> None:
+    """Writes `data` as JSON, as `write_text` does.
+
+    Args:
+        path: the file; "-" = standard output.
+        data: see `to_plain` for what it may hold.
+
+    Raises:
+        OutputError: the file cannot be written; an earlier file of that name is left as it was.
+        TypeError: `data` holds something that is neither plain nor listed at `to_plain`.
+    """
+    text = json.dumps(to_plain(data), indent=2, allow_nan=False) + "\n"
+    if str(path) == "-":
+        sys.stdout.write(text)
+    else:
+        write_text(Path(path), text)
+
+
+def to_plain(data: object) -> Any:
+    """The same as types that JSON knows.
+
+    Dataclasses and mappings become objects, sequences and numpy arrays lists, numpy scalars numbers, paths strings.
+    JSON has neither NaN nor infinities: they become null.
+
+    Raises:
+        TypeError: for any other type.
+    """
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        return {field.name: to_plain(getattr(data, field.name)) for field in dataclasses.fields(data)}
+    if isinstance(data, Mapping):
+        return {str(key): to_plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [to_plain(value) for value in data]
+    if isinstance(data, np.ndarray | np.generic):
+        return to_plain(data.tolist())
+    if isinstance(data, os.PathLike):
+        return os.fspath(data)
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if data is None or isinstance(data, bool | int | str):
+        return data
+    raise TypeError(f"JSON cannot hold a {type(data).__name__}: {data!r}")
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(target.name + ".part")
+
+
+def _refused(target: Path, error: OSError) -> OutputError:
+    not_a_folder = isinstance(error, FileExistsError | NotADirectoryError)
+    reason = f"{str(target.parent)!r} is not a folder" if not_a_folder else (error.strerror or str(error)).lower()
+    return OutputError(f"cannot write {str(target)!r}: {reason}; choose another path")
