@@ -22,7 +22,7 @@ PILOT_BUDGETS = (300, 600, 1000, 1500)
 # Besides the preset, for all arms: a history that covers the episode, which the hidden goal needs.
 COMMON = ("model.history_length=128",)
 
-# Factor -> level -> settings. Decoder samples per encoded segment are positions_per_segment x noise_draws. The positions
+# Factor -> level -> settings. Decoder samples per encoded segment are positions_per_segment x noise_draws; positions
 # vary and noise_draws stays 1: another position costs what another draw costs, and has a context of its own.
 FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
     "fusion": {"concat": ("model.fusion=concat",), "prefix": ("model.fusion=prefix",)},

@@ -76,9 +76,9 @@ def run_benchmark(options: argparse.Namespace, jobs: Sequence[Job], report: Repo
         if not options.report:
             failed = run_queue(options.out, chosen, options.parallel, options.threads)
         text = report(read_results(options.out, jobs))
-        print(f"\n{text}")
         if (options.out / "results").is_dir():
             write_text(options.out / "report.md", text + "\n")
+        print(f"\n{text}")
     except ScdRobotError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -171,9 +171,9 @@ def _train_once(job: Job, out: Path, threads: int) -> dict[str, Any]:
     run = folder / "run"
     written = [(path / "manifest.json").stat().st_mtime for path in list_checkpoints(run)]
     earlier_s = useful_seconds(sessions, written)
-    write_json(folder / "sessions.json", {"trained": job.training_identity(), "starts": [*sessions, time.time()]})
     data = open_dataset(out / "recordings" / f"{job.recording.name}.zarr")
     experiment = with_settings(resolve(job.preset, data.spec), [*job.settings, f"training.seed={job.seed}"])
+    write_json(folder / "sessions.json", {"trained": job.training_identity(), "starts": [*sessions, time.time()]})
     wall, cpu = time.monotonic(), time.process_time()
     summary = train(data, experiment, run, resume=bool(written), accelerator="cpu", progress=False)
     checkpoint = read_checkpoint(run)

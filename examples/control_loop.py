@@ -26,8 +26,8 @@ def main(checkpoint: Path, name: str, episode: int, max_steps: int) -> None:
         policy.reset(episodes=[episode])  # forgets the history; the episode's number keys the noise
         executed = None
         for step in range(min(max_steps, robot.spec.max_steps)):
-            # A policy works on a batch of rows, here of one robot. It encodes this observation into its history once, and
-            # denoises a new chunk of actions when the last one is used up (every policy.spec.num_executed steps).
+            # A policy works on a batch of rows, here of one robot. It encodes this observation into its history once,
+            # and denoises a new chunk of actions when the last one is used up (policy.spec.num_executed of them).
             # executed_action is what the robot really did last time: a limiter may have changed what was asked for.
             started = time.perf_counter()
             batch = {key: value[None] for key, value in observation.items()}

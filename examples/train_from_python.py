@@ -21,8 +21,7 @@ def main(environment: str, out: Path, demonstrations: int, max_steps: int, episo
     # Noise on the executed actions takes the expert off its path, so that the data shows how to come back. The labels
     # that the policy learns stay clean.
     store = out / "demonstrations.zarr"
-    if not store.exists():
-        record_demonstrations(environment, demonstrations, store, seed=0, action_noise=0.1)
+    record_demonstrations(environment, demonstrations, store, seed=0, action_noise=0.1, overwrite=True)
 
     # A preset resolves to a configuration for this dataset: widths are taken from the data, never typed twice. What the
     # command line writes as --set is a list of the same strings here.

@@ -124,6 +124,11 @@ class ScdModel(nn.Module):
         weight = self.tokenizer.type_embedding
         return self.encoder.new_cache(batch_size, weight.device, weight.dtype)
 
+    def velocity(self, x: Tensor, flow_time: Tensor, context: Tensor, token_valid: Tensor | None = None) -> Tensor:
+        """One evaluation of the decoder, (B, L, Da), as training needs it; see `DiffusionDecoder.forward`."""
+        out: Tensor = self.decoder(x, flow_time, context, token_valid)
+        return out
+
     def plan(
         self,
         context: Tensor,

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from scd_robot.checkpoint import list_checkpoints, write_checkpoint
 from scd_robot.config import to_json
+from scd_robot.model import ScdModel
 from scd_robot.policies.scd import ScdPolicy
 from scd_robot.training.compat import lightning
 from scd_robot.types import DatasetSpec
@@ -61,6 +62,7 @@ class CheckpointWriter(_AtEpochEnd):
     def at_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes out/checkpoints/step_XXXXXXXX."""
         folder = self.out / "checkpoints" / f"step_{trainer.global_step:08d}"
+        weights = pl_module.ema.full()
         if not trainer.is_global_zero:  # every process takes part in saving the training state, one writes
             trainer.save_checkpoint(folder / RESUME_FILE)
             return
@@ -71,7 +73,7 @@ class CheckpointWriter(_AtEpochEnd):
             config=to_json(pl_module.experiment),
             dataset=self.dataset,
             normalizer=pl_module.normalizer,
-            weights=pl_module.ema.shadow,
+            weights=weights,
             metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
             write_resume=lambda resume: trainer.save_checkpoint(resume / RESUME_FILE.name),
         )
@@ -124,10 +126,14 @@ class ClosedLoopEvaluation(_AtEpochEnd):
 
     def at_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Logs the metrics as eval/NAME; the checkpoint of this step holds them too."""
-        if trainer.global_step % self.every or not trainer.is_global_zero:
+        if trainer.global_step % self.every:
             return
-        with pl_module.ema.applied_to(pl_module.model):
-            model, normalizer = copy.deepcopy(pl_module.model), copy.deepcopy(pl_module.normalizer)
+        weights = pl_module.ema.full()
+        if not trainer.is_global_zero:
+            return
+        model = ScdModel(pl_module.experiment.model)
+        model.load_state_dict(weights)
+        normalizer = copy.deepcopy(pl_module.normalizer)
         policy = ScdPolicy(model, normalizer, self.dataset, pl_module.experiment.policy, pl_module.device)
         for name, value in self.evaluate(policy).items():
             pl_module.log(f"eval/{name}", value, rank_zero_only=True)

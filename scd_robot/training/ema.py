@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 __all__ = ["Ema"]
 
@@ -37,9 +40,13 @@ class Ema:
         finally:
             self._copy(module, raw)
 
+    def full(self) -> dict[str, Tensor]:
+        """The averaged parameters; where they are sharded over devices, all devices have to call this together."""
+        return {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in self.shadow.items()}
+
     def state_dict(self) -> dict[str, object]:
-        """Plain types and tensors."""
-        return {"num_updates": self.num_updates, "shadow": dict(self.shadow)}
+        """Plain types and tensors; see `full`."""
+        return {"num_updates": self.num_updates, "shadow": self.full()}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Inverse of `state_dict`."""
@@ -48,7 +55,9 @@ class Ema:
         assert isinstance(num_updates, int)
         self.num_updates = num_updates
         for name, value in self.shadow.items():
-            value.copy_(shadow[name])
+            whole = shadow[name].to(value.device)
+            sharded = isinstance(value, DTensor)
+            value.copy_(distribute_tensor(whole, value.device_mesh, value.placements) if sharded else whole)
 
     def to(self, device: torch.device) -> None:
         """Moves the shadow."""
@@ -56,9 +65,10 @@ class Ema:
 
     @staticmethod
     def _parameters(module: nn.Module) -> dict[str, Tensor]:
+        if isinstance(module, FSDPModule):  # after a forward pass it may still hold gathered parameters
+            cast(FSDPModule, module).reshard()
         return {name: p.detach() for name, p in module.named_parameters()}
 
-    @torch.no_grad()
     def _copy(self, module: nn.Module, source: Mapping[str, Tensor]) -> None:
-        for name, parameter in module.named_parameters():
+        for name, parameter in self._parameters(module).items():
             parameter.copy_(source[name])

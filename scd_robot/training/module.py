@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from scd_robot.errors import TrainingDivergedError
 from scd_robot.model import ScdModel
@@ -45,6 +47,15 @@ class ScdLightningModule(lightning.LightningModule):
         self.ema = Ema(self.model, experiment.training.ema_decay)
         self._averaged = ExitStack()
 
+    def configure_model(self) -> None:
+        """Shards parameters, gradients and optimiser state over devices, with strategy "fsdp"."""
+        if self.device_mesh is None or isinstance(next(self.model.parameters()), DTensor):
+            return
+        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+        for method in ("encode", "velocity", "plan"):
+            register_fsdp_forward_method(self.model, method)
+        self.ema = Ema(self.model, self.experiment.training.ema_decay)
+
     def configure_optimizers(self) -> Any:
         """AdamW with a learning rate of its own for the decoder and weight decay on matrices only."""
         training = self.experiment.training
@@ -59,7 +70,9 @@ class ScdLightningModule(lightning.LightningModule):
             }
             for (is_decoder, is_matrix), parameters in groups.items()
         ]
-        optimizer = torch.optim.AdamW(settings, betas=(training.betas[0], training.betas[1]), fused=True)
+        optimizer = torch.optim.AdamW(
+            settings, betas=(training.betas[0], training.betas[1]), fused=self.device_mesh is None
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, training))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -92,6 +105,7 @@ class ScdLightningModule(lightning.LightningModule):
         """Clips by the total norm, logs it, and stops on NaN."""
         clip = self.experiment.training.gradient_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
             raise TrainingDivergedError(
                 f"the gradient's norm became {norm.item()} at step {self.trainer.global_step}; continue from the last "

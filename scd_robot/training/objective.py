@@ -89,7 +89,7 @@ def flow_matching_terms(model: ScdModel, normalizer: Normalizer, batch: Training
     if config.max_delay_steps:
         flow_time = torch.where(samples.committed, 1.0, flow_time)
     path = interpolate(draws.noise.flatten(0, 2), samples.data, flow_time)
-    velocity = model.decoder(path.x_t, flow_time, context, samples.valid)
+    velocity = model.velocity(path.x_t, flow_time, context, samples.valid)
     counted = samples.valid & ~samples.committed & samples.counted[:, None]
     error = (velocity.float() - path.velocity).square().mean(-1)
     return torch.where(counted, error, 0.0).sum(), counted.sum()

@@ -70,7 +70,7 @@ def train(
         accelerator: Lightning's.
         devices: per node.
         num_nodes: machines.
-        strategy: Lightning's, e.g. "ddp".
+        strategy: Lightning's, e.g. "ddp"; "fsdp" shards parameters and optimiser state over the devices.
         progress: show a progress bar.
 
     Returns:
@@ -169,7 +169,7 @@ def _trainer(
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
-            strategy=strategy,
+            strategy=_strategy(strategy, devices * num_nodes),
             precision=training.precision,
             max_epochs=-(-training.max_steps // training.validate_every),  # the sampler cuts the last one short
             logger=[CSVLogger(out / "logs", name="csv"), TensorBoardLogger(out / "logs", name="tensorboard")],
@@ -186,6 +186,15 @@ def _trainer(
             f"cannot train with accelerator {accelerator!r}, {devices} devices, {num_nodes} nodes, strategy "
             f"{strategy!r} and precision {training.precision!r}: {error}"
         ) from error
+
+
+def _strategy(name: str, world_size: int) -> Any:
+    """Lightning's strategy of that name; "fsdp" shards parameters over all devices."""
+    if name != "fsdp":
+        return name
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    return ModelParallelStrategy(world_size, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
 
 def _check_lengths(data: EpisodeDataset, experiment: ExperimentConfig) -> None:

@@ -71,20 +71,34 @@ def main() -> None:
     """Trains in a process of its own."""
     import torch
 
-    from scd_robot.training import train
+    from scd_robot.training import callbacks, train
 
     torch.set_num_threads(1)
-    devices = int(sys.argv[sys.argv.index("--devices") + 1]) if "--devices" in sys.argv else 1
+    options = dict(zip(sys.argv, [*sys.argv[1:], ""], strict=True))
+    if "--stop-after" in options:
+        stop_after(callbacks.CheckpointWriter, int(options["--stop-after"]))
+    strategy = options.get("--strategy", "auto")
     train(
         tiny_data(),
         tiny_experiment(int(sys.argv[2])),
         Path(sys.argv[1]),
-        resume="--resume" in sys.argv,
+        resume="--resume" in options,
         accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        devices=1 if strategy == "auto" else 2,
+        strategy=strategy,
         progress=False,
     )
+
+
+def stop_after(writer: type, step: int) -> None:
+    """Ends the training in the epoch's end hook of this step, after its checkpoint is written."""
+    write = writer.at_epoch_end
+
+    def write_and_stop(self, trainer, pl_module) -> None:  # type: ignore[no-untyped-def]
+        write(self, trainer, pl_module)
+        trainer.should_stop = trainer.global_step >= step
+
+    writer.at_epoch_end = write_and_stop
 
 
 if __name__ == "__main__":

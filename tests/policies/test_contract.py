@@ -1,0 +1,187 @@
+"""What every policy of the registry keeps to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scd_robot.errors import ShapeError, UnknownNameError
+from scd_robot.policies.registry import POLICIES, policy_class
+from scd_robot.types import Policy, PolicySpec
+
+
+@pytest.fixture(params=sorted(POLICIES))
+def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """A function that makes a small policy for the tiny dataset; each type has its fixture `NAME_policy`."""
+    return request.getfixturevalue(f"{request.param}_policy")
+
+
+def act_all(policy, observations, **reset):
+    policy.reset(**reset)
+    return np.stack([policy.act(observation) for observation in observations])
+
+
+def test_it_is_a_policy(make) -> None:
+    policy = make()
+    assert isinstance(policy, Policy)
+    assert isinstance(policy.spec, PolicySpec)
+    assert 1 <= policy.spec.num_executed <= policy.spec.chunk_length
+    assert all(callable(getattr(policy, name)) for name in ("observe", "plan", "drain_timings"))
+
+
+def test_actions_are_float32_finite_and_one_per_row(make, stream) -> None:
+    for rows in (1, 3):
+        actions = act_all(make(), stream(rows, 7))
+        assert (actions.shape, actions.dtype) == ((7, rows, 2), np.float32)
+        assert np.isfinite(actions).all()
+
+
+def test_the_same_episode_again_gives_the_same_actions(make, stream) -> None:
+    policy, observations = make(), stream(2, 9)
+    first = act_all(policy, observations, episodes=[4, 5])
+    np.testing.assert_array_equal(act_all(policy, observations, episodes=[4, 5]), first)
+    assert (act_all(policy, observations, episodes=[6, 7]) != first).any()
+
+
+def test_episodes_are_counted_on_where_none_are_given(make, stream) -> None:
+    """However a row is reset: a robot that begins a new episode does not repeat the noise of the last one."""
+    observations = stream(1, 3)
+    expected = [act_all(make(), observations, episodes=[number]) for number in range(3)]
+    policy = make()
+    np.testing.assert_array_equal(act_all(policy, observations), expected[0])
+    np.testing.assert_array_equal(act_all(policy, observations), expected[1])
+    policy.reset(rows=[0])
+    np.testing.assert_array_equal([policy.act(observation) for observation in observations], expected[2])
+
+
+def test_a_row_that_is_reset_forgets_and_the_others_do_not(make, stream) -> None:
+    policy, observations = make(), stream(2, 12)
+    whole = act_all(policy, observations, episodes=[0, 1])
+    fresh = act_all(make(), [{k: v[1:] for k, v in o.items()} for o in observations[5:]], episodes=[9])
+    policy.reset(episodes=[0, 1])
+    for step, observation in enumerate(observations):
+        if step == 5:
+            policy.reset(rows=[1], episodes=[9])
+        action = policy.act(observation)
+        np.testing.assert_allclose(action[0], whole[step, 0], atol=1e-5)
+        np.testing.assert_allclose(action[1], whole[step, 1] if step < 5 else fresh[step - 5, 0], atol=1e-5)
+
+
+def test_observations_are_not_changed_and_other_keys_are_ignored(make, stream) -> None:
+    observations = stream(2, 5)
+    copies = [{key: value.copy() for key, value in observation.items()} for observation in observations]
+    expected = act_all(make(), observations)
+    for observation, copy in zip(observations, copies, strict=True):
+        for key, value in copy.items():
+            np.testing.assert_array_equal(observation[key], value)
+    more = [{**observation, "camera": np.full((2, 4, 4, 3), 255, np.uint8)} for observation in observations]
+    np.testing.assert_array_equal(act_all(make(), more), expected)
+
+
+def test_float64_and_integers_are_accepted(make, stream) -> None:
+    observations = stream(2, 5)
+    wide = [{key: value.astype(np.float64) for key, value in observation.items()} for observation in observations]
+    np.testing.assert_array_equal(act_all(make(), wide), act_all(make(), observations))
+    whole = {"position": np.zeros((2, 2), np.int64), "goal": np.ones((2, 2), np.int64)}
+    floats = {key: value.astype(np.float32) for key, value in whole.items()}
+    np.testing.assert_array_equal(make().act(whole), make().act(floats))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"goal": None}, r"'goal' is missing; got \['position'\]"),
+        ({"goal": np.zeros((3, 5))}, r"'goal' must be \(B, 2\).*got \(3, 5\)"),
+        ({"goal": np.zeros((2, 2))}, r"'goal' must be \(B, 2\) with one B.*got \(2, 2\)"),
+        ({"goal": np.zeros(2)}, r"'goal' must be .*got \(2,\)"),
+        ({"goal": np.zeros((3, 1, 2))}, r"'goal' must be .*got \(3, 1, 2\)"),
+        ({"goal": np.float32(0)}, r"'goal' must be .*got \(\)"),
+        ({"goal": np.array([[0, 0], [0, np.nan], [0, 0]])}, "'goal' holds a NaN or infinite value in row 1"),
+        ({"goal": np.array([[0, 0], [0, 0], [-np.inf, 0]])}, "'goal' holds a NaN or infinite value in row 2"),
+        ({"goal": np.array([[1e300, 0], [0, 0], [0, 0]])}, "'goal' holds a NaN or infinite value in row 0"),
+        ({"goal": np.full((3, 2), "far")}, "'goal' must hold numbers"),
+        ({"goal": np.zeros((0, 2)), "position": np.zeros((0, 2))}, r"B >= 1 .*got \(0, 2\)"),
+    ],
+)
+def test_observation_that_does_not_fit_is_refused_and_changes_nothing(make, stream, change, told) -> None:
+    observations = stream(3, 4)
+    expected = act_all(make(), observations)
+    policy = make()
+    bad = {key: value for key, value in {**observations[1], **change}.items() if value is not None}
+    with pytest.raises(ShapeError, match=told):
+        policy.act(bad)
+    actions = []
+    for observation in observations:
+        actions.append(policy.act(observation))
+        with pytest.raises(ShapeError, match=told):
+            policy.act(bad)
+    np.testing.assert_array_equal(actions, expected)
+
+
+def test_another_batch_size_needs_a_reset(make, stream) -> None:
+    policy = make()
+    policy.act(stream(3, 1)[0])
+    with pytest.raises(ShapeError, match=r"batch has 2 rows, the policy runs 3; call reset\(\)"):
+        policy.act(stream(2, 1)[0])
+    policy.reset()
+    assert policy.act(stream(2, 1)[0]).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("executed", "told"),
+    [
+        (np.zeros((2, 3)), r"executed_action must be \(2, 2\), got \(2, 3\)"),
+        (np.zeros(2), r"executed_action must be \(2, 2\), got \(2,\)"),
+        (np.array([[0, 0], [np.nan, 0]]), "executed_action holds a NaN or infinite value in row 1"),
+    ],
+)
+def test_executed_action_that_does_not_fit_is_refused(make, stream, executed, told) -> None:
+    policy = make()
+    with pytest.raises(ShapeError, match=told):
+        policy.act(stream(2, 1)[0], executed)
+    assert policy.act(stream(3, 1)[0]).shape == (3, 2)  # a refused first observation does not fix the batch size
+
+
+def test_resets_that_do_not_fit_are_refused(make, stream) -> None:
+    policy = make()
+    policy.act(stream(2, 1)[0])
+    for rows in ([2], [-1], [0, 5]):
+        with pytest.raises(ShapeError, match="out of range for a batch of 2"):
+            policy.reset(rows=rows)
+    with pytest.raises(ShapeError, match="2 rows reset with 1 episodes"):
+        policy.reset(rows=[0, 1], episodes=[3])
+    policy.reset(rows=[])
+    policy.reset(episodes=[1, 2, 3])
+    with pytest.raises(ShapeError, match="given 3 episodes, the observation has 2 rows"):
+        policy.act(stream(2, 1)[0])
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_number_of_torch_threads_is_left_alone(make, stream, rows) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        policy = make()
+        policy.act(stream(rows, 1)[0])
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ShapeError):
+            policy.act({})
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_timings_are_handed_over_once(make, stream) -> None:
+    policy = make(num_executed=2)
+    act_all(policy, stream(1, 5))
+    timings = policy.drain_timings()
+    assert {name: len(values) for name, values in timings.items()} == {"encoder_ms": 5, "plan_ms": 3}
+    assert all(value > 0 for values in timings.values() for value in values)
+    assert policy.drain_timings() == {"encoder_ms": [], "plan_ms": []}
+
+
+def test_unknown_type_suggests_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'scd'"):
+        policy_class("sdc")
