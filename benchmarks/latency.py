@@ -153,9 +153,8 @@ def show(
     title: str, column: str, times: dict[int, dict[str, list[float]]], floors: dict[int, dict[str, float]]
 ) -> None:
     """One Markdown table."""
-    print(
-        f"\n{title}\n\n| {column} | encoder step | plan | planning tick | idle tick | floor of the tick | tick / floor |"
-    )
+    names = (column, "encoder step", "plan", "planning tick", "idle tick", "floor of the tick", "tick / floor")
+    print(f"\n{title}\n\n| " + " | ".join(names) + " |")
     print("|" + "---|" * 7)
     for key, entry in times.items():
         cells = [" / ".join(f"{v:.2f}" for v in percentiles(values).values()) for values in entry.values()]
@@ -181,9 +180,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     machine = measure_machine()
-    print(
-        f"one thread: {machine['gflops']:.0f} GFLOP/s float32, {machine['gb_per_s']:.1f} GB/s; torch {torch.__version__}"
-    )
+    print(f"one thread: {machine['gflops']:.0f} GFLOP/s, {machine['gb_per_s']:.1f} GB/s; torch {torch.__version__}")
     print(f"load average at the start: {os.getloadavg()[0]:.2f}; times in ms, p50 / p95 / p99")
 
     by_history = take_turns({w: make_policy(w, 8) for w in HISTORIES}, arguments.rounds)

@@ -238,13 +238,6 @@ def test_every_ablation_differs_from_the_reference_in_one_factor() -> None:
         assert arm.startswith(factors[0])
 
 
-def test_the_cell_that_is_left_out_is_refused_by_the_configuration() -> None:
-    reference = resolve("metaworld_state", DatasetSpec({"proprio": ArraySpec((4,))}, 4, 0.0125))
-    with pytest.raises(ConfigError, match="past_action_input='full'"):
-        with_settings(reference, ["model.past_action_input=full", "model.num_past_actions=8"])
-    assert not set(ablations.REFUSED) & set(ablations.arms())
-
-
 def test_jobs_are_selected_by_name_and_a_misspelt_one_is_suggested() -> None:
     jobs = metaworld.make_jobs()
     assert [job.name for job in common.select_jobs(jobs, ["door-open-v3", "push-v3"])] == ["push-v3", "door-open-v3"]
