@@ -9,11 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError, DatasetError
-from scd_robot.seeding import keyed_rng
+from scd_robot.seeding import EPISODE_SPLIT, SEGMENT_ORDER, SEGMENT_START, keyed_rng
 
 __all__ = ["SegmentBatch", "SegmentIndex", "split_episodes"]
-
-_SHUFFLE, _START, _SPLIT = 11, 12, 13  # what a random stream is for
 
 IntArray = NDArray[np.int64]
 
@@ -58,7 +56,8 @@ class SegmentIndex:
     """Deterministic shuffled segments of a set of episodes.
 
     An episode no longer than `segment_length` is one segment. A longer one is ceil(length / segment_length) segments
-    per epoch: the first from its first step, the others from random starts, drawn anew each epoch.
+    per epoch: the first from its first step, the others from random starts, drawn anew each epoch, of which enough fall
+    on the last possible one that the episode's end is seen as often as its middle.
 
     Args:
         episode_ends: (E,) cumulative, exclusive ends of all episodes.
@@ -108,12 +107,13 @@ class SegmentIndex:
         for row, (epoch, _) in enumerate(picks):
             slack = end[row] - first[row] - self._segment_length
             if slack > 0 and not self._is_first[number[row]]:
-                start[row] += keyed_rng(self._seed, _START, epoch + 1, number[row]).integers(slack + 1)
+                rng = keyed_rng(SEGMENT_START, self._seed, epoch + 1, number[row])
+                start[row] += min(slack, rng.integers(slack + self._segment_length // 2 + 1))
         return SegmentBatch(start, np.minimum(end, start + self._segment_length), first, end)
 
     def _order(self, epoch: int) -> IntArray:
         if self._shuffled is None or self._shuffled[0] != epoch:
-            self._shuffled = (epoch, keyed_rng(self._seed, _SHUFFLE, epoch).permutation(len(self)))
+            self._shuffled = (epoch, keyed_rng(SEGMENT_ORDER, self._seed, epoch).permutation(len(self)))
         return self._shuffled[1]
 
 
@@ -128,5 +128,5 @@ def split_episodes(num_episodes: int, held_out: float, seed: int = 0) -> tuple[I
     if not 0 <= held_out < 1:
         raise ConfigError(f"the share of held-out episodes must be in [0, 1), got {held_out}")
     count = min(num_episodes - 1, max(1, round(held_out * num_episodes))) if held_out else 0
-    order = keyed_rng(seed, _SPLIT).permutation(num_episodes)
+    order = keyed_rng(EPISODE_SPLIT, seed).permutation(num_episodes)
     return np.sort(order[count:]), np.sort(order[:count])

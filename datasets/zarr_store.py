@@ -9,6 +9,7 @@ An episode exists once its end stands in `episode_ends`, which is written last; 
 (by zarr, since 3.1.3). So whatever kills a recording, the store opens and holds the finished episodes.
 """
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -24,6 +25,7 @@ import numpy as np
 import zarr
 from numcodecs import Blosc
 from numpy.typing import NDArray
+from zarr.core.sync import sync
 
 from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, EpisodeDataset
 from scd_robot.errors import ConfigError, DatasetError, OutputError, ShapeError, UnknownNameError
@@ -97,7 +99,7 @@ class ZarrWriter:
                 self._group.create_group("meta")
                 self._write(f"meta/{_ENDS}", 0, np.empty(0, "<i8"), _UNWRITTEN)
             except BaseException:
-                shutil.rmtree(self._folder, ignore_errors=True)
+                _remove(self._folder)
                 raise
         return self
 
@@ -143,7 +145,7 @@ class ZarrWriter:
         """Keeps the finished episodes; after a block without exception a replaced store is swapped in."""
         self._group = None
         if self.num_episodes == 0:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            _remove(self._folder)
             return
         try:
             self._trim()
@@ -274,6 +276,19 @@ def open_zarr(path: Path | str, keys: list[str] | None = None, control_dt: float
     dataset = EpisodeDataset(spec, ends, arrays, (header or {}).get("metadata", {}), info)
     dataset.check(str(path))
     return dataset
+
+
+def _remove(folder: Path) -> None:
+    """Removes a store that zarr may still be writing to.
+
+    Zarr writes several files at once and gives up at the first that fails, so the others can appear later.
+    """
+
+    async def others() -> None:
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+
+    sync(others())
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _swap(new: Path, old: Path) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from scd_robot.config import from_json
 from scd_robot.diffusion import SamplerConfig
-from scd_robot.errors import CheckpointError, ConfigError, ShapeError
-from scd_robot.model import Conditioning, ScdConfig, ScdModel
+from scd_robot.errors import ActionError, CheckpointError, ConfigError, ShapeError
+from scd_robot.model import ActionPlan, Conditioning, ScdConfig, ScdModel
 from scd_robot.normalization import Normalizer
-from scd_robot.seeding import keyed_rng
+from scd_robot.policies.rows import Rows
+from scd_robot.seeding import POLICY_NOISE, keyed_rng
 from scd_robot.types import ActionArray, DatasetSpec, Observation, PolicySpec
 
 __all__ = ["ScdPolicy", "ScdPolicyConfig"]
@@ -57,6 +58,15 @@ class ScdPolicyConfig:
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
 
+    def check_fits(self, model: ScdConfig) -> None:
+        """Raises ConfigError where a model of this architecture cannot be run so."""
+        if self.num_executed > model.chunk_length:
+            raise ConfigError(f"num_executed {self.num_executed} exceeds the model's chunk_length {model.chunk_length}")
+        if self.num_samples > 1 and not model.num_past_actions:
+            raise ConfigError("num_samples > 1 picks by agreement with the past and needs num_past_actions > 0")
+        if self.guidance_scale != 1.0 and not model.context_corruption:
+            raise ConfigError("guidance_scale != 1 needs a model trained with context_corruption > 0")
+
 
 class ScdPolicy:
     """A trained model in a control loop; numpy in and out, in the units and keys of the dataset.
@@ -86,12 +96,7 @@ class ScdPolicy:
         self.device = torch.device(device)
         architecture = model.config
         _check_widths(architecture, normalizer, dataset)
-        if self.config.num_executed > architecture.chunk_length:
-            raise ConfigError(
-                f"num_executed {self.config.num_executed} exceeds the model's chunk_length {architecture.chunk_length}"
-            )
-        if self.config.num_samples > 1 and not architecture.num_past_actions:
-            raise ConfigError("num_samples > 1 picks by agreement with the past and needs num_past_actions > 0")
+        self.config.check_fits(architecture)
         self.spec = PolicySpec(
             observation={key: dataset.observation[key] for key in architecture.observation_shapes},
             action_dim=dataset.action_dim,
@@ -101,7 +106,7 @@ class ScdPolicy:
             history_length=architecture.history_length,
         )
         self._timings = _empty_timings()
-        self._rows: _Rows | None = None
+        self._rows: Rows | None = None
         self._context: Tensor | None = None
         self._conditioning: dict[float, Conditioning] | None = None  # of weights and sampler, which never change
         self._first_episodes: list[int] | None = None
@@ -144,10 +149,7 @@ class ScdPolicy:
             return
         if self._rows is None:
             raise ConfigError("reset(rows=...) before the first observation: the number of rows is not known yet")
-        chosen = np.asarray(rows, np.int64)
-        if len(chosen) and not (chosen.min() >= 0 and chosen.max() < self._rows.batch_size):
-            raise ShapeError(f"rows {list(rows)} are out of range for a batch of {self._rows.batch_size}")
-        self._rows.reset(chosen, episodes)
+        self._rows.reset(rows, episodes)
 
     def observe(self, observation: Observation, executed_action: ActionArray | None = None) -> None:
         """Advances every row's history by one control step, without planning.
@@ -167,7 +169,9 @@ class ScdPolicy:
             episodes = self._first_episodes
             if episodes is None:
                 episodes = list(range(self._next_episode, self._next_episode + batch))
-            self._rows = _Rows(self.model, batch, episodes)
+            if len(episodes) != batch:
+                raise ShapeError(f"reset() was given {len(episodes)} episodes, the observation has {batch} rows")
+            self._rows = Rows(self.model, episodes)
         elif batch != self._rows.batch_size:
             raise ShapeError(f"batch has {batch} rows, the policy runs {self._rows.batch_size}; call reset() first")
         rows = self._rows
@@ -178,10 +182,11 @@ class ScdPolicy:
                 key: self.normalizer.normalize(key, torch.as_tensor(value, device=self.device))
                 for key, value in arrays.items()
             }
-            past = None
+            past, known = None, None
             if self.model.config.past_action_input != "none":
                 past = self.normalizer.normalize("action", torch.as_tensor(rows.past[:, -1], device=self.device))
-            self._context = self.model.encode_step(normalised, rows.cache, past_action=past)
+                known = torch.as_tensor(rows.past_known[:, -1], device=self.device)
+            self._context = self.model.encode_step(normalised, rows.cache, past_action=past, past_action_valid=known)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         self._timings["encoder_ms"].append(1e3 * (time.perf_counter() - started))
@@ -199,6 +204,9 @@ class ScdPolicy:
             (B, Ta, Da); action 0 is for the control step last observed.
         """
         rows = self._observed("plan")
+        if not rows.position.all():
+            waiting = np.flatnonzero(rows.position == 0).tolist()
+            raise ConfigError(f"plan() needs an observation of rows {waiting} first, which were just reset")
         if delay_steps < 0:
             raise ConfigError(f"delay_steps must not be negative, got {delay_steps}")
         if prefix is None and delay_steps:
@@ -226,51 +234,71 @@ class ScdPolicy:
         return {name: list(values) for name, values in drained.items()}
 
     def _plan_rows(self, chosen: NDArray[np.int64], prefix: ActionArray | None) -> ActionArray:
+        """Plans for some rows, follows the new chunks (rows, Ta, Da) and returns them."""
         rows, config = self._observed("plan"), self.config
-        architecture = self.model.config
-        with_past = config.num_samples > 1
-        length = architecture.chunk_length + (architecture.num_past_actions if with_past else 0)
+        copies, with_past = config.num_samples, config.num_samples > 1
         started = time.perf_counter()
-        guided = config.guidance_scale != 1.0
-        noise = np.empty((len(chosen), config.num_samples, length, architecture.action_dim), np.float32)
-        corruption = np.empty((len(chosen) * guided, architecture.num_context_tokens, architecture.width), np.float32)
-        for i, row in enumerate(chosen):
-            rng = keyed_rng(config.seed, rows.episode[row], rows.num_plans[row])
-            rng.standard_normal(dtype=np.float32, out=noise[i])
-            if guided:
-                rng.standard_normal(dtype=np.float32, out=corruption[i])
+        noise, corruption = self._noise(rows, chosen)
         with self._inference(len(chosen)):
             assert self._context is not None
-            copies = config.num_samples
-            context, committed = self._context, None
+            context, committed, past_known = self._context, None, None
             if len(chosen) < rows.batch_size:
                 context = context[torch.as_tensor(chosen, device=self.device)]
             if prefix is not None:
                 committed = self.normalizer.normalize("action", torch.as_tensor(prefix, device=self.device))
                 committed = committed.repeat_interleave(copies, 0)
+            if with_past:
+                context = context.repeat_interleave(copies, 0)
+                past_known = torch.as_tensor(rows.past_known[chosen], device=self.device).repeat_interleave(copies, 0)
             if self._conditioning is None:
                 self._conditioning = self.model.conditioning(config.sampler)
             plan = self.model.plan(
-                context.repeat_interleave(copies, 0) if copies > 1 else context,
+                context,
                 sampler=config.sampler,
                 noise=torch.as_tensor(noise, device=self.device).flatten(0, 1),
                 prefix=committed,
                 guidance_scale=config.guidance_scale,
                 corruption_noise=torch.as_tensor(corruption, device=self.device).repeat_interleave(copies, 0),
                 with_past=with_past,
+                past_valid=past_known,
                 conditioning=self._conditioning,
             )
-            chunk = self.normalizer.denormalize("action", plan.actions).cpu().numpy()
-            if plan.past is not None:
-                believed = self.normalizer.denormalize("action", plan.past).cpu().numpy()
-                chunk = chunk[rows.best_sample(chosen, believed.reshape(len(chosen), copies, *believed.shape[1:]))]
+            actions = plan.actions if plan.past is None else self._most_faithful(rows, chosen, plan)
+            chunk = self.normalizer.denormalize("action", actions).cpu().numpy()
+        if not np.isfinite(chunk).all():
+            row = int(chosen[np.argwhere(~np.isfinite(chunk))[0][0]])
+            raise ActionError(f"the plan of row {row} holds a NaN or infinite action; stop the robot and reset the row")
         if prefix is not None:
             chunk[:, : prefix.shape[1]] = prefix
         self._timings["plan_ms"].append(1e3 * (time.perf_counter() - started))
         rows.follow(chosen, chunk)
         return chunk
 
-    def _observed(self, call: str) -> "_Rows":
+    def _noise(self, rows: Rows, chosen: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Of the sampler (rows, S, L, Da) and of guidance (rows or 0, K, D), keyed by (seed, episode, plan)."""
+        config, architecture = self.config, self.model.config
+        length = architecture.chunk_length + (architecture.num_past_actions if config.num_samples > 1 else 0)
+        guided = config.guidance_scale != 1.0
+        noise = np.empty((len(chosen), config.num_samples, length, architecture.action_dim), np.float32)
+        corruption = np.empty((len(chosen) * guided, architecture.num_context_tokens, architecture.width), np.float32)
+        for i, row in enumerate(chosen):
+            rng = keyed_rng(POLICY_NOISE, config.seed, rows.episode[row], rows.num_plans[row])
+            rng.standard_normal(dtype=np.float32, out=noise[i])
+            if guided:
+                rng.standard_normal(dtype=np.float32, out=corruption[i])
+        return noise, corruption
+
+    def _most_faithful(self, rows: Rows, chosen: NDArray[np.int64], plan: ActionPlan) -> Tensor:
+        """Of each row's samples the actions (rows, Ta, Da) of that whose past is nearest to what was executed."""
+        assert plan.past is not None
+        believed = plan.past.unflatten(0, (len(chosen), -1))  # (rows, S, k, Da)
+        executed = self.normalizer.normalize("action", torch.as_tensor(rows.past[chosen], device=self.device))
+        known = torch.as_tensor(rows.past_known[chosen], device=self.device)
+        error = (believed - executed[:, None]).square().sum(-1)
+        best = (error * known[:, None]).sum(-1).argmin(-1)
+        return plan.actions.unflatten(0, (len(chosen), -1))[torch.arange(len(chosen), device=self.device), best]
+
+    def _observed(self, call: str) -> Rows:
         if self._rows is None or self._context is None:
             raise ConfigError(f"{call}() needs an observation first: call observe(observation)")
         return self._rows
@@ -342,76 +370,3 @@ def _as_float32(values: Any, name: str) -> ActionArray:
         raise ShapeError(f"{name} must hold numbers, got an array of {array.dtype}")
     with np.errstate(over="ignore"):
         return array.astype(np.float32, copy=False)
-
-
-class _Rows:
-    """State of the B rows: history cache, chunks being followed, executed actions."""
-
-    def __init__(self, model: ScdModel, batch_size: int, episodes: Sequence[int]) -> None:
-        config = model.config
-        if len(episodes) != batch_size:
-            raise ShapeError(f"reset() was given {len(episodes)} episodes, the observation has {batch_size} rows")
-        self.batch_size = batch_size
-        self.cache = model.new_cache(batch_size)
-        self.position = np.zeros(batch_size, np.int64)  # control steps observed
-        self.origin = np.full(batch_size, -1, np.int64)  # control step of the chunk's action 0, -1 = no chunk
-        self.chunk = np.zeros((batch_size, config.chunk_length, config.action_dim), np.float32)
-        self.past = np.zeros((batch_size, max(1, config.num_past_actions), config.action_dim), np.float32)
-        self.num_plans = np.zeros(batch_size, np.int64)
-        self.episode = np.asarray(episodes, np.int64)
-        self.next_episode = int(self.episode.max()) + 1
-
-    @property
-    def age(self) -> NDArray[np.int64]:
-        """(B,) index into the chunk for the control step last observed; very large where there is no chunk."""
-        return np.where(self.origin < 0, np.iinfo(np.int64).max, self.position - 1 - self.origin)
-
-    def reset(self, chosen: NDArray[np.int64], episodes: Sequence[int] | None) -> None:
-        mask = torch.zeros(self.batch_size, dtype=torch.bool, device=self.cache.position.device)
-        mask[torch.as_tensor(chosen, device=mask.device)] = True
-        with torch.inference_mode():
-            self.cache.reset(mask)
-        if episodes is None:
-            episodes = range(self.next_episode, self.next_episode + len(chosen))
-        elif len(episodes) != len(chosen):
-            raise ShapeError(f"{len(chosen)} rows reset with {len(episodes)} episodes")
-        self.episode[chosen] = np.asarray(episodes, np.int64)
-        self.next_episode = max(self.next_episode, int(self.episode.max()) + 1)
-        self.position[chosen], self.origin[chosen], self.num_plans[chosen], self.past[chosen] = 0, -1, 0, 0
-
-    def record_executed(self, executed: ActionArray | None) -> None:
-        """Appends the last step's action, as reported or as the chunk said, to the rows that have begun."""
-        begun = np.flatnonzero(self.position > 0)
-        if not len(begun):
-            return
-        last = executed if executed is not None else self.current_action()
-        self.past[begun, :-1] = self.past[begun, 1:]
-        self.past[begun, -1] = last[begun]
-
-    def current_action(self) -> ActionArray:
-        """(B, Da) the chunk's action for the control step last observed; its last one once it is used up."""
-        index = np.clip(self.position - 1 - self.origin, 0, self.chunk.shape[1] - 1)
-        return self.chunk[np.arange(self.batch_size), index].copy()
-
-    def upcoming(self, count: int) -> ActionArray:
-        """(B, count, Da) the running chunks' actions from the current control step on."""
-        left = self.chunk.shape[1] - self.age
-        if (left < count).any():
-            raise ConfigError(
-                f"delay_steps {count} exceeds what is left of the running chunk, {max(0, int(left.min()))}"
-            )
-        index = self.age[:, None] + np.arange(count)
-        return self.chunk[np.arange(self.batch_size)[:, None], index]
-
-    def follow(self, chosen: NDArray[np.int64], chunk: ActionArray) -> None:
-        self.chunk[chosen] = chunk
-        self.origin[chosen] = self.position[chosen] - 1
-        self.num_plans[chosen] += 1
-
-    def best_sample(self, chosen: NDArray[np.int64], believed: ActionArray) -> NDArray[np.int64]:
-        """Flat indices of the samples whose believed past (rows, N, k, Da) is nearest to what was executed."""
-        count = believed.shape[2]
-        known = np.arange(count)[None, :] >= count - np.minimum(count, self.position[chosen] - 1)[:, None]
-        error = np.square(believed - self.past[chosen][:, None]).sum(-1)
-        best = (error * known[:, None]).sum(-1).argmin(-1)
-        return np.arange(len(chosen)) * believed.shape[1] + best

@@ -6,6 +6,7 @@
         config.json          resolved experiment, can be run again
         dataset.json         observation keys and shapes, action width, control rate
         normalization.json   statistics and mode per key
+        origin.json          what it was trained from: fingerprint of the dataset, weights it started from
         metrics.json         validation and training metrics at this step
         resume/              what only training needs (absent in a published checkpoint)
 
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 _FORMAT = "scd_robot checkpoint"
-_JSON_FILES = ("config", "dataset", "normalization", "metrics")
+_JSON_FILES = ("config", "dataset", "normalization", "origin", "metrics")
 _PACKAGES = ("scd_robot", "torch", "lightning", "numpy", "zarr", "safetensors")
 
 
@@ -65,6 +66,7 @@ class Checkpoint:
         dataset: what the policy was trained on.
         normalizer: statistics and modes.
         weights: tensors by name, on the CPU.
+        origin: what it was trained from.
         metrics: numbers by name.
         versions: of python and packages, when it was written.
     """
@@ -76,6 +78,7 @@ class Checkpoint:
     dataset: DatasetSpec
     normalizer: Normalizer
     weights: dict[str, Tensor]
+    origin: dict[str, Any]
     metrics: dict[str, Any]
     versions: dict[str, str]
 
@@ -89,6 +92,7 @@ def write_checkpoint(
     dataset: DatasetSpec,
     normalizer: Normalizer,
     weights: Mapping[str, Tensor],
+    origin: Mapping[str, Any],
     metrics: Mapping[str, Any],
     write_resume: Callable[[Path], None] | None = None,
 ) -> None:
@@ -102,6 +106,7 @@ def write_checkpoint(
         dataset: what the policy was trained on.
         normalizer: statistics and modes.
         weights: tensors by name.
+        origin: what it was trained from, as JSON.
         metrics: numbers by name; NaN and infinite ones become null.
         write_resume: called with the folder `resume` to fill it.
 
@@ -118,6 +123,7 @@ def write_checkpoint(
             "config": dict(config),
             "dataset": dataset.to_json(),
             "normalization": normalizer.to_json(),
+            "origin": dict(origin),
             "metrics": to_plain(metrics),
         }
         for name in _JSON_FILES:
@@ -138,14 +144,21 @@ def write_checkpoint(
         _sync(beside)
         beside.rename(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
+        if type(error) is RuntimeError and not _is_full_disk(error):
+            raise
         raise OutputError(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are untouched") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _is_full_disk(error: RuntimeError) -> bool:
+    """Whether torch.save ran out of space: it says so by a RuntimeError of its zip writer."""
+    return "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+
+
 def list_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a training run's folder, oldest first."""
-    return sorted(p.parent for p in (run / "checkpoints").glob("step_*/manifest.json"))
+    """The checkpoints of a training run's folder, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step_*") if p.is_dir())
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -192,7 +205,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         )
     for name in (*(f"{name}.json" for name in _JSON_FILES), "model.safetensors"):
         _check_digest(folder, name, manifest)
-    config, dataset, normalization, metrics = (_read_object(folder / f"{name}.json") for name in _JSON_FILES)
+    config, dataset, normalization, origin, metrics = (_read_object(folder / f"{name}.json") for name in _JSON_FILES)
     for name, kind in (("preset", str), ("model", dict), ("policy", dict)):
         _field(config, name, kind, folder / "config.json")
     try:
@@ -205,6 +218,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             dataset=DatasetSpec.from_json(dataset),
             normalizer=Normalizer.from_json(normalization),
             weights=weights,
+            origin=origin,
             metrics=metrics,
             versions=_field(manifest, "versions", dict, folder / "manifest.json"),
         )

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "ActionError",
     "CheckpointError",
     "ConfigError",
     "DatasetError",
@@ -29,6 +30,10 @@ class ScdRobotError(Exception):
 
 class ConfigError(ScdRobotError, ValueError):
     """A setting is out of range or contradicts another one."""
+
+
+class ActionError(ScdRobotError, ValueError):
+    """An action is NaN or infinite; it must not reach a robot or a simulator."""
 
 
 class ShapeError(ScdRobotError, ValueError):

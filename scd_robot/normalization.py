@@ -3,7 +3,6 @@
 Shapes: Do width of one key; (..., Do) any batch axes.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,13 +16,8 @@ from scd_robot.errors import CheckpointError, ConfigError, DatasetError, ShapeEr
 
 __all__ = ["MODES", "FieldStatistics", "Mode", "Normalizer", "compute_statistics"]
 
-logger = logging.getLogger(__name__)
-
 Mode = Literal["min_max", "mean_std", "quantile", "identity"]
 MODES: tuple[Mode, ...] = ("min_max", "mean_std", "quantile", "identity")
-
-# A dimension whose spread is below this share of its magnitude is constant up to float32 rounding.
-_CONSTANT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -49,18 +43,26 @@ class FieldStatistics:
         """Do."""
         return len(self.mean)
 
-    def offset_and_gain(self, mode: Mode) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """normalised = (x - offset) * gain; constant dimensions become x - offset, that is 0 on the training data."""
-        lower, upper = {
-            "min_max": (self.minimum, self.maximum),
-            "quantile": (self.low, self.high),
-            "mean_std": (np.subtract(self.mean, self.std), np.add(self.mean, self.std)),
-            "identity": (-np.ones(self.width), np.ones(self.width)),
-        }[mode]
-        lower, upper = np.asarray(lower, np.float64), np.asarray(upper, np.float64)
-        offset, half = (lower + upper) / 2, (upper - lower) / 2
-        constant = half <= _CONSTANT * np.maximum(1.0, np.abs(offset))
-        return offset, 1 / np.where(constant, 1.0, half)
+    def center_and_half(self, mode: Mode) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Center and half-width (Do,) of what becomes [-1, 1]; half-width 0 marks a constant dimension.
+
+        A dimension whose quantiles coincide although it moves (a gripper that is nearly always open) takes its range.
+        """
+        if mode == "identity":
+            return np.zeros(self.width), np.ones(self.width)
+        minimum, maximum = np.asarray(self.minimum, np.float64), np.asarray(self.maximum, np.float64)
+        lower, upper = minimum, maximum
+        if mode == "mean_std":
+            lower, upper = np.subtract(self.mean, self.std), np.add(self.mean, self.std)
+        if mode == "quantile":
+            coincide = is_constant(np.asarray(self.low), np.asarray(self.high))
+            lower, upper = np.where(coincide, minimum, self.low), np.where(coincide, maximum, self.high)
+        return (lower + upper) / 2, np.where(is_constant(lower, upper), 0.0, (upper - lower) / 2)
+
+
+def is_constant(lower: NDArray[np.float64], upper: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether a range is nothing but float32 rounding: under a millionth of its magnitude, or under 1e-9."""
+    return upper - lower <= np.maximum(1e-6 * np.maximum(np.abs(lower), np.abs(upper)), 1e-9)
 
 
 def compute_statistics(values: NDArray[Any], key: str) -> FieldStatistics:
@@ -78,9 +80,6 @@ def compute_statistics(values: NDArray[Any], key: str) -> FieldStatistics:
     low, high = np.quantile(flat, (0.01, 0.99), axis=0)
     columns = (flat.min(0), flat.max(0), flat.mean(0), flat.std(0), low, high)
     statistics = FieldStatistics(*(tuple(map(float, column)) for column in columns))
-    constant = np.flatnonzero(statistics.maximum <= np.add(statistics.minimum, _CONSTANT))
-    if len(constant):
-        logger.info("%r is constant in dimensions %s; they are mapped to 0", key, constant.tolist())
     return statistics
 
 
@@ -102,19 +101,23 @@ class Normalizer(nn.Module):
         for key, mode in modes.items():
             if mode not in MODES:
                 raise UnknownNameError("normalisation mode", mode, MODES)
-            offset, gain = statistics[key].offset_and_gain(mode)
-            self.register_buffer(f"offset_{key}", torch.tensor(offset, dtype=torch.float32), persistent=False)
-            self.register_buffer(f"gain_{key}", torch.tensor(gain, dtype=torch.float32), persistent=False)
+            center, half = statistics[key].center_and_half(mode)
+            constant = half == 0
+            # Constant dimensions: a new value is not blown up on the way in, and held at the constant on the way out.
+            values = {"center": center, "gain": 1 / np.where(constant, 1.0, half), "half": half}
+            for name, value in values.items():
+                buffer = torch.tensor(value, dtype=torch.float32)
+                self.register_buffer(f"{name}_{list(statistics).index(key)}", buffer, persistent=False)
 
     def normalize(self, key: str, x: Tensor) -> Tensor:
         """x (..., Do) in the dataset's units -> normalised."""
-        offset, gain = self._affine(key, x)
-        return (x - offset) * gain
+        center, gain = self._buffers_of(key, x, "center", "gain")
+        return (x - center) * gain
 
     def denormalize(self, key: str, x: Tensor) -> Tensor:
-        """Inverse of `normalize`."""
-        offset, gain = self._affine(key, x)
-        return x / gain + offset
+        """Inverse of `normalize`; constant dimensions come out as their constant."""
+        center, half = self._buffers_of(key, x, "center", "half")
+        return x * half + center
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -135,9 +138,10 @@ class Normalizer(nn.Module):
             modes[key] = entry["mode"]
         return cls(statistics, modes)
 
-    def _affine(self, key: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _buffers_of(self, key: str, x: Tensor, *names: str) -> list[Tensor]:
         if key not in self.statistics:
             raise UnknownNameError("normalised key", key, self.statistics)
         if x.shape[-1] != self.statistics[key].width:
             raise ShapeError(f"{key!r} must be (..., {self.statistics[key].width}), got {tuple(x.shape)}")
-        return getattr(self, f"offset_{key}"), getattr(self, f"gain_{key}")
+        index = list(self.statistics).index(key)
+        return [getattr(self, f"{name}_{index}") for name in names]

@@ -6,19 +6,46 @@
 
 import numpy as np
 
-__all__ = ["EVALUATION", "RECORDING", "VALIDATION", "derive_seed", "keyed_rng"]
+__all__ = [
+    "EPISODE_SPLIT",
+    "EVALUATION",
+    "POLICY_NOISE",
+    "RECORDING",
+    "SEGMENT_ORDER",
+    "SEGMENT_START",
+    "TRAINING_DRAW",
+    "VALIDATION",
+    "VALIDATION_DRAW",
+    "derive_seed",
+    "keyed_rng",
+]
 
-# Domains keep the start states of demonstrations, of evaluations in training, and of evaluations disjoint.
+# The first key says what a stream is for. The first three keep the start states of demonstrations, of evaluations in
+# training, and of evaluations disjoint.
 RECORDING = 1
 VALIDATION = 2
 EVALUATION = 3
+POLICY_NOISE = 4
+EPISODE_SPLIT = 5
+SEGMENT_ORDER = 6
+SEGMENT_START = 7
+TRAINING_DRAW = 8
+VALIDATION_DRAW = 9
 
 
 def keyed_rng(*keys: int) -> np.random.Generator:
-    """A generator that is a function of `keys` (non-negative integers) alone."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([int(k) for k in keys])))
+    """A generator that is a function of `keys` (non-negative integers) alone; other keys give another stream."""
+    return np.random.Generator(np.random.Philox(_sequence(keys)))
 
 
 def derive_seed(*keys: int) -> int:
     """A 32-bit seed that is a function of `keys` (non-negative integers) alone; for libraries that want an int."""
-    return int(np.random.SeedSequence([int(k) for k in keys]).generate_state(1, np.uint32)[0])
+    return int(_sequence(keys).generate_state(1, np.uint32)[0])
+
+
+def _sequence(keys: tuple[int, ...]) -> np.random.SeedSequence:
+    """Distinct for distinct keys: SeedSequence alone takes (1,) and (1, 0), or 2**32 and (0, 1), for the same."""
+    words = [len(keys)]
+    for key in map(int, keys):
+        words += [max(1, -(-key.bit_length() // 32)), key]
+    return np.random.SeedSequence(words)

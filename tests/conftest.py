@@ -11,11 +11,21 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "training"))  # makes `tiny` importable
 
 TINY_SETTINGS = (
-    "training.validate_every=2 training.batch_size=2 training.segment_length=12 training.positions_per_segment=4 "
-    "training.warmup_steps=1 training.held_out=0.2 model.width=16 model.num_heads=2 model.encoder_layers=2 "
-    "model.decoder_layers=1 model.history_length=4 model.chunk_length=4 policy.num_executed=2 "
-    "policy.sampler.num_denoising_steps=2"
-).split()
+    "training.validate_every=2",
+    "training.batch_size=2",
+    "training.segment_length=12",
+    "training.positions_per_segment=4",
+    "training.warmup_steps=1",
+    "training.held_out=0.2",
+    "model.width=16",
+    "model.num_heads=2",
+    "model.encoder_layers=2",
+    "model.decoder_layers=1",
+    "model.history_length=4",
+    "model.chunk_length=4",
+    "policy.num_executed=2",
+    "policy.sampler.num_denoising_steps=2",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

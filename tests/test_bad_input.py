@@ -6,6 +6,7 @@ import os
 import pkgutil
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -179,7 +180,7 @@ class TestDatasets:
         group.attrs["scd_robot"] = header
         arguments = train(store, tmp_path / "run", "--init", run_folder, "--init-statistics", "dataset")
         refused(arguments, "observation_shapes.goal: [2] there, [3] here", unchanged=[tmp_path])
-        refused([*train(store, run_folder), "--resume"], "with other settings", unchanged=[tmp_path])
+        refused([*train(store, run_folder), "--resume"], "was run otherwise", unchanged=[tmp_path])
 
 
 class TestEnvironments:
@@ -208,6 +209,11 @@ class TestEnvironments:
         monkeypatch.syspath_prepend(str(tmp_path / "modules"))
         arguments = ["eval", tiny_run, "--env", "other_world:make", "--episodes", 1, "--out", tmp_path / "out"]
         refused(arguments, told, "was the policy trained" if "0.05" not in told else "rate", unchanged=[tmp_path])
+
+    @pytest.mark.sim
+    def test_task_that_does_not_fit_the_checkpoint(self, tiny_run: Path, tmp_path: Path, refused: Refused) -> None:
+        arguments = ["eval", tiny_run, "--env", "metaworld/push-v3", "--episodes", 1, "--out", tmp_path / "out"]
+        refused(arguments, "needs the observation 'position'", "goal, object, proprio", unchanged=[tmp_path])
 
     def test_missing_simulator_names_the_command(
         self, tiny_run: Path, tmp_path: Path, monkeypatch, refused: Refused
@@ -320,7 +326,21 @@ class TestFullDisk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.csv")
 
         monkeypatch.setattr(_ExperimentWriter, "save", no_space)
-        refused(train(store, tmp_path / "run"), "metrics.csv", "no space left on device", at_once=False)
+        out = tmp_path / "run"
+        refused(train(store, out), f"cannot write to {out}", "no space left on device", at_once=False)
+
+    def test_logs_that_a_thread_writes(self, store: Path, tmp_path: Path, train, monkeypatch, refused: Refused) -> None:
+        """TensorBoard's thread would print a traceback of its own."""
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        def no_space(self: object, data: bytes) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(RecordWriter, "write", no_space)
+        before = threading.excepthook
+        out = tmp_path / "run"
+        refused(train(store, out), f"cannot write to {out}", "no space left on device", at_once=False)
+        assert threading.excepthook is before
 
     @pytest.mark.parametrize(("method", "name"), [("open", "episodes.jsonl"), ("write_text", "result.json")])
     def test_evaluation(self, method, name, tiny_run, tmp_path, point_world, monkeypatch, refused: Refused) -> None:

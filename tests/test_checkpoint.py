@@ -221,6 +221,7 @@ def write(folder: Path, **changes) -> dict:
         "dataset": DatasetSpec({"a": ArraySpec((1,))}, 1, 0.1, "x"),
         "normalizer": Normalizer({"a": statistics}, {"a": "min_max"}),
         "weights": {"w": torch.arange(6.0).view(2, 3).T},
+        "origin": {"dataset": "abc"},
         "metrics": {"loss": 0.5},
         **changes,
     }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scd_robot.errors import OutputError
-from scd_robot.output import to_plain, write_json
+from scd_robot.output import check_target, to_plain, write_json, write_text
 
 
 @dataclass
@@ -80,4 +80,18 @@ def test_impossible_targets_are_named(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match=r"folder': is a directory"):
         write_json(tmp_path / "folder", {})
+    for path, told in (("file/out.json", "file' is not a folder"), ("folder", "it is a folder; name a file")):
+        with pytest.raises(OutputError, match=told):
+            check_target(tmp_path / path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_target_that_is_tried_is_not_touched(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out.json"
+    check_target(target)
+    check_target("-")
+    assert list(target.parent.iterdir()) == []
+    write_text(target, "earlier \u2713")
+    check_target(target)
+    assert target.read_text(encoding="utf-8") == "earlier \u2713"
+    assert list(target.parent.iterdir()) == [target]

@@ -21,6 +21,8 @@ def evaluate(
     max_steps: int | None = None,
     num_denoising_steps: int | None = None,
     num_executed: int | None = None,
+    guidance_scale: float | None = None,
+    num_samples: int | None = None,
     seed: int | None = None,
     device: str = "cpu",
     num_videos: int = 3,
@@ -42,6 +44,9 @@ def evaluate(
         max_steps: control steps after which an episode fails; by default the environment's own limit.
         num_denoising_steps: replaces the checkpoint's.
         num_executed: actions taken from one plan before the next; replaces the checkpoint's.
+        guidance_scale: guidance by context corruption; replaces the checkpoint's (1 = off).
+        num_samples: plans sampled at a time, of which the one that agrees best with the executed past is kept; replaces
+            the checkpoint's (1 = off).
         seed: of the policy's noise; replaces the checkpoint's.
         device: torch device of the policy.
         num_videos: successes and failures to replay into videos, so many of each; 0 = none.
@@ -58,7 +63,13 @@ def evaluate(
         check_target(json)
     torch.set_num_threads(1)  # small batches; the simulators have the other cores
     policy = load_policy(
-        checkpoint, device, num_denoising_steps=num_denoising_steps, num_executed=num_executed, seed=seed
+        checkpoint,
+        device,
+        num_denoising_steps=num_denoising_steps,
+        num_executed=num_executed,
+        guidance_scale=guidance_scale,
+        num_samples=num_samples,
+        seed=seed,
     )
     result = run(
         policy,

@@ -93,6 +93,8 @@ def train(
         strategy=strategy,
         progress=str(json) != "-",
     )
+    if summary is None:  # the first process of the run reports
+        return
     if str(json) != "-":
         error = summary["metrics"].get("val/chunk_rmse")
         held_out = "" if error is None else f", held-out chunk error {error:.4f} (RMS, normalised units)"
@@ -112,6 +114,8 @@ def _evaluation(environment: str, episodes: int) -> Callable[[Any], dict[str, fl
     def run(policy: Any) -> dict[str, float]:
         result = evaluate(policy, environment, episodes, seed_domain=VALIDATION, num_videos=0, progress=False)
         low, high = result.interval
-        return {"success_rate": result.success_rate or 0.0, "interval_low": low, "interval_high": high}
+        if result.success_rate is None:  # no valid episode says nothing about the policy
+            return {"invalid": float(result.invalid)}
+        return {"success_rate": result.success_rate, "interval_low": low, "interval_high": high}
 
     return run

@@ -62,6 +62,8 @@ class ScdConfig:
         if not self.observation_shapes:
             raise ConfigError("observation_shapes is empty: a model needs at least one observation key")
         for key, shape in self.observation_shapes.items():
+            if key in ("action", "past_action"):
+                raise ConfigError(f"an observation key must not be called {key!r}, the name of what the policy gives")
             if len(shape) != 1 or shape[0] < 1:
                 raise ConfigError(
                     f"observation {key!r} has shape {tuple(shape)}; this model takes vectors (n,) with n >= 1"

@@ -98,6 +98,7 @@ class ScdModel(nn.Module):
         active: Tensor | None = None,
         *,
         past_action: Tensor | None = None,
+        past_action_valid: Tensor | None = None,
         present: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Context (B, K, D) of one more control step; equal to `encode` over the whole stream at that step.
@@ -108,13 +109,16 @@ class ScdModel(nn.Module):
             active: (B,) bool, rows that take the step; the others stay as they are and their context means nothing.
             past_action: (B, Da) executed one step before, where the configuration reads it; ignored in the first
                 step of a row.
+            past_action_valid: (B,) bool, False where it is not known; None = known.
             present: (B,) bool by key, for keys absent in this step.
         """
-        started = None if past_action is None else (cache.position > 0)[:, None]
+        known = None
+        if past_action is not None:
+            known = cache.position > 0 if past_action_valid is None else past_action_valid & (cache.position > 0)
         tokens, valid = self.tokenizer(
             {key: value[:, None] for key, value in observation.items()},
             None if past_action is None else past_action[:, None],
-            started,
+            None if known is None else known[:, None],
             None if present is None else {key: value[:, None] for key, value in present.items()},
         )
         return self.encoder.step(tokens[:, 0], cache, None if valid is None else valid[:, 0], active)
@@ -139,6 +143,7 @@ class ScdModel(nn.Module):
         guidance_scale: float = 1.0,
         corruption_noise: Tensor | None = None,
         with_past: bool = False,
+        past_valid: Tensor | None = None,
         conditioning: Mapping[float, Conditioning] | None = None,
     ) -> ActionPlan:
         """Denoises one action chunk per row.
@@ -153,6 +158,7 @@ class ScdModel(nn.Module):
             guidance_scale: above 1, extrapolates away from a corrupted context, for twice the decoder calls.
             corruption_noise: (B, K, D) standard normal for that; None = drawn.
             with_past: also denoise the k past actions.
+            past_valid: (B, k) bool with that, False for control steps before the history began; None = all.
             conditioning: of this sampler, from `conditioning`, where it was computed once for many plans.
         """
         config = self.config
@@ -168,6 +174,9 @@ class ScdModel(nn.Module):
         condition = conditioning
         if condition is None or committed is not None:
             condition = self.conditioning(sampler, committed)
+        token_valid = None
+        if with_past and past_valid is not None:
+            token_valid = torch.cat((past_valid, past_valid.new_ones(len(past_valid), config.chunk_length)), dim=1)
         prepared = self.decoder.prepare(context)
         weak = None
         if guidance_scale != 1.0:
@@ -177,10 +186,10 @@ class ScdModel(nn.Module):
             weak = self.decoder.prepare(corrupt(context, drawn, config.context_corruption))
 
         def velocity(x: Tensor, time: float) -> Tensor:
-            strong = self.decoder.velocity(x, condition[time], prepared)
+            strong = self.decoder.velocity(x, condition[time], prepared, token_valid)
             if weak is None:
                 return strong
-            return guide(strong, self.decoder.velocity(x, condition[time], weak), guidance_scale)
+            return guide(strong, self.decoder.velocity(x, condition[time], weak, token_valid), guidance_scale)
 
         result = sample(velocity, noise, sampler, clamp)
         past, actions = result.x.split((length - config.chunk_length, config.chunk_length), dim=1)

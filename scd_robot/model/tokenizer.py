@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from scd_robot.errors import ShapeError
+from scd_robot.errors import ShapeError, UnknownNameError
 from scd_robot.model.config import ScdConfig
 
 __all__ = ["StepTokenizer"]
@@ -28,7 +28,7 @@ class StepTokenizer(nn.Module):
         widths = {key: config.observation_shapes[key][0] for key in self.keys}
         if config.observation_tokens == "joint":
             widths = {"observation": sum(widths.values())}
-        self.observation = nn.ModuleDict({name: nn.Linear(n, config.width) for name, n in widths.items()})
+        self.observation = nn.ModuleList(nn.Linear(n, config.width) for n in widths.values())
         self.has_past_action = config.past_action_input != "none"
         self.past_action = nn.Linear(config.action_dim, config.width) if self.has_past_action else None
         self.slot_names = [*widths] + ["past_action"] * self.has_past_action
@@ -65,7 +65,7 @@ class StepTokenizer(nn.Module):
             if present:
                 raise ShapeError("absent observation keys need observation_tokens='per_key', this model has 'joint'")
             vectors = [torch.cat(vectors, dim=-1)]
-        tokens = [embed(x) for embed, x in zip(self.observation.values(), vectors, strict=True)]
+        tokens = [embed(x) for embed, x in zip(self.observation, vectors, strict=True)]
         if self.past_action is not None:
             if past_action is None:
                 raise ShapeError(f"this model reads the previous action, (B, T, {self.config.action_dim}); got None")
@@ -88,6 +88,9 @@ class StepTokenizer(nn.Module):
         self, batch: int, steps: int, past_action_valid: Tensor | None, present: Mapping[str, Tensor] | None
     ) -> Tensor | None:
         given = dict(present or {})
+        for key in given:
+            if key not in self.keys:
+                raise UnknownNameError("observation key", key, self.keys)
         if self.has_past_action and past_action_valid is not None:
             given["past_action"] = past_action_valid
         if not given:

@@ -94,11 +94,16 @@ class KVCache:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def reset(self, rows: Tensor | None = None) -> None:
-        """Empties the rows where `rows` (B,) bool is True; None = all."""
+        """Empties the rows where `rows` (B,) bool is True; None = all.
+
+        Keys and values are zeroed as well: masked ones have weight 0, but 0 times an infinite value is not 0.
+        """
         if rows is None:
+            self.keys_values.zero_()
             self.slot_position.fill_(-1)
             self.position.zero_()
         else:
+            self.keys_values.masked_fill_(rows[None, :, None, None, None, None, None], 0)
             self.slot_position.masked_fill_(rows[:, None], -1)
             self.position.masked_fill_(rows, 0)
 

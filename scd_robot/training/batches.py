@@ -19,13 +19,11 @@ from torch.utils.data import Dataset, Sampler
 from scd_robot.datasets import EpisodeDataset
 from scd_robot.datasets.windows import SegmentBatch, SegmentIndex
 from scd_robot.diffusion import sample_flow_time
-from scd_robot.errors import DatasetError
-from scd_robot.seeding import keyed_rng
+from scd_robot.errors import ConfigError
+from scd_robot.seeding import TRAINING_DRAW, VALIDATION_DRAW, keyed_rng
 from scd_robot.training.config import ExperimentConfig
 
 __all__ = ["Draws", "EpochSampler", "SegmentDataset", "TrainingBatch"]
-
-_TRAINING_DRAW, _VALIDATION_DRAW = 21, 22
 
 
 @dataclass
@@ -98,7 +96,7 @@ class SegmentDataset(Dataset[TrainingBatch]):
     ) -> None:
         training = experiment.training
         if training.batch_size % world_size:
-            raise DatasetError(f"batch_size {training.batch_size} is not a multiple of the {world_size} devices")
+            raise ConfigError(f"batch_size {training.batch_size} is not a multiple of the {world_size} devices")
         self._experiment, self._validation = experiment, validation
         self._index = SegmentIndex(data.episode_ends, training.segment_length, episodes, training.seed)
         share = training.batch_size // world_size
@@ -114,15 +112,15 @@ class SegmentDataset(Dataset[TrainingBatch]):
         return -(-segments // self._experiment.training.batch_size)
 
     def __getitem__(self, step: int) -> TrainingBatch:
-        size = self._experiment.training.batch_size
+        size, training_seed = self._experiment.training.batch_size, self._experiment.training.seed
         if self._validation:
             last = min(len(self._index), self._experiment.training.validation_segments)
             samples = range(step * size, min(last, (step + 1) * size))
             segments = self._index.ordered(samples)
-            keys = [(_VALIDATION_DRAW, 0, sample) for sample in samples]
+            keys = [(VALIDATION_DRAW, training_seed, 0, sample) for sample in samples]
         else:
             segments = self._index.batch(step, self._samples, size)
-            keys = [(_TRAINING_DRAW, step, sample) for sample in self._samples]
+            keys = [(TRAINING_DRAW, training_seed, step, sample) for sample in self._samples]
         return self._assemble(segments, self._draw(segments, keys))
 
     def _assemble(self, segments: SegmentBatch, draws: Draws) -> TrainingBatch:
@@ -138,7 +136,7 @@ class SegmentDataset(Dataset[TrainingBatch]):
             draws=draws,
         )
 
-    def _draw(self, segments: SegmentBatch, keys: list[tuple[int, int, int]]) -> Draws:
+    def _draw(self, segments: SegmentBatch, keys: list[tuple[int, int, int, int]]) -> Draws:
         model, training = self._experiment.model, self._experiment.training
         batch, steps = len(keys), int(segments.lengths.max())
         positions, copies = training.positions_per_segment, training.noise_draws
@@ -155,7 +153,7 @@ class SegmentDataset(Dataset[TrainingBatch]):
         delay = np.zeros((batch, positions, copies), np.int64)
         begins_inside = segments.start > segments.episode_start
         for i, key in enumerate(keys):
-            rng, steps_here = keyed_rng(training.seed, *key), int(segments.lengths[i])
+            rng, steps_here = keyed_rng(*key), int(segments.lengths[i])
             cut, at = rng.random(), rng.integers(1, max(2, steps_here))
             if cut < training.virtual_reset_probability and not self._validation:
                 stream[i, at:] = 1

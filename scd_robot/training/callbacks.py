@@ -49,15 +49,16 @@ class _AtEpochEnd(lightning.Callback):
 
 
 class CheckpointWriter(_AtEpochEnd):
-    """Writes a checkpoint at the end of every epoch; only the newest keeps the state to resume from.
+    """Writes a checkpoint at the end of every epoch; the two newest keep the state to resume from.
 
     Args:
         out: folder of the training run.
         dataset: specification of the training data.
+        origin: what the run was made from, see `training.start`.
     """
 
-    def __init__(self, out: Path, dataset: DatasetSpec) -> None:
-        self.out, self.dataset = out, dataset
+    def __init__(self, out: Path, dataset: DatasetSpec, origin: dict[str, Any]) -> None:
+        self.out, self.dataset, self.origin = out, dataset, origin
 
     def at_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes out/checkpoints/step_XXXXXXXX."""
@@ -73,12 +74,20 @@ class CheckpointWriter(_AtEpochEnd):
             config=to_json(pl_module.experiment),
             dataset=self.dataset,
             normalizer=pl_module.normalizer,
+            origin=self.origin,
             weights=weights,
-            metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
+            metrics=_present_metrics(trainer, pl_module),
             write_resume=lambda resume: trainer.save_checkpoint(resume / RESUME_FILE.name),
         )
-        for older in list_checkpoints(self.out)[:-1]:
+        for older in list_checkpoints(self.out)[:-2]:
             shutil.rmtree(older / "resume", ignore_errors=True)
+
+
+def _present_metrics(trainer: Any, pl_module: Any) -> dict[str, float]:
+    """The latest metrics, without those of an evaluation at an earlier step."""
+    evaluated_now = pl_module.evaluated_at == trainer.global_step
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {name: value for name, value in metrics.items() if evaluated_now or not name.startswith("eval/")}
 
 
 class ProgressBar(lightning.Callback):
@@ -129,6 +138,7 @@ class ClosedLoopEvaluation(_AtEpochEnd):
         if trainer.global_step % self.every:
             return
         weights = pl_module.ema.full()
+        pl_module.evaluated_at = trainer.global_step
         if not trainer.is_global_zero:
             return
         model = ScdModel(pl_module.experiment.model)

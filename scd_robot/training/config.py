@@ -88,8 +88,10 @@ class TrainingConfig:
             raise ConfigError(f"seed must be below 2**32, got {self.seed}")
         if self.burn_in >= self.segment_length:
             raise ConfigError(f"burn_in {self.burn_in} leaves nothing of segment_length {self.segment_length}")
-        if len(self.betas) != 2:
-            raise ConfigError(f"betas must be two numbers, got {self.betas}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"held_out must be in [0, 1), got {self.held_out}")
 
 
 @dataclass(frozen=True)
@@ -107,3 +109,6 @@ class ExperimentConfig:
     model: ScdConfig
     training: TrainingConfig
     policy: ScdPolicyConfig
+
+    def __post_init__(self) -> None:
+        self.policy.check_fits(self.model)

@@ -36,10 +36,13 @@ class EpisodeDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader[TrainingBatch]:
         """Yields one `TrainingBatch` per optimiser step."""
         training = self.experiment.training
+        epoch = self.first_step // training.validate_every
+        if self.trainer is not None:
+            epoch = max(epoch, self.trainer.current_epoch)
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         return self._loader(
             SegmentDataset(self.data, self.experiment, self.train_episodes, rank=rank, world_size=world_size),
-            EpochSampler(training.validate_every, training.max_steps, self.first_step // training.validate_every),
+            EpochSampler(training.validate_every, training.max_steps, epoch),
         )
 
     def val_dataloader(self) -> DataLoader[TrainingBatch] | list[DataLoader[TrainingBatch]]:
@@ -54,6 +57,4 @@ class EpisodeDataModule(lightning.LightningDataModule):
 
     def _loader(self, dataset: SegmentDataset, sampler: EpochSampler | None) -> DataLoader[TrainingBatch]:
         workers = self.experiment.training.num_workers
-        return DataLoader(
-            dataset, batch_size=None, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
-        )
+        return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers)

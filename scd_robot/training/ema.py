@@ -56,8 +56,9 @@ class Ema:
         self.num_updates = num_updates
         for name, value in self.shadow.items():
             whole = shadow[name].to(value.device)
-            sharded = isinstance(value, DTensor)
-            value.copy_(distribute_tensor(whole, value.device_mesh, value.placements) if sharded else whole)
+            if isinstance(value, DTensor):
+                whole = distribute_tensor(whole, value.device_mesh, value.placements)
+            value.copy_(whole)
 
     def to(self, device: torch.device) -> None:
         """Moves the shadow."""

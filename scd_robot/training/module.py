@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from scd_robot.errors import TrainingDivergedError
+from scd_robot.checkpoint import Checkpoint
+from scd_robot.errors import CheckpointError, TrainingDivergedError
 from scd_robot.model import ScdModel
 from scd_robot.normalization import Normalizer
 from scd_robot.training.batches import TrainingBatch
 from scd_robot.training.compat import lightning
 from scd_robot.training.config import ExperimentConfig, TrainingConfig
 from scd_robot.training.ema import Ema
-from scd_robot.training.objective import encode_batch, flow_matching_terms, select_samples
+from scd_robot.training.objective import flow_matching_terms, select_samples, velocity_error
 
 __all__ = ["ScdLightningModule", "learning_rate_factor"]
 
@@ -45,7 +46,18 @@ class ScdLightningModule(lightning.LightningModule):
         self.model = ScdModel(experiment.model)
         self.normalizer = normalizer
         self.ema = Ema(self.model, experiment.training.ema_decay)
+        self.evaluated_at = -1  # step of the last closed-loop evaluation
         self._averaged = ExitStack()
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def load_weights(self, source: Checkpoint) -> None:
+        """Starts from a checkpoint's weights, and the moving average from them."""
+        try:
+            self.model.load_state_dict(source.weights)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise CheckpointError(f"the weights of {source.path} do not fit its configuration: {reason}") from error
+        self.ema = Ema(self.model, self.experiment.training.ema_decay)
 
     def configure_model(self) -> None:
         """Shards parameters, gradients and optimiser state over devices, with strategy "fsdp"."""
@@ -121,30 +133,40 @@ class ScdLightningModule(lightning.LightningModule):
     def on_validation_start(self) -> None:
         """Validates the averaged weights, those that a checkpoint holds."""
         self._averaged.enter_context(self.ema.applied_to(self.model))
+        self._sums = dict.fromkeys(("loss", "chunk", "first_action"), (0.0, 0.0))
+
+    def validation_step(self, batch: TrainingBatch, batch_idx: int) -> None:
+        """Loss, and error of chunks sampled with the policy's sampler, on held-out episodes."""
+        samples = select_samples(self.model, self.normalizer, batch)
+        total, count = velocity_error(self.model, samples, batch.draws)
+        future = slice(self.model.config.num_past_actions, None)
+        noise = batch.draws.noise.flatten(0, 2)[:, future]
+        plan = self.model.plan(samples.context, sampler=self.experiment.policy.sampler, noise=noise)
+        counted = samples.valid[:, future] & samples.counted[:, None]
+        error = (plan.actions - samples.data[:, future]).square().mean(-1) * counted
+        for name, value, weight in (
+            ("loss", total, count),
+            ("chunk", error.sum(), counted.sum()),
+            ("first_action", error[:, 0].sum(), counted[:, 0].sum()),
+        ):
+            before = self._sums[name]
+            self._sums[name] = (before[0] + float(value), before[1] + float(weight))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs means over all held-out tokens; errors as root mean squares in normalised units."""
+        means = {name: total / weight for name, (total, weight) in self._sums.items()}
+        if not all(map(math.isfinite, means.values())):
+            raise TrainingDivergedError(
+                f"the validation at step {self.trainer.global_step} gave {means}; continue from the last checkpoint "
+                "with a smaller learning_rate"
+            )
+        self.log("val/loss", means["loss"])
+        self.log("val/chunk_rmse", math.sqrt(means["chunk"]))
+        self.log("val/first_action_rmse", math.sqrt(means["first_action"]))
 
     def on_validation_end(self) -> None:
         """Back to the raw weights."""
         self._averaged.close()
-
-    def validation_step(self, batch: TrainingBatch, batch_idx: int) -> None:
-        """Loss, and error of chunks sampled as the policy would, on held-out episodes in normalised units."""
-        total, count = flow_matching_terms(self.model, self.normalizer, batch)
-        context = encode_batch(self.model, self.normalizer, batch)
-        samples = select_samples(self.model, self.normalizer, batch, context)
-        future = slice(self.model.config.num_past_actions, None)
-        plan = self.model.plan(
-            samples.context, sampler=self.experiment.policy.sampler, noise=batch.draws.noise.flatten(0, 2)[:, future]
-        )
-        counted = samples.valid[:, future] & samples.counted[:, None]
-        error = (plan.actions - samples.data[:, future]).square().mean(-1)
-        first = counted[:, :1]
-        values = {
-            "val/loss": (total / count, count),
-            "val/chunk_rmse": (((error * counted).sum() / counted.sum()).sqrt(), counted.sum()),
-            "val/first_action_rmse": (((error[:, :1] * first).sum() / first.sum()).sqrt(), first.sum()),
-        }
-        for name, (value, weight) in values.items():
-            self.log(name, value, batch_size=int(weight), sync_dist=self.trainer.world_size > 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the moving average to the training state."""

@@ -12,9 +12,9 @@ from torch import Tensor
 from scd_robot.diffusion import corrupt, interpolate
 from scd_robot.model import ScdModel
 from scd_robot.normalization import Normalizer
-from scd_robot.training.batches import TrainingBatch
+from scd_robot.training.batches import Draws, TrainingBatch
 
-__all__ = ["DecoderSamples", "encode_batch", "flow_matching_terms", "select_samples"]
+__all__ = ["DecoderSamples", "encode_batch", "flow_matching_terms", "select_samples", "velocity_error"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ def encode_batch(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) 
     return model.encode(observation, past_action, stream=batch.draws.stream)
 
 
-def select_samples(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch, context: Tensor) -> DecoderSamples:
-    """Gathers context and actions of the drawn positions."""
+def select_samples(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) -> DecoderSamples:
+    """Encodes the segments and gathers context and actions of the drawn positions."""
     config, draws = model.config, batch.draws
+    context = encode_batch(model, normalizer, batch)
     past, copies = config.num_past_actions, draws.flow_time.shape[2]
     before = batch.action.shape[1] - batch.step_valid.shape[1] - config.chunk_length
     row = torch.arange(len(context), device=context.device)[:, None, None]
@@ -76,12 +77,16 @@ def select_samples(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch
 
 
 def flow_matching_terms(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+    """The training loss of a batch, see `velocity_error`."""
+    return velocity_error(model, select_samples(model, normalizer, batch), batch.draws)
+
+
+def velocity_error(model: ScdModel, samples: DecoderSamples, draws: Draws) -> tuple[Tensor, Tensor]:
     """Sum of squared velocity errors over counted tokens (mean over Da), and their number, both scalars.
 
     The mean over a global batch is the quotient of the two sums over all devices.
     """
-    samples = select_samples(model, normalizer, batch, encode_batch(model, normalizer, batch))
-    draws, config = batch.draws, model.config
+    config = model.config
     context = samples.context
     if config.context_corruption:
         context = corrupt(context, draws.corruption.flatten(0, 2), config.context_corruption)

@@ -1,42 +1,34 @@
 """One training run, from a dataset to a folder of checkpoints."""
 
+import contextlib
+import errno
 import json
 import logging
-import math
-import pickle
+import os
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from scd_robot.checkpoint import (
-    Checkpoint,
-    find_checkpoint,
-    list_checkpoints,
-    read_checkpoint,
-    read_step,
-    resume_file,
-)
-from scd_robot.config import from_json, to_json
+from scd_robot.checkpoint import find_checkpoint, list_checkpoints, read_step
 from scd_robot.datasets import EpisodeDataset
-from scd_robot.errors import CheckpointError, ConfigError, DatasetError, OutputError, ShapeError
-from scd_robot.model import ScdConfig
-from scd_robot.normalization import Mode, Normalizer, compute_statistics
+from scd_robot.errors import ConfigError, OutputError
 from scd_robot.policies.scd import ScdPolicy
-from scd_robot.training.callbacks import RESUME_FILE, CheckpointWriter, ClosedLoopEvaluation, ProgressBar
+from scd_robot.training.callbacks import CheckpointWriter, ClosedLoopEvaluation, ProgressBar
 from scd_robot.training.compat import lightning
 from scd_robot.training.config import ExperimentConfig
 from scd_robot.training.datamodule import EpisodeDataModule
 from scd_robot.training.module import ScdLightningModule
+from scd_robot.training.start import begin, check_fits
 
-__all__ = ["fit_normalizer", "train"]
+__all__ = ["train"]
 
 
 logger = logging.getLogger(__name__)
+
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def train(
@@ -54,7 +46,7 @@ def train(
     num_nodes: int = 1,
     strategy: str = "auto",
     progress: bool = True,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Trains, and writes out/checkpoints/step_* and out/logs (TensorBoard and CSV).
 
     Args:
@@ -74,50 +66,46 @@ def train(
         progress: show a progress bar.
 
     Returns:
-        JSON-able summary: checkpoint, steps, seconds, parameters, metrics.
+        JSON-able summary: checkpoint, steps, seconds, parameters, metrics. None in all processes but the first.
 
     Raises:
         OutputError: `out` holds a run already and `resume` is not given, or cannot be written.
-        CheckpointError: nothing to resume from, or another experiment was run there.
+        CheckpointError: nothing to resume from, or other settings, data or weights were used there.
         ConfigError, DatasetError, ShapeError: settings and data do not fit.
         TrainingDivergedError: the loss became NaN; checkpoints written before stay.
     """
     data.check("the training dataset")
-    _check_lengths(data, experiment)
+    check_fits(data, experiment)
     if evaluate_every % experiment.training.validate_every:
         raise ConfigError(
             f"evaluate_every {evaluate_every} must be a multiple of validate_every {experiment.training.validate_every}"
         )
-    state = _resume_state(out, experiment) if resume else None
-    if state is None and list_checkpoints(out):
+    if not resume and list_checkpoints(out):
         raise OutputError(
             f"{out} already holds a run at {list_checkpoints(out)[-1].name}; choose another --out, or --resume it"
         )
+    start = begin(data, experiment, out, resume=resume, init=init, init_statistics=init_statistics)
     lightning.seed_everything(experiment.training.seed, verbose=False)
-    first_step = 0 if state is None else read_step(out)
-    datamodule = EpisodeDataModule(data, experiment, first_step)
-    source = _read_init(init, init_statistics, experiment, data) if init is not None else None
-    if source is not None and init_statistics == "checkpoint":
-        normalizer = source.normalizer
-    else:
-        normalizer = fit_normalizer(datamodule, experiment)
-    module = ScdLightningModule(experiment, normalizer)
-    if source is not None:
-        _load_weights(module, source)
-        module.ema = type(module.ema)(module.model, experiment.training.ema_decay)
+    module = ScdLightningModule(experiment, start.normalizer)
+    if start.weights_from is not None:
+        module.load_weights(start.weights_from)
 
     callbacks: list[Any] = [ProgressBar()] if progress else []
     if evaluate is not None and evaluate_every:
         callbacks.append(ClosedLoopEvaluation(evaluate, evaluate_every, data.spec))
-    callbacks.append(CheckpointWriter(out, data.spec))
+    callbacks.append(CheckpointWriter(out, data.spec, start.origin))
     trainer = _trainer(out, experiment, callbacks, accelerator, devices, num_nodes, strategy)
     started = time.monotonic()
-    if first_step < experiment.training.max_steps:
-        trainer.fit(module, datamodule, ckpt_path=state, weights_only=True if state else None)
+    if start.step < experiment.training.max_steps:
+        with _writing_to(out):
+            datamodule = EpisodeDataModule(data, experiment, start.step)
+            trainer.fit(module, datamodule, ckpt_path=start.state, weights_only=True if start.state else None)
+    if not trainer.is_global_zero:
+        return None
     newest = find_checkpoint(out)
     return {
         "checkpoint": str(newest),
-        "steps": read_step(out),
+        "steps": read_step(newest),
         "seconds": round(time.monotonic() - started, 2),
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "encoder_parameters": sum(p.numel() for p in module.model.encoder.parameters()),
@@ -126,22 +114,31 @@ def train(
     }
 
 
-def fit_normalizer(datamodule: EpisodeDataModule, experiment: ExperimentConfig) -> Normalizer:
-    """Statistics of the training episodes."""
-    rows, arrays = datamodule.statistics_rows(), datamodule.data.arrays
-    modes: dict[str, Mode] = dict.fromkeys(
-        experiment.model.observation_shapes, experiment.training.observation_normalization
-    )
-    modes["action"] = experiment.training.action_normalization
-    return Normalizer({key: compute_statistics(arrays[key][rows], key) for key in modes}, modes)
+@contextlib.contextmanager
+def _writing_to(out: Path) -> Iterator[None]:
+    """Turns the system's refusals to write logs into one error, also those in TensorBoard's thread.
 
+    That thread's exceptions are raised again in this one, so they need not be printed.
+    """
+    shown = threading.excepthook
 
-def _load_weights(module: ScdLightningModule, source: Checkpoint) -> None:
+    def keep_refusals_quiet(thread_error: threading.ExceptHookArgs) -> None:
+        error = thread_error.exc_value
+        if not (isinstance(error, OSError) and error.errno in _REFUSALS):
+            shown(thread_error)
+
+    threading.excepthook = keep_refusals_quiet
     try:
-        module.model.load_state_dict(source.weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"the weights of {source.path} do not fit its configuration: {reason}") from error
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        raise OutputError(
+            f"cannot write to {out}: {os.strerror(error.errno).lower()}; choose another --out, or mend that "
+            "and --resume: checkpoints written so far are untouched"
+        ) from error
+    finally:
+        threading.excepthook = shown
 
 
 def _trainer(
@@ -175,6 +172,8 @@ def _trainer(
             logger=[CSVLogger(out / "logs", name="csv"), TensorBoardLogger(out / "logs", name="tensorboard")],
             log_every_n_steps=min(10, training.validate_every),
             num_sanity_val_steps=0,
+            # Lightning reads the length of an epoch once, unless it is told that the last one is shorter.
+            reload_dataloaders_every_n_epochs=int(training.max_steps % training.validate_every > 0),
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -195,78 +194,3 @@ def _strategy(name: str, world_size: int) -> Any:
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     return ModelParallelStrategy(world_size, tensor_parallel_size=1, save_distributed_checkpoint=False)
-
-
-def _check_lengths(data: EpisodeDataset, experiment: ExperimentConfig) -> None:
-    model = experiment.model
-    shapes = {key: spec.shape for key, spec in data.spec.observation.items()}
-    for key, shape in model.observation_shapes.items():
-        if shapes.get(key) != tuple(shape):
-            raise ShapeError(f"the model takes {key!r} of shape {tuple(shape)}, the dataset has {shapes.get(key)}")
-    if model.action_dim != data.spec.action_dim:
-        raise ShapeError(
-            f"the model gives actions of width {model.action_dim}, the dataset's are {data.spec.action_dim}"
-        )
-    if model.leaks_past_actions:
-        logger.warning(
-            "past_action_input='full' shows the encoder the very actions that num_past_actions=%d asks the decoder to "
-            "predict: past-token prediction then teaches nothing; use 'noised' or 'none'",
-            model.num_past_actions,
-        )
-    longest = int(data.episode_lengths.max())
-    steps = math.ceil(float(np.minimum(data.episode_lengths, experiment.training.segment_length).sum()))
-    if steps < 2:
-        raise DatasetError(f"{data.num_episodes} episodes hold {steps} steps; there is nothing to learn from")
-    if longest > experiment.training.segment_length:
-        logger.info(
-            "episodes of up to %d steps are cut into segments of %d (training.segment_length); each later segment "
-            "starts as a virtual reset",
-            longest,
-            experiment.training.segment_length,
-        )
-
-
-def _resume_state(out: Path, experiment: ExperimentConfig) -> Path:
-    """The training state to continue from."""
-    newest = read_checkpoint(out)
-    state = resume_file(newest.path, RESUME_FILE.name)
-    if newest.config != to_json(experiment):
-        changed = _differences(newest.config, to_json(experiment))
-        raise CheckpointError(f"{out} was run with other settings ({changed}); resume it with the same, or use --init")
-    try:
-        torch.load(state, weights_only=True, mmap=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{state} is not a training state of plain tensors ({reason}); remove {newest.path} to resume from the "
-            "checkpoint before it, or use --init"
-        ) from error
-    return state
-
-
-def _differences(old: Any, new: Any, where: str = "") -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        parts = [_differences(old.get(k), new.get(k), f"{where}.{k}".lstrip(".")) for k in {**old, **new}]
-        return "; ".join(part for part in parts if part)
-    return "" if old == new else f"{where}: {old!r} there, {new!r} here"
-
-
-def _read_init(init: Path, statistics: str | None, experiment: ExperimentConfig, data: EpisodeDataset) -> Checkpoint:
-    if statistics not in ("checkpoint", "dataset"):
-        raise ConfigError(
-            "--init needs --init-statistics: 'checkpoint' keeps the old normalisation (same robot, same units), "
-            f"'dataset' computes it anew; got {statistics!r}"
-        )
-    source = read_checkpoint(init)
-    old = from_json(ScdConfig, source.config["model"], "model")
-    if old != experiment.model:
-        changed = _differences(to_json(old), to_json(experiment.model))
-        raise ShapeError(f"{source.path} has another architecture ({changed}); fine-tuning needs the same")
-    if source.dataset.control_dt != data.spec.control_dt:
-        logger.warning(
-            "%s was trained at control_dt %g s, the dataset has %g s",
-            source.path,
-            source.dataset.control_dt,
-            data.spec.control_dt,
-        )
-    return source

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numcodecs
@@ -23,7 +24,6 @@ from scd_robot.types import ArraySpec, DatasetSpec
 SPEC = DatasetSpec(
     {"state": ArraySpec((3,)), "camera": ArraySpec((4, 5, 3), "uint8")}, action_dim=2, control_dt=0.05, source="test"
 )
-PUSHT = Path(__file__).resolve().parents[3] / "shared/data/pusht_cchi_v7_zarr/pusht_cchi_v7_replay.zarr"
 
 
 def make_episode(length, seed=0, executed=True):
@@ -47,12 +47,14 @@ def write_store(path, lengths=(5, 2, 7), **options):
 
 def limit_file_writes(monkeypatch, left):
     """The disk takes `left[0]` more files; then it is full."""
-    original = Path.open
+    original, lock = Path.open, threading.Lock()
 
     def scarce(self, mode="r", *args, **kwargs):
         if "w" in mode:
-            left[0] -= 1
-            if left[0] < 0:
+            with lock:  # zarr writes some files at the same time
+                left[0] -= 1
+                full = left[0] < 0
+            if full:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
         return original(self, mode, *args, **kwargs)
 
@@ -190,6 +192,27 @@ def test_full_disk_at_the_start_leaves_nothing(tmp_path, monkeypatch, allowed):
     limit_file_writes(monkeypatch, [allowed])
     with pytest.raises(OutputError, match="disk is full"):
         write_store(tmp_path / "a.zarr")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_zarr_writes_late_does_not_outlive_a_failed_start(tmp_path, monkeypatch):
+    """Zarr writes the two headers of a group at once; here one fails while the other is still on its way."""
+    failed, late = threading.Event(), threading.Event()
+
+    def one_fails_and_one_is_late(self, target):
+        if Path(target).name == ".zgroup":
+            failed.set()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        assert failed.wait(timeout=30)
+        time.sleep(0.2)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).touch()
+        late.set()
+
+    monkeypatch.setattr(Path, "replace", one_fails_and_one_is_late)
+    with pytest.raises(OutputError, match="disk is full"):
+        write_store(tmp_path / "a.zarr")
+    assert late.wait(timeout=30)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -441,9 +464,11 @@ def test_foreign_store_states_where_its_control_dt_comes_from(tmp_path):
     assert "assumed" not in given.source
 
 
-@pytest.mark.skipif(not PUSHT.exists(), reason=f"no recording at {PUSHT}")
-def test_human_pusht_recording_is_read():
-    dataset = open_dataset(PUSHT, keys=["state", "keypoint"])
+def test_human_pusht_recording_is_read(recordings):
+    path = recordings / "pusht_cchi_v7_zarr" / "pusht_cchi_v7_replay.zarr"
+    if not path.is_dir():
+        pytest.skip(f"no recording of PushT at {path}")
+    dataset = open_dataset(path, keys=["state", "keypoint"])
     assert (dataset.num_episodes, dataset.num_steps) == (206, 25650)
     assert dataset.spec.observation == {"state": ArraySpec((5,)), "keypoint": ArraySpec((9, 2))}
     assert dataset.spec.action_dim == 2

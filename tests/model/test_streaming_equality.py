@@ -197,3 +197,16 @@ def test_snapshot_is_not_changed_by_later_steps() -> None:
     first = [model.encode_step(step, cache) for step in steps[10:]]
     second = [model.encode_step(step, snapshot) for step in steps[10:]]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@torch.no_grad()
+def test_a_memory_gate_starts_closed_and_opens_to_history() -> None:
+    model = randomised(dataclasses.replace(CONFIG, memory_gate=True))
+    observation, _ = stream_of(CONFIG, 2, 9, torch.float64)
+    last = {key: value[:, -1:] for key, value in observation.items()}
+    for block in model.encoder.blocks:
+        block.memory_gate.zero_()
+    torch.testing.assert_close(model.encode(observation)[:, -1:], model.encode(last, first_position=8))
+    for block in model.encoder.blocks:
+        block.memory_gate.fill_(1.0)
+    assert (model.encode(observation)[:, -1:] - model.encode(last, first_position=8)).abs().max() > 1e-3

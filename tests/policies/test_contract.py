@@ -150,7 +150,7 @@ def test_resets_that_do_not_fit_are_refused(make, stream) -> None:
     for rows in ([2], [-1], [0, 5]):
         with pytest.raises(ShapeError, match="out of range for a batch of 2"):
             policy.reset(rows=rows)
-    with pytest.raises(ShapeError, match="2 rows reset with 1 episodes"):
+    with pytest.raises(ShapeError, match="2 rows begin new episodes, got 1"):
         policy.reset(rows=[0, 1], episodes=[3])
     policy.reset(rows=[])
     policy.reset(episodes=[1, 2, 3])

@@ -13,7 +13,7 @@ from scd_robot.config import to_json
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.model import ActionPlan
 from scd_robot.policies import ScdPolicy, load_policy
-from scd_robot.seeding import keyed_rng
+from scd_robot.seeding import POLICY_NOISE, keyed_rng
 from scd_robot.types import DatasetSpec
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -93,7 +93,7 @@ def test_noise_is_keyed_by_seed_episode_and_plan(scd_policy, stream) -> None:
         policy.act(observation)
     for number, plan in enumerate(seen.plans):
         for row, episode in enumerate((7, 8)):
-            expected = keyed_rng(3, episode, number).standard_normal((4, 2), dtype=np.float32)
+            expected = keyed_rng(POLICY_NOISE, 3, episode, number).standard_normal((4, 2), dtype=np.float32)
             np.testing.assert_array_equal(plan["noise"][row].numpy(), expected)
 
 
@@ -328,6 +328,7 @@ def test_saved_and_loaded_gives_the_same_actions_bit_by_bit(scd_policy, stream, 
         dataset=DatasetSpec(policy.spec.observation, policy.spec.action_dim, policy.spec.control_dt),
         normalizer=policy.normalizer,
         weights=policy.model.state_dict(),
+        origin={},
         metrics={},
     )
     loaded = load_policy(tmp_path / "saved")
@@ -345,5 +346,5 @@ def test_keys_that_the_model_does_not_read_are_not_asked_for(scd_policy, stream)
 
 def test_parts_of_different_checkpoints_are_refused(scd_policy) -> None:
     whole, part = scd_policy(), scd_policy(model={"observation_shapes": {"goal": (2,)}})
-    with pytest.raises(ShapeError, match="'position' of shape .* the normalisation None; they must be of one"):
+    with pytest.raises(ShapeError, match=r"'position' of shape .* the normalisation None; they must be of one"):
         ScdPolicy(whole.model, part.normalizer, tiny_data().spec)

@@ -40,7 +40,7 @@ def test_samples_hold_the_actions_of_their_control_steps() -> None:
     for step in range(4):
         batch = dataset[step]
         segments = dataset._index.batch(step, range(4), 4)
-        samples = select_samples(model, normalizer, batch, encode_batch(model, normalizer, batch))
+        samples = select_samples(model, normalizer, batch)
         index = 0
         for b in range(4):
             episode = int(np.searchsorted(DATA.episode_ends, segments.start[b], side="right"))
@@ -108,7 +108,7 @@ def test_committed_actions_are_the_executed_ones_and_carry_no_loss() -> None:
     experiment = tiny_experiment(model={"max_delay_steps": 3})
     model, normalizer = parts(experiment)
     batch = batch_of(experiment)
-    samples = select_samples(model, normalizer, batch, encode_batch(model, normalizer, batch))
+    samples = select_samples(model, normalizer, batch)
     delay = batch.draws.delay.flatten()
     counted_tokens = samples.committed.sum(1) <= delay
     assert counted_tokens.all()

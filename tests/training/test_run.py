@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from scd_robot.errors import CheckpointError, ConfigError, DatasetError, OutputE
 from scd_robot.normalization import Normalizer
 from scd_robot.policies import load_policy
 from scd_robot.training import Ema, ScdLightningModule, train
+from scd_robot.training.module import learning_rate_factor
 
 TINY = Path(__file__).with_name("tiny.py")
 
@@ -107,14 +109,13 @@ def test_a_sharded_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
 def test_a_checkpoint_folder_is_complete_and_rerunnable(tmp_path: Path) -> None:
     summary = run(tmp_path / "run")
     folder = Path(summary["checkpoint"])
-    names = {"manifest.json", "model.safetensors", "config.json", "dataset.json", "normalization.json", "metrics.json"}
-    assert {p.name for p in folder.iterdir()} == names | {"resume"}
+    names = {f"{name}.json" for name in ("manifest", "config", "dataset", "normalization", "origin", "metrics")}
+    assert {p.name for p in folder.iterdir()} == names | {"model.safetensors", "resume"}
     checkpoint = read_checkpoint(tmp_path / "run")
     assert checkpoint.config == to_json(tiny_experiment())
     assert checkpoint.dataset == tiny_data().spec
     assert checkpoint.step == 6
     assert {"train/loss", "val/loss", "val/chunk_rmse"} <= checkpoint.metrics.keys()
-    assert not (list_checkpoints(tmp_path / "run")[0] / "resume").exists(), "only the newest keeps its training state"
     policy = load_policy(tmp_path / "run")
     action = policy.act({"position": np.zeros((3, 2), np.float32), "goal": np.ones((3, 2), np.float32)})
     assert action.shape == (3, 2)
@@ -196,18 +197,82 @@ def test_a_dataset_of_other_widths_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "run", tiny_experiment(model={"action_dim": 5}))
 
 
-def test_closed_loop_evaluation_runs_on_averaged_weights_and_is_stored(tmp_path: Path) -> None:
+def test_closed_loop_evaluation_runs_on_averaged_weights_and_is_stored_with_its_step(tmp_path: Path) -> None:
     seen = []
 
     def evaluate(policy) -> dict[str, float]:
         seen.append({n: p.clone() for n, p in policy.model.named_parameters()})
-        return {"success_rate": 0.25}
+        return {"success_rate": 0.25 * len(seen)}
 
-    run(tmp_path / "run", evaluate=evaluate, evaluate_every=3)
-    assert len(seen) == 2
-    assert_same(seen[-1], weights(tmp_path / "run"))
-    metrics = json.loads((find_checkpoint(tmp_path / "run") / "metrics.json").read_text())
-    assert metrics["eval/success_rate"] == 0.25
+    run(tmp_path / "run", tiny_experiment(9), evaluate=evaluate, evaluate_every=6)
+    assert len(seen) == 1
+    folders = list_checkpoints(tmp_path / "run")
+    assert_same(seen[0], load_file(folders[1] / "model.safetensors"))
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    assert [m.get("eval/success_rate") for m in metrics] == [None, 0.25, None]
+
+
+def test_the_last_short_epoch_is_validated_too(tmp_path: Path) -> None:
+    run(tmp_path / "run", tiny_experiment(7))
+    values = [json.loads((f / "metrics.json").read_text())["val/loss"] for f in list_checkpoints(tmp_path / "run")]
+    assert len(set(values)) == 3
+    run(tmp_path / "whole", tiny_experiment(7, validate_every=7))
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_only_the_two_newest_checkpoints_keep_their_training_state(tmp_path: Path) -> None:
+    run(tmp_path / "run", tiny_experiment(9))
+    assert [(f / "resume").is_dir() for f in list_checkpoints(tmp_path / "run")] == [False, True, True]
+
+
+def test_a_run_resumes_on_its_own_data_and_statistics_only(tmp_path: Path) -> None:
+    run(tmp_path / "old")
+    fine = {"init": tmp_path / "old", "init_statistics": "checkpoint"}
+    data = tiny_data()
+    data.arrays["position"] *= 3
+    options = {"accelerator": "cpu", "progress": False}
+    train(data, tiny_experiment(6), tmp_path / "whole", **fine, **options)
+    train(data, tiny_experiment(6), tmp_path / "run", **fine, **options)
+    shutil.rmtree(list_checkpoints(tmp_path / "run")[-1])
+    with pytest.raises(CheckpointError, match="dataset"):
+        run(tmp_path / "run", resume=True, **fine)
+    with pytest.raises(CheckpointError, match="init"):
+        train(data, tiny_experiment(6), tmp_path / "run", resume=True, **options)
+    train(data, tiny_experiment(6), tmp_path / "run", resume=True, **fine, **options)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    statistics = [read_checkpoint(tmp_path / name).normalizer.to_json() for name in ("old", "whole", "run")]
+    assert statistics[0] == statistics[1] == statistics[2]
+
+
+def test_logs_are_written_for_tensorboard_and_as_csv(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    table = next((tmp_path / "run" / "logs").rglob("metrics.csv")).read_text()
+    assert {"train/loss", "val/chunk_rmse", "step"} <= set(table.splitlines()[0].split(","))
+    assert list((tmp_path / "run" / "logs" / "tensorboard").rglob("events.out.tfevents*"))
+
+
+def test_validation_error_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+    errors = []
+    for size in (1, 4):
+        out = tmp_path / str(size)
+        run(out, tiny_experiment(1, batch_size=size, learning_rate=1e-12, held_out=0.6))
+        errors.append(read_checkpoint(out).metrics["val/chunk_rmse"])
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine_and_the_decoder_has_its_own() -> None:
+    settings = tiny_experiment(100, warmup_steps=10, final_learning_rate=0.1, learning_rate=0.5).training
+    factors = [learning_rate_factor(step, settings) for step in (0, 4, 9, 10, 55, 100)]
+    assert factors == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.55, 0.1])
+    module = ScdLightningModule(
+        tiny_experiment(learning_rate=0.5, decoder_learning_rate_factor=3.0), Normalizer({}, {})
+    )
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    rates = {id(p): (group["initial_lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    for name, parameter in module.model.named_parameters():
+        rate, decay = rates[id(parameter)]
+        assert rate == (1.5 if name.startswith("decoder.") else 0.5)
+        assert (decay > 0) == (parameter.ndim > 1)
 
 
 def test_bf16_trains_with_float32_weights(tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""What a training run begins with: normalisation, weights to fine-tune from, or the state of an interrupted run."""
+
+import hashlib
+import logging
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scd_robot.checkpoint import Checkpoint, read_checkpoint, resume_file
+from scd_robot.config import from_json, to_json
+from scd_robot.datasets import EpisodeDataset
+from scd_robot.errors import CheckpointError, ConfigError, ShapeError
+from scd_robot.model import ScdConfig
+from scd_robot.normalization import Mode, Normalizer, compute_statistics
+from scd_robot.training.callbacks import RESUME_FILE
+from scd_robot.training.config import ExperimentConfig
+from scd_robot.training.datamodule import EpisodeDataModule
+
+__all__ = ["Start", "begin", "check_fits", "fit_normalizer"]
+
+logger = logging.getLogger(__name__)
+
+_SAMPLED_ROWS = 4096  # of each array enter the fingerprint
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        step: training steps taken already.
+        normalizer: statistics of this run.
+        origin: what the run is made from besides its configuration, as JSON; a resumed run must have the same.
+        weights_from: checkpoint whose weights are fine-tuned; None = random weights, or those of `state`.
+        state: training state to resume from.
+    """
+
+    step: int
+    normalizer: Normalizer
+    origin: dict[str, Any]
+    weights_from: Checkpoint | None = None
+    state: Path | None = None
+
+
+def begin(
+    data: EpisodeDataset,
+    experiment: ExperimentConfig,
+    out: Path,
+    *,
+    resume: bool,
+    init: Path | None,
+    init_statistics: str | None,
+) -> Start:
+    """Decides where a run begins; see `training.train` for arguments and errors."""
+    source = None if init is None else _read_init(init, init_statistics, experiment, data)
+    origin = {
+        "dataset": fingerprint(data),
+        "episodes": data.num_episodes,
+        "steps": data.num_steps,
+        "source": data.spec.source,
+        "init": None if source is None else {"step": source.step, "statistics": init_statistics},
+    }
+    if resume:
+        return _resumed(out, experiment, origin)
+    if source is not None and init_statistics == "checkpoint":
+        return Start(0, source.normalizer, origin, source)
+    return Start(0, fit_normalizer(data, experiment), origin, source)
+
+
+def fit_normalizer(data: EpisodeDataset, experiment: ExperimentConfig) -> Normalizer:
+    """Statistics of the training episodes; held-out ones do not enter them."""
+    rows = EpisodeDataModule(data, experiment).statistics_rows()
+    modes: dict[str, Mode] = dict.fromkeys(
+        experiment.model.observation_shapes, experiment.training.observation_normalization
+    )
+    modes["action"] = experiment.training.action_normalization
+    statistics = {key: compute_statistics(data.arrays[key][rows], key) for key in modes}
+    for key, mode in modes.items():
+        constant = np.flatnonzero(statistics[key].center_and_half(mode)[1] == 0)
+        if len(constant):
+            logger.info("%r is constant in dimensions %s: always 0 for the model", key, constant.tolist())
+    return Normalizer(statistics, modes)
+
+
+def fingerprint(data: EpisodeDataset) -> str:
+    """SHA-256 over episode ends, shapes, and evenly spaced rows of every array."""
+    digest = hashlib.sha256(np.asarray(data.episode_ends, np.int64).tobytes())
+    for key in sorted(data.arrays):
+        array = data.arrays[key]
+        rows = np.linspace(0, len(array) - 1, min(len(array), _SAMPLED_ROWS)).astype(np.int64)
+        digest.update(f"{key} {array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array[rows]).tobytes())
+    return digest.hexdigest()
+
+
+def check_fits(data: EpisodeDataset, experiment: ExperimentConfig) -> None:
+    """Raises ShapeError where the model is not one for this dataset, and says what else is worth knowing."""
+    model = experiment.model
+    shapes = {key: spec.shape for key, spec in data.spec.observation.items()}
+    for key, shape in model.observation_shapes.items():
+        if shapes.get(key) != tuple(shape):
+            raise ShapeError(f"the model takes {key!r} of shape {tuple(shape)}, the dataset has {shapes.get(key)}")
+    if model.action_dim != data.spec.action_dim:
+        raise ShapeError(
+            f"the model gives actions of width {model.action_dim}, the dataset's are {data.spec.action_dim}"
+        )
+    if model.leaks_past_actions:
+        logger.warning(
+            "past_action_input='full' shows the encoder the very actions that num_past_actions=%d asks the decoder to "
+            "predict: past-token prediction then teaches nothing; use 'noised' or 'none'",
+            model.num_past_actions,
+        )
+    longest = int(data.episode_lengths.max())
+    if longest > experiment.training.segment_length:
+        logger.info(
+            "episodes of up to %d steps are cut into segments of %d (training.segment_length); each later segment "
+            "starts as a virtual reset",
+            longest,
+            experiment.training.segment_length,
+        )
+
+
+def _resumed(out: Path, experiment: ExperimentConfig, origin: dict[str, Any]) -> Start:
+    newest = read_checkpoint(out)
+    state = resume_file(newest.path, RESUME_FILE.name)
+    changed = _differences(newest.config, to_json(experiment))
+    if not changed:
+        changed = _differences(newest.origin, origin)
+    if changed:
+        raise CheckpointError(f"{out} was run otherwise ({changed}); resume it with the same options, or use --init")
+    try:
+        torch.load(state, weights_only=True, mmap=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{state} is not a training state of plain tensors ({reason}); remove {newest.path} to resume from the "
+            "checkpoint before it, or use --init"
+        ) from error
+    return Start(newest.step, newest.normalizer, origin, state=state)
+
+
+def _differences(old: Any, new: Any, where: str = "") -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = [_differences(old.get(k), new.get(k), f"{where}.{k}".lstrip(".")) for k in {**old, **new}]
+        return "; ".join(part for part in parts if part)
+    return "" if old == new else f"{where}: {old!r} there, {new!r} here"
+
+
+def _read_init(init: Path, statistics: str | None, experiment: ExperimentConfig, data: EpisodeDataset) -> Checkpoint:
+    if statistics not in ("checkpoint", "dataset"):
+        raise ConfigError(
+            "--init needs --init-statistics: 'checkpoint' keeps the old normalisation (same robot, same units), "
+            f"'dataset' computes it anew; got {statistics!r}"
+        )
+    source = read_checkpoint(init)
+    old = from_json(ScdConfig, source.config["model"], "model")
+    if old != experiment.model:
+        changed = _differences(to_json(old), to_json(experiment.model))
+        raise ShapeError(f"{source.path} has another architecture ({changed}); fine-tuning needs the same")
+    if source.dataset.control_dt != data.spec.control_dt:
+        logger.warning(
+            "%s was trained at control_dt %g s, the dataset has %g s",
+            source.path,
+            source.dataset.control_dt,
+            data.spec.control_dt,
+        )
+    return source

@@ -1,0 +1,71 @@
+"""Presets fit any dataset of their kind, and settings replace their fields strictly."""
+
+import json
+
+import pytest
+
+from scd_robot.config import from_json, to_json
+from scd_robot.errors import ConfigError, DatasetError, UnknownNameError
+from scd_robot.presets import PRESETS, resolve, with_settings
+from scd_robot.training import ExperimentConfig
+from scd_robot.types import ArraySpec, DatasetSpec
+
+SPEC = DatasetSpec({"proprio": ArraySpec((4,)), "camera": ArraySpec((8, 8, 3), "uint8")}, 3, 0.1)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_preset_takes_its_widths_from_the_dataset_and_survives_json(name: str) -> None:
+    experiment = resolve(name, SPEC)
+    assert experiment.preset == name
+    assert experiment.model.action_dim == 3
+    assert experiment.model.observation_shapes["proprio"] == (4,)
+    assert from_json(ExperimentConfig, json.loads(json.dumps(to_json(experiment)))) == experiment
+
+
+def test_state_preset_reads_vectors_only() -> None:
+    assert resolve("metaworld_state", SPEC).model.observation_shapes == {"proprio": (4,)}
+    with pytest.raises(DatasetError, match=r"needs vector observations, got \['camera'\]"):
+        resolve("metaworld_state", DatasetSpec({"camera": SPEC.observation["camera"]}, 3, 0.1))
+
+
+def test_unknown_preset_suggests_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'metaworld_state'"):
+        resolve("metaworld-state", SPEC)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("training.learning_rate=3e-4", 3e-4),
+        ("training.learning_rate=1", 1.0),
+        ("training.max_steps=7", 7),
+        ("training.betas=0.8,0.99", (0.8, 0.99)),
+        ("training.betas=[0.8, 0]", (0.8, 0.0)),
+        ("model.fusion=concat", "concat"),
+        ("model.memory_gate=True", True),
+        ("model.observation_shapes.proprio=9", (9,)),
+        ("policy.sampler.num_denoising_steps=4", 4),
+    ],
+)
+def test_setting_becomes_a_value_of_the_field_s_type(setting: str, value: object) -> None:
+    changed = with_settings(resolve("metaworld_state", SPEC), [setting])
+    node: object = changed
+    for name in setting.partition("=")[0].split("."):
+        node = node[name] if isinstance(node, dict) else getattr(node, name)
+    assert node == value
+    assert type(node) is type(value)
+
+
+def test_settings_change_nothing_else_and_the_last_one_counts() -> None:
+    experiment = resolve("metaworld_state", SPEC)
+    changed = with_settings(experiment, ["training.seed=1", "training.seed=2"])
+    expected = to_json(experiment)
+    expected["training"]["seed"] = 2
+    assert to_json(changed) == expected
+    assert with_settings(experiment, []) == experiment
+
+
+@pytest.mark.parametrize("setting", ["training=3", "model.observation_shapes=4", "policy.sampler=euler"])
+def test_a_group_cannot_be_set(setting: str) -> None:
+    with pytest.raises(ConfigError, match="is a group of settings"):
+        with_settings(resolve("metaworld_state", SPEC), [setting])
