@@ -9,7 +9,8 @@ round, so that other load on the machine meets them alike. Times are of the wall
 
 - encoder step: `observe`; plan: `plan`; planning tick: both; idle tick: a control step that follows a running plan.
 - floor: the larger of operations / measured GFLOP/s (a large float32 matrix product) and bytes / measured bandwidth
-  (reading an array larger than the caches) that the same computation needs at the least, on one thread.
+  (of reading arrays, the best size: weights and cache fit into the processor's caches) that the same computation
+  needs at the least, on one thread.
 """
 
 import os
@@ -18,7 +19,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import datetime
-import platform
 import sys
 import time
 from dataclasses import replace
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from job import describe_machine
 
 from scd_robot.diffusion import SamplerConfig
 from scd_robot.model import ScdConfig, ScdModel
@@ -117,11 +118,13 @@ def elapsed(rounds: int, history: int = 64, late: int = 10_000) -> dict[str, lis
 
 
 def measure_machine() -> dict[str, float]:
-    """Single-thread GFLOP/s of a large float32 product and GB/s of reading a large array."""
+    """Single-thread GFLOP/s of a large float32 product, and GB/s of reading arrays, the best of several sizes."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    big = torch.zeros(64 * 2**20)
     flops = max(2 * 1024**3 / timed(lambda: a @ b) / 1e6 for _ in range(12))
-    bandwidth = max(big.numel() * 4 / timed(lambda: big.sum()) / 1e6 for _ in range(8))
+    bandwidth = 0.0
+    for count in (2**18, 2**20, 2**22, 2**26):  # 1 MB to 256 MB
+        array = torch.zeros(count)
+        bandwidth = max(bandwidth, *(4 * count / timed(lambda array=array: array.sum()) / 1e6 for _ in range(20)))
     return {"gflops": flops, "gb_per_s": bandwidth}
 
 
@@ -206,7 +209,7 @@ def main() -> None:
         {
             "date": datetime.date.today().isoformat(),
             "command": " ".join(["python", *sys.argv]),
-            "machine": {**machine, "processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+            "machine": {**machine, **describe_machine()},
             "torch": torch.__version__,
             "rounds": arguments.rounds,
             "history": {w: {k: percentiles(v) for k, v in e.items()} for w, e in by_history.items()},

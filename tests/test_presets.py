@@ -1,6 +1,7 @@
 """Presets fit any dataset of their kind, and settings replace their fields strictly."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +70,11 @@ def test_settings_change_nothing_else_and_the_last_one_counts() -> None:
 def test_a_group_cannot_be_set(setting: str) -> None:
     with pytest.raises(ConfigError, match="is a group of settings"):
         with_settings(resolve("metaworld_state", SPEC), [setting])
+
+
+def test_a_missing_or_foreign_experiment_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the experiment"):
+        resolve(str(tmp_path / "none.json"), SPEC)
+    (tmp_path / "other.json").write_text('{"preset": "x"}')
+    with pytest.raises(ConfigError, match="lacks model"):
+        resolve(str(tmp_path / "other.json"), SPEC)

@@ -27,6 +27,8 @@ def info(checkpoint: Annotated[Path, tyro.conf.Positional], /, *, json: Path | N
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint's contents without its weights, and their sizes."""
     from scd_robot.checkpoint import SCHEMA, read_checkpoint
+    from scd_robot.config import from_json
+    from scd_robot.model import ScdConfig
     from scd_robot.policies import load_policy
 
     load_policy(path)  # refuses what fits its manifest and yet is no policy
@@ -40,9 +42,11 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         "schema": SCHEMA,
         "policy": checkpoint.policy,
         "step": checkpoint.step,
+        "receptive_field": from_json(ScdConfig, checkpoint.config["model"], "model").receptive_field,
         "resumable": (checkpoint.path / "resume").is_dir(),
         "parameters": {**sizes, "total": sum(sizes.values())},
         "dataset": checkpoint.dataset.to_json(),
+        "origin": checkpoint.origin,
         "normalization": checkpoint.normalizer.to_json(),
         "config": checkpoint.config,
         "metrics": checkpoint.metrics,
@@ -53,7 +57,6 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 def _lines(description: dict[str, Any]) -> list[str]:
     dataset, config = description["dataset"], description["config"]
     model = config["model"]
-    field = model["encoder_layers"] * (model["history_length"] - 1) + 1
     lines = [
         f"checkpoint   {description['checkpoint']}",
         f"policy       {description['policy']}, preset {config['preset']}, step {description['step']}"
@@ -62,7 +65,8 @@ def _lines(description: dict[str, Any]) -> list[str]:
         f"trained on   {dataset['source'] or 'unknown source'}, control_dt {dataset['control_dt']:g} s",
         "observation  " + ", ".join(f"{key} {tuple(spec['shape'])}" for key, spec in dataset["observation"].items()),
         f"action       ({dataset['action_dim']},)",
-        f"history      {model['history_length']} control steps per layer, receptive field {field}",
+        f"history      {model['history_length']} control steps per layer, "
+        f"receptive field {description['receptive_field']}",
         f"plan         chunk of {model['chunk_length']}, {config['policy']['num_executed']} executed, "
         f"{config['policy']['sampler']['num_denoising_steps']} {config['policy']['sampler']['solver']} steps",
         "versions     " + ", ".join(f"{name} {version}" for name, version in description["versions"].items()),

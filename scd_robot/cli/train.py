@@ -40,7 +40,7 @@ def train(
     interrupted continues with --resume and the same options, and ends with the same weights.
 
     Args:
-        preset: named experiment, for example metaworld_state.
+        preset: named experiment, for example metaworld_state; or the config.json of a checkpoint, to run it again.
         dataset: folder of the dataset; widths of observations and actions are taken from it.
         out: folder of the run.
         max_steps: optimiser steps; by default the preset's.

@@ -4,7 +4,7 @@ import copy
 import logging
 import shutil
 import sys
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 RESUME_FILE = Path("resume") / "training_state.ckpt"
 
 
-class _AtEpochEnd(lightning.Callback):
+class _AtEpochEnd(lightning.Callback, ABC):
     """Acts at the end of every epoch in which steps were taken.
 
     Lightning ends the epoch in which a training state was saved once more when it resumes from it.

@@ -19,6 +19,7 @@ from scd_robot.config import to_json
 from scd_robot.errors import CheckpointError, ConfigError, DatasetError, OutputError, ShapeError, TrainingDivergedError
 from scd_robot.normalization import Normalizer
 from scd_robot.policies import load_policy
+from scd_robot.presets import resolve
 from scd_robot.training import Ema, ScdLightningModule, train
 from scd_robot.training.module import learning_rate_factor
 
@@ -113,6 +114,10 @@ def test_a_checkpoint_folder_is_complete_and_rerunnable(tmp_path: Path) -> None:
     assert {p.name for p in folder.iterdir()} == names | {"model.safetensors", "resume"}
     checkpoint = read_checkpoint(tmp_path / "run")
     assert checkpoint.config == to_json(tiny_experiment())
+    again = resolve(str(folder / "config.json"), tiny_data().spec)
+    assert again == tiny_experiment()
+    run(tmp_path / "again", again)
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "again"))
     assert checkpoint.dataset == tiny_data().spec
     assert checkpoint.step == 6
     assert {"train/loss", "val/loss", "val/chunk_rmse"} <= checkpoint.metrics.keys()
