@@ -170,7 +170,7 @@ def _trainer(
             precision=training.precision,
             max_epochs=-(-training.max_steps // training.validate_every),  # the sampler cuts the last one short
             logger=[CSVLogger(out / "logs", name="csv"), TensorBoardLogger(out / "logs", name="tensorboard")],
-            log_every_n_steps=min(10, training.validate_every),
+            log_every_n_steps=min(10, training.validate_every, training.max_steps),
             num_sanity_val_steps=0,
             # Lightning reads the length of an epoch once, unless it is told that the last one is shorter.
             reload_dataloaders_every_n_epochs=int(training.max_steps % training.validate_every > 0),
