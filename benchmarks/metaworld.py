@@ -62,4 +62,5 @@ def _verdict(results: Mapping[str, dict[str, Any]]) -> list[str]:
 
 if __name__ == "__main__":
     parser = benchmark_parser(__doc__ or "", "metaworld")
+    parser.set_defaults(parallel=1, threads=2)  # the limit is for one training on two cores
     sys.exit(run_benchmark(parser.parse_args(), make_jobs(), make_report))
