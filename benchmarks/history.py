@@ -17,7 +17,7 @@ from reporting import arms_table, comparison_table, provenance, start_state_line
 TASKS = ("push-v3", "pick-place-v3")
 GOAL_STEPS = 5
 # Of both arms: only the history length may differ between them.
-SETTINGS: tuple[str, ...] = ()
+SETTINGS: tuple[str, ...] = ("training.max_steps=2000",)
 # Four layers that each see 128 control steps reach 509 steps back: a whole episode of at most 500.
 ARMS = {"history": "model.history_length=128", "twin": "model.history_length=1"}
 AIM_KEPT = 0.90

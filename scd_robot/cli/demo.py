@@ -19,7 +19,7 @@ def demo(
     env: str = "metaworld/push-v3",
     out: Path = Path("demo_output"),
     demonstrations: int = 100,
-    max_steps: int | None = None,
+    max_steps: int = 2000,
     episodes: int = 50,
     seed: int = 0,
     overwrite: bool = False,
@@ -34,7 +34,7 @@ def demo(
         env: a Meta-World task.
         out: folder for everything: demonstrations.zarr, run/, evaluation/.
         demonstrations: expert episodes to record.
-        max_steps: optimiser steps; by default the preset's.
+        max_steps: optimiser steps; fewer than the preset's, and enough for the default task.
         episodes: episodes of the evaluation.
         seed: of demonstrations and training.
         overwrite: start anew instead of continuing.
