@@ -200,6 +200,9 @@ class ScdPolicy:
             delay_steps: commit so many actions of the running chunk instead (the control steps that will pass while
                 this plan is computed). With `prefix`, its length must be this or `delay_steps` 0.
 
+        A model trained with max_delay_steps = 0 was never shown clean actions: it sees the committed ones noised like
+        the rest at every denoising step, which is less exact about how the plan goes on.
+
         Returns:
             (B, Ta, Da); action 0 is for the control step last observed.
         """

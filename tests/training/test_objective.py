@@ -159,3 +159,31 @@ def test_a_memoryless_target_is_learned() -> None:
     with torch.no_grad():
         plan = model.plan(encode_batch(model, normalizer, dataset[999])[:, 0])
     torch.testing.assert_close(plan.actions.mean((0, 1)), torch.tensor([0.3, -0.6]), atol=0.05, rtol=0)
+
+
+def test_burn_in_carries_no_loss_in_segments_that_begin_inside_an_episode() -> None:
+    experiment = tiny_experiment(segment_length=6, burn_in=3, positions_per_segment=6)
+    dataset, checked = SegmentDataset(DATA, experiment, ALL), 0
+    for step in range(12):
+        batch = dataset[step % 6]
+        segments = dataset._index.batch(step % 6, range(4), 4)
+        for b in range(4):
+            chosen = set(batch.draws.position[b][batch.draws.position_valid[b]].tolist())
+            inside = segments.start[b] > segments.episode_start[b]
+            first = min(3, int(segments.lengths[b]) - 1) if inside else 0
+            assert chosen == set(range(first, int(segments.lengths[b])))
+            checked += inside
+    assert checked > 0
+
+
+def test_past_actions_are_noised_in_training_only() -> None:
+    experiment = tiny_experiment()
+    model, normalizer = parts(experiment)
+    batch = batch_of(experiment)
+    quiet = dataclasses.replace(
+        batch, draws=dataclasses.replace(batch.draws, past_action_noise=torch.zeros_like(batch.draws.past_action_noise))
+    )
+    model.train()
+    assert not torch.equal(encode_batch(model, normalizer, batch), encode_batch(model, normalizer, quiet))
+    model.eval()
+    assert torch.equal(encode_batch(model, normalizer, batch), encode_batch(model, normalizer, quiet))
