@@ -1,6 +1,7 @@
 """The program `scd`: verbs, help, and one clear sentence with exit code 2 for what the user can mend."""
 
 import errno
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -155,3 +156,14 @@ def test_bugs_are_not_hidden(error: Exception, install_verb: InstallVerb) -> Non
 def test_interruption_exits_130(install_verb: InstallVerb) -> None:
     install_failing_verb(install_verb, KeyboardInterrupt())
     assert main(["train"]) == 130
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-c", "from scd_robot.cli.main import main; raise SystemExit(main(['--help']))"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    program.stdout.close()
+    assert program.stderr.read() == b""
+    assert program.wait(timeout=60) == 0

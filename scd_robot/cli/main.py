@@ -92,10 +92,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.pop(0)
     set_up_logging(verbose)
     try:
-        return dispatch(arguments)
+        code = dispatch(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("scd: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may Python's flush at exit complain
+        return EXIT_DONE
     except ScdRobotError as error:
         message = str(error)
         logger.debug("the error in full:", exc_info=error)
