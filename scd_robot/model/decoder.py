@@ -17,14 +17,20 @@ __all__ = ["Conditioning", "DiffusionDecoder", "PreparedContext"]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Everything the decoder derives from flow time: one modulation per block, (B, L or 1, 6 D), and the head's."""
+    """Everything the decoder derives from flow time, all (B, L or 1, D).
 
-    blocks: list[Tensor]
-    head: Tensor
+    Attributes:
+        blocks: `AdaLNBlock.modulate_by` of every block.
+        head: shift and factor before the last layer.
+    """
+
+    blocks: list[tuple[Tensor, ...]]
+    head: tuple[Tensor, ...]
 
     def __getitem__(self, index: int) -> "Conditioning":
         """The conditioning of one batch entry, kept as a batch of 1."""
-        return Conditioning([m[index : index + 1] for m in self.blocks], self.head[index : index + 1])
+        one = slice(index, index + 1)
+        return Conditioning([tuple(x[one] for x in block) for block in self.blocks], tuple(x[one] for x in self.head))
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,11 @@ class PreparedContext:
 
     Attributes:
         tokens: (B, K, D) embedded context, for fusion "concat".
-        keys_values: per layer keys and values (B, N, K, Dh), for fusion "prefix".
+        keys_values: per layer keys and values (2, B, N, K, Dh), for fusion "prefix".
     """
 
     tokens: Tensor | None
-    keys_values: list[tuple[Tensor, Tensor]] | None
+    keys_values: list[Tensor] | None
 
 
 class DiffusionDecoder(nn.Module):
@@ -107,7 +113,8 @@ class DiffusionDecoder(nn.Module):
             plan_time = flow_time.amin(dim=1, keepdim=True)
             flow_time = torch.cat((plan_time.expand(-1, self.num_context_tokens), flow_time), dim=1)
         features = torch.nn.functional.silu(self.flow_time(flow_time))
-        return Conditioning([block.modulation(features) for block in self._blocks()], self.head_modulation(features))
+        shift, scale = self.head_modulation(features).chunk(2, dim=-1)
+        return Conditioning([block.modulate_by(features) for block in self._blocks()], (shift, 1 + scale))
 
     def prepare(self, context: Tensor) -> PreparedContext:
         """Everything that depends on the context (B, K, D) alone."""
@@ -132,10 +139,8 @@ class DiffusionDecoder(nn.Module):
         for index, block in enumerate(self._blocks()):
             prefix = None if context.keys_values is None else context.keys_values[index]
             tokens = block(tokens, conditioning.blocks[index], mask, prefix)
-        shift, scale = conditioning.head.chunk(2, dim=-1)
-        if shift.shape[1] > 1:
-            shift, scale = shift[:, -length:], scale[:, -length:]
-        out: Tensor = self.head(modulate(self.norm(tokens[:, -length:]), shift, scale))
+        shift, factor = (x[:, -length:] for x in conditioning.head)  # of length 1 where the tokens share it
+        out: Tensor = self.head(modulate(self.norm(tokens[:, -length:]), shift, factor))
         return out
 
     def _blocks(self) -> Iterable[AdaLNBlock]:

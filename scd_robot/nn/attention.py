@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["attend", "multi_head_attention", "split_heads", "window_mask"]
+__all__ = ["attend", "multi_head_attention", "window_mask"]
 
 
 def window_mask(
@@ -49,12 +49,6 @@ def window_mask(
         mask = mask & token_valid.flatten(1)[:, None, :]
         mask = mask | ~mask.any(dim=-1, keepdim=True)
     return mask[:, None], (age == 0)[None, None]
-
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, L, D) -> (B, N, L, Dh)."""
-    batch, length, width = x.shape
-    return x.view(batch, length, num_heads, width // num_heads).transpose(1, 2)
 
 
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -6,14 +6,13 @@ Shapes: B batch, L tokens, K context tokens, P tokens per control step, N heads,
 import torch
 from torch import Tensor, nn
 
-from scd_robot.nn.attention import attend, multi_head_attention, split_heads
+from scd_robot.nn.attention import attend, multi_head_attention
 from scd_robot.nn.embeddings import apply_rotary
 from scd_robot.nn.kv_cache import KVCache, StepPlan
 
 __all__ = ["AdaLNBlock", "CausalBlock", "modulate"]
 
 Rotary = tuple[Tensor, Tensor]
-KeysValues = tuple[Tensor, Tensor]
 
 
 def _mlp(width: int, ratio: int) -> nn.Sequential:
@@ -61,9 +60,9 @@ class CausalBlock(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm's affine part; shift and scale broadcast over x (B, L, D)."""
-    return torch.addcmul(shift, x, 1 + scale)
+def modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """Adaptive layer norm's affine part; shift and factor broadcast over x (B, L, D)."""
+    return torch.addcmul(shift, x, factor)
 
 
 class AdaLNBlock(nn.Module):
@@ -83,32 +82,42 @@ class AdaLNBlock(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
+    def modulate_by(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Shift, factor and gate of attention, then of the MLP, each (B, L or 1, D), of flow-time features like them.
+
+        They do not change while a plan is denoised with the same flow times, so they are not part of `forward`.
+        """
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(features).chunk(6, dim=-1)
+        return shift_a, 1 + scale_a, gate_a, shift_m, 1 + scale_m, gate_m
+
     def forward(
-        self, x: Tensor, modulation: Tensor, mask: Tensor | None = None, prefix: KeysValues | None = None
+        self, x: Tensor, modulation: tuple[Tensor, ...], mask: Tensor | None = None, prefix: Tensor | None = None
     ) -> Tensor:
         """One denoising layer.
 
         Args:
             x: (B, L, D) noisy tokens (with the context tokens in front of them for fusion "concat").
-            modulation: (B or 1, L or 1, 6 * D), this block's `modulation` of the flow-time embedding.
+            modulation: this block's `modulate_by` of the flow-time features.
             mask: broadcastable to (B, N, L, K + L), True = may attend; None = all.
-            prefix: keys and values (B, N, K, Dh) of context tokens to attend to besides x.
+            prefix: keys and values (2, B, N, K, Dh) of context tokens to attend to besides x.
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
-        q, k, v = self._project(modulate(self.norm(x), shift_a, scale_a))
+        shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulation
+        q, keys_values = self._project(modulate(self.norm(x), shift_a, factor_a))
         if prefix is not None:
-            k, v = torch.cat((prefix[0], k), dim=2), torch.cat((prefix[1], v), dim=2)
+            keys_values = torch.cat((prefix, keys_values), dim=3)
+        k, v = keys_values
         x = torch.addcmul(x, gate_a, self.out(multi_head_attention(q, k, v, mask)))
-        return torch.addcmul(x, gate_m, self.mlp(modulate(self.norm(x), shift_m, scale_m)))
+        return torch.addcmul(x, gate_m, self.mlp(modulate(self.norm(x), shift_m, factor_m)))
 
-    def prefix(self, context: Tensor, last: bool) -> tuple[Tensor, KeysValues]:
+    def prefix(self, context: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         """Context tokens (B, K, D) attending to themselves alone; in the `last` layer only keys and values are due."""
-        q, k, v = self._project(self.norm(context))
+        q, keys_values = self._project(self.norm(context))
         if not last:
-            context = context + self.out(multi_head_attention(q, k, v))
+            context = context + self.out(multi_head_attention(q, *keys_values))
             context = context + self.mlp(self.norm(context))
-        return context, (k, v)
+        return context, keys_values
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, N, L, Dh), and keys and values (2, B, N, L, Dh)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return qkv[0], qkv[1:]

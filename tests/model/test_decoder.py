@@ -72,11 +72,12 @@ def test_prefix_context_is_blind_to_noise_and_flow_time_while_concat_is_not() ->
     is_context = torch.arange(tokens.shape[1]) < count
     mask = ~is_context[:, None] | is_context[None, :]
     for block, modulation in zip(decoder.blocks, conditions.blocks, strict=True):
-        neutral = torch.cat((torch.zeros(2 * 32), torch.ones(32), torch.zeros(2 * 32), torch.ones(32))).double()
-        both = torch.where(is_context[None, :, None], neutral, modulation)
+        neutral = (0.0, 1.0, 1.0) * 2  # shift, factor and gate
+        pairs = zip(neutral, modulation, strict=True)
+        both = tuple(torch.where(is_context[None, :, None], none, some) for none, some in pairs)
         tokens = block(tokens, both, mask)
-    shift, scale = conditions.head.chunk(2, dim=-1)
-    expected = decoder.head(decoder.norm(tokens[:, count:]) * (1 + scale) + shift)
+    shift, factor = conditions.head
+    expected = decoder.head(decoder.norm(tokens[:, count:]) * factor + shift)
     torch.testing.assert_close(decoder(x, flow_time, context), expected)
 
 
