@@ -1,33 +1,102 @@
-"""Opens a dataset of any format that is known."""
+"""Opens a dataset of any known format; the format is told from the files."""
 
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from scd_robot.datasets.schema import EpisodeDataset
-from scd_robot.datasets.zarr_store import is_zarr_group, open_zarr
-from scd_robot.errors import DatasetError
+from scd_robot.datasets.formats import ReadOptions
+from scd_robot.datasets.schema import MASK, EpisodeDataset
+from scd_robot.datasets.zarr_files import ATTRIBUTE, ZarrFiles, is_address, is_zarr_group
+from scd_robot.errors import DatasetError, UnknownNameError
 
-__all__ = ["open_dataset"]
+__all__ = ["FORMATS", "Format", "detect_format", "open_dataset"]
 
 
-def open_dataset(path: Path | str, keys: list[str] | None = None) -> EpisodeDataset:
-    """Loads the dataset at `path` and checks it; the format is told from the files.
+@dataclass(frozen=True)
+class Format:
+    """One kind of recording.
+
+    Attributes:
+        description: for people.
+        module: of `scd_robot.datasets` with the reader, imported only when it is needed.
+        function: the reader, called with the path or address as text, and `ReadOptions`.
+        is_at: whether what lies at a path or address is such a recording, told from names and headers.
+    """
+
+    description: str
+    module: str
+    function: str
+    is_at: Callable[[str], bool]
+
+
+def _is_zarr(path: str) -> bool:
+    return is_address(path) or is_zarr_group(Path(path)) or (Path(path).is_file() and path.endswith(".zip"))
+
+
+def _is_own_store(path: str) -> bool:
+    return _is_zarr(path) and ATTRIBUTE in ZarrFiles(path).attributes()
+
+
+def _is_lerobot(path: str) -> bool:
+    return (Path(path) / "meta" / "info.json").is_file()
+
+
+def _is_hdf5(path: str) -> bool:
+    if not Path(path).is_file():
+        return False
+    with Path(path).open("rb") as file:
+        return file.read(8) == b"\x89HDF\r\n\x1a\n" or path.endswith((".hdf5", ".h5"))
+
+
+FORMATS: dict[str, Format] = {
+    "scd_robot": Format("Zarr store of scd_robot", "zarr_store", "open_store", _is_own_store),
+    "diffusion_policy": Format(
+        "Zarr replay buffer of diffusion_policy (folder or .zip)", "replay_buffer", "open_replay_buffer", _is_zarr
+    ),
+    "lerobot": Format("LeRobot dataset v2.0, v2.1 or v3.0 (folder)", "lerobot", "open_lerobot", _is_lerobot),
+    "hdf5": Format("robomimic or robosuite HDF5 file", "hdf5", "open_hdf5", _is_hdf5),
+}
+
+
+def detect_format(path: Path | str) -> str:
+    """The key in `FORMATS` of what lies at `path`.
+
+    Raises:
+        DatasetError: nothing there, or none of the known formats.
+    """
+    if not is_address(path) and not Path(path).exists():
+        raise DatasetError(f"no dataset at {path}; check the path, or record one with: scd data record")
+    for name, known in FORMATS.items():
+        if known.is_at(str(path)):
+            return name
+    known_ones = "; ".join(known.description for known in FORMATS.values())
+    raise DatasetError(f"{path} is not a dataset in a known format; expected one of: {known_ones}")
+
+
+def open_dataset(path: Path | str, keys: Sequence[str] | None = None, **options: Any) -> EpisodeDataset:
+    """Opens the dataset at `path` and checks it; vectors are loaded, images read when they are indexed.
 
     Args:
-        path: a Zarr store, as a folder.
-        keys: observation keys to load; None = all.
+        path: of the files, or an address of a Zarr store for fsspec (s3://bucket/name.zarr).
+        keys: observation keys; None = all.
+        **options: the other fields of `ReadOptions`: `action`, `control_dt`, `mask`, `fill_missing`, `cache`.
 
     Raises:
         DatasetError: nothing there, a format that is not known, or a damaged dataset.
-        UnknownNameError: a key that the dataset does not have.
+        UnknownNameError: a key, action array or mask that the dataset does not have.
+        MissingDependencyError: a package that this format needs is not installed.
     """
-    path = Path(path)
-    if not path.exists():
-        raise DatasetError(f"no dataset at {path}; check the path, or record one with: scd data record")
-    if path.is_dir() and is_zarr_group(path):
-        return open_zarr(path, keys)
-    if path.suffix == ".zip":
-        raise DatasetError(f"{path} is a zip archive; unpack it and name the Zarr folder inside")
-    raise DatasetError(
-        f"{path} is not a dataset in a known format; expected a Zarr folder with data/ and meta/episode_ends, "
-        "as 'scd data record' and diffusion_policy write"
-    )
+    chosen = ReadOptions(keys=keys, **options)
+    known = FORMATS[detect_format(path)]
+    reader = getattr(importlib.import_module(f"scd_robot.datasets.{known.module}"), known.function)
+    dataset: EpisodeDataset = reader(str(path), chosen)
+    return dataset if chosen.mask is None else _in_mask(dataset, chosen.mask, path)
+
+
+def _in_mask(dataset: EpisodeDataset, name: str, path: Path | str) -> EpisodeDataset:
+    masks = {key.removeprefix(MASK): value for key, value in dataset.episode_info.items() if key.startswith(MASK)}
+    if name not in masks:
+        raise UnknownNameError(f"mask of {path}", name, masks)
+    return dataset.select(masks[name] != 0)

@@ -3,43 +3,63 @@
 All arrays are concatenated in time; `episode_ends` cuts them into episodes, as in diffusion_policy's replay buffer.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.errors import DatasetError
+from scd_robot.datasets.lazy import LazyArray, RowArray, SelectedArray
+from scd_robot.errors import DatasetError, UnknownNameError
 from scd_robot.types import DatasetSpec
 
-__all__ = ["ACTION", "EXECUTED_ACTION", "EpisodeDataset", "row_blocks"]
+__all__ = [
+    "ACTION",
+    "DONE",
+    "EXECUTED_ACTION",
+    "MASK",
+    "REWARD",
+    "SIM_STATE",
+    "TIMESTAMP",
+    "EpisodeDataset",
+    "row_blocks",
+]
 
 ACTION = "action"
-EXECUTED_ACTION = "executed_action"
+# Arrays that are not observations have these names, whatever the file called them.
+EXECUTED_ACTION = "executed_action"  # (N, Da) what the robot did, where that differs from what was asked for
+SIM_STATE = "sim_state"  # (N, S) float64, a simulator's whole state before the action
+REWARD = "reward"  # (N,) of the action
+DONE = "done"  # (N,)
+MASK = "mask_"  # begins the names in `episode_info` of lists of episodes: "mask_train" is 1 where it is in the list
+TIMESTAMP = "timestamp"  # (N,) float64 [s], of the observation, from the episode's beginning
 
 _BLOCK_BYTES = 1 << 26  # of an array looked at in one go
 
 
 @dataclass(frozen=True, eq=False)
 class EpisodeDataset:
-    """Episodes in memory.
+    """Episodes: small arrays in memory, images and other large ones read when they are indexed.
 
     Attributes:
         spec: observation keys, widths, `control_dt`.
         episode_ends: (E,) int64, cumulative: episode i is rows `episode_ends[i - 1]` (0 for the first) up to
             `episode_ends[i]`.
-        arrays: by key (N, ...), N = `episode_ends[-1]`: every observation key of `spec`, `action`, and
-            `executed_action` where it was recorded. Vectors float32, images uint8.
+        arrays: by key (N, ...), N = `episode_ends[-1]`: every observation key of `spec` (vectors float32, images
+            uint8), `action` (N, Da) float32, and what else was recorded (`EXECUTED_ACTION`, `SIM_STATE`, ...).
         metadata: what the recorder noted about the whole, plain JSON types.
-        episode_info: by name (E,), what the recorder noted about each episode (its seed, say).
+        episode_info: by name (E,), numbers noted about each episode: its seed; "mask_NAME", whether it is in that list
+            of the file; "success".
+        episode_text: by name, E strings noted about each episode: "name" in the file, "task" in words, "model_xml".
     """
 
     spec: DatasetSpec
     episode_ends: NDArray[np.int64]
-    arrays: dict[str, NDArray[Any]]
+    arrays: dict[str, RowArray]
     metadata: dict[str, Any] = field(default_factory=dict)
     episode_info: dict[str, NDArray[Any]] = field(default_factory=dict)
+    episode_text: dict[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def num_episodes(self) -> int:
@@ -56,8 +76,21 @@ class EpisodeDataset:
         """(E,) control steps of each episode."""
         return np.diff(self.episode_ends, prepend=0)
 
-    def episode(self, index: int) -> dict[str, NDArray[Any]]:
-        """Views (T, ...) of all arrays for one episode; `index` may count from the end.
+    def episode(self, index: int, keys: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Arrays (T, ...) of one episode, views where they are in memory; `index` may count from the end.
+
+        Args:
+            index: of the episode.
+            keys: which arrays; None = all.
+
+        Raises:
+            IndexError: there is no such episode.
+        """
+        rows = self.rows(index)
+        return {key: self.arrays[key][rows] for key in (self.arrays if keys is None else keys)}
+
+    def rows(self, index: int) -> slice:
+        """Where one episode lies in the arrays; `index` may count from the end.
 
         Raises:
             IndexError: there is no such episode.
@@ -66,12 +99,59 @@ class EpisodeDataset:
             raise IndexError(f"episode {index} of a dataset with {self.num_episodes} episodes")
         index %= self.num_episodes
         start = int(self.episode_ends[index - 1]) if index else 0
-        rows = slice(start, int(self.episode_ends[index]))
-        return {key: array[rows] for key, array in self.arrays.items()}
+        return slice(start, int(self.episode_ends[index]))
 
-    def executed(self) -> NDArray[np.float32]:
+    def executed(self) -> RowArray:
         """(N, Da) what the robot did: `executed_action`, or `action` where the recorder made no difference."""
         return self.arrays.get(EXECUTED_ACTION, self.arrays[ACTION])
+
+    def with_keys(self, keys: Sequence[str]) -> "EpisodeDataset":
+        """Of the observations only these; arrays that are no observations stay.
+
+        Raises:
+            UnknownNameError: a key that is no observation here.
+        """
+        for key in keys:
+            if key not in self.spec.observation:
+                raise UnknownNameError("observation key", key, self.spec.observation)
+        dropped = set(self.spec.observation) - set(keys)
+        return replace(
+            self,
+            spec=replace(self.spec, observation={key: self.spec.observation[key] for key in keys}),
+            arrays={key: array for key, array in self.arrays.items() if key not in dropped},
+        )
+
+    def select(self, episodes: Sequence[int] | NDArray[Any]) -> "EpisodeDataset":
+        """The episodes of these numbers, or of a mask (E,), in this order.
+
+        Raises:
+            DatasetError: none is left, or a number is out of range.
+        """
+        chosen = np.asarray(episodes)
+        chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64)
+        if not len(chosen):
+            raise DatasetError(f"no episode is left of the {self.num_episodes} of {self.spec.source}")
+        if not -self.num_episodes <= chosen.min() <= chosen.max() < self.num_episodes:
+            raise DatasetError(f"there are {self.num_episodes} episodes (from 0 on), asked for {chosen.tolist()[:8]}")
+        slices = [self.rows(int(i)) for i in chosen]
+        rows = np.concatenate([np.arange(part.start, part.stop) for part in slices])
+        arrays = {
+            key: SelectedArray(array, rows) if isinstance(array, LazyArray) else array[rows]
+            for key, array in self.arrays.items()
+        }
+        info = {name: values[chosen] for name, values in self.episode_info.items()}
+        text = {name: [values[int(i)] for i in chosen] for name, values in self.episode_text.items()}
+        ends = np.cumsum([part.stop - part.start for part in slices])
+        return replace(self, episode_ends=ends, arrays=arrays, episode_info=info, episode_text=text)
+
+    def load(self, keys: Iterable[str] | None = None) -> "EpisodeDataset":
+        """With these arrays in memory; None = all."""
+        wanted = set(self.arrays if keys is None else keys)
+        arrays: dict[str, RowArray] = {
+            key: array[:] if key in wanted and isinstance(array, LazyArray) else array
+            for key, array in self.arrays.items()
+        }
+        return replace(self, arrays=arrays)
 
     def check(self, name: str = "the dataset") -> None:
         """Refuses what would spoil training.
@@ -84,7 +164,8 @@ class EpisodeDataset:
                 than the others say, or a value is NaN or infinite (the message says which key, episode and step).
         """
         self._check_episodes(name)
-        expected = {key: spec.shape for key, spec in self.spec.observation.items()}
+        expected: dict[str, tuple[int, ...]] = {key: array.shape[1:] for key, array in self.arrays.items()}
+        expected |= {key: spec.shape for key, spec in self.spec.observation.items()}
         expected[ACTION] = (self.spec.action_dim,)
         if EXECUTED_ACTION in self.arrays:
             expected[EXECUTED_ACTION] = (self.spec.action_dim,)
@@ -99,7 +180,7 @@ class EpisodeDataset:
         for key, array in self.arrays.items():
             row = _first_bad_row(array)
             if row is not None:
-                episode, step = self._locate(row)
+                episode, step = self.locate(row)
                 raise DatasetError(
                     f"{key!r} of {name} holds NaN or infinite values, first in episode {episode} at step {step}; "
                     "record that episode again or leave it out"
@@ -120,13 +201,13 @@ class EpisodeDataset:
                 f"{self.episode_lengths[short[0]]}; leave it out ({short.size} such episodes in all)"
             )
 
-    def _locate(self, row: int) -> tuple[int, int]:
+    def locate(self, row: int) -> tuple[int, int]:
         """Episode and step within it of a row of the arrays."""
         episode = int(np.searchsorted(self.episode_ends, row, side="right"))
         return episode, row - (int(self.episode_ends[episode - 1]) if episode else 0)
 
 
-def _first_bad_row(array: NDArray[Any]) -> int | None:
+def _first_bad_row(array: RowArray) -> int | None:
     """First row with a NaN or infinite value."""
     if not np.issubdtype(array.dtype, np.inexact):
         return None
@@ -137,8 +218,8 @@ def _first_bad_row(array: NDArray[Any]) -> int | None:
     return None
 
 
-def row_blocks(array: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
-    """First row and rows of successive parts, so that temporaries stay small beside a large array."""
+def row_blocks(array: RowArray) -> Iterator[tuple[int, NDArray[Any]]]:
+    """First row and rows of successive parts, so that little of a large array is in memory at a time."""
     rows = max(1, _BLOCK_BYTES * len(array) // max(array.nbytes, 1))
     for start in range(0, len(array), rows):
         yield start, array[start : start + rows]

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scd_robot.datasets.lazy import RowArray
 from scd_robot.datasets.schema import EpisodeDataset, row_blocks
 
 __all__ = ["describe", "format_description"]
@@ -68,16 +69,23 @@ def format_description(description: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _statistics(array: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
+def _statistics(array: RowArray) -> dict[str, NDArray[np.float64]]:
     """min, max, mean, std (D,) of an array (N, ...), in float64, without a float64 copy of the whole."""
-    flat = array.reshape(len(array), -1)
-    if flat.shape[1] > _MAX_DIMENSIONS:
-        flat = array.reshape(-1, array.shape[-1])
-    mean = sum(block.sum(axis=0, dtype=np.float64) for _, block in row_blocks(flat)) / len(flat)
-    square = sum(((block - mean) ** 2).sum(axis=0) for _, block in row_blocks(flat)) / len(flat)
+    numbers = int(np.prod(array.shape[1:]))
+    width = numbers if numbers <= _MAX_DIMENSIONS else array.shape[-1]
+    count = array.shape[0] * numbers / width
+    total, lowest, highest = np.zeros(width), np.full(width, np.inf), np.full(width, -np.inf)
+    squares = np.zeros(width)
+    shift = np.asarray(array[:1], np.float64).reshape(-1, width).mean(axis=0)  # near the mean: squares stay small
+    for _, block in row_blocks(array):
+        flat = block.reshape(-1, width).astype(np.float64) - shift
+        total += flat.sum(axis=0)
+        squares += (flat**2).sum(axis=0)
+        lowest, highest = np.minimum(lowest, flat.min(axis=0)), np.maximum(highest, flat.max(axis=0))
+    mean = total / count
     return {
-        "min": flat.min(axis=0).astype(np.float64),
-        "max": flat.max(axis=0).astype(np.float64),
-        "mean": mean,
-        "std": np.sqrt(square),
+        "min": lowest + shift,
+        "max": highest + shift,
+        "mean": mean + shift,
+        "std": np.sqrt(np.maximum(squares / count - mean**2, 0)),
     }

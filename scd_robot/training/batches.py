@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from scd_robot.datasets import EpisodeDataset
+from scd_robot.datasets import ACTION, EpisodeDataset
 from scd_robot.datasets.windows import SegmentBatch, SegmentIndex
 from scd_robot.diffusion import sample_flow_time
 from scd_robot.errors import ConfigError
@@ -101,9 +101,8 @@ class SegmentDataset(Dataset[TrainingBatch]):
         self._index = SegmentIndex(data.episode_ends, training.segment_length, episodes, training.seed)
         share = training.batch_size // world_size
         self._samples = range(rank * share, (rank + 1) * share)
-        self._observation = {key: torch.from_numpy(data.arrays[key]) for key in experiment.model.observation_shapes}
-        self._action = torch.from_numpy(data.arrays["action"])
-        self._executed = torch.from_numpy(data.executed())
+        self._observation = {key: data.arrays[key] for key in experiment.model.observation_shapes}
+        self._action, self._executed = data.arrays[ACTION], data.executed()
 
     def __len__(self) -> int:
         if not self._validation:
@@ -125,13 +124,13 @@ class SegmentDataset(Dataset[TrainingBatch]):
 
     def _assemble(self, segments: SegmentBatch, draws: Draws) -> TrainingBatch:
         model = self._experiment.model
-        steps, step_valid = (torch.from_numpy(x) for x in segments.steps())
+        steps, step_valid = segments.steps()
         around, inside = segments.steps_around(max(1, model.num_past_actions), model.chunk_length)
         return TrainingBatch(
-            observation={key: value[steps] for key, value in self._observation.items()},
-            step_valid=step_valid,
-            action=self._action[torch.from_numpy(around)],
-            executed=self._executed[torch.from_numpy(around)],
+            observation={key: torch.from_numpy(value[steps]) for key, value in self._observation.items()},
+            step_valid=torch.from_numpy(step_valid),
+            action=torch.from_numpy(self._action[around]),
+            executed=torch.from_numpy(self._executed[around]),
             action_valid=torch.from_numpy(inside),
             draws=draws,
         )

@@ -17,7 +17,8 @@ import zarr
 
 from scd_robot.datasets.open import open_dataset
 from scd_robot.datasets.schema import EpisodeDataset
-from scd_robot.datasets.zarr_store import SCHEMA, ZarrWriter, open_zarr
+from scd_robot.datasets.zarr_store import open_store
+from scd_robot.datasets.zarr_writer import SCHEMA, ZarrWriter
 from scd_robot.errors import ConfigError, DatasetError, OutputError, ShapeError, UnknownNameError
 from scd_robot.types import ArraySpec, DatasetSpec
 
@@ -77,7 +78,7 @@ def store(tmp_path):
 
 
 def test_what_is_written_is_read_back(store):
-    dataset = open_zarr(store)
+    dataset = open_store(store)
     assert_episodes(dataset, [5, 2, 7])
     assert dataset.spec == SPEC
     assert dataset.metadata == {"note": "x"}
@@ -88,8 +89,8 @@ def test_what_is_written_is_read_back(store):
 
 
 def test_many_chunks_are_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("scd_robot.datasets.zarr_store._CHUNK_ROWS", 4)
-    assert_episodes(open_zarr(write_store(tmp_path / "a.zarr", (5, 2, 7, 30))), [5, 2, 7, 30])
+    monkeypatch.setattr("scd_robot.datasets.zarr_writer._CHUNK_ROWS", 4)
+    assert_episodes(open_store(write_store(tmp_path / "a.zarr", (5, 2, 7, 30))), [5, 2, 7, 30])
 
 
 def test_files_follow_format_2_with_blosc(store):
@@ -124,9 +125,9 @@ def test_keys_choose_the_observations(store):
 def test_executed_falls_back_to_action(tmp_path):
     with ZarrWriter(tmp_path / "a.zarr", SPEC) as writer:
         writer.append(make_episode(3, executed=False))
-    dataset = open_zarr(tmp_path / "a.zarr")
+    dataset = open_store(tmp_path / "a.zarr")
     np.testing.assert_array_equal(dataset.executed(), dataset.arrays["action"])
-    dataset = open_zarr(write_store(tmp_path / "b.zarr"))
+    dataset = open_store(write_store(tmp_path / "b.zarr"))
     np.testing.assert_array_equal(dataset.executed(), dataset.arrays["action"] + np.float32(0.5))
 
 
@@ -146,7 +147,7 @@ class TestWriterRefuses:
             writer.append(make_episode(5, 0))
             with pytest.raises(error, match=message):
                 writer.append({**make_episode(4), **change})
-        assert_episodes(open_zarr(tmp_path / "a.zarr"), [5])
+        assert_episodes(open_store(tmp_path / "a.zarr"), [5])
 
     def test_an_episode_of_one_step(self, tmp_path):
         with pytest.raises(DatasetError, match="at least 2 steps"), ZarrWriter(tmp_path / "a.zarr", SPEC) as writer:
@@ -164,7 +165,7 @@ class TestWriterRefuses:
     def test_a_path_that_exists(self, store):
         with pytest.raises(OutputError, match=r"exists already.*--overwrite"):
             write_store(store, (3,))
-        assert_episodes(open_zarr(store), [5, 2, 7])
+        assert_episodes(open_store(store), [5, 2, 7])
 
     def test_to_replace_a_folder_that_is_no_store(self, tmp_path):
         (tmp_path / "papers").mkdir()
@@ -227,7 +228,7 @@ def test_failed_swap_keeps_the_old_store(store, monkeypatch):
     monkeypatch.setattr(Path, "rename", refuse_the_new)
     with pytest.raises(OutputError, match="busy"):
         write_store(store, (4,), overwrite=True)
-    assert_episodes(open_zarr(store), [5, 2, 7])
+    assert_episodes(open_store(store), [5, 2, 7])
 
 
 def write_and_raise(path, error, **options):
@@ -239,24 +240,24 @@ def write_and_raise(path, error, **options):
 def test_overwrite_replaces_the_store_when_it_is_complete(store):
     with ZarrWriter(store, SPEC, overwrite=True) as writer:
         writer.append(make_episode(4, 0))
-        assert_episodes(open_zarr(store), [5, 2, 7])
-    assert_episodes(open_zarr(store), [4])
+        assert_episodes(open_store(store), [5, 2, 7])
+    assert_episodes(open_store(store), [4])
     assert [path.name for path in store.parent.iterdir()] == [store.name]
 
 
 def test_overwrite_that_fails_keeps_old_and_new_episodes(store, caplog):
     with pytest.raises(RuntimeError, match="stop"):
         write_and_raise(store, RuntimeError("stop"), overwrite=True)
-    assert_episodes(open_zarr(store), [5, 2, 7])
+    assert_episodes(open_store(store), [5, 2, 7])
     (kept,) = [path for path in store.parent.iterdir() if path != store]
     assert str(kept) in caplog.text
-    assert_episodes(open_zarr(kept), [4])
+    assert_episodes(open_store(kept), [4])
 
 
 def test_interrupted_recording_keeps_finished_episodes(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_and_raise(tmp_path / "a.zarr", KeyboardInterrupt())
-    assert_episodes(open_zarr(tmp_path / "a.zarr"), [4])
+    assert_episodes(open_store(tmp_path / "a.zarr"), [4])
 
 
 @pytest.mark.parametrize("allowed", range(0, 16))
@@ -278,7 +279,7 @@ def test_full_disk_at_any_write_keeps_finished_episodes(tmp_path, monkeypatch, a
     with pytest.raises(OutputError, match=r"disk is full.*finished episodes are kept"):
         record()
     assert len(written) >= 2
-    assert_episodes(open_zarr(path), written)
+    assert_episodes(open_store(path), written)
 
 
 def test_a_kill_between_any_two_file_operations_keeps_finished_episodes(tmp_path, monkeypatch):
@@ -321,7 +322,7 @@ def test_kill_9_leaves_a_readable_store(tmp_path):
     code = """
 import itertools, sys
 import numpy as np
-from scd_robot.datasets.zarr_store import ZarrWriter
+from scd_robot.datasets.zarr_writer import ZarrWriter
 from scd_robot.types import ArraySpec, DatasetSpec
 with ZarrWriter(sys.argv[1], DatasetSpec({"state": ArraySpec((3,))}, 2, 0.1)) as writer:
     for index in itertools.count():
@@ -344,8 +345,8 @@ class TestReaderRefuses:
             open_dataset(tmp_path / "a.zarr")
 
     def test_a_folder_or_file_of_another_kind(self, tmp_path):
-        (tmp_path / "a.hdf5").write_bytes(b"HDF")
-        for path in (tmp_path, tmp_path / "a.hdf5"):
+        (tmp_path / "a.bin").write_bytes(b"HDF")
+        for path in (tmp_path, tmp_path / "a.bin"):
             with pytest.raises(DatasetError, match="not a dataset in a known format"):
                 open_dataset(path)
 
@@ -399,7 +400,7 @@ class TestReaderRefuses:
 
     def test_ends_beyond_the_data(self, store):
         zarr.open_group(store, mode="r+")["meta/episode_ends"][2] = 15
-        with pytest.raises(DatasetError, match="asks for 15 rows"):
+        with pytest.raises(DatasetError, match="has 14 rows, but its episodes have 15"):
             open_dataset(store)
 
     def test_an_episode_of_one_step(self, store):
@@ -458,7 +459,7 @@ def test_foreign_store_is_read(tmp_path, format_of_zarr):
 
 def test_foreign_store_states_where_its_control_dt_comes_from(tmp_path):
     path = foreign_store(tmp_path / "a.zarr")
-    assumed, given = open_zarr(path).spec, open_zarr(path, control_dt=0.02).spec
+    assumed, given = open_dataset(path).spec, open_dataset(path, control_dt=0.02).spec
     assert (assumed.control_dt, given.control_dt) == (0.1, 0.02)
     assert "control_dt 0.1 s assumed" in assumed.source
     assert "assumed" not in given.source

@@ -226,8 +226,10 @@ class TestWithSimulator:
         with subprocess.Popen(
             [sys.executable, str(script), str(path)], stderr=subprocess.PIPE, text=True, start_new_session=True
         ) as process:
-            wait_for_episodes(path, 3)
-            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to all processes
+            try:
+                wait_for_episodes(path, 3)
+            finally:
+                os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to all processes
             # Ends when nobody holds the pipe any more, that is, with the last worker.
             _, messages = process.communicate(timeout=60)
         assert process.returncode != 0

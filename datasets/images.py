@@ -1,0 +1,77 @@
+"""Tells images from other arrays, and brings them into one form: uint8, (N, H, W, C)."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scd_robot.datasets.lazy import MappedArray, RowArray
+from scd_robot.errors import DatasetError
+
+__all__ = ["as_stored", "is_image"]
+
+_CHANNELS = (1, 3, 4)
+_SAMPLED_ROWS = 8
+
+
+def is_image(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    """Whether an array (N, ...) of this shape is one of images, (N, H, W, C) or (N, C, H, W)."""
+    if len(shape) != 4 or min(shape[1:]) < 1:
+        return False
+    if dtype == np.uint8:
+        return True
+    last, first = shape[3] in _CHANNELS and min(shape[1:3]) > 4, shape[1] in _CHANNELS and min(shape[2:]) > 4
+    return (last or first) and dtype.kind in "uif"
+
+
+def as_stored(array: RowArray, name: str) -> RowArray:
+    """An array of a recording as `EpisodeDataset` wants it.
+
+    Images become uint8 (N, H, W, C): floating-point ones of 0 to 255, or of 0 to 1, only where nothing is lost by it
+    (others, depth for example, stay float32). All else becomes float32 (N, ...), and a vector (N, 1).
+    """
+    if is_image(array.shape, array.dtype):
+        if array.shape[3] not in _CHANNELS and array.shape[1] in _CHANNELS:
+            array = MappedArray(array, _channels_last, (*array.shape[2:], array.shape[1]), array.dtype)
+        if array.dtype == np.uint8:
+            return array
+        scale = _scale(array)
+        if scale is not None:
+            return MappedArray(array, _ToBytes(scale, name), array.shape[1:], np.uint8)
+        return MappedArray(array, _to_float, array.shape[1:], np.float32)
+    values = np.asarray(array[:])
+    return (values[:, None] if values.ndim == 1 else values).astype(np.float32, copy=False)
+
+
+def _scale(array: RowArray) -> int | None:
+    """255 for images of 0 to 1, 1 for whole numbers of 0 to 255, None for others, told from some rows."""
+    rows = np.unique(np.linspace(0, len(array) - 1, min(len(array), _SAMPLED_ROWS)).astype(np.int64))
+    some = np.asarray(array[rows], np.float64)
+    if not np.isfinite(some).all() or some.min() < 0 or some.max() > 255:
+        return None
+    if array.dtype.kind == "f" and some.max() <= 1:
+        return 255 if np.abs(some * 255 - np.round(some * 255)).max() < 1e-2 else None
+    return 1 if (some == np.round(some)).all() else None
+
+
+class _ToBytes:
+    """Floating-point images to uint8, refused where that would change them."""
+
+    def __init__(self, scale: int, name: str) -> None:
+        self._scale, self._name = scale, name
+
+    def __call__(self, images: NDArray[Any]) -> NDArray[np.uint8]:
+        scaled = images * self._scale if self._scale != 1 else images
+        whole = np.round(scaled)
+        # NaN fails both comparisons.
+        if not ((np.abs(scaled - whole) < 1e-2).all() and (np.abs(whole - 127.5) <= 127.5).all()):
+            raise DatasetError(f"{self._name} holds images of whole numbers in most places, but not in all; damaged")
+        return whole.astype(np.uint8)
+
+
+def _channels_last(images: NDArray[Any]) -> NDArray[Any]:
+    return np.ascontiguousarray(np.moveaxis(images, 1, -1))
+
+
+def _to_float(images: NDArray[Any]) -> NDArray[np.float32]:
+    return images.astype(np.float32)

@@ -1,0 +1,75 @@
+"""Reads replay buffers of diffusion_policy: Zarr format 2 or 3, as a folder, a .zip archive or at an address.
+
+data/KEY            (N, ...) all episodes one after the other, `action` among them
+meta/episode_ends   (E,) cumulative
+"""
+
+import logging
+
+import numpy as np
+
+from scd_robot.datasets.formats import ReadOptions
+from scd_robot.datasets.images import as_stored
+from scd_robot.datasets.lazy import RowArray
+from scd_robot.datasets.schema import ACTION, DONE, REWARD, TIMESTAMP, EpisodeDataset
+from scd_robot.datasets.zarr_files import ZarrFiles, read_ends
+from scd_robot.errors import DatasetError, UnknownNameError
+from scd_robot.types import ArraySpec, DatasetSpec
+
+__all__ = ["open_replay_buffer"]
+
+logger = logging.getLogger(__name__)
+
+ASSUMED_CONTROL_DT = 0.1  # [s]; nothing in the format tells it
+
+_EXTRAS = {"reward": REWARD, "rewards": REWARD, "done": DONE, "dones": DONE, "timestamp": TIMESTAMP}
+
+
+def open_replay_buffer(path: str, options: ReadOptions) -> EpisodeDataset:
+    """Opens a store whose every array in data/ is an observation, but for the action and what its name tells.
+
+    Raises:
+        DatasetError: arrays missing, of different lengths or damaged, or images in a codec that is not installed.
+        UnknownNameError: an array that was asked for is not there.
+    """
+    files = ZarrFiles(path, options.cache, options.fill_missing)
+    names = files.names("data")
+    label = options.action or next((name for name in (ACTION, "actions") if name in names), ACTION)
+    if label not in names:
+        if options.action:
+            raise UnknownNameError(f"action array of {files.address}", label, names)
+        raise DatasetError(
+            f"{files.address} has no array data/{label}; it is not a recording, or a damaged one. It holds: "
+            + ", ".join(names)
+        )
+    ends = read_ends(files, unfinished=False)
+    count = int(ends[-1]) if len(ends) else 0
+    extras = {_EXTRAS[name]: name for name in names if name in _EXTRAS}
+    available = [name for name in names if name != label and name not in _EXTRAS]
+    for key in options.keys or ():
+        if key not in available:
+            raise UnknownNameError(f"key of the dataset {files.address}", key, available)
+    wanted = list(options.keys) if options.keys is not None else available
+    if not wanted:
+        raise DatasetError(f"{files.address} has no observations: data/ holds no array but {label}")
+
+    def stored(name: str) -> RowArray:
+        return as_stored(files.rows(f"data/{name}", count, exact=True), f"data/{name} of {files.address}")
+
+    arrays = {key: stored(key) for key in wanted}
+    action = np.asarray(stored(label)[:])
+    arrays[ACTION] = action.reshape(len(action), -1)
+    arrays |= {key: np.asarray(files.rows(f"data/{name}", count, exact=True)[:]) for key, name in extras.items()}
+    note = ""
+    if options.control_dt is None:
+        logger.info("%s does not tell its rate: %g s per control step assumed", files.address, ASSUMED_CONTROL_DT)
+        note = f", control_dt {ASSUMED_CONTROL_DT} s assumed"
+    spec = DatasetSpec(
+        {key: ArraySpec(arrays[key].shape[1:], str(arrays[key].dtype)) for key in wanted},
+        action_dim=arrays[ACTION].shape[1],
+        control_dt=options.control_dt or ASSUMED_CONTROL_DT,
+        source=f"{files.name} (replay buffer of diffusion_policy{note})",
+    )
+    dataset = EpisodeDataset(spec, ends, arrays, {"format": "diffusion_policy"})
+    dataset.check(files.address)
+    return dataset

@@ -1,0 +1,253 @@
+"""Arrays of a Zarr group, wherever it lies: in a folder, in a zip archive, or at an address that fsspec knows.
+
+Zarr takes a chunk that is not there for one of nothing but fill values. Here a lost chunk is an error.
+"""
+
+import contextlib
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.storage import FsspecStore, ZipStore
+
+from scd_robot.datasets.lazy import LazyArray
+from scd_robot.errors import DatasetError, MissingDependencyError
+
+__all__ = [
+    "ATTRIBUTE",
+    "ENDS",
+    "UNWRITTEN",
+    "ZarrFiles",
+    "ZarrRows",
+    "is_address",
+    "is_zarr_group",
+    "read_ends",
+    "read_errors",
+]
+
+ATTRIBUTE = "scd_robot"  # of the group, in stores of ours
+ENDS = "episode_ends"
+UNWRITTEN = -1  # stands in episode_ends of ours between its growth and the writing of the value
+
+MAX_CHUNK_BYTES = 1 << 30
+MAX_RATIO = 1000  # of the sizes of a zip archive's member before and after: more is a bomb
+_PLAIN_BYTES = 1 << 26  # members up to this size may shrink as they like
+
+# What zarr, numcodecs, zipfile and json raise on damaged files.
+_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError, zipfile.BadZipFile)
+
+
+def is_address(path: Path | str) -> bool:
+    """Whether `path` is for fsspec (s3://bucket/x.zarr), not for the file system."""
+    return isinstance(path, str) and "://" in path
+
+
+def is_zarr_group(path: Path) -> bool:
+    """Whether the folder `path` is the root of a Zarr group, of format 2 or 3."""
+    return (path / ".zgroup").is_file() or (path / "zarr.json").is_file()
+
+
+@contextlib.contextmanager
+def read_errors(what: Path | str) -> Iterator[None]:
+    """Turns whatever a library raises on damaged files into a `DatasetError` about `what`."""
+    try:
+        yield
+    except _READ_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DatasetError(
+            f"{what} cannot be read ({type(error).__name__}: {reason}); it is damaged, or of a kind that is not read"
+        ) from error
+
+
+@dataclass(frozen=True)
+class ZarrFiles:
+    """A group that is opened whenever it is needed: it may have grown.
+
+    Attributes:
+        address: folder, zip archive, or fsspec address.
+        cache: folder that keeps what was read from an address; None = nothing is kept.
+        fill_missing: take chunks that are not there for fill values, as zarr does.
+    """
+
+    address: str
+    cache: str | None = None
+    fill_missing: bool = False
+
+    @property
+    def name(self) -> str:
+        """Last part of the address."""
+        return PurePosixPath(self.address.split("://")[-1]).name
+
+    def attributes(self) -> dict[str, Any]:
+        """Of the group.
+
+        Raises:
+            DatasetError: not a Zarr group, or damaged.
+        """
+        with read_errors(self.address):
+            return dict(_open(self).attrs.asdict())
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the arrays in a subgroup, none of them opened: zarr gives up on all if it cannot read one."""
+        headers = (".zarray", "zarr.json")
+        below = (name.removeprefix(f"{folder}/") for name in self._listing(folder))
+        found = {parts[0] for name in below if len(parts := name.split("/")) == 2 and parts[1] in headers}
+        return sorted(found)
+
+    def array(self, name: str) -> zarr.Array:
+        """An array of numbers.
+
+        Raises:
+            DatasetError: not there, a group, or of anything but numbers.
+        """
+        with read_errors(f"{self.address}/{name}"):
+            array = _open(self)[name]
+            if not isinstance(array, zarr.Array):
+                raise DatasetError(f"{name} of {self.address} is a group; expected an array")
+            codecs = [*(array.filters or ()), *(array.compressors or ())]
+        # Zarr 2 could pickle objects; unpickling a file runs whatever code is in it.
+        if array.dtype.kind not in "biuf" or any(getattr(codec, "codec_id", "") == "pickle" for codec in codecs):
+            raise DatasetError(
+                f"{name} of {self.address} holds {array.dtype} objects, which are not read; store numbers"
+            )
+        if array.ndim == 0:
+            raise DatasetError(f"{name} of {self.address} is a single number; expected one row per control step")
+        chunk = array.shards or array.chunks
+        if int(np.prod(chunk, dtype=object)) * array.dtype.itemsize > MAX_CHUNK_BYTES:
+            raise DatasetError(
+                f"{name} of {self.address} has chunks {chunk} of over {MAX_CHUNK_BYTES >> 30} GiB; damaged"
+            )
+        return array
+
+    def rows(self, name: str, count: int | None = None, exact: bool = False) -> "ZarrRows":
+        """The first `count` rows of an array (None = all), read when they are indexed.
+
+        Args:
+            name: of the array.
+            count: rows wanted.
+            exact: the array must have so many, no more.
+
+        Raises:
+            DatasetError: not an array of numbers, other rows than wanted, or chunks are missing.
+        """
+        array = self.array(name)
+        length = array.shape[0] if count is None else count
+        if array.shape[0] < length or (exact and array.shape[0] != length):
+            raise DatasetError(f"{name} of {self.address} has {array.shape[0]} rows, but its episodes have {length}")
+        if not self.fill_missing:
+            self._check_chunks(name, array, length)
+        return ZarrRows(self, name, (length, *array.shape[1:]), array.dtype)
+
+    def _check_chunks(self, name: str, array: zarr.Array, rows: int) -> None:
+        chunk = array.shards or array.chunks
+        first = -(-rows // chunk[0])
+        others = [-(-size // step) for size, step in zip(array.shape[1:], chunk[1:], strict=True)]
+        there = self._listing(name)
+        for index in np.ndindex(first, *others) if 0 not in array.shape else ():
+            key = array.metadata.encode_chunk_key(index)
+            if f"{name}/{key}" not in there:
+                raise DatasetError(
+                    f"{self.address}/{name} has lost its chunk {key}: the dataset is damaged, copy or record it again "
+                    f"(if its writer leaves out chunks of nothing but {array.fill_value}, open it with fill_missing)"
+                )
+
+    def _listing(self, folder: str) -> set[str]:
+        """Names of all files below a subgroup, relative to the group."""
+        with read_errors(self.address):
+            if is_address(self.address):
+                return _remote_listing(self.address, folder)
+            if Path(self.address).is_file():
+                with zipfile.ZipFile(self.address) as archive:
+                    return {name for name in archive.namelist() if name.startswith(f"{folder}/")}
+            root = Path(self.address)
+            files = (path for path in (root / folder).rglob("*") if path.is_file())
+            return {path.relative_to(root).as_posix() for path in files}
+
+
+class ZarrRows(LazyArray):
+    """Rows of an array in `files`; opened anew in each process."""
+
+    def __init__(self, files: ZarrFiles, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        super().__init__(shape, dtype)
+        self._files, self._name = files, name
+        self._opened: tuple[int, zarr.Array] | None = None  # by which process
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """See `LazyArray.read`; raises DatasetError where the files are damaged."""
+        with read_errors(f"{self._files.address}/{self._name}"):
+            if self._opened is None or self._opened[0] != os.getpid():
+                self._opened = (os.getpid(), self._files.array(self._name))
+            return np.asarray(self._opened[1][start:stop])
+
+
+def read_ends(files: ZarrFiles, unfinished: bool) -> NDArray[np.int64]:
+    """(E,) ends of the finished episodes; `unfinished` allows the mark of an episode that was being written."""
+    if ENDS not in files.names("meta"):
+        raise DatasetError(f"{files.address} has no array meta/{ENDS}; it is not a recording, or a damaged one")
+    ends = files.rows(f"meta/{ENDS}")[:]
+    if ends.ndim != 1 or ends.dtype.kind not in "iu":
+        raise DatasetError(f"meta/{ENDS} of {files.address} must be integers (E,), got {ends.dtype} {ends.shape}")
+    ends = ends.astype(np.int64)
+    if unfinished and len(ends) and ends[-1] == UNWRITTEN:  # killed between the growth of episode_ends and its value
+        ends = ends[:-1]
+    if (np.diff(ends, prepend=0) <= 0).any():
+        raise DatasetError(
+            f"meta/{ENDS} of {files.address} must increase from above 0, got {ends[:8].tolist()}...; damaged"
+        )
+    return ends
+
+
+def _open(files: ZarrFiles) -> zarr.Group:
+    if is_address(files.address):
+        return zarr.open_group(_remote_store(files), mode="r")
+    path = Path(files.address)
+    if path.is_file():
+        _check_archive(path)
+        return zarr.open_group(ZipStore(path, mode="r"), mode="r")
+    return zarr.open_group(path, mode="r")
+
+
+def _remote_store(files: ZarrFiles) -> FsspecStore:
+    try:
+        if files.cache is None:
+            return FsspecStore.from_url(files.address, read_only=True)
+        options = {"simplecache": {"cache_storage": files.cache}}
+        return FsspecStore.from_url(f"simplecache::{files.address}", storage_options=options, read_only=True)
+    except ImportError as error:
+        protocol = files.address.split("://")[0]
+        package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}.get(protocol, "fsspec")
+        raise MissingDependencyError(
+            f"{files.address} needs the package {package}: pip install 'scd_robot[formats]' {package}"
+        ) from error
+
+
+def _remote_listing(address: str, folder: str) -> set[str]:
+    import fsspec
+
+    filesystem, root = fsspec.url_to_fs(address)
+    found = filesystem.find(f"{root.rstrip('/')}/{folder}")
+    prefix = root.strip("/") + "/"
+    return {name.strip("/").removeprefix(prefix) for name in found}
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses members that would leave the folder, and bombs."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            parts = PurePosixPath(member.filename)
+            if parts.is_absolute() or ".." in parts.parts:
+                raise DatasetError(f"{path} holds a member {member.filename!r} that leaves its folder; refused")
+            if member.file_size > _PLAIN_BYTES and member.file_size > MAX_RATIO * max(1, member.compress_size):
+                raise DatasetError(
+                    f"{path} holds a member {member.filename!r} of {member.file_size} bytes packed into "
+                    f"{member.compress_size}; refused as a zip bomb"
+                )

@@ -1,0 +1,298 @@
+"""Writes episodes into a Zarr store (Zarr format 2, so zarr 2 and diffusion_policy read it as well).
+
+    data/KEY                 (N, ...) all episodes one after the other: observation keys, `action`, and what else was
+                             recorded
+    meta/episode_ends        (E,) int64, cumulative
+    meta/episode_NAME        (E,) number noted about each episode
+    meta/text_NAME           bytes (UTF-8) of the texts noted about the episodes, one after the other
+    meta/text_NAME_ends      (E,) int64, cumulative
+    attribute `scd_robot`    schema number, specification, metadata
+
+An episode exists once its end stands in `episode_ends`, which is written last; each file is written beside and renamed
+(by zarr, since 3.1.3). So whatever kills a recording, the store opens and holds the finished episodes.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import zarr
+from numcodecs import Blosc
+from numpy.typing import NDArray
+from zarr.core.sync import sync
+
+from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, EpisodeDataset
+from scd_robot.datasets.zarr_files import ATTRIBUTE, ENDS, UNWRITTEN, is_zarr_group
+from scd_robot.errors import ConfigError, OutputError, ShapeError
+from scd_robot.types import ArraySpec, DatasetSpec
+
+__all__ = ["SCHEMA", "ZarrWriter"]
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+
+_CHUNK_BYTES = 1 << 20
+_CHUNK_ROWS = 4096
+
+
+class ZarrWriter:
+    """Writes a store episode by episode; a context manager.
+
+    Without `overwrite` the store grows at `path` itself. With it the new store grows beside and takes the place of the
+    old one when the block ends without an exception. If the block ends by an exception, the finished episodes are kept
+    (a new store without any is removed).
+    """
+
+    def __init__(
+        self, path: Path | str, spec: DatasetSpec, metadata: Mapping[str, Any] | None = None, overwrite: bool = False
+    ) -> None:
+        """Touches nothing yet.
+
+        Args:
+            path: of the new store, a folder.
+            spec: of the episodes to come.
+            metadata: about the whole, plain JSON types; `update_metadata` adds to it.
+            overwrite: replace a store at `path`.
+
+        Raises:
+            ConfigError: a key cannot be the name of an array, or its dtype is not stored.
+        """
+        self.path = Path(path)
+        self.spec = spec
+        self.metadata = dict(metadata or {})
+        self.num_episodes = 0
+        self.num_steps = 0
+        self._overwrite = overwrite
+        self._folder = self.path  # where the store grows
+        self._group: zarr.Group | None = None
+        self._extras: dict[str, ArraySpec] | None = None  # arrays that are no observations, known by the first episode
+        self._text_ends: dict[str, list[int]] = {}
+        self._arrays: dict[str, Any] = {}  # opened anew they would forget to write chunks of zeros
+        for key, array in spec.observation.items():
+            if key in (ACTION, EXECUTED_ACTION):
+                raise ConfigError(f"{key!r} cannot be an observation key in a Zarr store; rename it")
+            _check_name(key)
+            if array.dtype != "float32" and not (array.dtype == "uint8" and len(array.shape) > 1):
+                raise ConfigError(f"{key!r} must be float32, or uint8 for an image, got {array.dtype} {array.shape}")
+
+    def __enter__(self) -> Self:
+        """Creates the empty store.
+
+        Raises:
+            OutputError: something is at `path` already, or it cannot be written.
+        """
+        with _output_errors(self.path):
+            self._make_folder()
+            try:
+                self._group = zarr.open_group(self._folder, mode="w", zarr_format=2)
+                self._group.create_group("data")
+                self._write_attributes()
+                self._group.create_group("meta")
+                self._write(f"meta/{ENDS}", 0, np.empty(0, "<i8"), UNWRITTEN)
+            except BaseException:
+                _remove(self._folder)
+                raise
+        return self
+
+    def append(
+        self,
+        episode: Mapping[str, NDArray[Any]],
+        info: Mapping[str, int | float] | None = None,
+        text: Mapping[str, str] | None = None,
+    ) -> None:
+        """Adds one episode.
+
+        Args:
+            episode: (T, ...) by key with T >= 2: the observation keys, `action` (T, Da), and other arrays of numbers,
+                the same ones in all episodes (`executed_action` (T, Da), `sim_state`, `reward`, ...).
+            info: numbers about this episode, the same names in all of them; they become `meta/episode_NAME`.
+            text: texts about this episode, the same names in all of them; they become `meta/text_NAME`.
+
+        Raises:
+            ShapeError: keys or shapes are not those of the specification.
+            DatasetError: the episode is too short, or holds NaN or infinite values.
+            OutputError: the disk is full or refuses; the earlier episodes are kept.
+        """
+        if self._group is None:
+            raise OutputError(f"the store {self.path} is not open for writing; use it in a `with` statement")
+        arrays = self._checked(episode)
+        length = len(arrays[ACTION])
+        with _output_errors(self.path, self.num_episodes):
+            for key, array in arrays.items():
+                self._write(f"data/{key}", self.num_steps, array, np.nan if array.dtype.kind == "f" else 0)
+            for name, value in (info or {}).items():
+                self._write(f"meta/episode_{name}", self.num_episodes, np.asarray([value]), 0)
+            for name, words in (text or {}).items():
+                self._write_text(name, words)
+            self._write(f"meta/{ENDS}", self.num_episodes, np.asarray([self.num_steps + length]), UNWRITTEN)
+        self.num_episodes += 1
+        self.num_steps += length
+
+    def update_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Adds to the metadata; written at once.
+
+        Raises:
+            OutputError: the disk is full or refuses.
+        """
+        self.metadata.update(metadata)
+        with _output_errors(self.path, self.num_episodes):
+            self._write_attributes()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Keeps the finished episodes; after a block without exception a replaced store is swapped in."""
+        self._group = None
+        if self.num_episodes == 0:
+            _remove(self._folder)
+            return
+        try:
+            self._trim()
+        except OSError as failure:  # a full disk, most likely, and why the block ended; readers trim by themselves
+            logger.warning("the end of %s could not be trimmed: %s", self._folder, failure)
+        if self._folder != self.path:
+            if error is None:
+                with _output_errors(self.path):
+                    _swap(self._folder, self.path)
+            else:
+                logger.warning("%s is as it was; %d new episodes are in %s", self.path, self.num_episodes, self._folder)
+
+    def _make_folder(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists() and not self.path.is_symlink():
+            self.path.mkdir()
+            return
+        if not self._overwrite:
+            raise OutputError(f"{self.path} exists already; choose another path, or overwrite it with --overwrite")
+        if not is_zarr_group(self.path):
+            raise OutputError(f"{self.path} is not a Zarr store and will not be replaced; choose another path")
+        self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        self._folder.chmod(0o755)
+
+    def _write_attributes(self) -> None:
+        assert self._group is not None
+        self._group.attrs[ATTRIBUTE] = {"schema": SCHEMA, "spec": self.spec.to_json(), "metadata": self.metadata}
+
+    def _write(self, name: str, start: int, rows: NDArray[Any], fill: float) -> None:
+        """Makes `rows` the end of an array, created if need be, whatever an earlier attempt left behind `start`.
+
+        Every chunk gets written, zeros too, and vectors are filled with NaN: so a lost chunk shows when it is read.
+        """
+        assert self._group is not None
+        if name not in self._arrays:
+            row_bytes = max(1, rows.dtype.itemsize * int(np.prod(rows.shape[1:])))
+            self._arrays[name] = self._group.create_array(
+                name,
+                shape=(0, *rows.shape[1:]),
+                chunks=(max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // row_bytes)), *rows.shape[1:]),
+                dtype=rows.dtype,
+                compressors=Blosc(cname="zstd", clevel=5, shuffle=Blosc.SHUFFLE),
+                fill_value=fill,
+                config={"write_empty_chunks": True},
+            )
+        array = self._arrays[name]
+        array.resize((start + len(rows), *rows.shape[1:]))
+        array[start:] = rows
+
+    def _write_text(self, name: str, words: str) -> None:
+        """Adds one episode's text, behind those of the episodes that exist."""
+        _check_name(name)
+        begin = self._text_ends.get(name, [0] * (self.num_episodes + 1))[: self.num_episodes + 1]
+        encoded = np.frombuffer(words.encode(), np.uint8)
+        self._write(f"meta/text_{name}", begin[-1], encoded, 0)
+        self._text_ends[name] = [*begin, begin[-1] + len(encoded)]
+        self._write(f"meta/text_{name}_ends", self.num_episodes, np.asarray(self._text_ends[name][-1:]), UNWRITTEN)
+
+    def _checked(self, episode: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The arrays in the dtypes of the specification, after the checks that a reader makes."""
+        specs = {**self.spec.observation, ACTION: ArraySpec((self.spec.action_dim,))}
+        if self._extras is None:
+            extras = {key: np.asarray(array) for key, array in episode.items() if key not in specs}
+            specs |= {key: _extra_spec(key, array) for key, array in extras.items()}
+        else:
+            specs |= self._extras
+        if EXECUTED_ACTION in specs:
+            specs[EXECUTED_ACTION] = specs[ACTION]
+        if set(episode) != set(specs):
+            raise ShapeError(f"an episode for {self.path} must have the keys {sorted(specs)}, got {sorted(episode)}")
+        arrays = {key: np.asarray(episode[key]).astype(spec.dtype, copy=False) for key, spec in specs.items()}
+        length = len(arrays[ACTION])
+        for key, spec in specs.items():
+            if arrays[key].shape != (length, *spec.shape):
+                raise ShapeError(f"{key!r} must be {(length, *spec.shape)}, got {arrays[key].shape}")
+        EpisodeDataset(self.spec, np.asarray([length]), arrays).check(f"episode {self.num_episodes} for {self.path}")
+        self._extras = {key: spec for key, spec in specs.items() if key not in self.spec.observation and key != ACTION}
+        return arrays
+
+    def _trim(self) -> None:
+        """Cuts off what an unfinished `append` left, since diffusion_policy wants all lengths to agree."""
+        for name, array in self._arrays.items():
+            rows = self.num_steps if name.startswith("data/") else self.num_episodes
+            if name.startswith("meta/text_") and not name.endswith("_ends"):
+                rows = self._text_ends[name.removeprefix("meta/text_")][self.num_episodes]
+            if array.shape[0] > rows:
+                array.resize((rows, *array.shape[1:]))
+
+
+def _check_name(key: str) -> None:
+    if not key or "/" in key or "\\" in key or key.startswith("."):
+        raise ConfigError(f"{key!r} cannot be the name of an array in a Zarr store; rename it")
+
+
+def _extra_spec(key: str, array: NDArray[Any]) -> ArraySpec:
+    """Of an array that is no observation: stored as it comes."""
+    _check_name(key)
+    if array.dtype.kind not in "biuf" or array.ndim == 0:
+        raise ShapeError(f"{key!r} must hold numbers, one row per control step, got {array.dtype} {array.shape}")
+    return ArraySpec(array.shape[1:], str(array.dtype))
+
+
+def _remove(folder: Path) -> None:
+    """Removes a store that zarr may still be writing to.
+
+    Zarr writes several files at once and gives up at the first that fails, so the others can appear later.
+    """
+
+    async def others() -> None:
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+
+    sync(others())
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swap(new: Path, old: Path) -> None:
+    """Puts the folder `new` in the place of `old`."""
+    retired = Path(tempfile.mkdtemp(prefix=f".{old.name}.", dir=old.parent))
+    old.rename(retired / old.name)
+    try:
+        new.rename(old)
+    except OSError:
+        (retired / old.name).rename(old)
+        retired.rmdir()
+        raise
+    shutil.rmtree(retired)
+
+
+@contextlib.contextmanager
+def _output_errors(path: Path, kept: int = 0) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = {
+            errno.ENOSPC: "the disk is full; free some space",
+            errno.EDQUOT: "the disk quota is used up; free some space",
+            errno.EACCES: "no write permission; choose another path",
+            errno.EPERM: "no write permission; choose another path",
+            errno.EROFS: "the file system is read-only; choose another path",
+        }.get(error.errno or 0, f"{(error.strerror or str(error)).lower()}; choose another path")
+        finished = f" ({kept} finished episodes are kept)" if kept else ""
+        raise OutputError(f"cannot write the dataset {path}: {reason}{finished}") from error
