@@ -19,6 +19,7 @@ class ReadOptions:
         mask: only episodes in this list of the file (robomimic's mask/NAME); None = all.
         fill_missing: take Zarr chunks that are not there for fill values, as some writers mean it.
         cache: folder that keeps what was read from a remote store; None = nothing is kept.
+        check: refuse values that would spoil training (`EpisodeDataset.check`); validation looks for them itself.
     """
 
     keys: Sequence[str] | None = None
@@ -27,6 +28,7 @@ class ReadOptions:
     mask: str | None = None
     fill_missing: bool = False
     cache: str | None = None
+    check: bool = True
 
     def __post_init__(self) -> None:
         if self.control_dt is not None and not 0 < self.control_dt < float("inf"):

@@ -81,7 +81,7 @@ def open_dataset(path: Path | str, keys: Sequence[str] | None = None, **options:
     Args:
         path: of the files, or an address of a Zarr store for fsspec (s3://bucket/name.zarr).
         keys: observation keys; None = all.
-        **options: the other fields of `ReadOptions`: `action`, `control_dt`, `mask`, `fill_missing`, `cache`.
+        **options: the other fields of `ReadOptions`: `action`, `control_dt`, `mask`, `fill_missing`, `cache`, `check`.
 
     Raises:
         DatasetError: nothing there, a format that is not known, or a damaged dataset.

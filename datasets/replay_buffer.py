@@ -71,5 +71,6 @@ def open_replay_buffer(path: str, options: ReadOptions) -> EpisodeDataset:
         source=f"{files.name} (replay buffer of diffusion_policy{note})",
     )
     dataset = EpisodeDataset(spec, ends, arrays, {"format": "diffusion_policy"})
-    dataset.check(files.address)
+    if options.check:
+        dataset.check(files.address)
     return dataset

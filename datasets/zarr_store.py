@@ -67,7 +67,8 @@ def open_store(path: Path | str, options: ReadOptions | None = None) -> EpisodeD
         if name.startswith("text_") and f"{name}_ends" in meta
     }
     dataset = EpisodeDataset(spec, ends, arrays, header.get("metadata", {}), info, text)
-    dataset.check(files.address)
+    if options.check:
+        dataset.check(files.address)
     return dataset
 
 
