@@ -19,6 +19,7 @@ __all__ = [
     "DONE",
     "EXECUTED_ACTION",
     "MASK",
+    "PRESENT",
     "REWARD",
     "SIM_STATE",
     "TIMESTAMP",
@@ -33,6 +34,7 @@ SIM_STATE = "sim_state"  # (N, S) float64, a simulator's whole state before the 
 REWARD = "reward"  # (N,) of the action
 DONE = "done"  # (N,)
 MASK = "mask_"  # begins the names in `episode_info` of lists of episodes: "mask_train" is 1 where it is in the list
+PRESENT = "present."  # begins the name of an array (N,): whether the observation of that key was there in each step
 TIMESTAMP = "timestamp"  # (N,) float64 [s], of the observation, from the episode's beginning
 
 _BLOCK_BYTES = 1 << 26  # of an array looked at in one go
@@ -52,6 +54,8 @@ class EpisodeDataset:
         episode_info: by name (E,), numbers noted about each episode: its seed; "mask_NAME", whether it is in that list
             of the file; "success".
         episode_text: by name, E strings noted about each episode: "name" in the file, "task" in words, "model_xml".
+        weights: (E,) how often control steps of each episode are drawn in training, relative to those of others; None =
+            all alike.
     """
 
     spec: DatasetSpec
@@ -60,6 +64,7 @@ class EpisodeDataset:
     metadata: dict[str, Any] = field(default_factory=dict)
     episode_info: dict[str, NDArray[Any]] = field(default_factory=dict)
     episode_text: dict[str, Sequence[str]] = field(default_factory=dict)
+    weights: NDArray[np.float64] | None = None
 
     @property
     def num_episodes(self) -> int:
@@ -142,7 +147,8 @@ class EpisodeDataset:
         info = {name: values[chosen] for name, values in self.episode_info.items()}
         text = {name: [values[int(i)] for i in chosen] for name, values in self.episode_text.items()}
         ends = np.cumsum([part.stop - part.start for part in slices])
-        return replace(self, episode_ends=ends, arrays=arrays, episode_info=info, episode_text=text)
+        weights = None if self.weights is None else self.weights[chosen]
+        return replace(self, episode_ends=ends, arrays=arrays, episode_info=info, episode_text=text, weights=weights)
 
     def load(self, keys: Iterable[str] | None = None) -> "EpisodeDataset":
         """With these arrays in memory; None = all."""

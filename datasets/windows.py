@@ -25,31 +25,44 @@ class SegmentBatch:
         stop: (B,) one past its last step.
         episode_start: (B,) first step of its episode.
         episode_stop: (B,) one past the last step of its episode.
+        stride: every how many steps one belongs to the segment.
     """
 
     start: IntArray
     stop: IntArray
     episode_start: IntArray
     episode_stop: IntArray
+    stride: int = 1
 
     @property
     def lengths(self) -> IntArray:
-        """(B,) steps in each segment."""
-        return self.stop - self.start
+        """(B,) steps that belong to each segment."""
+        return -(-(self.stop - self.start) // self.stride)
 
     def steps(self) -> tuple[IntArray, NDArray[np.bool_]]:
-        """Indices (B, T) of the segments' steps, T the longest, and which are real; padding repeats the last step."""
-        index = self.start[:, None] + np.arange(self.lengths.max())
-        return np.minimum(index, self.stop[:, None] - 1), index < self.stop[:, None]
+        """Indices (B, T) of the segments' steps, T the longest, and which are real; padding repeats the last one."""
+        number = np.arange(self.lengths.max())
+        last = self.lengths[:, None] - 1
+        return self.start[:, None] + self.stride * np.minimum(number, last), number <= last
 
-    def steps_around(self, before: int, after: int) -> tuple[IntArray, NDArray[np.bool_]]:
-        """Indices (B, before + T + after) of the segments' steps with neighbours, and which lie in the episode.
+    def before(self, steps: IntArray) -> IntArray:
+        """Indices (B, T) of the steps before those at `steps` (B, T); the first of an episode stands for its own."""
+        return np.maximum(steps - 1, self.episode_start[:, None])
+
+    def steps_around(self, position: IntArray, before: int, after: int) -> tuple[IntArray, NDArray[np.bool_]]:
+        """Indices (B, ..., before + after) of the steps around some of the segments', and which lie in the episode.
 
         Neighbours outside the episode repeat its first or last step and are marked False: they are no data.
+
+        Args:
+            position: (B, ...) numbers of steps that belong to the segments.
+            before: steps before each.
+            after: steps from each on, itself included.
         """
-        index = self.start[:, None] + np.arange(-before, self.lengths.max() + after)
-        inside = (index >= self.episode_start[:, None]) & (index < self.episode_stop[:, None])
-        return np.clip(index, self.episode_start[:, None], self.episode_stop[:, None] - 1), inside
+        axes = (slice(None),) + (None,) * position.ndim
+        index = (self.start[axes[:-1]] + self.stride * position)[..., None] + np.arange(-before, after)
+        first, last = self.episode_start[axes], self.episode_stop[axes] - 1
+        return np.clip(index, first, last), (index >= first) & (index <= last)
 
 
 class SegmentIndex:
@@ -64,10 +77,20 @@ class SegmentIndex:
         segment_length: most steps in a segment.
         episodes: numbers of the episodes to use; None = all.
         seed: keys shuffling and starts.
+        stride: every how many steps one belongs to a segment; in training segments begin anywhere in the first
+            `stride` steps they could.
+        weights: (E,) how often control steps of each episode are drawn relative to those of others, with replacement;
+            None = every segment once per epoch, in shuffled order.
     """
 
     def __init__(
-        self, episode_ends: IntArray, segment_length: int, episodes: IntArray | None = None, seed: int = 0
+        self,
+        episode_ends: IntArray,
+        segment_length: int,
+        episodes: IntArray | None = None,
+        seed: int = 0,
+        stride: int = 1,
+        weights: NDArray[np.float64] | None = None,
     ) -> None:
         if segment_length < 1:
             raise ConfigError(f"segment_length must be at least 1, got {segment_length}")
@@ -81,6 +104,12 @@ class SegmentIndex:
         self._episode = np.repeat(np.arange(len(chosen)), counts)
         self._is_first = np.diff(self._episode, prepend=-1) != 0
         self._shuffled: tuple[int, IntArray] | None = None
+        self._stride = stride
+        self._cumulative: NDArray[np.float64] | None = None
+        if weights is not None:
+            steps = (self._ends - self._starts) / counts
+            share = (np.asarray(weights, np.float64)[chosen] * steps)[self._episode]
+            self._cumulative = np.cumsum(share) / share.sum()
 
     def __len__(self) -> int:
         return len(self._episode)
@@ -100,16 +129,26 @@ class SegmentIndex:
         return self._segments([(-1, sample) for sample in samples])
 
     def _segments(self, picks: list[tuple[int, int]]) -> SegmentBatch:
-        number = np.array([i if epoch < 0 else self._order(epoch)[i] for epoch, i in picks], np.int64)
+        number = np.array([i if epoch < 0 else self._pick(epoch, i) for epoch, i in picks], np.int64)
         episode = self._episode[number]
         first, end = self._starts[episode], self._ends[episode]
         start = first.copy()
-        for row, (epoch, _) in enumerate(picks):
+        for row, (epoch, i) in enumerate(picks):
             slack = end[row] - first[row] - self._segment_length
+            # With weights a segment comes more than once per epoch, each time from another start.
+            key = (SEGMENT_START, self._seed, epoch + 1, int(number[row]) if self._cumulative is None else i)
             if slack > 0 and not self._is_first[number[row]]:
-                rng = keyed_rng(SEGMENT_START, self._seed, epoch + 1, number[row])
-                start[row] += min(slack, rng.integers(slack + self._segment_length // 2 + 1))
-        return SegmentBatch(start, np.minimum(end, start + self._segment_length), first, end)
+                start[row] += min(slack, keyed_rng(*key).integers(slack + self._segment_length // 2 + 1))
+            elif self._stride > 1 and epoch >= 0:
+                start[row] += keyed_rng(*key).integers(min(self._stride, end[row] - first[row]))
+        return SegmentBatch(start, np.minimum(end, start + self._segment_length), first, end, self._stride)
+
+    def _pick(self, epoch: int, i: int) -> int:
+        """Number of the segment that is the `i`-th of an epoch."""
+        if self._cumulative is None:
+            return int(self._order(epoch)[i])
+        draw = keyed_rng(SEGMENT_ORDER, self._seed, epoch, i).random()
+        return int(np.searchsorted(self._cumulative, draw, side="right"))
 
     def _order(self, epoch: int) -> IntArray:
         if self._shuffled is None or self._shuffled[0] != epoch:

@@ -31,14 +31,14 @@ class Rows:
         next_episode: number that no row has had yet.
     """
 
-    def __init__(self, model: ScdModel, episodes: Sequence[int]) -> None:
+    def __init__(self, model: ScdModel, episodes: Sequence[int], action_dim: int) -> None:
         config = model.config
         batch, kept = len(episodes), max(1, config.num_past_actions)
         self.cache = model.new_cache(batch)
         self.position = np.zeros(batch, np.int64)
         self.origin = np.full(batch, -1, np.int64)
-        self.chunk = np.zeros((batch, config.chunk_length, config.action_dim), np.float32)
-        self.past = np.zeros((batch, kept, config.action_dim), np.float32)
+        self.chunk = np.zeros((batch, config.chunk_length, action_dim), np.float32)
+        self.past = np.zeros((batch, kept, action_dim), np.float32)
         self.past_known = np.zeros((batch, kept), bool)
         self.num_plans = np.zeros(batch, np.int64)
         self.episode = _episode_numbers(episodes, batch)

@@ -24,6 +24,7 @@ from scd_robot.model import ActionPlan, Conditioning, ScdConfig, ScdModel
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.rows import Rows
 from scd_robot.seeding import POLICY_NOISE, keyed_rng
+from scd_robot.transforms import TransformConfig, Transforms
 from scd_robot.types import ActionArray, DatasetSpec, Observation, PolicySpec
 
 __all__ = ["ScdPolicy", "ScdPolicyConfig"]
@@ -64,6 +65,11 @@ class ScdPolicyConfig:
             raise ConfigError(f"num_executed {self.num_executed} exceeds the model's chunk_length {model.chunk_length}")
         if self.num_samples > 1 and not model.num_past_actions:
             raise ConfigError("num_samples > 1 picks by agreement with the past and needs num_past_actions > 0")
+        if self.num_executed % model.history_stride:
+            raise ConfigError(
+                f"num_executed {self.num_executed} must be a multiple of the model's history_stride "
+                f"{model.history_stride}: plans are made in control steps in which the encoder runs"
+            )
         if self.guidance_scale != 1.0 and not model.context_corruption:
             raise ConfigError("guidance_scale != 1 needs a model trained with context_corruption > 0")
 
@@ -77,9 +83,10 @@ class ScdPolicy:
     Args:
         model: trained model; moved to `device` and put into evaluation mode.
         normalizer: statistics it was trained with.
-        dataset: specification of its training data.
+        dataset: specification of its training data, as recorded.
         config: how to run it.
         device: torch device.
+        transforms: between the recording and the model; what they did to actions is undone.
     """
 
     def __init__(
@@ -89,16 +96,18 @@ class ScdPolicy:
         dataset: DatasetSpec,
         config: ScdPolicyConfig | None = None,
         device: str | torch.device = "cpu",
+        transforms: TransformConfig | None = None,
     ) -> None:
         self.config = config or ScdPolicyConfig()
+        self.transforms = Transforms(transforms or TransformConfig(), dataset)
         self.model = model.to(device).eval()
         self.normalizer = normalizer.to(device)
         self.device = torch.device(device)
         architecture = model.config
-        _check_widths(architecture, normalizer, dataset)
+        _check_widths(architecture, normalizer, self.transforms.spec)
         self.config.check_fits(architecture)
         self.spec = PolicySpec(
-            observation={key: dataset.observation[key] for key in architecture.observation_shapes},
+            observation={key: dataset.observation[key] for key in self._sources().values()},
             action_dim=dataset.action_dim,
             control_dt=dataset.control_dt,
             chunk_length=architecture.chunk_length,
@@ -108,6 +117,7 @@ class ScdPolicy:
         self._timings = _empty_timings()
         self._rows: Rows | None = None
         self._context: Tensor | None = None
+        self._state: dict[str, NDArray[np.float32]] = {}  # what chunks are relative to
         self._conditioning: dict[float, Conditioning] | None = None  # of weights and sampler, which never change
         self._first_episodes: list[int] | None = None
         self._next_episode = 0
@@ -137,14 +147,15 @@ class ScdPolicy:
         if steps is not None:
             settings["sampler"] = {**settings["sampler"], "num_denoising_steps": steps}
         settings.update({name: value for name, value in overrides.items() if value is not None})
-        return cls(model, normalizer, dataset, from_json(ScdPolicyConfig, settings, "policy"), device)
+        transforms = from_json(TransformConfig, config["transforms"], "transforms")
+        return cls(model, normalizer, dataset, from_json(ScdPolicyConfig, settings, "policy"), device, transforms)
 
     def reset(self, rows: Sequence[int] | None = None, episodes: Sequence[int] | None = None) -> None:
         """Begins new episodes; see `types.Policy.reset`. Without `episodes` they are counted on, from 0."""
         if rows is None:
             if self._rows is not None:
                 self._next_episode = self._rows.next_episode
-            self._rows, self._context = None, None
+            self._rows, self._context, self._state = None, None, {}
             self._first_episodes = None if episodes is None else list(episodes)
             return
         if self._rows is None:
@@ -155,14 +166,15 @@ class ScdPolicy:
         """Advances every row's history by one control step, without planning.
 
         Args:
-            observation: arrays (B, ...), all keys of `spec.observation` (others are ignored).
+            observation: arrays (B, ...), all keys of `spec.observation` (others are ignored). A model with a token for
+                each key does without some of them: what is left out, or None, is absent in this step.
             executed_action: (B, Da) what the robot did in the last step; None = what the policy asked for.
 
         Raises:
             ShapeError: missing keys, wrong widths, a batch size other than before, NaN or infinite values.
         """
-        arrays = self._checked(observation)
-        batch = len(next(iter(arrays.values())))
+        seen, present = self._seen(observation)
+        batch = len(next(iter(seen.values())))
         if executed_action is not None:
             executed_action = self._checked_action("executed_action", executed_action, (batch, self.spec.action_dim))
         if self._rows is None:
@@ -171,26 +183,52 @@ class ScdPolicy:
                 episodes = list(range(self._next_episode, self._next_episode + batch))
             if len(episodes) != batch:
                 raise ShapeError(f"reset() was given {len(episodes)} episodes, the observation has {batch} rows")
-            self._rows = Rows(self.model, episodes)
+            self._rows = Rows(self.model, episodes, self.spec.action_dim)
         elif batch != self._rows.batch_size:
             raise ShapeError(f"batch has {batch} rows, the policy runs {self._rows.batch_size}; call reset() first")
         rows = self._rows
         rows.record_executed(executed_action)
-        started = time.perf_counter()
-        with self._inference(batch):
+        encodes = rows.position % self.model.config.history_stride == 0
+        if encodes.any():
+            started = time.perf_counter()
+            self._encode(rows, seen, present, encodes)
+            self._timings["encoder_ms"].append(1e3 * (time.perf_counter() - started))
+        rows.position += 1
+
+    def _encode(
+        self, rows: Rows, seen: Mapping[str, NDArray[Any]], present: Mapping[str, bool], encodes: NDArray[np.bool_]
+    ) -> None:
+        """One encoder step of the rows for which `encodes` (B,) is True."""
+        state = {part.key: seen[part.key] for part in self.transforms.config.chunk_parts}
+        active = None if encodes.all() else torch.as_tensor(encodes, device=self.device)
+        with self._inference(rows.batch_size):
             normalised = {
                 key: self.normalizer.normalize(key, torch.as_tensor(value, device=self.device))
-                for key, value in arrays.items()
+                for key, value in seen.items()
+            }
+            there = {
+                key: torch.full((rows.batch_size,), is_there, device=self.device) for key, is_there in present.items()
             }
             past, known = None, None
             if self.model.config.past_action_input != "none":
-                past = self.normalizer.normalize("action", torch.as_tensor(rows.past[:, -1], device=self.device))
+                past = self._normalised_actions(rows.past[:, -1:], state)[:, 0]
                 known = torch.as_tensor(rows.past_known[:, -1], device=self.device)
-            self._context = self.model.encode_step(normalised, rows.cache, past_action=past, past_action_valid=known)
+            context = self.model.encode_step(
+                normalised, rows.cache, active, past_action=past, past_action_valid=known, present=there or None
+            )
+            if active is not None and self._context is not None:
+                context = torch.where(active[:, None, None], context, self._context)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-        self._timings["encoder_ms"].append(1e3 * (time.perf_counter() - started))
-        rows.position += 1
+        self._context = context
+        for key, value in state.items():
+            kept = self._state.get(key, value)
+            self._state[key] = np.where(encodes[:, None], value, kept)
+
+    def _normalised_actions(self, actions: NDArray[np.float32], state: Mapping[str, NDArray[Any]]) -> Tensor:
+        """Actions (rows, L, Da) as recorded, to (rows, L, Da) as the model has them; `state` (rows, Do) by key."""
+        converted = self.transforms.chunk(self.transforms.action(actions), state)
+        return self.normalizer.normalize("action", torch.as_tensor(converted, dtype=torch.float32, device=self.device))
 
     def plan(self, prefix: ActionArray | None = None, delay_steps: int = 0) -> ActionArray:
         """Samples a chunk for every row from the last observation, and follows it from now on.
@@ -207,6 +245,12 @@ class ScdPolicy:
             (B, Ta, Da); action 0 is for the control step last observed.
         """
         rows = self._observed("plan")
+        late = np.flatnonzero((rows.position - 1) % self.model.config.history_stride)
+        if len(late):
+            raise ConfigError(
+                f"plan() of rows {late.tolist()} is due only in control steps in which the encoder runs, every "
+                f"{self.model.config.history_stride} (history_stride)"
+            )
         if not rows.position.all():
             waiting = np.flatnonzero(rows.position == 0).tolist()
             raise ConfigError(f"plan() needs an observation of rows {waiting} first, which were just reset")
@@ -247,9 +291,9 @@ class ScdPolicy:
             context, committed, past_known = self._context, None, None
             if len(chosen) < rows.batch_size:
                 context = context[torch.as_tensor(chosen, device=self.device)]
+            state = {key: value[chosen] for key, value in self._state.items()}
             if prefix is not None:
-                committed = self.normalizer.normalize("action", torch.as_tensor(prefix, device=self.device))
-                committed = committed.repeat_interleave(copies, 0)
+                committed = self._normalised_actions(prefix, state).repeat_interleave(copies, 0)
             if with_past:
                 context = context.repeat_interleave(copies, 0)
                 past_known = torch.as_tensor(rows.past_known[chosen], device=self.device).repeat_interleave(copies, 0)
@@ -266,8 +310,9 @@ class ScdPolicy:
                 past_valid=past_known,
                 conditioning=self._conditioning,
             )
-            actions = plan.actions if plan.past is None else self._most_faithful(rows, chosen, plan)
+            actions = plan.actions if plan.past is None else self._most_faithful(rows, chosen, plan, state)
             chunk = self.normalizer.denormalize("action", actions).cpu().numpy()
+            chunk = self.transforms.undo_action(self.transforms.undo_chunk(chunk, state)).astype(np.float32, copy=False)
         if not np.isfinite(chunk).all():
             row = int(chosen[np.argwhere(~np.isfinite(chunk))[0][0]])
             raise ActionError(f"the plan of row {row} holds a NaN or infinite action; stop the robot and reset the row")
@@ -291,11 +336,13 @@ class ScdPolicy:
                 rng.standard_normal(dtype=np.float32, out=corruption[i])
         return noise, corruption
 
-    def _most_faithful(self, rows: Rows, chosen: NDArray[np.int64], plan: ActionPlan) -> Tensor:
+    def _most_faithful(
+        self, rows: Rows, chosen: NDArray[np.int64], plan: ActionPlan, state: Mapping[str, NDArray[Any]]
+    ) -> Tensor:
         """Of each row's samples the actions (rows, Ta, Da) of that whose past is nearest to what was executed."""
         assert plan.past is not None
         believed = plan.past.unflatten(0, (len(chosen), -1))  # (rows, S, k, Da)
-        executed = self.normalizer.normalize("action", torch.as_tensor(rows.past[chosen], device=self.device))
+        executed = self._normalised_actions(rows.past[chosen], state)
         known = torch.as_tensor(rows.past_known[chosen], device=self.device)
         error = (believed - executed[:, None]).square().sum(-1)
         best = (error * known[:, None]).sum(-1).argmin(-1)
@@ -306,24 +353,41 @@ class ScdPolicy:
             raise ConfigError(f"{call}() needs an observation first: call observe(observation)")
         return self._rows
 
-    def _checked(self, observation: Observation) -> dict[str, NDArray[Any]]:
-        arrays = {}
+    def _sources(self) -> dict[str, str]:
+        """The recording's key of each key of the model."""
+        return {key: self.transforms.sources[key] for key in self.model.config.observation_shapes}
+
+    def _seen(self, observation: Observation) -> tuple[dict[str, NDArray[Any]], dict[str, bool]]:
+        """Arrays (B, ...) as the model has them, and which keys are there if some are not."""
+        may_be_absent = self.model.config.observation_tokens == "per_key"
+        seen: dict[str, NDArray[Any]] = {}
+        absent = []
         batch = None
-        for key, spec in self.spec.observation.items():
-            if key not in observation:
-                raise ShapeError(f"observation {key!r} is missing; got {sorted(observation)}")
-            value = _as_float32(observation[key], f"observation {key!r}")
+        for key, source in self._sources().items():
+            spec = self.spec.observation[source]
+            if observation.get(source) is None:
+                if not may_be_absent:
+                    raise ShapeError(f"observation {source!r} is missing; got {sorted(observation)}")
+                absent.append(key)
+                continue
+            value = _as_float32(observation[source], f"observation {source!r}")
             batch = len(value) if batch is None and value.ndim else batch
             if value.shape != (batch, *spec.shape) or not batch:
                 expected = ", ".join(map(str, ("B", *spec.shape)))
                 raise ShapeError(
-                    f"observation {key!r} must be ({expected}) with one B >= 1 for all keys, got {value.shape}"
+                    f"observation {source!r} must be ({expected}) with one B >= 1 for all keys, got {value.shape}"
                 )
             if not np.isfinite(value).all():
                 row = int(np.argwhere(~np.isfinite(value))[0][0])
-                raise ShapeError(f"observation {key!r} holds a NaN or infinite value in row {row}")
-            arrays[key] = value
-        return arrays
+                raise ShapeError(f"observation {source!r} holds a NaN or infinite value in row {row}")
+            seen[key] = self.transforms.convert(key, value)
+        if batch is None:
+            raise ShapeError(f"no observation key is there; expected {sorted(self.spec.observation)}")
+        for key in absent:
+            if any(part.key == key for part in self.transforms.config.chunk_parts):
+                raise ShapeError(f"observation {key!r} may not be absent: actions are relative to it")
+            seen[key] = np.zeros((batch, *self.transforms.spec.observation[key].shape), np.float32)
+        return seen, dict.fromkeys(seen, True) | dict.fromkeys(absent, False) if absent else {}
 
     def _checked_action(self, name: str, action: ActionArray, shape: tuple[int, ...]) -> ActionArray:
         value = _as_float32(action, name)

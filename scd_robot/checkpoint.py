@@ -48,7 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 _FORMAT = "scd_robot checkpoint"
 _JSON_FILES = ("config", "dataset", "normalization", "origin", "metrics")
 _PACKAGES = ("scd_robot", "torch", "lightning", "numpy", "zarr", "safetensors")
@@ -199,15 +199,17 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     manifest = _read_object(folder / "manifest.json")
     if manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{folder / 'manifest.json'} is not of an scd_robot checkpoint")
-    if manifest.get("schema") != SCHEMA:
+    if manifest.get("schema") not in (1, SCHEMA):
         raise CheckpointError(
-            f"{folder} has checkpoint schema {manifest.get('schema')}, this version of scd_robot reads {SCHEMA}"
+            f"{folder} has checkpoint schema {manifest.get('schema')}, this version of scd_robot reads 1 to {SCHEMA}"
         )
     for name in (*(f"{name}.json" for name in _JSON_FILES), "model.safetensors"):
         _check_digest(folder, name, manifest)
     config, dataset, normalization, origin, metrics = (_read_object(folder / f"{name}.json") for name in _JSON_FILES)
     for name, kind in (("preset", str), ("model", dict), ("policy", dict)):
         _field(config, name, kind, folder / "config.json")
+    if manifest["schema"] == 1:
+        config = _from_schema_1(config)
     try:
         weights = load_file(folder / "model.safetensors")
         return Checkpoint(
@@ -224,6 +226,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         )
     except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder} is damaged or foreign: {error}") from error
+
+
+def _from_schema_1(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with what schema 2 added: transforms, and a history stride."""
+    nothing = {"rename": {}, "keys": [], "images": [], "rotations": [], "grippers": [], "chunk": "absolute"}
+    return {**config, "model": {"history_stride": 1, **config["model"]}, "transforms": {**nothing, "chunk_parts": []}}
 
 
 def resume_file(path: str | Path, name: str) -> Path:

@@ -6,6 +6,7 @@ with `dataclasses.replace`.
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from scd_robot.errors import ConfigError, DatasetError, UnknownNameError
 from scd_robot.model import ScdConfig
 from scd_robot.policies.scd import ScdPolicyConfig
 from scd_robot.training.config import ExperimentConfig, TrainingConfig
+from scd_robot.transforms import TransformConfig, Transforms
 from scd_robot.types import DatasetSpec
 
 __all__ = ["PRESETS", "metaworld_state", "resolve", "with_settings"]
@@ -34,6 +36,7 @@ def metaworld_state(dataset: DatasetSpec) -> ExperimentConfig:
         model=ScdConfig(observation_shapes=vectors, action_dim=dataset.action_dim),
         training=TrainingConfig(max_steps=4500),
         policy=ScdPolicyConfig(),
+        transforms=TransformConfig(),
     )
 
 
@@ -42,8 +45,13 @@ PRESETS: dict[str, Callable[[DatasetSpec], ExperimentConfig]] = {
 }
 
 
-def resolve(name: str, dataset: DatasetSpec) -> ExperimentConfig:
+def resolve(name: str, dataset: DatasetSpec, transforms: TransformConfig | None = None) -> ExperimentConfig:
     """The preset `name` for a dataset, or the experiment of a checkpoint's config.json where `name` is such a path.
+
+    Args:
+        name: of the preset, or path of the file.
+        dataset: specification of the training data, as recorded.
+        transforms: what to do to it before the preset sees it; None = the preset's own, or the file's.
 
     Raises:
         UnknownNameError: no preset of that name; the message has the nearest names.
@@ -57,7 +65,9 @@ def resolve(name: str, dataset: DatasetSpec) -> ExperimentConfig:
         return from_json(ExperimentConfig, tree, name)
     if name not in PRESETS:
         raise UnknownNameError("preset", name, PRESETS)
-    return PRESETS[name](dataset)
+    if transforms is None:
+        return PRESETS[name](dataset)
+    return replace(PRESETS[name](Transforms(transforms, dataset).spec), transforms=transforms)
 
 
 def with_settings(experiment: ExperimentConfig, settings: Sequence[str]) -> ExperimentConfig:

@@ -201,7 +201,7 @@ def test_schema_and_policy_of_the_future_are_refused(run_folder, readers, tmp_pa
     document = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**document, "schema": SCHEMA + 1}))
     for reader in readers(run_folder).values():
-        refused(reader, f"schema {SCHEMA + 1}", f"reads {SCHEMA}", unchanged=[tmp_path])
+        refused(reader, f"schema {SCHEMA + 1}", f"reads 1 to {SCHEMA}", unchanged=[tmp_path])
     manifest.write_text(json.dumps({**document, "policy": "sdc"}))
     refused(readers(run_folder)["eval"], "unknown policy type 'sdc'; did you mean 'scd'", unchanged=[tmp_path])
 

@@ -11,7 +11,7 @@ PACKAGE = CHECKOUT / "scd_robot"
 MAPPED = ("datasets", "policies", "sim_eval")
 
 BASE = {"errors", "types", "seeding", "config", "output"}
-NUMERICS = BASE | {"normalization", "transforms"}
+NUMERICS = BASE | {"normalization", "rotations", "transforms"}
 NETWORK = NUMERICS | {"nn", "diffusion", "model"}
 TRAINED = NETWORK | {"checkpoint"}
 EVERYTHING = TRAINED | {"policies", "datasets", "control", "sim_eval", "training", "recording", "export", "analysis"}
@@ -24,7 +24,8 @@ ALLOWED = {
     "config": {"errors"},
     "output": {"errors"},
     "normalization": BASE,
-    "transforms": BASE | {"normalization"},
+    "rotations": BASE,
+    "transforms": BASE | {"normalization", "rotations"},
     "checkpoint": BASE | {"normalization"},
     "nn": NUMERICS,
     "diffusion": NUMERICS,
@@ -52,7 +53,8 @@ NETWORKS_NEED_NOT = SIMULATORS | STORES | LIGHTNING | {"tyro"}
 FORBIDDEN = {
     **dict.fromkeys(BASE, HEAVY | {"tyro"}),
     **dict.fromkeys(
-        ("normalization", "transforms", "checkpoint", "nn", "diffusion", "model", "policies"), NETWORKS_NEED_NOT
+        ("normalization", "rotations", "transforms", "checkpoint", "nn", "diffusion", "model", "policies"),
+        NETWORKS_NEED_NOT,
     ),
     "control": HEAVY | {"tyro"},
     "datasets": SIMULATORS | LIGHTNING | {"tyro"},

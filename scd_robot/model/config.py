@@ -21,7 +21,8 @@ class ScdConfig:
         decoder_layers: run once per denoising step.
         mlp_ratio: hidden width of the MLPs in units of `width`.
         history_length: W, control steps each encoder layer attends to, the current one included; 1 = memoryless.
-            The receptive field is encoder_layers * (W - 1) + 1 control steps.
+            The receptive field is encoder_layers * (W - 1) + 1 control steps (times history_stride).
+        history_stride: the encoder runs in every so many control steps only; W counts these.
         observation_tokens: "joint" gives all vectors of a control step one token; "per_key" one token per key, of
             which any may be absent.
         num_context_tokens: K, context tokens a plan reads, each from a slot of its own in the step's group.
@@ -47,6 +48,7 @@ class ScdConfig:
     decoder_layers: int = 2
     mlp_ratio: int = 4
     history_length: int = 128
+    history_stride: int = 1
     observation_tokens: Literal["joint", "per_key"] = "joint"
     num_context_tokens: int = 1
     chunk_length: int = 16
@@ -69,7 +71,7 @@ class ScdConfig:
                     f"observation {key!r} has shape {tuple(shape)}; this model takes vectors (n,) with n >= 1"
                 )
         positive = ("action_dim", "width", "num_heads", "encoder_layers", "decoder_layers", "mlp_ratio")
-        for name in (*positive, "history_length", "num_context_tokens", "chunk_length"):
+        for name in (*positive, "history_length", "history_stride", "num_context_tokens", "chunk_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("num_past_actions", "past_action_noise", "context_corruption", "max_delay_steps"):
@@ -95,4 +97,4 @@ class ScdConfig:
     @property
     def receptive_field(self) -> int:
         """Control steps that can influence one context, the current one included."""
-        return self.encoder_layers * (self.history_length - 1) + 1
+        return self.history_stride * self.encoder_layers * (self.history_length - 1) + 1

@@ -3,8 +3,8 @@
 Because nothing depends on what was drawn before, a run that was killed continues with the same batches, and several
 devices together see what one device would have seen.
 
-Shapes: B segments, T steps (longest segment), k past actions, Ta chunk length, L = k + Ta, M positions, S noise draws,
-Da action width, K context tokens, D width.
+Shapes: B segments, T encoder steps (longest segment), k past actions, Ta chunk length, L = k + Ta, M positions, S noise
+draws, Da action width, K context tokens, D width.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from scd_robot.datasets import ACTION, EpisodeDataset
+from scd_robot.datasets import ACTION, PRESENT, EpisodeDataset
 from scd_robot.datasets.windows import SegmentBatch, SegmentIndex
 from scd_robot.diffusion import sample_flow_time
 from scd_robot.errors import ConfigError
 from scd_robot.seeding import TRAINING_DRAW, VALIDATION_DRAW, keyed_rng
 from scd_robot.training.config import ExperimentConfig
+from scd_robot.transforms import relative_chunk
 
 __all__ = ["Draws", "EpochSampler", "SegmentDataset", "TrainingBatch"]
 
@@ -32,7 +33,7 @@ class Draws:
 
     Attributes:
         stream: (B, T) int64, 0 before the virtual reset and 1 from it on.
-        position: (B, M) int64 control steps whose chunks are denoised.
+        position: (B, M) int64 encoder steps whose chunks are denoised.
         position_valid: (B, M) bool, False where a segment has fewer eligible steps than M.
         flow_time: (B, M, S).
         noise: (B, M, S, L, Da).
@@ -53,22 +54,26 @@ class Draws:
 
 @dataclass
 class TrainingBatch:
-    """Segments in the dataset's units.
+    """Segments after the experiment's transforms, not normalised.
 
     Attributes:
         observation: (B, T, ...) by key; steps past a segment's end repeat its last one.
+        present: (B, T) bool by key, for keys that are absent in some steps; empty where all are there.
         step_valid: (B, T) bool, False past a segment's end.
-        action: (B, before + T + Ta, Da) labels around the segment, `before` = max(k, 1); entry `before` is step 0.
-        executed: like `action`, what was really executed.
-        action_valid: (B, before + T + Ta) bool, False outside the episode: no data.
+        label: (B, M, L, Da) actions around each position, as the chunk has them.
+        executed: (B, M, L, Da) what was really executed then.
+        action_valid: (B, M, L) bool, False outside the episode: no data.
+        past_action: (B, T, Da) executed one control step before each, or (0, T, Da) where the model does not read it.
         draws: the random quantities.
     """
 
     observation: dict[str, Tensor]
+    present: dict[str, Tensor]
     step_valid: Tensor
-    action: Tensor
+    label: Tensor
     executed: Tensor
     action_valid: Tensor
+    past_action: Tensor
     draws: Draws
 
 
@@ -76,7 +81,7 @@ class SegmentDataset(Dataset[TrainingBatch]):
     """Item i is the whole batch of training step i (of one device), so that loading is one gather per key.
 
     Args:
-        data: the episodes.
+        data: the episodes, after the experiment's transforms.
         experiment: architecture and training settings.
         episodes: which episodes to use.
         rank: number of this device.
@@ -98,11 +103,21 @@ class SegmentDataset(Dataset[TrainingBatch]):
         if training.batch_size % world_size:
             raise ConfigError(f"batch_size {training.batch_size} is not a multiple of the {world_size} devices")
         self._experiment, self._validation = experiment, validation
-        self._index = SegmentIndex(data.episode_ends, training.segment_length, episodes, training.seed)
+        self._control_dt = data.spec.control_dt
+        self._index = SegmentIndex(
+            data.episode_ends,
+            training.segment_length,
+            episodes,
+            training.seed,
+            experiment.model.history_stride,
+            None if validation else data.weights,
+        )
         share = training.batch_size // world_size
         self._samples = range(rank * share, (rank + 1) * share)
         self._observation = {key: data.arrays[key] for key in experiment.model.observation_shapes}
         self._action, self._executed = data.arrays[ACTION], data.executed()
+        self._states = {part.key: data.arrays[part.key] for part in experiment.transforms.chunk_parts}
+        self._present = {key: data.arrays[PRESENT + key] for key in self._observation if PRESENT + key in data.arrays}
 
     def __len__(self) -> int:
         if not self._validation:
@@ -123,15 +138,29 @@ class SegmentDataset(Dataset[TrainingBatch]):
         return self._assemble(segments, self._draw(segments, keys))
 
     def _assemble(self, segments: SegmentBatch, draws: Draws) -> TrainingBatch:
-        model = self._experiment.model
+        model, transforms = self._experiment.model, self._experiment.transforms
         steps, step_valid = segments.steps()
-        around, inside = segments.steps_around(max(1, model.num_past_actions), model.chunk_length)
+        observation = {key: value[steps] for key, value in self._observation.items()}
+        position = draws.position.numpy()
+        around, inside = segments.steps_around(position, model.num_past_actions, model.chunk_length)
+        label, executed = self._action[around], self._executed[around]
+        reads_past = model.past_action_input != "none"
+        past = self._executed[segments.before(steps) if reads_past else steps[:0]]
+        if transforms.chunk_parts:
+            keys = {part.key for part in transforms.chunk_parts}
+            state = {key: self._states[key][steps] for key in keys}
+            at = {key: np.take_along_axis(value, position[..., None], axis=1) for key, value in state.items()}
+            label, executed = (relative_chunk(x, at, transforms, self._control_dt) for x in (label, executed))
+            if reads_past:
+                past = relative_chunk(past[:, :, None], state, transforms, self._control_dt)[:, :, 0]
         return TrainingBatch(
-            observation={key: torch.from_numpy(value[steps]) for key, value in self._observation.items()},
+            observation={key: torch.from_numpy(value) for key, value in observation.items()},
+            present={key: torch.from_numpy(value[steps] != 0) for key, value in self._present.items()},
             step_valid=torch.from_numpy(step_valid),
-            action=torch.from_numpy(self._action[around]),
-            executed=torch.from_numpy(self._executed[around]),
+            label=torch.from_numpy(label),
+            executed=torch.from_numpy(executed),
             action_valid=torch.from_numpy(inside),
+            past_action=torch.from_numpy(past),
             draws=draws,
         )
 
@@ -156,7 +185,7 @@ class SegmentDataset(Dataset[TrainingBatch]):
             cut, at = rng.random(), rng.integers(1, max(2, steps_here))
             if cut < training.virtual_reset_probability and not self._validation:
                 stream[i, at:] = 1
-            first = min(training.burn_in, steps_here - 1) if begins_inside[i] else 0
+            first = min(training.burn_in // model.history_stride, steps_here - 1) if begins_inside[i] else 0
             eligible = first + rng.permutation(steps_here - first)[:positions]
             position[i, : len(eligible)], position_valid[i, : len(eligible)] = eligible, True
             flow_time[i] = sample_flow_time(training.flow_time, (positions, copies), rng)

@@ -144,7 +144,8 @@ class ClosedLoopEvaluation(_AtEpochEnd):
         model = ScdModel(pl_module.experiment.model)
         model.load_state_dict(weights)
         normalizer = copy.deepcopy(pl_module.normalizer)
-        policy = ScdPolicy(model, normalizer, self.dataset, pl_module.experiment.policy, pl_module.device)
+        experiment = pl_module.experiment
+        policy = ScdPolicy(model, normalizer, self.dataset, experiment.policy, pl_module.device, experiment.transforms)
         for name, value in self.evaluate(policy).items():
             pl_module.log(f"eval/{name}", value, rank_zero_only=True)
             logger.info("step %d: eval/%s %.3f", trainer.global_step, name, value)

@@ -8,6 +8,7 @@ from scd_robot.errors import ConfigError
 from scd_robot.model import ScdConfig
 from scd_robot.normalization import Mode
 from scd_robot.policies.scd import ScdPolicyConfig
+from scd_robot.transforms import TransformConfig
 
 __all__ = ["ExperimentConfig", "TrainingConfig"]
 
@@ -103,12 +104,20 @@ class ExperimentConfig:
         model: architecture.
         training: data, objective, optimisation.
         policy: how the trained model is run.
+        transforms: what is done between the recording and the model.
     """
 
     preset: str
     model: ScdConfig
     training: TrainingConfig
     policy: ScdPolicyConfig
+    transforms: TransformConfig = field(default_factory=TransformConfig)
 
     def __post_init__(self) -> None:
         self.policy.check_fits(self.model)
+        reads_past = self.model.num_past_actions or self.model.past_action_input != "none"
+        if self.transforms.chunk in ("delta", "velocity") and reads_past:
+            raise ConfigError(
+                f"chunk {self.transforms.chunk!r} has no meaning for past actions; use num_past_actions=0 and "
+                "past_action_input='none', or chunk 'relative'"
+            )

@@ -41,11 +41,10 @@ def encode_batch(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) 
     observation = {key: normalizer.normalize(key, batch.observation[key].float()) for key in batch.observation}
     past_action = None
     if model.config.past_action_input != "none":
-        before = batch.action.shape[1] - batch.step_valid.shape[1] - model.config.chunk_length
-        past_action = normalizer.normalize("action", batch.executed)[:, before - 1 :][:, : batch.step_valid.shape[1]]
+        past_action = normalizer.normalize("action", batch.past_action)
         if model.config.past_action_input == "noised" and model.training:
             past_action = past_action + model.config.past_action_noise * batch.draws.past_action_noise
-    return model.encode(observation, past_action, stream=batch.draws.stream)
+    return model.encode(observation, past_action, present=batch.present or None, stream=batch.draws.stream)
 
 
 def select_samples(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) -> DecoderSamples:
@@ -53,17 +52,13 @@ def select_samples(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch
     config, draws = model.config, batch.draws
     context = encode_batch(model, normalizer, batch)
     past, copies = config.num_past_actions, draws.flow_time.shape[2]
-    before = batch.action.shape[1] - batch.step_valid.shape[1] - config.chunk_length
-    row = torch.arange(len(context), device=context.device)[:, None, None]
     offset = torch.arange(-past, config.chunk_length, device=context.device)
-    step = draws.position[:, :, None] + offset  # (B, M, L) relative to the segment's start
-
-    executed = normalizer.normalize("action", batch.executed)[row, step + before]
-    label = normalizer.normalize("action", batch.action)[row, step + before]
-    valid = batch.action_valid[row, step + before]
+    executed = normalizer.normalize("action", batch.executed)
+    label = normalizer.normalize("action", batch.label)
     # A history that begins at a virtual reset, or inside an episode, knows no actions from before.
     begins = torch.where(draws.stream.gather(1, draws.position) > 0, (draws.stream == 0).sum(1, keepdim=True), 0)
-    valid = valid & ((offset >= 0) | (step >= begins[:, :, None]))
+    known = config.history_stride * (draws.position - begins)[:, :, None] + offset >= 0
+    valid = batch.action_valid & ((offset >= 0) | known)
 
     def flat(x: Tensor) -> Tensor:  # (B, M, ...) -> (R, ...)
         return x[:, :, None].expand(-1, -1, copies, *x.shape[2:]).flatten(0, 2)

@@ -22,6 +22,7 @@ from scd_robot.training.config import ExperimentConfig
 from scd_robot.training.datamodule import EpisodeDataModule
 from scd_robot.training.module import ScdLightningModule
 from scd_robot.training.start import begin, check_fits
+from scd_robot.training.transformed import transformed
 
 __all__ = ["train"]
 
@@ -75,6 +76,7 @@ def train(
         TrainingDivergedError: the loss became NaN; checkpoints written before stay.
     """
     data.check("the training dataset")
+    recorded, data = data.spec, transformed(data, experiment.transforms)
     check_fits(data, experiment)
     if evaluate_every % experiment.training.validate_every:
         raise ConfigError(
@@ -92,8 +94,8 @@ def train(
 
     callbacks: list[Any] = [ProgressBar()] if progress else []
     if evaluate is not None and evaluate_every:
-        callbacks.append(ClosedLoopEvaluation(evaluate, evaluate_every, data.spec))
-    callbacks.append(CheckpointWriter(out, data.spec, start.origin))
+        callbacks.append(ClosedLoopEvaluation(evaluate, evaluate_every, recorded))
+    callbacks.append(CheckpointWriter(out, recorded, start.origin))
     trainer = _trainer(out, experiment, callbacks, accelerator, devices, num_nodes, strategy)
     started = time.monotonic()
     if start.step < experiment.training.max_steps:

@@ -9,22 +9,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from scd_robot.checkpoint import Checkpoint, read_checkpoint, resume_file
 from scd_robot.config import from_json, to_json
-from scd_robot.datasets import EpisodeDataset
+from scd_robot.datasets import ACTION, PRESENT, EpisodeDataset
 from scd_robot.errors import CheckpointError, ConfigError, ShapeError
 from scd_robot.model import ScdConfig
 from scd_robot.normalization import Mode, Normalizer, compute_statistics
 from scd_robot.training.callbacks import RESUME_FILE
 from scd_robot.training.config import ExperimentConfig
 from scd_robot.training.datamodule import EpisodeDataModule
+from scd_robot.transforms import relative_chunk
 
 __all__ = ["Start", "begin", "check_fits", "fit_normalizer"]
 
 logger = logging.getLogger(__name__)
 
 _SAMPLED_ROWS = 4096  # of each array enter the fingerprint
+_CHUNKS_IN_STATISTICS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,25 @@ def fit_normalizer(data: EpisodeDataset, experiment: ExperimentConfig) -> Normal
         experiment.model.observation_shapes, experiment.training.observation_normalization
     )
     modes["action"] = experiment.training.action_normalization
-    statistics = {key: compute_statistics(data.arrays[key][rows], key) for key in modes}
+    statistics = {key: compute_statistics(data.arrays[key][rows], key) for key in modes if key != ACTION}
+    statistics[ACTION] = compute_statistics(_chunk_actions(data, experiment, np.flatnonzero(rows)), ACTION)
     for key, mode in modes.items():
         constant = np.flatnonzero(statistics[key].center_and_half(mode)[1] == 0)
         if len(constant):
             logger.info("%r is constant in dimensions %s: always 0 for the model", key, constant.tolist())
     return Normalizer(statistics, modes)
+
+
+def _chunk_actions(data: EpisodeDataset, experiment: ExperimentConfig, rows: NDArray[np.int64]) -> NDArray[Any]:
+    """Actions (..., Da) as chunks have them; relative ones depend on the chunk's first control step."""
+    action, transforms = data.arrays[ACTION], experiment.transforms
+    if not transforms.chunk_parts:
+        return np.asarray(action[rows])
+    rows = rows[:: max(1, len(rows) // _CHUNKS_IN_STATISTICS)]
+    ends = data.episode_ends[np.searchsorted(data.episode_ends, rows, side="right")]
+    index = np.minimum(rows[:, None] + np.arange(experiment.model.chunk_length), ends[:, None] - 1)
+    state = {part.key: data.arrays[part.key][rows] for part in transforms.chunk_parts}
+    return relative_chunk(action[index], state, transforms, data.spec.control_dt)
 
 
 def fingerprint(data: EpisodeDataset) -> str:
@@ -113,6 +129,11 @@ def check_fits(data: EpisodeDataset, experiment: ExperimentConfig) -> None:
             "past_action_input='full' shows the encoder the very actions that num_past_actions=%d asks the decoder to "
             "predict: past-token prediction then teaches nothing; use 'noised' or 'none'",
             model.num_past_actions,
+        )
+    held = [key for key in model.observation_shapes if PRESENT + key in data.arrays]
+    if held and model.observation_tokens == "joint":
+        raise ConfigError(
+            f"{', '.join(held)} are absent in some control steps: that needs model.observation_tokens=per_key"
         )
     longest = int(data.episode_lengths.max())
     if longest > experiment.training.segment_length:

@@ -10,12 +10,15 @@ ENDS = np.cumsum([9, 14, 5, 40, 12, 2, 13])
 STARTS = np.concatenate([[0], ENDS[:-1]])
 
 
+FIELDS = ("start", "stop", "episode_start", "episode_stop")
+
+
 def epochs(index: SegmentIndex, count: int, batch_size: int = 4) -> SegmentBatch:
     """All segments of the first epochs, in one batch."""
     total = count * len(index)
     assert total % batch_size == 0
     parts = [index.batch(step, range(batch_size), batch_size) for step in range(total // batch_size)]
-    return SegmentBatch(*(np.concatenate([getattr(part, n) for part in parts]) for n in SegmentBatch.__annotations__))
+    return SegmentBatch(*(np.concatenate([getattr(part, n) for part in parts]) for n in FIELDS))
 
 
 def test_number_of_segments_is_that_which_covers_each_episode() -> None:
@@ -74,7 +77,7 @@ def test_devices_together_see_what_one_would(world_size: int) -> None:
             SegmentIndex(ENDS, 12, seed=5).batch(step, range(rank * share, (rank + 1) * share), 8)
             for rank in range(world_size)
         ]
-        for name in SegmentBatch.__annotations__:
+        for name in FIELDS:
             np.testing.assert_array_equal(np.concatenate([getattr(p, name) for p in parts]), getattr(whole, name))
 
 
@@ -110,9 +113,41 @@ def test_padding_repeats_the_last_step_and_is_marked() -> None:
 
 def test_neighbours_outside_the_episode_are_marked_as_no_data() -> None:
     batch = SegmentBatch(*(np.array(x) for x in ([0, 11], [3, 14], [0, 9], [4, 15])))
-    steps, inside = batch.steps_around(3, 2)
-    np.testing.assert_array_equal(steps, [[0, 0, 0, 0, 1, 2, 3, 3], [9, 9, 10, 11, 12, 13, 14, 14]])
-    np.testing.assert_array_equal(inside, [[0, 0, 0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1, 0]])
+    steps, inside = batch.steps_around(np.array([[0, 2], [0, 2]]), 3, 2)
+    np.testing.assert_array_equal(
+        steps, [[[0, 0, 0, 0, 1], [0, 0, 1, 2, 3]], [[9, 9, 10, 11, 12], [10, 11, 12, 13, 14]]]
+    )
+    np.testing.assert_array_equal(inside, [[[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]], [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]])
+    np.testing.assert_array_equal(batch.before(np.array([[0, 1], [9, 12]])), [[0, 0], [9, 11]])
+
+
+def test_a_stride_takes_every_so_many_steps() -> None:
+    batch = SegmentBatch(*(np.array(x) for x in ([1, 10], [8, 13], [0, 9], [8, 13])), stride=3)
+    steps, real = batch.steps()
+    assert batch.lengths.tolist() == [3, 1]
+    np.testing.assert_array_equal(steps, [[1, 4, 7], [10, 10, 10]])
+    np.testing.assert_array_equal(real, [[1, 1, 1], [1, 0, 0]])
+    around, inside = batch.steps_around(np.array([[2], [0]]), 1, 2)
+    np.testing.assert_array_equal(around, [[[6, 7, 7]], [[9, 10, 11]]])
+    np.testing.assert_array_equal(inside, [[[1, 1, 0]], [[1, 1, 1]]])
+
+
+def test_with_a_stride_segments_begin_at_every_phase_but_validation_does_not() -> None:
+    index = SegmentIndex(np.array([9]), 12, stride=4)
+    starts = [int(index.batch(step, range(1), 1).start[0]) for step in range(60)]
+    assert set(starts) == {0, 1, 2, 3}
+    assert index.ordered(range(1)).start[0] == 0
+
+
+def test_weights_set_how_often_control_steps_are_drawn() -> None:
+    """Episodes of 10, 20 and 40 steps in segments of 10; steps of the first are wanted 4 times as often."""
+    index = SegmentIndex(np.array([10, 30, 70]), 10, weights=np.array([4.0, 1.0, 1.0]))
+    drawn = index.batch(0, range(4000), 4000)
+    share = [np.mean(drawn.episode_start == start) for start in (0, 10, 30)]
+    np.testing.assert_allclose(share, np.array([40, 20, 40]) / 100, atol=0.03)
+    again = index.batch(0, range(4000), 4000)
+    np.testing.assert_array_equal(drawn.start, again.start)
+    assert len(set(drawn.start[drawn.episode_start == 30])) > 10  # other starts each time
 
 
 @pytest.mark.parametrize(("held_out", "expected"), [(0.0, 0), (0.01, 1), (0.3, 3), (0.99, 9)])

@@ -68,7 +68,7 @@ def test_what_lies_outside_the_episode_is_never_learned() -> None:
     assert not batch.action_valid.all(), "the batch has to reach past an episode's end"
     outside = ~batch.action_valid[..., None]
     poisoned = dataclasses.replace(
-        batch, action=torch.where(outside, 1e4, batch.action), executed=torch.where(outside, 1e4, batch.executed)
+        batch, label=torch.where(outside, 1e4, batch.label), executed=torch.where(outside, 1e4, batch.executed)
     )
     clean, dirty = (flow_matching_terms(model, normalizer, b) for b in (batch, poisoned))
     torch.testing.assert_close(clean, dirty)
@@ -99,7 +99,7 @@ def test_a_virtual_reset_equals_a_new_stream() -> None:
         assert 1 <= reset < batch.step_valid.shape[1]
         length = int(batch.step_valid[b].sum())
         observation = {k: v[b : b + 1, reset:length] for k, v in batch.observation.items()}
-        executed = batch.executed[b : b + 1, 2 + reset - 1 : 2 + length - 1]
+        executed = batch.past_action[b : b + 1, reset:length]
         alone = model.encode(observation, executed)
         torch.testing.assert_close(context[b : b + 1, reset:length], alone, atol=1e-5, rtol=0)
 

@@ -1,0 +1,389 @@
+"""Changes between what was recorded and what the model sees, each with its inverse. They are part of a checkpoint.
+
+Order: keys are renamed and chosen, images cropped and resized, rotations converted, grippers mapped; then actions are
+expressed relative to the present state, chunk by chunk; then everything is normalised. The policy undoes the steps on
+actions in reverse, so that a robot gets actions as they were recorded.
+
+Shapes: (..., Do) and (..., Da) any batch axes; L actions of a chunk; H W C image.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
+from scd_robot.rotations import ROTATION_WIDTHS, RotationName, convert_rotation, matrix_of, rotation_from_matrix
+from scd_robot.types import ArraySpec, DatasetSpec
+
+__all__ = [
+    "ChunkPart",
+    "GripperStep",
+    "ImageStep",
+    "RotationStep",
+    "TransformConfig",
+    "Transforms",
+    "color_jitter",
+    "crop_and_resize",
+    "random_shift",
+    "relative_chunk",
+    "undo_relative_chunk",
+]
+
+ACTION = "action"
+
+Array = NDArray[Any]
+ChunkKind = Literal["absolute", "relative", "delta", "velocity"]
+
+
+@dataclass(frozen=True)
+class RotationStep:
+    """Some numbers of a vector are a rotation, to be had in another representation.
+
+    Attributes:
+        key: observation key (after renaming), or "action".
+        start: first of the numbers, counted after earlier steps on the same key.
+        source: representation in the recording.
+        target: representation for the model.
+    """
+
+    key: str
+    start: int
+    source: RotationName
+    target: RotationName = "rot6d"
+
+
+@dataclass(frozen=True)
+class GripperStep:
+    """One number of a vector is a gripper's opening or command; it becomes -1 closed, 1 open, and linear between.
+
+    Attributes:
+        key: observation key (after renaming), or "action".
+        index: of the number, counted after the rotation steps.
+        closed: what the recording has for closed: 1 in robosuite's actions, 0 [m] for a width, ...
+        open: what it has for open.
+    """
+
+    key: str
+    index: int
+    closed: float
+    open: float
+
+    def __post_init__(self) -> None:
+        if self.closed == self.open:
+            raise ConfigError(f"the gripper of {self.key!r} has {self.closed} for closed and for open")
+
+
+@dataclass(frozen=True)
+class ImageStep:
+    """Images of one key are cropped about their centre, then resized.
+
+    Attributes:
+        key: observation key (after renaming).
+        crop: height and width kept [pixel]; empty = all.
+        size: height and width of the result [pixel]; empty = as cropped.
+    """
+
+    key: str
+    crop: tuple[int, ...] = ()
+    size: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "size"):
+            pair = getattr(self, name)
+            if pair and (len(pair) != 2 or min(pair) < 1):
+                raise ConfigError(f"{name} of images {self.key!r} must be height and width, got {pair}")
+
+
+@dataclass(frozen=True)
+class ChunkPart:
+    """Numbers of the action that are targets of numbers of the observed state, in the same units.
+
+    Attributes:
+        action_start: first of them in the action, after rotation and gripper steps.
+        key: observation key (after renaming) that holds the state.
+        key_start: first of them there.
+        count: how many.
+        rotation: they are one rotation as rot6d in both; relative is then a rotation as well.
+    """
+
+    action_start: int
+    key: str
+    key_start: int
+    count: int
+    rotation: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.action_start, self.key_start) < 0 or self.count < 1:
+            raise ConfigError(f"a part of the action must be numbers from 0 on, at least one; got {self}")
+        if self.rotation and self.count != 6:
+            raise ConfigError(f"a rotation in a chunk must be rot6d, 6 numbers, got {self.count}; add a RotationStep")
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """What is done between recording and model; the default does nothing.
+
+    Attributes:
+        rename: the recording's observation key -> the model's.
+        keys: observation keys (after renaming) for the model; empty = what the preset takes.
+        images: on images.
+        rotations: on observations and actions.
+        grippers: on observations and actions.
+        chunk: how the actions of a chunk are expressed: "absolute" as recorded; "relative" to the state at the chunk's
+            first control step; "delta" to the action before, the first one to that state; "velocity" is delta divided
+            by `control_dt`.
+        chunk_parts: numbers of the action this applies to; the others stay absolute.
+    """
+
+    rename: dict[str, str] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
+    images: tuple[ImageStep, ...] = ()
+    rotations: tuple[RotationStep, ...] = ()
+    grippers: tuple[GripperStep, ...] = ()
+    chunk: ChunkKind = "absolute"
+    chunk_parts: tuple[ChunkPart, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.chunk == "absolute") != (not self.chunk_parts):
+            raise ConfigError(
+                f"chunk {self.chunk!r} with {len(self.chunk_parts)} chunk_parts: absolute actions have none, others "
+                "need at least one"
+            )
+        taken = [i for part in self.chunk_parts for i in range(part.action_start, part.action_start + part.count)]
+        if len(taken) != len(set(taken)):
+            raise ConfigError("chunk_parts overlap: each number of the action may be in one of them only")
+
+
+class Transforms:
+    """A `TransformConfig` for one kind of recording.
+
+    Args:
+        config: what to do.
+        recorded: specification of the recording.
+
+    Attributes:
+        config: as given.
+        recorded: as given.
+        spec: what comes out.
+
+    Raises:
+        UnknownNameError: a key that the recording does not have.
+        ShapeError: a step that does not fit the width of its key.
+        ConfigError: two keys renamed to one.
+    """
+
+    def __init__(self, config: TransformConfig, recorded: DatasetSpec) -> None:
+        self.config, self.recorded = config, recorded
+        for key in config.rename:
+            if key not in recorded.observation:
+                raise UnknownNameError("key to rename", key, recorded.observation)
+        names = {config.rename.get(key, key): key for key in recorded.observation}
+        if len(names) != len(recorded.observation):
+            raise ConfigError(f"rename gives two observation keys one name: {sorted(names)}")
+        for key in config.keys:
+            if key not in names:
+                raise UnknownNameError("observation key", key, names)
+        self._sources = {key: names[key] for key in config.keys or names}
+        steps = (*config.images, *config.rotations, *config.grippers)
+        for key in [step.key for step in steps] + [part.key for part in config.chunk_parts]:
+            if key not in self._sources and key != ACTION:
+                raise UnknownNameError("key of a transform", key, [*self._sources, ACTION])
+        specs = {key: recorded.observation[source] for key, source in self._sources.items()}
+        self.spec = replace(
+            recorded,
+            observation={key: self._spec_after(key, spec) for key, spec in specs.items()},
+            action_dim=self._spec_after(ACTION, ArraySpec((recorded.action_dim,))).shape[0],
+        )
+        self._check_parts()
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """By key of the model the recording's key."""
+        return dict(self._sources)
+
+    def observation(self, observation: Mapping[str, Array]) -> dict[str, Array]:
+        """Observations (..., Do) or (..., H, W, C) as recorded, to those of the model."""
+        return {key: self.convert(key, observation[source]) for key, source in self._sources.items()}
+
+    def convert(self, key: str, x: Array) -> Array:
+        """One array (..., Do) or (..., H, W, C), `key` as the model calls it or "action"."""
+        for image in self.config.images:
+            if image.key == key:
+                x = crop_and_resize(x, image.crop, image.size)
+        for step in self.config.rotations:
+            if step.key == key:
+                x = _replace(x, step.start, ROTATION_WIDTHS[step.source], step.source, step.target)
+        for gripper in self.config.grippers:
+            if gripper.key == key:
+                x = _map_number(x, gripper.index, (gripper.closed, gripper.open), (-1.0, 1.0))
+        return x
+
+    def action(self, action: Array) -> Array:
+        """Actions (..., Da) as recorded, to those of the model, still absolute."""
+        return self.convert(ACTION, action)
+
+    def undo_action(self, action: Array) -> Array:
+        """Inverse of `action`."""
+        for gripper in reversed(self.config.grippers):
+            if gripper.key == ACTION:
+                action = _map_number(action, gripper.index, (-1.0, 1.0), (gripper.closed, gripper.open))
+        for step in reversed(self.config.rotations):
+            if step.key == ACTION:
+                action = _replace(action, step.start, ROTATION_WIDTHS[step.target], step.target, step.source)
+        return action
+
+    def chunk(self, actions: Array, state: Mapping[str, Array]) -> Array:
+        """Actions (..., L, Da) of the model, expressed as `config.chunk` says.
+
+        Args:
+            actions: absolute, from the control step of `state` on.
+            state: observations (..., Do) of the model at the chunk's first control step.
+        """
+        return relative_chunk(actions, state, self.config, self.spec.control_dt)
+
+    def undo_chunk(self, actions: Array, state: Mapping[str, Array]) -> Array:
+        """Inverse of `chunk`."""
+        return undo_relative_chunk(actions, state, self.config, self.spec.control_dt)
+
+    def _spec_after(self, key: str, spec: ArraySpec) -> ArraySpec:
+        shape = spec.shape
+        for image in self.config.images:
+            if image.key == key:
+                if len(shape) != 3:
+                    raise ShapeError(f"{key!r} is to be cropped or resized, but has shape {shape}, not (H, W, C)")
+                if image.crop and (image.crop[0] > shape[0] or image.crop[1] > shape[1]):
+                    raise ShapeError(f"a crop of {image.crop} does not fit {key!r} of shape {shape}")
+                shape = (*(image.size or image.crop or shape[:2]), shape[2])
+        for step in self.config.rotations:
+            if step.key == key:
+                width = ROTATION_WIDTHS[step.source]
+                _check_range(f"the rotation {step.source} of {key!r}", shape, step.start, width)
+                shape = (shape[0] - width + ROTATION_WIDTHS[step.target],)
+        for gripper in self.config.grippers:
+            if gripper.key == key:
+                _check_range(f"the gripper of {key!r}", shape, gripper.index, 1)
+        return replace(spec, shape=shape)
+
+    def _check_parts(self) -> None:
+        for part in self.config.chunk_parts:
+            _check_range("a chunk part of the action", (self.spec.action_dim,), part.action_start, part.count)
+            shape = self.spec.observation[part.key].shape if part.key != ACTION else ()
+            _check_range(f"a chunk part's state {part.key!r}", shape, part.key_start, part.count)
+
+
+def relative_chunk(actions: Array, state: Mapping[str, Array], config: TransformConfig, control_dt: float) -> Array:
+    """Absolute actions (..., L, Da) relative to a state, see `TransformConfig.chunk`; `control_dt` [s]."""
+    out = np.array(actions)
+    for part in config.chunk_parts:
+        chosen = slice(part.action_start, part.action_start + part.count)
+        now = state[part.key][..., None, part.key_start : part.key_start + part.count]
+        target = actions[..., chosen]
+        before = np.broadcast_to(now, target.shape)
+        if config.chunk != "relative":
+            before = np.concatenate((before[..., :1, :], target[..., :-1, :]), axis=-2)
+        if part.rotation:  # R = R_before^T R_target
+            turn = np.swapaxes(matrix_of(before, "rot6d"), -1, -2) @ matrix_of(target, "rot6d")
+            out[..., chosen] = rotation_from_matrix(turn, "rot6d")
+        else:
+            out[..., chosen] = (target - before) / (control_dt if config.chunk == "velocity" else 1.0)
+    return out
+
+
+def undo_relative_chunk(
+    actions: Array, state: Mapping[str, Array], config: TransformConfig, control_dt: float
+) -> Array:
+    """Inverse of `relative_chunk`."""
+    out = np.array(actions)
+    for part in config.chunk_parts:
+        chosen = slice(part.action_start, part.action_start + part.count)
+        now = state[part.key][..., None, part.key_start : part.key_start + part.count]
+        change = actions[..., chosen]
+        if part.rotation:
+            absolute = matrix_of(now, "rot6d")
+            turns = matrix_of(change, "rot6d")
+            if config.chunk == "relative":
+                found = absolute @ turns
+            else:
+                found = np.empty(turns.shape)
+                for i in range(turns.shape[-3]):
+                    absolute = absolute[..., :1, :, :] @ turns[..., i : i + 1, :, :]
+                    found[..., i : i + 1, :, :] = absolute
+            out[..., chosen] = rotation_from_matrix(found, "rot6d")
+        elif config.chunk == "relative":
+            out[..., chosen] = now + change
+        else:
+            out[..., chosen] = now + np.cumsum(change, axis=-2) * (control_dt if config.chunk == "velocity" else 1.0)
+    return out
+
+
+def crop_and_resize(images: Array, crop: tuple[int, ...] = (), size: tuple[int, ...] = ()) -> NDArray[np.uint8]:
+    """Images (..., H, W, C) uint8 cropped about their centre, then resized (bilinear, with antialiasing)."""
+    height, width = images.shape[-3:-1]
+    if crop:
+        top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
+        images = images[..., top : top + crop[0], left : left + crop[1], :]
+    if not size or tuple(size) == images.shape[-3:-1]:
+        return images
+    tensor = torch.from_numpy(images.reshape(-1, *images.shape[-3:]))
+    resized = torch.nn.functional.interpolate(
+        tensor.movedim(-1, 1), tuple(size), mode="bilinear", antialias=True, align_corners=False
+    )
+    return resized.movedim(1, -1).numpy().reshape(*images.shape[:-3], *size, images.shape[-1])
+
+
+def random_shift(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) moved by whole pixels, edges repeated (Kostrikov et al., arXiv 2004.13649).
+
+    Args:
+        images: any dtype.
+        shift: (B, 2) int64, rows down and columns to the right.
+    """
+    batch, _, height, width = images.shape
+    row = (torch.arange(height, device=images.device) - shift[:, :1]).clamp(0, height - 1)
+    column = (torch.arange(width, device=images.device) - shift[:, 1:]).clamp(0, width - 1)
+    index = torch.arange(batch, device=images.device)[:, None, None]
+    return images.movedim(1, -1)[index, row[:, :, None], column[:, None, :]].movedim(-1, 1)
+
+
+def color_jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Brightness, contrast and saturation of images (B, 3, H, W) in [0, 1], each blended by a factor, then clipped.
+
+    Args:
+        images: float.
+        factors: (B, 3) of brightness (times black), contrast (from the mean grey) and saturation (from the pixel's
+            grey); 1 changes nothing.
+    """
+    brightness, contrast, saturation = (factor[:, None, None, None] for factor in factors.unbind(1))
+    images = (images * brightness).clamp(0, 1)
+    mean = _grey(images).mean(dim=(2, 3), keepdim=True)
+    images = (mean + contrast * (images - mean)).clamp(0, 1)
+    grey = _grey(images)
+    return (grey + saturation * (images - grey)).clamp(0, 1)
+
+
+def _grey(images: torch.Tensor) -> torch.Tensor:
+    """(B, 1, H, W) luminance, ITU-R BT.601."""
+    weight = torch.tensor((0.299, 0.587, 0.114), dtype=images.dtype, device=images.device)
+    return (images * weight[:, None, None]).sum(1, keepdim=True)
+
+
+def _replace(x: Array, start: int, width: int, source: RotationName, target: RotationName) -> Array:
+    rotation = convert_rotation(x[..., start : start + width], source, target)
+    return np.concatenate((x[..., :start], rotation, x[..., start + width :]), axis=-1)
+
+
+def _map_number(x: Array, index: int, source: tuple[float, float], target: tuple[float, float]) -> Array:
+    """The number at `index` of (..., n), mapped linearly so that the two of `source` become those of `target`."""
+    out = np.array(x)
+    gain = (target[1] - target[0]) / (source[1] - source[0])
+    out[..., index] = (x[..., index] - source[0]) * gain + target[0]
+    return out
+
+
+def _check_range(what: str, shape: tuple[int, ...], start: int, count: int) -> None:
+    if len(shape) != 1 or not 0 <= start <= shape[0] - count:
+        raise ShapeError(f"{what} takes {count} numbers from {start} on, which shape {shape} does not have")

@@ -1,0 +1,88 @@
+"""Rotations on explicit numbers, and there and back."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scd_robot.errors import ShapeError
+from scd_robot.rotations import ROTATION_WIDTHS, align_quaternions, convert_rotation, matrix_of
+
+ROOT = np.sqrt(0.5)
+# A quarter turn about z: x -> y.
+QUARTER = {
+    "quat_xyzw": [0, 0, ROOT, ROOT],
+    "quat_wxyz": [ROOT, 0, 0, ROOT],
+    "euler_xyz": [0, 0, np.pi / 2],
+    "axis_angle": [0, 0, np.pi / 2],
+    "matrix": [0, -1, 0, 1, 0, 0, 0, 0, 1],
+    "rot6d": [0, -1, 0, 1, 0, 0],
+}
+
+
+@pytest.mark.parametrize(("source", "target"), itertools.product(QUARTER, QUARTER))
+def test_a_quarter_turn_about_z(source, target):
+    found = convert_rotation(np.array(QUARTER[source], np.float64), source, target)
+    np.testing.assert_allclose(found, QUARTER[target], atol=1e-12)
+
+
+def test_euler_angles_turn_about_fixed_axes_x_first():
+    matrix = matrix_of(np.array([np.pi / 2, 0, np.pi / 2]), "euler_xyz")
+    # x: y -> z, then z: x -> y. So y goes to z and stays there; x goes to y; z goes to -y, then to x.
+    np.testing.assert_allclose(matrix, [[0, 0, 1], [1, 0, 0], [0, 1, 0]], atol=1e-12)
+
+
+@given(
+    st.lists(st.floats(-1, 1), min_size=4, max_size=4).filter(lambda q: np.linalg.norm(q) > 0.1),
+    st.sampled_from(sorted(ROTATION_WIDTHS)),
+)
+def test_every_representation_leads_back(quaternion, through):
+    x = np.array(quaternion) / np.linalg.norm(quaternion)
+    there = convert_rotation(x, "quat_xyzw", through)
+    assert there.shape == (ROTATION_WIDTHS[through],)
+    np.testing.assert_allclose(matrix_of(there, through), matrix_of(x, "quat_xyzw"), atol=1e-6)
+
+
+def test_the_two_signs_of_a_quaternion_give_one():
+    x = np.array([0.5, -0.5, 0.5, -0.5])
+    for target in ROTATION_WIDTHS:
+        if target != "quat_xyzw":
+            np.testing.assert_allclose(
+                convert_rotation(x, "quat_xyzw", target), convert_rotation(-x, "quat_xyzw", target), atol=1e-12
+            )
+    assert convert_rotation(x, "quat_xyzw", "quat_wxyz")[0] > 0
+
+
+def test_six_numbers_of_a_network_become_a_rotation():
+    matrix = matrix_of(np.array([2.0, 0, 0, 1.0, 3.0, 0]), "rot6d")
+    np.testing.assert_allclose(matrix, np.eye(3), atol=1e-12)
+
+
+def test_batch_axes_and_dtype_stay():
+    x = np.zeros((5, 2, 4), np.float32)
+    x[..., 3] = 1
+    found = convert_rotation(x, "quat_xyzw", "rot6d")
+    assert (found.shape, found.dtype) == ((5, 2, 6), np.float32)
+    assert convert_rotation(x[:0], "quat_xyzw", "axis_angle").shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("x", "source", "message"),
+    [
+        (np.zeros(4), "quat_xyzw", "length 0"),
+        (np.zeros(3), "quat_xyzw", r"\(\.\.\., 4\), got \(3,\)"),
+        (np.array([1.0, 0, 0, 2, 0, 0]), "rot6d", "parallel"),
+    ],
+)
+def test_numbers_that_are_no_rotation_are_refused(x, source, message):
+    with pytest.raises(ShapeError, match=message):
+        convert_rotation(x, source, "matrix")
+
+
+def test_quaternions_of_an_episode_keep_to_one_side():
+    q = np.array([[0, 0, 0, 1], [0, 0, -0.1, -1], [0, 0, -0.2, -1], [0, 0, 0.3, 1.0]])
+    np.testing.assert_allclose(
+        align_quaternions(q), np.array([[0, 0, 0, 1], [0, 0, 0.1, 1], [0, 0, 0.2, 1], [0, 0, 0.3, 1]])
+    )
