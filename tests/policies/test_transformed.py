@@ -1,4 +1,4 @@
-"""A policy undoes what was done to its training data, skips control steps, and does without a sensor where trained so."""
+"""A policy undoes what was done to its training data, skips control steps, and does without silent sensors."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,128 @@
+"""Several datasets as one: joined for good, or mixed with weights for training."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from scd_robot.datasets.lazy import ConcatenatedArray, LazyArray, RowArray
+from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, EpisodeDataset
+from scd_robot.errors import ConfigError, ShapeError
+
+__all__ = ["join_datasets", "mix_datasets"]
+
+logger = logging.getLogger(__name__)
+
+_SAME_RATE = 1e-3  # relative difference of control_dt that is taken for the same
+
+
+def join_datasets(datasets: Sequence[EpisodeDataset], names: Sequence[str] | None = None) -> EpisodeDataset:
+    """The episodes of all, in this order.
+
+    Observation keys, other arrays and notes that some do not have are left out, and the log says which. Where some have
+    `executed_action` and others not, the others' is their `action`.
+
+    Args:
+        datasets: at least one.
+        names: of them in messages; None = their sources.
+
+    Raises:
+        ShapeError: no observation key is common to all, or a common one or the actions differ in shape.
+        ConfigError: they have different rates.
+    """
+    first = datasets[0]
+    names = list(names or (data.spec.source for data in datasets))
+    if len(datasets) == 1:
+        return first
+    keys = [key for key in first.spec.observation if all(key in data.spec.observation for data in datasets)]
+    if not keys:
+        have = "; ".join(
+            f"{name}: {', '.join(data.spec.observation)}" for name, data in zip(names, datasets, strict=True)
+        )
+        raise ShapeError(f"the datasets have no observation key in common ({have}); rename them first")
+    for name, data in zip(names, datasets, strict=True):
+        _check_same(first, names[0], data, name, keys)
+    datasets = [_with_executed(data, any(EXECUTED_ACTION in other.arrays for other in datasets)) for data in datasets]
+    common = [key for key in datasets[0].arrays if all(key in data.arrays for data in datasets)]
+    common = [key for key in common if key in keys or key not in first.spec.observation]
+    for name, data in zip(names, datasets, strict=True):
+        dropped = sorted(set(data.arrays) - set(common))
+        if dropped:
+            logger.info("%s: left out, because not all datasets have it: %s", name, ", ".join(dropped))
+    return EpisodeDataset(
+        spec=replace(
+            first.spec,
+            observation={key: first.spec.observation[key] for key in keys},
+            source=" + ".join(names),
+        ),
+        episode_ends=np.cumsum(np.concatenate([data.episode_lengths for data in datasets])),
+        arrays={key: _join([data.arrays[key] for data in datasets]) for key in common},
+        metadata={"joined": [{"source": data.spec.source, **data.metadata} for data in datasets]},
+        episode_info={
+            name: np.concatenate([data.episode_info[name] for data in datasets])
+            for name in first.episode_info
+            if all(name in data.episode_info for data in datasets)
+        },
+        episode_text={
+            name: [text for data in datasets for text in data.episode_text[name]]
+            for name in first.episode_text
+            if all(name in data.episode_text for data in datasets)
+        },
+    )
+
+
+def mix_datasets(
+    datasets: Sequence[EpisodeDataset], weights: Sequence[float], names: Sequence[str] | None = None
+) -> EpisodeDataset:
+    """All episodes, drawn in training so that `weights` are the shares of control steps that each dataset supplies.
+
+    Args:
+        datasets: at least one.
+        weights: one positive number per dataset, in any unit.
+        names: of the datasets in messages; None = their sources.
+
+    Raises:
+        ConfigError: other weights than that, or different rates.
+        ShapeError: see `join_datasets`.
+    """
+    share = np.asarray(weights, np.float64)
+    if share.shape != (len(datasets),) or not (np.isfinite(share) & (share > 0)).all():
+        raise ConfigError(f"{len(datasets)} datasets need as many positive weights, got {list(weights)}")
+    joined = join_datasets(datasets, names)
+    per_step = share / share.sum() / np.array([data.num_steps for data in datasets])
+    return replace(joined, weights=np.repeat(per_step, [data.num_episodes for data in datasets]))
+
+
+def _check_same(first: EpisodeDataset, first_name: str, data: EpisodeDataset, name: str, keys: Sequence[str]) -> None:
+    for key in keys:
+        here, there = data.spec.observation[key], first.spec.observation[key]
+        if here != there:
+            raise ShapeError(
+                f"{key!r} is {here.dtype} {here.shape} in {name}, {there.dtype} {there.shape} in {first_name}; datasets"
+                " that are used together must agree: convert one of them, or leave the key out with --keys"
+            )
+    if data.spec.action_dim != first.spec.action_dim:
+        raise ShapeError(
+            f"actions have width {data.spec.action_dim} in {name}, {first.spec.action_dim} in {first_name}; datasets "
+            "that are used together must be of one robot"
+        )
+    if abs(data.spec.control_dt / first.spec.control_dt - 1) > _SAME_RATE:
+        raise ConfigError(
+            f"{name} has control_dt {data.spec.control_dt:g} s, {first_name} {first.spec.control_dt:g} s; only datasets "
+            "of one rate can be used together"
+        )
+
+
+def _with_executed(data: EpisodeDataset, wanted: bool) -> EpisodeDataset:
+    if not wanted or EXECUTED_ACTION in data.arrays:
+        return data
+    return replace(data, arrays={**data.arrays, EXECUTED_ACTION: data.arrays[ACTION]})
+
+
+def _join(parts: Sequence[RowArray]) -> RowArray:
+    if any(isinstance(part, LazyArray) for part in parts):
+        return ConcatenatedArray(parts)
+    arrays: list[Any] = list(parts)
+    return np.concatenate(arrays)

@@ -1,0 +1,60 @@
+"""Sensors at different rates, on explicit times."""
+
+import numpy as np
+import pytest
+
+from scd_robot.datasets.align import Stream, align_streams, nearest_to
+from scd_robot.errors import ConfigError, DatasetError
+
+FAST = Stream(np.arange(0, 1.01, 0.1), np.arange(11.0)[:, None])
+
+
+def test_each_control_step_has_what_was_there_by_then() -> None:
+    slow = Stream(np.array([0.05, 0.35, 0.36, 0.9]), np.array([10, 20, 30, 40]))
+    arrays = align_streams({"fast": FAST, "slow": slow}, 0.25)
+    # Control steps at 0.05, 0.30, 0.55, 0.80: the last one before the slow sensor ends.
+    np.testing.assert_allclose(arrays["timestamp"], [0, 0.25, 0.5, 0.75])
+    np.testing.assert_array_equal(arrays["slow"], [10, 10, 30, 30])
+    np.testing.assert_array_equal(arrays["fast"][:, 0], [0, 3, 5, 8])
+    assert set(arrays) == {"fast", "slow", "timestamp"}
+
+
+def test_a_sample_at_the_very_time_counts() -> None:
+    arrays = align_streams({"fast": FAST}, 0.1)
+    np.testing.assert_array_equal(arrays["fast"][:, 0], np.arange(11))
+
+
+def test_slow_frames_count_once_and_old_ones_not_at_all() -> None:
+    slow = Stream(np.array([0.0, 0.3, 1.0]), np.array([1, 2, 3]), max_age_s=0.5)
+    arrays = align_streams({"fast": FAST, "slow": slow}, 0.1)
+    np.testing.assert_array_equal(arrays["slow"], [1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 3])
+    np.testing.assert_array_equal(arrays["present.slow"], [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1])
+    new = align_streams({"fast": FAST, "slow": slow}, 0.1, mark_new=("slow",))
+    np.testing.assert_array_equal(new["present.slow"], [1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1])
+
+
+def test_labels_may_be_interpolated() -> None:
+    label = Stream(np.array([0.0, 1.0]), np.array([[0.0, 10.0], [1.0, 20.0]]), mode="linear")
+    arrays = align_streams({"fast": FAST, "label": label}, 0.5)
+    np.testing.assert_allclose(arrays["label"], [[0, 10], [0.5, 15], [1, 20]])
+
+
+def test_nearest_sample() -> None:
+    np.testing.assert_array_equal(nearest_to(np.array([0.0, 1, 3]), np.array([-1, 0.4, 0.6, 2.1, 9])), [0, 0, 1, 2, 2])
+    np.testing.assert_array_equal(nearest_to(np.array([5.0]), np.array([0.0, 9.0])), [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("streams", "message"),
+    [
+        ({"a": Stream(np.array([0.0, 1, 1]), np.zeros(3))}, "'a' must increase; sample 2"),
+        ({"a": Stream(np.array([0.0, np.nan]), np.zeros(2))}, "'a' must increase"),
+        ({"a": Stream(np.array([0.0]), np.zeros(2))}, "times for 2 samples"),
+        ({"a": FAST, "b": Stream(np.array([5.0, 6.0]), np.zeros(2))}, "no time in common"),
+    ],
+)
+def test_streams_that_do_not_fit_are_refused(streams, message) -> None:
+    with pytest.raises(DatasetError, match=message):
+        align_streams(streams, 0.1)
+    with pytest.raises(ConfigError, match="positive"):
+        align_streams({"a": FAST}, 0.0)

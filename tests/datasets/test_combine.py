@@ -1,0 +1,80 @@
+"""Datasets joined and mixed."""
+
+import numpy as np
+import pytest
+
+from scd_robot.datasets.combine import join_datasets, mix_datasets
+from scd_robot.datasets.lazy import LazyArray, MappedArray
+from scd_robot.datasets.schema import EpisodeDataset
+from scd_robot.datasets.windows import SegmentIndex
+from scd_robot.errors import ConfigError, ShapeError
+from scd_robot.types import ArraySpec, DatasetSpec
+
+
+def same(x):
+    return x
+
+
+def dataset(lengths, value, keys=("state",), width=3, action_dim=2, control_dt=0.1, **extra):
+    ends = np.cumsum(lengths)
+    arrays = {key: np.full((ends[-1], width), value, np.float32) for key in keys}
+    arrays["action"] = np.full((ends[-1], action_dim), value, np.float32)
+    spec = DatasetSpec({key: ArraySpec((width,)) for key in keys}, action_dim, control_dt, f"set {value}")
+    info = {"seed": np.arange(len(lengths)) + 10 * value}
+    text = {"task": [f"task {value}.{i}" for i in range(len(lengths))]}
+    return EpisodeDataset(spec, ends, {**arrays, **extra}, {"note": value}, info, text)
+
+
+def test_joined_episodes_are_all_there_in_order() -> None:
+    joined = join_datasets([dataset((3, 4), 1), dataset((5,), 2, keys=("other", "state"))])
+    joined.check()
+    assert joined.episode_lengths.tolist() == [3, 4, 5]
+    assert joined.arrays["state"][:, 0].tolist() == [1] * 7 + [2] * 5
+    assert list(joined.spec.observation) == ["state"]
+    assert joined.episode_info["seed"].tolist() == [10, 11, 20]
+    assert list(joined.episode_text["task"]) == ["task 1.0", "task 1.1", "task 2.0"]
+    assert joined.spec.source == "set 1 + set 2"
+    assert [part["note"] for part in joined.metadata["joined"]] == [1, 2]
+
+
+def test_arrays_on_disk_stay_there() -> None:
+    second = dataset((5,), 2)
+    second.arrays["state"] = MappedArray(second.arrays["state"], same, (3,), np.float32)
+    joined = join_datasets([dataset((3, 4), 1), second])
+    assert isinstance(joined.arrays["state"], LazyArray)
+    assert joined.arrays["state"][:][:, 0].tolist() == [1] * 7 + [2] * 5
+
+
+def test_executed_actions_of_those_without_are_their_actions() -> None:
+    executed = np.full((5, 2), 9, np.float32)
+    joined = join_datasets([dataset((3,), 1), dataset((5,), 2, executed_action=executed)])
+    assert joined.arrays["executed_action"][:, 0].tolist() == [1] * 3 + [9] * 5
+
+
+def test_weights_are_shares_of_control_steps() -> None:
+    mixed = mix_datasets([dataset((100, 100), 1), dataset((50,), 2)], (1, 3))
+    index = SegmentIndex(mixed.episode_ends, 10, weights=mixed.weights)
+    drawn = index.batch(0, range(4000), 4000)
+    assert np.mean(drawn.start >= 200) == pytest.approx(0.75, abs=0.03)
+    chosen = mixed.select([2, 0])
+    np.testing.assert_allclose(chosen.weights, mixed.weights[[2, 0]])
+
+
+@pytest.mark.parametrize(
+    ("second", "error", "message"),
+    [
+        (dataset((5,), 2, keys=("other",)), ShapeError, "no observation key in common"),
+        (dataset((5,), 2, width=4), ShapeError, r"'state' is float32 \(4,\) in b, float32 \(3,\) in a"),
+        (dataset((5,), 2, action_dim=3), ShapeError, "width 3 in b, 2 in a"),
+        (dataset((5,), 2, control_dt=0.05), ConfigError, r"0.05 s, a 0.1 s; resample"),
+    ],
+)
+def test_datasets_that_do_not_fit_together_are_refused(second, error, message) -> None:
+    with pytest.raises(error, match=message):
+        join_datasets([dataset((3,), 1), second], ["a", "b"])
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 0), (1, -1), (1, float("nan"))])
+def test_weights_must_be_positive_numbers(weights) -> None:
+    with pytest.raises(ConfigError, match="positive weights"):
+        mix_datasets([dataset((3,), 1), dataset((3,), 2)], weights)
