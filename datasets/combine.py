@@ -110,8 +110,8 @@ def _check_same(first: EpisodeDataset, first_name: str, data: EpisodeDataset, na
         )
     if abs(data.spec.control_dt / first.spec.control_dt - 1) > _SAME_RATE:
         raise ConfigError(
-            f"{name} has control_dt {data.spec.control_dt:g} s, {first_name} {first.spec.control_dt:g} s; only datasets "
-            "of one rate can be used together"
+            f"{name} has control_dt {data.spec.control_dt:g} s, {first_name} {first.spec.control_dt:g} s; datasets "
+            "that are used together must have one rate"
         )
 
 
