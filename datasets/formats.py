@@ -19,7 +19,7 @@ class ReadOptions:
         mask: only episodes in this list of the file (robomimic's mask/NAME); None = all.
         fill_missing: take Zarr chunks that are not there for fill values, as some writers mean it.
         cache: folder that keeps what was read from a remote store; None = nothing is kept.
-        check: refuse values that would spoil training (`EpisodeDataset.check`); validation looks for them itself.
+        check: refuse NaN and infinite values, and episodes of one step.
     """
 
     keys: Sequence[str] | None = None

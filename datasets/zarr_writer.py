@@ -49,11 +49,16 @@ class ZarrWriter:
 
     Without `overwrite` the store grows at `path` itself. With it the new store grows beside and takes the place of the
     old one when the block ends without an exception. If the block ends by an exception, the finished episodes are kept
-    (a new store without any is removed).
+    (a new store without any is removed), unless `whole` is set.
     """
 
     def __init__(
-        self, path: Path | str, spec: DatasetSpec, metadata: Mapping[str, Any] | None = None, overwrite: bool = False
+        self,
+        path: Path | str,
+        spec: DatasetSpec,
+        metadata: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        whole: bool = False,
     ) -> None:
         """Touches nothing yet.
 
@@ -62,6 +67,8 @@ class ZarrWriter:
             spec: of the episodes to come.
             metadata: about the whole, plain JSON types; `update_metadata` adds to it.
             overwrite: replace a store at `path`.
+            whole: all or nothing: the store grows beside, and is removed if the block ends by an exception. For copies,
+                which can be made again; a recording is worth keeping as far as it got.
 
         Raises:
             ConfigError: a key cannot be the name of an array, or its dtype is not stored.
@@ -71,7 +78,7 @@ class ZarrWriter:
         self.metadata = dict(metadata or {})
         self.num_episodes = 0
         self.num_steps = 0
-        self._overwrite = overwrite
+        self._overwrite, self._whole = overwrite, whole
         self._folder = self.path  # where the store grows
         self._group: zarr.Group | None = None
         self._extras: dict[str, ArraySpec] | None = None  # arrays that are no observations, known by the first episode
@@ -152,7 +159,7 @@ class ZarrWriter:
     ) -> None:
         """Keeps the finished episodes; after a block without exception a replaced store is swapped in."""
         self._group = None
-        if self.num_episodes == 0:
+        if self.num_episodes == 0 or (self._whole and error is not None):
             _remove(self._folder)
             return
         try:
@@ -168,13 +175,14 @@ class ZarrWriter:
 
     def _make_folder(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.exists() and not self.path.is_symlink():
+        exists = self.path.exists() or self.path.is_symlink()
+        if exists and not self._overwrite:
+            raise OutputError(f"{self.path} exists already; choose another path, or overwrite it with --overwrite")
+        if exists and not is_zarr_group(self.path):
+            raise OutputError(f"{self.path} is not a Zarr store and will not be replaced; choose another path")
+        if not exists and not self._whole:
             self.path.mkdir()
             return
-        if not self._overwrite:
-            raise OutputError(f"{self.path} exists already; choose another path, or overwrite it with --overwrite")
-        if not is_zarr_group(self.path):
-            raise OutputError(f"{self.path} is not a Zarr store and will not be replaced; choose another path")
         self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         self._folder.chmod(0o755)
 
@@ -270,7 +278,10 @@ def _remove(folder: Path) -> None:
 
 
 def _swap(new: Path, old: Path) -> None:
-    """Puts the folder `new` in the place of `old`."""
+    """Puts the folder `new` in the place of `old`, where something may be."""
+    if not old.exists():
+        new.rename(old)
+        return
     retired = Path(tempfile.mkdtemp(prefix=f".{old.name}.", dir=old.parent))
     old.rename(retired / old.name)
     try:

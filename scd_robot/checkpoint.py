@@ -230,7 +230,15 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 def _from_schema_1(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with what schema 2 added: transforms, and a history stride."""
-    nothing = {"rename": {}, "keys": [], "images": [], "rotations": [], "grippers": [], "chunk": "absolute"}
+    nothing = {
+        "rename": {},
+        "keys": [],
+        "flatten": [],
+        "images": [],
+        "rotations": [],
+        "grippers": [],
+        "chunk": "absolute",
+    }
     return {**config, "model": {"history_stride": 1, **config["model"]}, "transforms": {**nothing, "chunk_parts": []}}
 
 

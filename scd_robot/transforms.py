@@ -1,8 +1,8 @@
 """Changes between what was recorded and what the model sees, each with its inverse. They are part of a checkpoint.
 
-Order: keys are renamed and chosen, images cropped and resized, rotations converted, grippers mapped; then actions are
-expressed relative to the present state, chunk by chunk; then everything is normalised. The policy undoes the steps on
-actions in reverse, so that a robot gets actions as they were recorded.
+Order: keys are renamed and chosen, small arrays flattened, images cropped and resized, rotations converted, grippers
+mapped; then actions are expressed relative to the present state, chunk by chunk; then everything is normalised. The
+policy undoes the steps on actions in reverse, so that a robot gets actions as they were recorded.
 
 Shapes: (..., Do) and (..., Da) any batch axes; L actions of a chunk; H W C image.
 """
@@ -130,6 +130,7 @@ class TransformConfig:
     Attributes:
         rename: the recording's observation key -> the model's.
         keys: observation keys (after renaming) for the model; empty = what the preset takes.
+        flatten: keys (after renaming) of small arrays, key points (9, 2) for example, that become vectors.
         images: on images.
         rotations: on observations and actions.
         grippers: on observations and actions.
@@ -141,6 +142,7 @@ class TransformConfig:
 
     rename: dict[str, str] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    flatten: tuple[str, ...] = ()
     images: tuple[ImageStep, ...] = ()
     rotations: tuple[RotationStep, ...] = ()
     grippers: tuple[GripperStep, ...] = ()
@@ -189,7 +191,7 @@ class Transforms:
                 raise UnknownNameError("observation key", key, names)
         self._sources = {key: names[key] for key in config.keys or names}
         steps = (*config.images, *config.rotations, *config.grippers)
-        for key in [step.key for step in steps] + [part.key for part in config.chunk_parts]:
+        for key in [*config.flatten, *(step.key for step in steps), *(part.key for part in config.chunk_parts)]:
             if key not in self._sources and key != ACTION:
                 raise UnknownNameError("key of a transform", key, [*self._sources, ACTION])
         specs = {key: recorded.observation[source] for key, source in self._sources.items()}
@@ -211,6 +213,8 @@ class Transforms:
 
     def convert(self, key: str, x: Array) -> Array:
         """One array (..., Do) or (..., H, W, C), `key` as the model calls it or "action"."""
+        if key in self.config.flatten:
+            x = x.reshape(*x.shape[: x.ndim - len(self.recorded.observation[self._sources[key]].shape)], -1)
         for image in self.config.images:
             if image.key == key:
                 x = crop_and_resize(x, image.crop, image.size)
@@ -250,7 +254,7 @@ class Transforms:
         return undo_relative_chunk(actions, state, self.config, self.spec.control_dt)
 
     def _spec_after(self, key: str, spec: ArraySpec) -> ArraySpec:
-        shape = spec.shape
+        shape = spec.shape if key not in self.config.flatten else (int(np.prod(spec.shape)),)
         for image in self.config.images:
             if image.key == key:
                 if len(shape) != 3:

@@ -42,6 +42,15 @@ def test_keys_are_renamed_and_chosen():
     np.testing.assert_array_equal(transforms.observation({"pose": x, "other": x})["proprio"], x)
 
 
+def test_small_arrays_become_vectors():
+    spec = DatasetSpec({"keypoint": ArraySpec((9, 2))}, action_dim=2, control_dt=0.1)
+    transforms = Transforms(TransformConfig(flatten=("keypoint",)), spec)
+    assert transforms.spec.observation == {"keypoint": ArraySpec((18,))}
+    x = np.arange(36.0).reshape(2, 9, 2)
+    np.testing.assert_array_equal(transforms.observation({"keypoint": x})["keypoint"], np.arange(36).reshape(2, 18))
+    np.testing.assert_array_equal(transforms.observation({"keypoint": x[1]})["keypoint"], np.arange(18, 36))
+
+
 def test_rotation_and_gripper_on_explicit_numbers():
     config = TransformConfig(
         rotations=(RotationStep("pose", 3, "quat_xyzw"), RotationStep("action", 3, "axis_angle")),

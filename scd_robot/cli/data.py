@@ -5,6 +5,8 @@ from typing import Annotated
 
 import tyro
 
+from scd_robot.datasets.formats import ReadOptions
+
 __all__ = ["info", "record"]
 
 
@@ -66,25 +68,35 @@ def record(
 
 
 def info(
-    path: Annotated[Path, tyro.conf.Positional],
+    path: Annotated[str, tyro.conf.Positional],
     /,
     *,
-    keys: list[str] | None = None,
+    read: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions(),  # noqa: B008 - frozen
+    plot: Path | None = None,
     json: Path | None = None,
 ) -> None:
     """Checks a dataset and shows what it holds: episodes, lengths, keys, shapes, and the range of each dimension.
 
     Args:
-        path: the dataset, a Zarr folder as `scd data record` or diffusion_policy writes it.
-        keys: observation keys to look at; by default all (images are loaded into memory).
+        path: dataset of any known format: a Zarr store of ours or of diffusion_policy (folder, .zip, or an address such
+            as s3://bucket/name.zarr), robomimic or robosuite HDF5, LeRobot v2.0 to v3.0.
+        read: what to read of it.
+        plot: write pictures into this folder: traces of actions and states, histograms, episode lengths, frames.
         json: write the description to this file too ("-": standard output).
     """
     from scd_robot.datasets.open import open_dataset
     from scd_robot.datasets.summary import describe, format_description
     from scd_robot.output import write_json
 
-    description = describe(open_dataset(path, keys))
+    dataset = open_dataset(path, **vars(read))
+    description = describe(dataset)
+    if plot is not None:
+        from scd_robot.datasets.plots import plot_dataset
+
+        description["pictures"] = [str(picture) for picture in plot_dataset(dataset, plot)]
     if json is not None:
         write_json(json, description)
     if str(json) != "-":
         print(format_description(description))
+        if plot is not None:
+            print(f"\n{len(description['pictures'])} pictures in {plot}")

@@ -59,7 +59,7 @@ def demo(
 
     _say(2, "training a separable causal diffusion policy", "five to ten minutes on two cores; the bar tells")
     resume = any((run / "checkpoints").glob("step_*"))
-    train("metaworld_state", dataset=store, out=run, max_steps=max_steps, seed=seed, resume=resume)
+    train("metaworld_state", dataset=[str(store)], out=run, max_steps=max_steps, seed=seed, resume=resume)
     stages["train_s"] = time.monotonic() - started - stages["record_s"]
 
     _say(3, f"evaluating it over {episodes} episodes that start where no demonstration did", "about a minute")

@@ -1,8 +1,8 @@
 """The program `scd`: finds the verb, lets tyro parse its options, and turns errors into exit codes.
 
 Each verb is one typed function in a module of its own: its signature and docstring become the options and their help,
-it returns nothing, and it raises an `ScdRobotError` for what the user can mend. Only the called verb's module is
-imported, so that `scd --help` answers at once.
+it returns nothing (or an exit code), and it raises an `ScdRobotError` for what the user can mend. Only the called
+verb's module is imported, so that `scd --help` answers at once.
 """
 
 import errno
@@ -37,7 +37,8 @@ a first run, about as 'scd demo' does it:
   scd eval runs/push --env metaworld/push-v3 --episodes 50 --out runs/push-eval
 
 exit codes:
-  0 done, 2 bad usage or input (one sentence says what), 1 a bug of ours (with its traceback), 130 interrupted"""
+  0 done, 2 bad usage or input (one sentence says what), 1 a bug of ours (with its traceback; from 'scd data validate':
+  something would spoil training), 130 interrupted"""
 
 # What to do about the operating system's refusals; any other OSError is taken for a bug.
 FILE_HINTS = {
@@ -70,7 +71,13 @@ class Verb:
 VERBS = {
     "demo": Verb("scd_robot.cli.demo", "demo", "record, train and evaluate one task, then show the report"),
     "data record": Verb("scd_robot.cli.data", "record", "record demonstrations of a simulator's scripted expert"),
-    "data info": Verb("scd_robot.cli.data", "info", "what a dataset holds: episodes, keys, shapes, ranges"),
+    "data info": Verb("scd_robot.cli.data", "info", "what a dataset holds: episodes, keys, shapes, ranges, pictures"),
+    "data validate": Verb("scd_robot.cli.data_check", "validate", "look for what would spoil training"),
+    "data replay": Verb("scd_robot.cli.data_check", "replay", "replay a dataset's actions in the simulator"),
+    "data convert": Verb("scd_robot.cli.data_edit", "convert", "copy a dataset into another format"),
+    "data merge": Verb("scd_robot.cli.data_edit", "merge", "several datasets into one"),
+    "data split": Verb("scd_robot.cli.data_edit", "split", "deal episodes out to several datasets"),
+    "data filter": Verb("scd_robot.cli.data_edit", "filter_episodes", "copy episodes that meet conditions"),
     "train": Verb("scd_robot.cli.train", "train", "train a policy on a dataset, or continue an interrupted run"),
     "eval": Verb("scd_robot.cli.evaluate", "evaluate", "run a checkpoint in closed loop: success rate, times, report"),
     "info": Verb("scd_robot.cli.checkpoint_info", "info", "what a checkpoint holds: sizes, dataset, metrics, versions"),
@@ -150,10 +157,10 @@ def run_verb(name: str, arguments: Sequence[str]) -> int:
 
     function = getattr(importlib.import_module(VERBS[name].module), VERBS[name].function)
     try:
-        tyro.cli(function, prog=f"scd {name}", args=list(arguments))
+        code = tyro.cli(function, prog=f"scd {name}", args=list(arguments))
     except SystemExit as stop:  # tyro has shown the help (0) or what is wrong with the options (2)
         return stop.code if isinstance(stop.code, int) else EXIT_BAD_INPUT
-    return EXIT_DONE
+    return EXIT_DONE if code is None else int(code)
 
 
 def help_text(group: str = "") -> str:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from scd_robot.datasets.formats import ReadOptions
+
 __all__ = ["train"]
 
 logger = logging.getLogger(__name__)
@@ -16,8 +18,11 @@ def train(
     preset: Annotated[str, tyro.conf.Positional],
     /,
     *,
-    dataset: Path,
+    dataset: list[str],
+    weights: list[float] | None = None,
     out: Path,
+    read: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions(),  # noqa: B008 - frozen
+    transforms: Path | None = None,
     max_steps: int | None = None,
     seed: int | None = None,
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
@@ -41,8 +46,13 @@ def train(
 
     Args:
         preset: named experiment, for example metaworld_state; or the config.json of a checkpoint, to run it again.
-        dataset: folder of the dataset; widths of observations and actions are taken from it.
+        dataset: dataset of any known format (see 'scd data info --help'), or several, which are then mixed; widths of
+            observations and actions are taken from it.
+        weights: with several datasets, the share of control steps that each supplies, in any unit; by default by size.
         out: folder of the run.
+        read: what to read of the datasets.
+        transforms: JSON file with what to do between the recording and the model: rename, images, rotations, grippers,
+            chunk (docs/data.md); by default the preset's.
         max_steps: optimiser steps; by default the preset's.
         seed: keys every random draw; by default the preset's.
         settings: settings that replace the preset's, as FIELD=VALUE: training.learning_rate=3e-4 model.history_length=1
@@ -61,7 +71,6 @@ def train(
         json: write the summary to this file too ("-": standard output).
     """
     from scd_robot.cli.threads import use_training_threads
-    from scd_robot.datasets import open_dataset
     from scd_robot.errors import ConfigError
     from scd_robot.output import check_target, write_json
     from scd_robot.presets import resolve, with_settings
@@ -71,13 +80,14 @@ def train(
         raise ConfigError("evaluation while training needs both --eval-env and --eval-every")
     if json is not None:
         check_target(json)
-    data = open_dataset(dataset)
+    data = _open(dataset, weights, read)
     given = list(settings)
     given += [] if max_steps is None else [f"training.max_steps={max_steps}"]
     given += [] if seed is None else [f"training.seed={seed}"]
-    experiment = with_settings(resolve(preset, data.spec), given)
+    experiment = with_settings(resolve(preset, data.spec, _read_transforms(transforms)), given)
     count = use_training_threads(threads)
-    logger.info("training %s on %s, %d steps, %d threads", preset, dataset, experiment.training.max_steps, count)
+    name = " + ".join(dataset)
+    logger.info("training %s on %s, %d steps, %d threads", preset, name, experiment.training.max_steps, count)
     summary = run(
         data,
         experiment,
@@ -101,6 +111,33 @@ def train(
         print(f"{summary['checkpoint']}: {summary['steps']} steps in {summary['seconds']:.0f} s{held_out}")
     if json is not None:
         write_json(json, summary)
+
+
+def _open(paths: list[str], weights: list[float] | None, read: ReadOptions) -> Any:
+    """One `EpisodeDataset`."""
+    from scd_robot.datasets import open_dataset
+    from scd_robot.datasets.combine import join_datasets, mix_datasets
+
+    datasets = [open_dataset(path, **vars(read)) for path in paths]
+    return join_datasets(datasets, paths) if weights is None else mix_datasets(datasets, weights, paths)
+
+
+def _read_transforms(path: Path | None) -> Any:
+    """A `TransformConfig`, of which the file may leave out fields; None without a file."""
+    import json
+
+    from scd_robot.config import from_json, to_json
+    from scd_robot.errors import ConfigError
+    from scd_robot.transforms import TransformConfig
+
+    if path is None:
+        return None
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the transforms {path}: {error}") from error
+    defaults = to_json(TransformConfig())
+    return from_json(TransformConfig, {**defaults, **given} if isinstance(given, dict) else given, str(path))
 
 
 def _evaluation(environment: str, episodes: int) -> Callable[[Any], dict[str, float]]:

@@ -1,0 +1,202 @@
+"""The verbs `scd data convert`, `merge`, `split` and `filter`: they write new datasets and never change old ones."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from scd_robot.datasets.formats import ReadOptions
+
+__all__ = ["convert", "filter_episodes", "merge", "split"]
+
+Options = Annotated[ReadOptions, tyro.conf.arg(name="")]
+OutputFormat = Literal["zarr", "robomimic", "lerobot"]
+
+
+def convert(
+    source: Annotated[str, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    to: OutputFormat | None = None,
+    read: Options = ReadOptions(),  # noqa: B008 - frozen
+    cameras: list[str] | None = None,
+    image_size: tuple[int, int] = (84, 84),
+    overwrite: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Copies a dataset into another format: a Zarr store of ours, robomimic HDF5, or LeRobot v3.0.
+
+    Numbers are copied exactly (as float32), images too, except that LeRobot's are compressed as video. A raw robosuite
+    recording holds simulator states only: give --cameras to set each of them in robosuite and record observations and
+    images.
+
+    Args:
+        source: dataset of any known format.
+        target: the new dataset; its name tells the format: NAME.zarr, NAME.hdf5, or a folder with --to lerobot.
+        to: format of the target, where its name does not tell.
+        read: what to read of the source.
+        cameras: of robosuite, for a raw robosuite recording ("agentview", "robot0_eye_in_hand", or "none").
+        image_size: height and width of those images [pixel].
+        overwrite: replace a dataset at TARGET, once the new one is complete.
+        json: write the summary to this file too ("-": standard output).
+    """
+    from scd_robot.datasets import open_dataset
+
+    format_name = to or format_of(target)
+    dataset = open_dataset(source, **vars(read))
+    if cameras is not None:
+        from scd_robot.recording import observe_states
+
+        wanted = tuple(name for name in cameras if name != "none")
+        dataset = observe_states(dataset, cameras=wanted, height=image_size[0], width=image_size[1])
+    finish(write(dataset, target, format_name, overwrite), json)
+
+
+def merge(
+    sources: Annotated[list[str], tyro.conf.Positional],
+    /,
+    *,
+    out: Path,
+    read: Options = ReadOptions(),  # noqa: B008 - frozen
+    overwrite: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Writes the episodes of several datasets, one after the other, into one Zarr store.
+
+    Observation keys that not all of them have are left out, and the log says which.
+
+    Args:
+        sources: datasets of any known formats, of one robot and one rate.
+        out: the new store.
+        read: what to read of each source.
+        overwrite: replace a store at OUT, once the new one is complete.
+        json: write the summary to this file too ("-": standard output).
+    """
+    from scd_robot.datasets import open_dataset
+    from scd_robot.datasets.combine import join_datasets
+
+    joined = join_datasets([open_dataset(source, **vars(read)) for source in sources], sources)
+    finish(write(joined, out, "zarr", overwrite), json)
+
+
+def split(
+    source: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    out: list[Path],
+    shares: list[float],
+    seed: int = 0,
+    read: Options = ReadOptions(),  # noqa: B008 - frozen
+    overwrite: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Deals the episodes of a dataset out to several Zarr stores, at random.
+
+    Args:
+        source: dataset of any known format.
+        out: the new stores.
+        shares: of the episodes, one per store; they need not sum to 1.
+        seed: of the dealing.
+        read: what to read of the source.
+        overwrite: replace stores at OUT, each once the new one is complete.
+        json: write the summaries to this file too ("-": standard output).
+    """
+    from scd_robot.datasets import open_dataset
+    from scd_robot.datasets.convert import deal_episodes
+    from scd_robot.output import write_json
+
+    dataset = open_dataset(source, **vars(read))
+    parts = deal_episodes(dataset.num_episodes, shares, len(out), seed)
+    summaries = [write(dataset.select(part), path, "zarr", overwrite) for part, path in zip(parts, out, strict=True)]
+    if json is not None:
+        write_json(json, summaries)
+    if str(json) != "-":
+        for summary in summaries:
+            print(describe_summary(summary))
+
+
+def filter_episodes(
+    source: Annotated[str, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    episodes: list[str] | None = None,
+    drop: list[str] | None = None,
+    success: bool = False,
+    min_length: int = 2,
+    max_length: int | None = None,
+    read: Options = ReadOptions(),  # noqa: B008 - frozen
+    overwrite: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Copies some episodes of a dataset into a Zarr store: those that meet all conditions given.
+
+    Args:
+        source: dataset of any known format.
+        target: the new store.
+        episodes: numbers to keep: 3, 5-9 (both included), 20- (to the last).
+        drop: numbers to leave out, given likewise.
+        success: only those that succeeded, by what the recording says of it.
+        min_length: fewest control steps.
+        max_length: most control steps.
+        read: what to read of the source; --mask keeps the episodes of a list in the file.
+        overwrite: replace a store at TARGET, once the new one is complete.
+        json: write the summary to this file too ("-": standard output).
+    """
+    import numpy as np
+
+    from scd_robot.datasets import open_dataset
+    from scd_robot.datasets.convert import episode_success, parse_episodes
+
+    dataset = open_dataset(source, **vars(read))
+    lengths = dataset.episode_lengths
+    keep = (lengths >= min_length) & (lengths <= (max_length or lengths.max()))
+    if episodes is not None:
+        keep &= np.isin(np.arange(len(lengths)), parse_episodes(episodes, len(lengths)))
+    if drop is not None:
+        keep &= ~np.isin(np.arange(len(lengths)), parse_episodes(drop, len(lengths)))
+    if success:
+        keep &= episode_success(dataset)
+    finish(write(dataset.select(keep), target, "zarr", overwrite), json)
+
+
+def format_of(target: Path) -> OutputFormat:
+    """The format that a path's ending tells.
+
+    Raises:
+        ConfigError: none.
+    """
+    from scd_robot.errors import ConfigError
+
+    endings: dict[str, OutputFormat] = {".zarr": "zarr", ".hdf5": "robomimic", ".h5": "robomimic"}
+    if target.suffix not in endings:
+        raise ConfigError(f"the name {target.name!r} does not tell a format; end it in .zarr or .hdf5, or give --to")
+    return endings[target.suffix]
+
+
+def write(dataset: Any, target: Path, format_name: OutputFormat, overwrite: bool) -> dict[str, Any]:
+    """Writes an `EpisodeDataset` and returns the writer's summary."""
+    if format_name == "zarr":
+        from scd_robot.datasets.convert import write_zarr as write_it
+    elif format_name == "robomimic":
+        from scd_robot.datasets.robomimic_writer import write_robomimic as write_it
+    else:
+        from scd_robot.datasets.lerobot_writer import write_lerobot as write_it
+    summary: dict[str, Any] = write_it(dataset, target, overwrite=overwrite)
+    return summary
+
+
+def finish(summary: dict[str, Any], json: Path | None) -> None:
+    """Tells what was written."""
+    from scd_robot.output import write_json
+
+    if json is not None:
+        write_json(json, summary)
+    if str(json) != "-":
+        print(describe_summary(summary))
+
+
+def describe_summary(summary: dict[str, Any]) -> str:
+    """One line."""
+    return f"{summary['path']}: {summary['episodes']} episodes, {summary['steps']} steps"
