@@ -103,8 +103,8 @@ class SegmentIndex:
         counts = -(-(self._ends - self._starts) // segment_length)
         self._episode = np.repeat(np.arange(len(chosen)), counts)
         self._is_first = np.diff(self._episode, prepend=-1) != 0
-        self._shuffled: tuple[int, IntArray] | None = None
         self._stride = stride
+        self._epochs: dict[int, tuple[IntArray, NDArray[np.float64]]] = {}
         self._cumulative: NDArray[np.float64] | None = None
         if weights is not None:
             steps = (self._ends - self._starts) / counts
@@ -122,38 +122,44 @@ class SegmentIndex:
             samples: which samples of the global batch, e.g. those of one device.
             batch_size: size of the global batch.
         """
-        return self._segments([divmod(step * batch_size + sample, len(self)) for sample in samples])
-
-    def ordered(self, samples: range) -> SegmentBatch:
-        """Segments in the order of the dataset, for validation."""
-        return self._segments([(-1, sample) for sample in samples])
-
-    def _segments(self, picks: list[tuple[int, int]]) -> SegmentBatch:
-        number = np.array([i if epoch < 0 else self._pick(epoch, i) for epoch, i in picks], np.int64)
-        episode = self._episode[number]
+        number = step * batch_size + np.arange(samples.start, samples.stop)
+        epoch, place = np.divmod(number, len(self))
+        segment, draw = np.empty_like(number), np.empty(len(number))
+        for present in range(int(epoch[0]), int(epoch[-1]) + 1):
+            rows = epoch == present
+            order, draws = self._epoch(present)
+            segment[rows], draw[rows] = order[place[rows]], draws[place[rows]]
+        episode = self._episode[segment]
         first, end = self._starts[episode], self._ends[episode]
-        start = first.copy()
-        for row, (epoch, i) in enumerate(picks):
-            slack = end[row] - first[row] - self._segment_length
-            # With weights a segment comes more than once per epoch, each time from another start.
-            key = (SEGMENT_START, self._seed, epoch + 1, int(number[row]) if self._cumulative is None else i)
-            if slack > 0 and not self._is_first[number[row]]:
-                start[row] += min(slack, keyed_rng(*key).integers(slack + self._segment_length // 2 + 1))
-            elif self._stride > 1 and epoch >= 0:
-                start[row] += keyed_rng(*key).integers(min(self._stride, end[row] - first[row]))
+        slack = np.maximum(end - first - self._segment_length, 0)
+        inside = np.minimum(slack, (draw * (slack + self._segment_length // 2 + 1)).astype(np.int64))
+        phase = (draw * np.minimum(self._stride, end - first)).astype(np.int64)
+        start = first + np.where((slack > 0) & ~self._is_first[segment], inside, phase)
         return SegmentBatch(start, np.minimum(end, start + self._segment_length), first, end, self._stride)
 
-    def _pick(self, epoch: int, i: int) -> int:
-        """Number of the segment that is the `i`-th of an epoch."""
-        if self._cumulative is None:
-            return int(self._order(epoch)[i])
-        draw = keyed_rng(SEGMENT_ORDER, self._seed, epoch, i).random()
-        return int(np.searchsorted(self._cumulative, draw, side="right"))
+    def ordered(self, samples: range) -> SegmentBatch:
+        """Segments in the order of the dataset, for validation; those of a long episode evenly spaced."""
+        segment = np.arange(samples.start, samples.stop)
+        episode = self._episode[segment]
+        first, end = self._starts[episode], self._ends[episode]
+        count = np.bincount(self._episode)[episode]
+        place = segment - np.searchsorted(self._episode, episode)
+        slack = np.maximum(end - first - self._segment_length, 0)
+        start = first + slack * place // np.maximum(count - 1, 1)
+        return SegmentBatch(start, np.minimum(end, start + self._segment_length), first, end, self._stride)
 
-    def _order(self, epoch: int) -> IntArray:
-        if self._shuffled is None or self._shuffled[0] != epoch:
-            self._shuffled = (epoch, keyed_rng(SEGMENT_ORDER, self._seed, epoch).permutation(len(self)))
-        return self._shuffled[1]
+    def _epoch(self, epoch: int) -> tuple[IntArray, NDArray[np.float64]]:
+        """Of an epoch's samples the segments, and a number in [0, 1) each that its start follows from."""
+        if epoch not in self._epochs:
+            for old in [known for known in self._epochs if known < epoch - 1]:
+                del self._epochs[old]
+            rng = keyed_rng(SEGMENT_ORDER, self._seed, epoch)
+            if self._cumulative is None:
+                order = rng.permutation(len(self))
+            else:
+                order = np.searchsorted(self._cumulative, rng.random(len(self)), side="right")
+            self._epochs[epoch] = (order, keyed_rng(SEGMENT_START, self._seed, epoch).random(len(self)))
+        return self._epochs[epoch]
 
 
 def split_episodes(num_episodes: int, held_out: float, seed: int = 0) -> tuple[IntArray, IntArray]:

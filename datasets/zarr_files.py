@@ -223,24 +223,26 @@ class PlainChunks:
         for number in range(rows.start // size, -(-rows.stop // size)):
             first = number * size
             low, high = max(rows.start, first), min(rows.stop, first + size)
-            part = out[low - rows.start : high - rows.start]
-            if high - low == size:
-                self._decode(number, part)
-            else:
-                whole = np.empty(self.chunk_shape, self.dtype)
-                self._decode(number, whole)
-                part[:] = whole[low - first : high - first]
+            file = self.folder / ".".join([str(number)] + ["0"] * (len(self.chunk_shape) - 1))
+            self._read(file, low - first, out[low - rows.start : high - rows.start])
         return out
 
-    def _decode(self, number: int, out: NDArray[Any]) -> None:
-        """A chunk's rows into `out`; a file that holds other bytes than these is damaged."""
-        file = self.folder / ".".join([str(number)] + ["0"] * (len(self.chunk_shape) - 1))
-        raw = file.read_bytes()
-        decoded = raw if self.codec is None else self.codec.decode(raw)
-        values = np.frombuffer(decoded, self.dtype)
-        if values.size != out.size:
-            raise DatasetError(f"{file} holds {values.size} values, its chunk has {out.size}; damaged")
-        out[:] = values.reshape(out.shape)
+    def _read(self, file: Path, skipped: int, out: NDArray[Any]) -> None:
+        """Rows of a chunk into `out`, but for the first `skipped`; a file that holds too little is damaged."""
+        row_bytes = out.nbytes // len(out)
+        expected = self.chunk_shape[0] * row_bytes
+        if self.codec is None:
+            with file.open("rb", buffering=0) as raw:
+                found = os.fstat(raw.fileno()).st_size
+                raw.seek(skipped * row_bytes)
+                found -= out.nbytes - raw.readinto(memoryview(out).cast("B"))
+        else:
+            decoded = np.frombuffer(self.codec.decode(file.read_bytes()), np.uint8)
+            found = decoded.size
+            if found == expected:
+                out[:] = decoded.view(self.dtype).reshape(self.chunk_shape)[skipped : skipped + len(out)]
+        if found != expected:
+            raise DatasetError(f"{file} holds {found} bytes, its chunk has {expected}; damaged")
 
 
 def read_ends(files: ZarrFiles, unfinished: bool) -> NDArray[np.int64]:

@@ -8,6 +8,8 @@
     meta/text_NAME_ends      (E,) int64, cumulative
     attribute `scd_robot`    schema number, specification, metadata
 
+Chunks are compressed by blosc's zstd, but for images that do not shrink to a quarter or less.
+
 An episode exists once its end stands in `episode_ends`, which is written last; each file is written beside and renamed
 (by zarr, since 3.1.3). So whatever kills a recording, the store opens and holds the finished episodes.
 """
@@ -42,6 +44,7 @@ SCHEMA = 1
 
 _CHUNK_BYTES = 1 << 20
 _CHUNK_ROWS = 4096
+_WORTHWHILE = 4  # times that images must shrink to be compressed
 
 
 class ZarrWriter:
@@ -203,7 +206,7 @@ class ZarrWriter:
                 shape=(0, *rows.shape[1:]),
                 chunks=(max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // row_bytes)), *rows.shape[1:]),
                 dtype=rows.dtype,
-                compressors=Blosc(cname="zstd", clevel=5, shuffle=Blosc.SHUFFLE),
+                compressors=_choose_codec(rows),
                 fill_value=fill,
                 config={"write_empty_chunks": True},
             )
@@ -249,6 +252,15 @@ class ZarrWriter:
                 rows = self._text_ends[name.removeprefix("meta/text_")][self.num_episodes]
             if array.shape[0] > rows:
                 array.resize((rows, *array.shape[1:]))
+
+
+def _choose_codec(rows: NDArray[Any]) -> Blosc | None:
+    """None for images that hardly shrink: a camera's would be read several times as slowly, to save little."""
+    codec = Blosc(cname="zstd", clevel=5, shuffle=Blosc.SHUFFLE)
+    if rows.dtype != np.uint8 or rows.ndim < 3 or not rows.size:
+        return codec
+    some = np.ascontiguousarray(rows[: max(1, _CHUNK_BYTES * len(rows) // rows.nbytes)])
+    return codec if _WORTHWHILE * len(codec.encode(some)) <= some.nbytes else None
 
 
 def _check_name(key: str) -> None:

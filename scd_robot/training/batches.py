@@ -7,7 +7,7 @@ Shapes: B segments, T encoder steps (longest segment), k past actions, Ta chunk 
 draws, Da action width, K context tokens, D width.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from scd_robot.datasets import ACTION, PRESENT, EpisodeDataset
-from scd_robot.datasets.lazy import LazyArray, RowArray
+from scd_robot.datasets import EpisodeDataset
 from scd_robot.datasets.windows import SegmentBatch, SegmentIndex
 from scd_robot.diffusion import sample_flow_time
 from scd_robot.errors import ConfigError
 from scd_robot.seeding import TRAINING_DRAW, VALIDATION_DRAW, keyed_rng
 from scd_robot.training.config import ExperimentConfig
-from scd_robot.transforms import relative_chunk
+from scd_robot.training.segments import SegmentReader, Segments
 
 __all__ = ["Draws", "EpochSampler", "SegmentDataset", "TrainingBatch"]
 
@@ -55,26 +54,14 @@ class Draws:
 
 @dataclass
 class TrainingBatch:
-    """Segments after the experiment's transforms, not normalised.
+    """What one training step learns from.
 
     Attributes:
-        observation: (B, T, ...) by key; steps past a segment's end repeat its last one.
-        present: (B, T) bool by key, for keys that are absent in some steps; empty where all are there.
-        step_valid: (B, T) bool, False past a segment's end.
-        label: (B, M, L, Da) actions around each position, as the chunk has them.
-        executed: (B, M, L, Da) what was really executed then.
-        action_valid: (B, M, L) bool, False outside the episode: no data.
-        past_action: (B, T, Da) executed one control step before each, or (0, T, Da) where the model does not read it.
+        segments: recorded data.
         draws: the random quantities.
     """
 
-    observation: dict[str, Tensor]
-    present: dict[str, Tensor]
-    step_valid: Tensor
-    label: Tensor
-    executed: Tensor
-    action_valid: Tensor
-    past_action: Tensor
+    segments: Segments
     draws: Draws
 
 
@@ -100,25 +87,28 @@ class SegmentDataset(Dataset[TrainingBatch]):
         world_size: int = 1,
         validation: bool = False,
     ) -> None:
-        training = experiment.training
+        training, model = experiment.training, experiment.model
         if training.batch_size % world_size:
             raise ConfigError(f"batch_size {training.batch_size} is not a multiple of the {world_size} devices")
         self._experiment, self._validation = experiment, validation
-        self._control_dt = data.spec.control_dt
         self._index = SegmentIndex(
             data.episode_ends,
             training.segment_length,
             episodes,
             training.seed,
-            experiment.model.history_stride,
+            model.history_stride,
             None if validation else data.weights,
         )
         share = training.batch_size // world_size
         self._samples = range(rank * share, (rank + 1) * share)
-        self._observation = {key: data.arrays[key] for key in experiment.model.observation_shapes}
-        self._action, self._executed = data.arrays[ACTION], data.executed()
-        self._states = {part.key: data.arrays[part.key] for part in experiment.transforms.chunk_parts}
-        self._present = {key: data.arrays[PRESENT + key] for key in self._observation if PRESENT + key in data.arrays}
+        self._reader = SegmentReader(
+            data,
+            list(model.observation_shapes),
+            model.num_past_actions,
+            model.chunk_length,
+            model.past_action_input != "none",
+            experiment.transforms,
+        )
 
     def __len__(self) -> int:
         if not self._validation:
@@ -136,38 +126,8 @@ class SegmentDataset(Dataset[TrainingBatch]):
         else:
             segments = self._index.batch(step, self._samples, size)
             keys = [(TRAINING_DRAW, training_seed, step, sample) for sample in self._samples]
-        return self._assemble(segments, self._draw(segments, keys))
-
-    def _assemble(self, segments: SegmentBatch, draws: Draws) -> TrainingBatch:
-        model, transforms = self._experiment.model, self._experiment.transforms
-        steps, step_valid = segments.steps()
-        observation = {key: _gather(value, steps) for key, value in self._observation.items()}
-        position = draws.position.numpy()
-        around, inside = segments.steps_around(position, model.num_past_actions, model.chunk_length)
-        label, executed = _gather(self._action, around), _gather(self._executed, around)
-        reads_past = model.past_action_input != "none"
-        past = _gather(self._executed, segments.before(steps) if reads_past else steps[:0])
-        if transforms.chunk_parts:
-            state = {key: value[steps] for key, value in self._states.items()}
-            at = {key: np.take_along_axis(value, position[..., None], axis=1) for key, value in state.items()}
-            label, executed = (self._relative(x, at) for x in (label, executed))
-            if reads_past:
-                past = self._relative(past[:, :, None], state)[:, :, 0]
-        return TrainingBatch(
-            observation=observation,
-            present={key: torch.from_numpy(value[steps] != 0) for key, value in self._present.items()},
-            step_valid=torch.from_numpy(step_valid),
-            label=label,
-            executed=executed,
-            action_valid=torch.from_numpy(inside),
-            past_action=past,
-            draws=draws,
-        )
-
-    def _relative(self, actions: Tensor, state: Mapping[str, NDArray[np.float32]]) -> Tensor:
-        """Actions (..., L, Da) relative to the state (..., Do) by key."""
-        relative = relative_chunk(actions.numpy(), state, self._experiment.transforms, self._control_dt)
-        return torch.from_numpy(relative.astype(np.float32, copy=False))
+        draws = self._draw(segments, keys)
+        return TrainingBatch(self._reader.read(segments, draws.position.numpy()), draws)
 
     def _draw(self, segments: SegmentBatch, keys: list[tuple[int, int, int, int]]) -> Draws:
         model, training = self._experiment.model, self._experiment.training
@@ -203,14 +163,6 @@ class SegmentDataset(Dataset[TrainingBatch]):
                 past_noise[i, :steps_here] = rng.standard_normal((steps_here, model.action_dim), np.float32)
         fields = (stream, position, position_valid, flow_time, noise, corruption, past_noise, delay)
         return Draws(*(torch.from_numpy(x) for x in fields))
-
-
-def _gather(array: RowArray, index: NDArray[np.int64]) -> Tensor:
-    """Rows (..., *) at `index` (...): torch's index_select takes them from memory faster than indexing does."""
-    if isinstance(array, LazyArray):
-        return torch.from_numpy(array[index])
-    rows = torch.from_numpy(array).index_select(0, torch.from_numpy(index).reshape(-1))
-    return rows.reshape(*index.shape, *array.shape[1:])
 
 
 class EpochSampler(Sampler[int]):

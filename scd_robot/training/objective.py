@@ -38,13 +38,14 @@ class DecoderSamples:
 
 def encode_batch(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) -> Tensor:
     """Contexts (B, T, K, D) of all steps, with teacher forcing."""
-    observation = {key: normalizer.normalize(key, batch.observation[key].float()) for key in batch.observation}
+    segments = batch.segments
+    observation = {key: normalizer.normalize(key, value.float()) for key, value in segments.observation.items()}
     past_action = None
     if model.config.past_action_input != "none":
-        past_action = normalizer.normalize("action", batch.past_action)
+        past_action = normalizer.normalize("action", segments.past_action)
         if model.config.past_action_input == "noised" and model.training:
             past_action = past_action + model.config.past_action_noise * batch.draws.past_action_noise
-    return model.encode(observation, past_action, present=batch.present or None, stream=batch.draws.stream)
+    return model.encode(observation, past_action, present=segments.present or None, stream=batch.draws.stream)
 
 
 def select_samples(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) -> DecoderSamples:
@@ -53,12 +54,12 @@ def select_samples(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch
     context = encode_batch(model, normalizer, batch)
     past, copies = config.num_past_actions, draws.flow_time.shape[2]
     offset = torch.arange(-past, config.chunk_length, device=context.device)
-    executed = normalizer.normalize("action", batch.executed)
-    label = normalizer.normalize("action", batch.label)
+    executed = normalizer.normalize("action", batch.segments.executed)
+    label = normalizer.normalize("action", batch.segments.label)
     # A history that begins at a virtual reset, or inside an episode, knows no actions from before.
     begins = torch.where(draws.stream.gather(1, draws.position) > 0, (draws.stream == 0).sum(1, keepdim=True), 0)
     known = config.history_stride * (draws.position - begins)[:, :, None] + offset >= 0
-    valid = batch.action_valid & ((offset >= 0) | known)
+    valid = batch.segments.action_valid & ((offset >= 0) | known)
 
     def flat(x: Tensor) -> Tensor:  # (B, M, ...) -> (R, ...)
         return x[:, :, None].expand(-1, -1, copies, *x.shape[2:]).flatten(0, 2)

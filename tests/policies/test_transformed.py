@@ -44,19 +44,20 @@ def test_training_sees_relative_actions_and_mapped_grippers() -> None:
     experiment = ExperimentConfig("tiny", base.model, base.training, base.policy, RELATIVE)
     dataset = SegmentDataset(transformed(data, RELATIVE), experiment, np.arange(data.num_episodes))
     batch, segments = dataset[0], dataset._index.batch(0, range(4), 4)
+    read = batch.segments
     raw = data.arrays
     for b in range(4):
         for m in range(5):
             at = segments.start[b] + int(batch.draws.position[b, m])
             for token, offset in enumerate(range(-2, 4)):
-                if batch.action_valid[b, m, token]:
-                    for seen, key in ((batch.label, "action"), (batch.executed, "executed_action")):
+                if read.action_valid[b, m, token]:
+                    for seen, key in ((read.label, "action"), (read.executed, "executed_action")):
                         action = raw[key][at + offset]
                         expected = [action[0] - raw["position"][at, 1], (action[1] - 4) / (2 - 4) * 2 - 1]
                         np.testing.assert_allclose(seen[b, m, token], expected, rtol=1e-5, atol=1e-6)
         at = segments.start[b] + 1
         expected = [raw["executed_action"][at - 1, 0] - raw["position"][at, 1], 3 - raw["executed_action"][at - 1, 1]]
-        np.testing.assert_allclose(batch.past_action[b, 1], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(read.past_action[b, 1], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_statistics_are_those_of_relative_actions() -> None:

@@ -65,11 +65,11 @@ def test_what_lies_outside_the_episode_is_never_learned() -> None:
     experiment = tiny_experiment()
     model, normalizer = parts(experiment)
     batch = batch_of(experiment)
-    assert not batch.action_valid.all(), "the batch has to reach past an episode's end"
-    outside = ~batch.action_valid[..., None]
-    poisoned = dataclasses.replace(
-        batch, label=torch.where(outside, 1e4, batch.label), executed=torch.where(outside, 1e4, batch.executed)
-    )
+    assert not batch.segments.action_valid.all(), "the batch has to reach past an episode's end"
+    outside = ~batch.segments.action_valid[..., None]
+    segments = batch.segments
+    spoiled = {name: torch.where(outside, 1e4, getattr(segments, name)) for name in ("label", "executed")}
+    poisoned = dataclasses.replace(batch, segments=dataclasses.replace(segments, **spoiled))
     clean, dirty = (flow_matching_terms(model, normalizer, b) for b in (batch, poisoned))
     torch.testing.assert_close(clean, dirty)
 
@@ -78,11 +78,10 @@ def test_padding_after_a_segment_changes_nothing() -> None:
     experiment = tiny_experiment()
     model, normalizer = parts(experiment)
     batch = batch_of(experiment)
-    assert not batch.step_valid.all()
-    padding = ~batch.step_valid[..., None]
-    poisoned = dataclasses.replace(
-        batch, observation={k: torch.where(padding, 1e3, v) for k, v in batch.observation.items()}
-    )
+    assert not batch.segments.step_valid.all()
+    padding = ~batch.segments.step_valid[..., None]
+    observation = {k: torch.where(padding, 1e3, v) for k, v in batch.segments.observation.items()}
+    poisoned = dataclasses.replace(batch, segments=dataclasses.replace(batch.segments, observation=observation))
     torch.testing.assert_close(
         flow_matching_terms(model, normalizer, batch), flow_matching_terms(model, normalizer, poisoned)
     )
@@ -96,10 +95,10 @@ def test_a_virtual_reset_equals_a_new_stream() -> None:
     context = encode_batch(model, normalizer, batch)
     for b in range(4):
         reset = int((batch.draws.stream[b] == 0).sum())
-        assert 1 <= reset < batch.step_valid.shape[1]
-        length = int(batch.step_valid[b].sum())
-        observation = {k: v[b : b + 1, reset:length] for k, v in batch.observation.items()}
-        executed = batch.past_action[b : b + 1, reset:length]
+        assert 1 <= reset < batch.segments.step_valid.shape[1]
+        length = int(batch.segments.step_valid[b].sum())
+        observation = {k: v[b : b + 1, reset:length] for k, v in batch.segments.observation.items()}
+        executed = batch.segments.past_action[b : b + 1, reset:length]
         alone = model.encode(observation, executed)
         torch.testing.assert_close(context[b : b + 1, reset:length], alone, atol=1e-5, rtol=0)
 

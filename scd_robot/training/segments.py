@@ -1,0 +1,137 @@
+"""Reads segments of episodes into tensors: one gather per key, and no Python over single steps.
+
+Shapes: B segments, T encoder steps (longest segment), M positions, k past actions, Ta chunk length, L = k + Ta,
+Da action width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scd_robot.datasets import ACTION, PRESENT, EpisodeDataset
+from scd_robot.datasets.lazy import LazyArray, RowArray
+from scd_robot.datasets.windows import SegmentBatch
+from scd_robot.transforms import TransformConfig, relative_chunk
+
+__all__ = ["SegmentReader", "Segments"]
+
+
+@dataclass
+class Segments:
+    """Segments after the experiment's transforms, not normalised.
+
+    Attributes:
+        observation: (B, T, ...) by key; steps past a segment's end are no data.
+        present: (B, T) bool by key, for keys that are absent in some steps; empty where all are there.
+        step_valid: (B, T) bool, False past a segment's end.
+        label: (B, M, L, Da) actions around each position, as the chunk has them.
+        executed: (B, M, L, Da) what was really executed then.
+        action_valid: (B, M, L) bool, False outside the episode: no data.
+        past_action: (B, T, Da) executed one control step before each, or (0, T, Da) where the model does not read it.
+    """
+
+    observation: dict[str, Tensor]
+    present: dict[str, Tensor]
+    step_valid: Tensor
+    label: Tensor
+    executed: Tensor
+    action_valid: Tensor
+    past_action: Tensor
+
+
+class SegmentReader:
+    """Reads what a model needs of segments.
+
+    Args:
+        data: the episodes, after the transforms of single control steps.
+        keys: observation keys.
+        num_past_actions: k.
+        chunk_length: Ta.
+        reads_past_action: the model takes the action before each control step.
+        transforms: of which those of chunks are done here.
+    """
+
+    def __init__(
+        self,
+        data: EpisodeDataset,
+        keys: Sequence[str],
+        num_past_actions: int,
+        chunk_length: int,
+        reads_past_action: bool = False,
+        transforms: TransformConfig | None = None,
+    ) -> None:
+        self._before, self._after, self._reads_past = num_past_actions, chunk_length, reads_past_action
+        self._transforms, self._control_dt = transforms or TransformConfig(), data.spec.control_dt
+        self._observation = {key: data.arrays[key] for key in keys}
+        self._present = {key: data.arrays[PRESENT + key] for key in keys if PRESENT + key in data.arrays}
+        self._states = {part.key: data.arrays[part.key] for part in self._transforms.chunk_parts}
+        self._action, self._executed = data.arrays[ACTION], data.executed()
+
+    def read(self, segments: SegmentBatch, position: NDArray[np.int64]) -> Segments:
+        """One batch.
+
+        Args:
+            segments: where they lie.
+            position: (B, M) encoder steps around which actions are wanted.
+        """
+        steps, step_valid = segments.steps()
+        around, inside = segments.steps_around(position, self._before, self._after)
+        first, length = segments.start[:, None] + segments.stride * position - self._before, self._before + self._after
+        label = take_windows(self._action, first, length, around)
+        executed = label
+        if self._executed is not self._action:
+            executed = take_windows(self._executed, first, length, around)
+        past = gather(self._executed, segments.before(steps) if self._reads_past else steps[:0])
+        if self._transforms.chunk_parts:
+            state = {key: value[steps] for key, value in self._states.items()}
+            at = {key: np.take_along_axis(value, position[..., None], axis=1) for key, value in state.items()}
+            label, executed = (self._relative(x, at) for x in (label, executed))
+            if self._reads_past:
+                past = self._relative(past[:, :, None], state)[:, :, 0]
+        return Segments(
+            observation={key: self._steps_of(value, segments, steps) for key, value in self._observation.items()},
+            present={key: torch.from_numpy(value[steps] != 0) for key, value in self._present.items()},
+            step_valid=torch.from_numpy(step_valid),
+            label=label,
+            executed=executed,
+            action_valid=torch.from_numpy(inside),
+            past_action=past,
+        )
+
+    def _steps_of(self, array: RowArray, segments: SegmentBatch, steps: NDArray[np.int64]) -> Tensor:
+        if segments.stride > 1:
+            return gather(array, steps)
+        return take_windows(array, segments.start, steps.shape[1], steps)
+
+    def _relative(self, actions: Tensor, state: Mapping[str, NDArray[np.float32]]) -> Tensor:
+        """Actions (..., L, Da) relative to the state (..., Do) by key."""
+        relative = relative_chunk(actions.numpy(), state, self._transforms, self._control_dt)
+        return torch.from_numpy(relative.astype(np.float32, copy=False))
+
+
+def gather(array: RowArray, index: NDArray[np.int64]) -> Tensor:
+    """Rows (..., *) at `index` (...): torch's index_select takes them from memory faster than indexing does."""
+    if isinstance(array, LazyArray):
+        return torch.from_numpy(array[index])
+    rows = torch.from_numpy(array).index_select(0, torch.from_numpy(index).reshape(-1))
+    return rows.reshape(*index.shape, *array.shape[1:])
+
+
+def take_windows(array: RowArray, start: NDArray[np.int64], length: int, index: NDArray[np.int64]) -> Tensor:
+    """Rows (..., length, *) from each `start` (...) on.
+
+    In memory that is one copy per window. Rows at which `index` (..., length) says otherwise, because a window leaves
+    its episode, hold whatever lies there: they are no data. (Where a window leaves the array, `index` is followed.)
+    """
+    inside = start.size and start.min() >= 0 and start.max() + length <= len(array)
+    if isinstance(array, LazyArray) or not inside or not array.flags.c_contiguous:
+        return gather(array, index)
+    flat = torch.from_numpy(array).reshape(-1)
+    width = flat.numel() // len(array)
+    windows = flat.as_strided((len(array) - length + 1, length * width), (width, 1))
+    taken = windows.index_select(0, torch.from_numpy(start).reshape(-1))
+    return taken.reshape(*start.shape, length, *array.shape[1:])
