@@ -18,7 +18,7 @@ from scd_robot.training.config import ExperimentConfig, TrainingConfig
 from scd_robot.transforms import TransformConfig, Transforms
 from scd_robot.types import DatasetSpec
 
-__all__ = ["PRESETS", "metaworld_state", "resolve", "with_settings"]
+__all__ = ["PRESETS", "metaworld_state", "pusht_state", "resolve", "with_settings"]
 
 
 def metaworld_state(dataset: DatasetSpec) -> ExperimentConfig:
@@ -40,8 +40,25 @@ def metaworld_state(dataset: DatasetSpec) -> ExperimentConfig:
     )
 
 
+def pusht_state(dataset: DatasetSpec) -> ExperimentConfig:
+    """Policy for diffusion_policy's recording of PushT: pusher, block pose and key points of the block, 10 Hz."""
+    for key in ("state", "keypoint"):
+        if key not in dataset.observation:
+            raise DatasetError(f"preset pusht_state needs the observation {key!r}, got {sorted(dataset.observation)}")
+    transforms = TransformConfig(keys=("state", "keypoint"), flatten=("keypoint",))
+    vectors = {key: spec.shape for key, spec in Transforms(transforms, dataset).spec.observation.items()}
+    return ExperimentConfig(
+        preset="pusht_state",
+        model=ScdConfig(observation_shapes=vectors, action_dim=dataset.action_dim, history_length=16),
+        training=TrainingConfig(max_steps=30_000, segment_length=256, validate_every=2000),
+        policy=ScdPolicyConfig(),
+        transforms=transforms,
+    )
+
+
 PRESETS: dict[str, Callable[[DatasetSpec], ExperimentConfig]] = {
     "metaworld_state": metaworld_state,
+    "pusht_state": pusht_state,
 }
 
 

@@ -1,8 +1,9 @@
 """Environments by name: `metaworld/push-v3`; options follow a colon: `metaworld/push-v3:goal_steps=5,max_steps=200`.
 
-A new environment is one module and one line in `_FACTORIES`. The module holds `TASKS`, the names after the slash, and
-the function named here: it takes the task and the options and returns an `Environment`. It must import its simulator
-inside functions only, so that names can be listed and checked without one.
+A new environment is one module and one line in `_FACTORIES`. The module holds `TASKS`, the names after the slash (a
+single empty one where the name has no slash), and the function named here: it takes the task and the options and
+returns an `Environment`. Options are integers; where the module says `TAKES_WORDS = True`, also words, which it checks
+itself. It must import its simulator inside functions only, so that names can be listed and checked without one.
 """
 
 import importlib
@@ -16,6 +17,7 @@ __all__ = ["known_environments", "make_environment", "parse_name"]
 
 _FACTORIES = {
     "metaworld": "scd_robot.sim_eval.metaworld:make",
+    "pusht": "scd_robot.sim_eval.pusht:make",
 }
 
 
@@ -24,7 +26,7 @@ def make_environment(name: str) -> Environment:
 
     Args:
         name: `PREFIX/TASK` or `PREFIX/TASK:OPTION=INTEGER,...`; `known_environments()` lists what may stand before the
-            colon, the environment's module describes its options.
+            colon, the environment's module describes its options, which may also be words (`pusht:observation=image`).
 
     Raises:
         UnknownNameError: no such environment or option; names the nearest ones.
@@ -35,34 +37,39 @@ def make_environment(name: str) -> Environment:
     if base not in (known := known_environments()):
         raise UnknownNameError("environment", base, known)
     prefix, _, task = base.partition("/")
-    function = _FACTORIES[prefix].partition(":")[2]
-    return cast(Environment, getattr(_module(prefix), function)(task, options))
+    module, function = _module(prefix), _FACTORIES[prefix].partition(":")[2]
+    words = [f"{key}={value}" for key, value in options.items() if isinstance(value, str)]
+    if words and not getattr(module, "TAKES_WORDS", False):
+        raise ConfigError(f"options of {base} are written OPTION=INTEGER, got {words[0]!r} in {name!r}")
+    return cast(Environment, getattr(module, function)(task, options))
 
 
 def known_environments() -> list[str]:
     """All environment names, sorted, without options. Imports no simulator."""
-    return sorted(f"{prefix}/{task}" for prefix in _FACTORIES for task in _module(prefix).TASKS)
+    return sorted(f"{prefix}/{task}" if task else prefix for prefix in _FACTORIES for task in _module(prefix).TASKS)
 
 
-def parse_name(name: str) -> tuple[str, dict[str, int]]:
+def parse_name(name: str) -> tuple[str, dict[str, int | str]]:
     """Splits `metaworld/push-v3:goal_steps=5` into `metaworld/push-v3` and `{"goal_steps": 5}`.
 
     Raises:
-        ConfigError: what follows the colon is not a list of OPTION=INTEGER, or an option is given twice.
+        ConfigError: what follows the colon is not a list of OPTION=INTEGER or OPTION=WORD, or an option is given twice.
     """
     base, colon, text = name.partition(":")
-    options: dict[str, int] = {}
+    options: dict[str, int | str] = {}
     for item in text.split(",") if colon else []:
         key, _, value = item.partition("=")
-        try:
-            number = int(value)
-        except ValueError:
+        if not (key and value):
             raise ConfigError(
-                f"options of an environment are written PREFIX/TASK:OPTION=INTEGER,..., got {item!r} in {name!r}"
-            ) from None
+                f"options of an environment are written NAME:OPTION=INTEGER or NAME:OPTION=WORD, with commas between, "
+                f"got {item!r} in {name!r}"
+            )
         if key in options:
             raise ConfigError(f"option {key!r} is given twice in {name!r}; keep one")
-        options[key] = number
+        try:
+            options[key] = int(value)
+        except ValueError:
+            options[key] = value
     return base, options
 
 

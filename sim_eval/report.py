@@ -165,13 +165,14 @@ def _episodes(result: EvaluationResult) -> str:
             str(e.steps),
             f"{e.steps * result.environment.control_dt:.2f}",
             f"{e.total_reward:.4g}",
+            "-" if e.best_reward is None else f"{e.best_reward:.4g}",
             escape(e.reason),
             str(e.seed),
             f"<code>{escape((e.initial_state_hash or '-')[:12])}</code>",
         )
         for e in episodes
     )
-    names = ("episode", "outcome", "steps", "seconds", "return", "ended by", "seed", "start state")
+    names = ("episode", "outcome", "steps", "seconds", "return", "best reward", "ended by", "seed", "start state")
     table = _table(rows, names)
     state = " open" if len(episodes) <= _OPEN_TABLE_ROWS else ""
     summary = f"<summary class='muted'>{_count(len(episodes), 'episode')}, failures first</summary>"

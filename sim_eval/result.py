@@ -14,7 +14,7 @@ from scd_robot.types import EnvironmentSpec
 __all__ = ["SCHEMA", "EpisodeRecord", "EvaluationResult", "VideoRecord", "collect_versions"]
 
 SCHEMA = 1
-_PACKAGES = ("numpy", "mujoco", "metaworld", "gymnasium")
+_PACKAGES = ("numpy", "mujoco", "metaworld", "gymnasium", "gym-pusht", "pymunk")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class EpisodeRecord:
         steps: control steps taken.
         invalid: the simulator crashed twice; the episode counts neither as success nor as failure.
         total_reward: sum of the task's rewards.
+        best_reward: largest of them; None without a step. PushT's score is its mean over the episodes.
         reason: why it ended: "success", "terminated", "time limit", or what crashed.
     """
 
@@ -39,6 +40,7 @@ class EpisodeRecord:
     steps: int
     invalid: bool
     total_reward: float
+    best_reward: float | None
     reason: str
 
     def to_json(self) -> dict[str, Any]:
@@ -51,6 +53,7 @@ class EpisodeRecord:
             "steps": self.steps,
             "invalid": self.invalid,
             "return": self.total_reward,
+            "best_reward": self.best_reward,
             "reason": self.reason,
         }
 
@@ -142,7 +145,8 @@ class EvaluationResult:
         median}, or null without a success), `mean_steps` (valid episodes), `terminate_on_success`, `max_steps`,
         `control_dt` [s], `success_definition`, `seeds` ({domain, first_episode}), `num_envs`, `wall_s`, `versions`,
         `videos` (list of {episode, success, file}), `video_error` (one line or null), and `episodes_detail` (list of
-        {index, seed, initial_state_hash, success, steps, invalid, return, reason}).
+        {index, seed, initial_state_hash, success, steps, invalid, return, best_reward, reason}), and the mean
+        `best_reward` over valid episodes.
         """
         rate = self.success_rate
         steps = mean_and_median([e.steps for e in self.valid])
@@ -161,6 +165,7 @@ class EvaluationResult:
             "timing_batch_size": self.num_envs,
             "time_to_success": self._time_to_success(),
             "mean_steps": steps["mean"] if steps else None,
+            "best_reward": self.mean_best_reward,
             "terminate_on_success": True,
             "max_steps": self.max_steps,
             "control_dt": self.environment.control_dt,
@@ -173,6 +178,12 @@ class EvaluationResult:
             "video_error": self.video_error,
             "episodes_detail": [e.to_json() for e in self.episodes_detail],
         }
+
+    @property
+    def mean_best_reward(self) -> float | None:
+        """Mean over valid episodes of their best reward; None without one."""
+        best = [e.best_reward for e in self.valid if e.best_reward is not None]
+        return sum(best) / len(best) if best else None
 
     def _time_to_success(self) -> dict[str, Any] | None:
         steps = mean_and_median([e.steps for e in self.valid if e.success])

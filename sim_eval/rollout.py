@@ -208,7 +208,7 @@ class _Row:
     repeated: bool = False
     seed: int = 0
     initial_state_hash: str | None = None
-    total_reward: float = 0.0
+    rewards: list[float] = field(default_factory=list)
     actions: list[ActionArray] = field(default_factory=list)
 
 
@@ -278,7 +278,7 @@ class _Rollout:
             self._handle_crash(row, error)
             return True
         row.actions.append(result.executed_action)
-        row.total_reward += float(result.reward)
+        row.rewards.append(float(result.reward))
         if result.success:
             self._end_episode(row, "success")
         elif result.terminated:
@@ -303,7 +303,7 @@ class _Rollout:
             for row in pending:
                 assert row.episode is not None
                 row.seed = seeding.derive_seed(self._seed_domain, row.episode)
-                row.initial_state_hash, row.total_reward, row.actions = None, 0.0, []
+                row.initial_state_hash, row.rewards, row.actions = None, [], []
                 row.worker.send("reset", row.seed)
             begun = [row for row in pending if self._receive_reset(row)]
             pending = [row for row in pending if row not in begun]
@@ -336,7 +336,8 @@ class _Rollout:
             success=reason == "success",
             steps=len(row.actions),
             invalid=invalid,
-            total_reward=row.total_reward,
+            total_reward=sum(row.rewards),
+            best_reward=max(row.rewards, default=None),
             reason=reason,
         )
         self.records[row.episode] = record

@@ -9,17 +9,28 @@ from scd_robot.config import from_json, to_json
 from scd_robot.errors import ConfigError, DatasetError, UnknownNameError
 from scd_robot.presets import PRESETS, resolve, with_settings
 from scd_robot.training import ExperimentConfig
+from scd_robot.transforms import TransformConfig
 from scd_robot.types import ArraySpec, DatasetSpec
 
 SPEC = DatasetSpec({"proprio": ArraySpec((4,)), "camera": ArraySpec((8, 8, 3), "uint8")}, 3, 0.1)
 
 
+PUSHT = DatasetSpec(
+    {"state": ArraySpec((5,)), "keypoint": ArraySpec((9, 2)), "img": SPEC.observation["camera"]}, 3, 0.1
+)
+FITTING = {  # by preset a dataset, and the model's observations
+    "metaworld_state": (SPEC, {"proprio": (4,)}),
+    "pusht_state": (PUSHT, {"state": (5,), "keypoint": (18,)}),
+}
+
+
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_preset_takes_its_widths_from_the_dataset_and_survives_json(name: str) -> None:
-    experiment = resolve(name, SPEC)
+    dataset, shapes = FITTING[name]
+    experiment = resolve(name, dataset)
     assert experiment.preset == name
     assert experiment.model.action_dim == 3
-    assert experiment.model.observation_shapes["proprio"] == (4,)
+    assert experiment.model.observation_shapes == shapes
     assert from_json(ExperimentConfig, json.loads(json.dumps(to_json(experiment)))) == experiment
 
 
@@ -27,6 +38,17 @@ def test_state_preset_reads_vectors_only() -> None:
     assert resolve("metaworld_state", SPEC).model.observation_shapes == {"proprio": (4,)}
     with pytest.raises(DatasetError, match=r"needs vector observations, got \['camera'\]"):
         resolve("metaworld_state", DatasetSpec({"camera": SPEC.observation["camera"]}, 3, 0.1))
+
+
+def test_pusht_preset_names_what_it_misses() -> None:
+    with pytest.raises(DatasetError, match=r"needs the observation 'state', got \['camera', 'proprio'\]"):
+        resolve("pusht_state", SPEC)
+
+
+def test_given_transforms_change_what_a_preset_sees() -> None:
+    experiment = resolve("metaworld_state", SPEC, TransformConfig(rename={"proprio": "joints"}))
+    assert experiment.model.observation_shapes == {"joints": (4,)}
+    assert experiment.transforms.rename == {"proprio": "joints"}
 
 
 def test_unknown_preset_suggests_the_nearest() -> None:

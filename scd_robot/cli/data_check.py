@@ -59,17 +59,20 @@ def replay(
     env: str,
     episodes: int | None = None,
     read: Options = ReadOptions(),  # noqa: B008 - frozen
+    tolerance: float = 0.01,
     json: Path | None = None,
-) -> None:
+) -> int:
     """Sets the recorded initial states and replays the actions open loop: how many succeed, how far states drift.
 
-    A wrong simulator version or action convention shows here, before training.
+    A wrong simulator version or action convention shows here, before training. Exit code 1 when the recording is not
+    reproduced.
 
     Args:
         path: dataset of any known format.
         env: the environment: metaworld/TASK, pusht, or robosuite (which environment, the recording says).
         episodes: replay the first so many; by default all.
         read: what to read of the dataset.
+        tolerance: largest difference of a state that counts as reproduced, in the recording's units.
         json: write the results to this file too ("-": standard output).
     """
     from scd_robot.datasets import open_dataset
@@ -78,8 +81,9 @@ def replay(
 
     if json is not None:
         check_target(json)
-    result = replay_dataset(open_dataset(path, **vars(read)), env, episodes=episodes)
+    result = replay_dataset(open_dataset(path, **vars(read)), env, episodes=episodes, tolerance=tolerance)
     if json is not None:
         write_json(json, result)
     if str(json) != "-":
         print(format_replay(result))
+    return int(not result["reproduces"])

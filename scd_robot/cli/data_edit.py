@@ -45,12 +45,19 @@ def convert(
 
     format_name = to or format_of(target)
     dataset = open_dataset(source, **vars(read))
-    if cameras is not None:
-        from scd_robot.recording import observe_states
+    if cameras is None:
+        finish(write(dataset, target, format_name, overwrite), json)
+        return
+    from scd_robot.errors import ConfigError
+    from scd_robot.recording import write_observations
 
-        wanted = tuple(name for name in cameras if name != "none")
-        dataset = observe_states(dataset, cameras=wanted, height=image_size[0], width=image_size[1])
-    finish(write(dataset, target, format_name, overwrite), json)
+    if format_name != "zarr":
+        raise ConfigError(
+            f"observations made with --cameras go into a Zarr store first, got {target}; convert that then"
+        )
+    wanted = [name for name in cameras if name != "none"]
+    height, width = image_size
+    finish(write_observations(dataset, target, cameras=wanted, height=height, width=width, overwrite=overwrite), json)
 
 
 def merge(

@@ -22,7 +22,7 @@ SPEC = EnvironmentSpec("toy/a&b", {"x": ArraySpec((1,))}, 1, (-1.0,), (1.0,), 0.
 
 def record(index, success=False, invalid=False, steps=20):
     reason = "success" if success else "crash: <bad> asset" if invalid else "time limit"
-    return EpisodeRecord(index, 100 + index, "ab" * 32, success, steps, invalid, -1.5, reason)
+    return EpisodeRecord(index, 100 + index, "ab" * 32, success, steps, invalid, -1.5, 0.25, reason)
 
 
 def result_of(episodes, **changes):

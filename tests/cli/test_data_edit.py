@@ -1,0 +1,168 @@
+"""`scd data convert|merge|split|filter` write whole new datasets, and training takes several."""
+
+import json
+
+import numpy as np
+import pytest
+
+from scd_robot.cli.main import main
+from scd_robot.datasets import ZarrWriter, open_dataset
+from scd_robot.datasets.zarr_writer import ZarrWriter as Writer
+from scd_robot.types import ArraySpec, DatasetSpec
+
+SPEC = DatasetSpec({"state": ArraySpec((3,)), "camera": ArraySpec((6, 8, 3), "uint8")}, 2, 0.1, "a test")
+
+
+def write(path, lengths, first=0):
+    rng = np.random.default_rng(first)
+    with ZarrWriter(path, SPEC) as writer:
+        for number, length in enumerate(lengths, first):
+            episode = {
+                "state": rng.standard_normal((length, 3), np.float32),
+                "camera": rng.integers(0, 256, (length, 6, 8, 3), np.uint8),
+                "action": rng.standard_normal((length, 2), np.float32),
+                "sim_state": rng.standard_normal((length, 5)),
+                "reward": np.float32(np.arange(length) == length - 1) * (number % 2),
+            }
+            writer.append(episode, {"seed": number, "mask_train": number % 2}, {"task": f"näht {number}"})
+    return path
+
+
+@pytest.fixture
+def store(tmp_path):
+    return write(tmp_path / "a.zarr", (5, 2, 7, 9))
+
+
+def same_episode(first, i, second, j):
+    one, other = first.episode(i), second.episode(j)
+    assert set(one) == set(other)
+    for key in one:
+        np.testing.assert_array_equal(one[key], other[key])
+        assert one[key].dtype == other[key].dtype
+    for name in first.episode_info:
+        assert first.episode_info[name][i] == second.episode_info[name][j]
+    for name in first.episode_text:
+        assert first.episode_text[name][i] == second.episode_text[name][j]
+
+
+def test_a_converted_store_is_the_same(store, tmp_path, capsys):
+    assert main(["data", "convert", str(store), str(tmp_path / "b.zarr"), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["episodes"] == 4
+    before, after = open_dataset(store), open_dataset(tmp_path / "b.zarr")
+    assert (after.spec, after.episode_lengths.tolist()) == (before.spec, [5, 2, 7, 9])
+    assert after.metadata["converted_from"] == "a test"
+    for i in range(4):
+        same_episode(before, i, after, i)
+
+
+def test_keys_and_mask_choose_what_is_converted(store, tmp_path):
+    options = ["--keys", "state", "--mask", "train"]
+    assert main(["data", "convert", str(store), str(tmp_path / "b.zarr"), *options]) == 0
+    after = open_dataset(tmp_path / "b.zarr")
+    assert list(after.spec.observation) == ["state"]
+    assert after.episode_info["seed"].tolist() == [1, 3]
+
+
+def test_merged_stores_are_there_one_after_the_other(store, tmp_path):
+    other = write(tmp_path / "b.zarr", (4, 6), first=10)
+    assert main(["data", "merge", str(store), str(other), "--out", str(tmp_path / "c.zarr")]) == 0
+    first, second, merged = (open_dataset(path) for path in (store, other, tmp_path / "c.zarr"))
+    assert merged.episode_lengths.tolist() == [5, 2, 7, 9, 4, 6]
+    same_episode(first, 3, merged, 3)
+    same_episode(second, 1, merged, 5)
+
+
+def test_split_deals_out_every_episode_once(store, tmp_path):
+    outs = [str(tmp_path / f"part{i}.zarr") for i in range(2)]
+    assert main(["data", "split", str(store), "--out", *outs, "--shares", "3", "1"]) == 0
+    before, parts = open_dataset(store), [open_dataset(path) for path in outs]
+    assert [part.num_episodes for part in parts] == [3, 1]
+    seeds = [int(seed) for part in parts for seed in part.episode_info["seed"]]
+    assert sorted(seeds) == [0, 1, 2, 3]
+    same_episode(before, seeds[3], parts[1], 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (["--episodes", "0", "2-"], [0, 2, 3]),
+        (["--drop", "1-2"], [0, 3]),
+        (["--success"], [1, 3]),
+        (["--min-length", "5", "--max-length", "7"], [0, 2]),
+        (["--mask", "train", "--min-length", "3"], [3]),
+    ],
+)
+def test_filter_keeps_what_meets_all_conditions(store, tmp_path, options, kept):
+    assert main(["data", "filter", str(store), str(tmp_path / "b.zarr"), *options]) == 0
+    after = open_dataset(tmp_path / "b.zarr")
+    assert after.episode_info["seed"].tolist() == kept
+    same_episode(open_dataset(store), kept[-1], after, len(kept) - 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["convert", "{a}", "{new}"], "does not tell a format"),
+        (["convert", "{a}", "{a}"], "exists already"),
+        (["convert", "{a}", "{new}.zarr", "--keys", "stat"], "did you mean 'state'"),
+        (["convert", "{a}", "{new}.zarr", "--mask", "trian"], "did you mean 'train'"),
+        (["convert", "{a}", "{new}.zarr", "--action", "actions"], "did you mean 'action'"),
+        (["convert", "{a}", "{new}.zarr", "--control-dt", "0"], "positive time"),
+        (["merge", "{a}", "{a}", "--out", "{a}"], "exists already"),
+        (["split", "{a}", "--out", "{new}.zarr", "--shares", "1", "1"], "1 outputs need as many positive shares"),
+        (["split", "{a}", "--out", "{new}.zarr", "{new}2.zarr", "--shares", "1", "100"], "a part would be empty"),
+        (["filter", "{a}", "{new}.zarr", "--episodes", "4"], "does not name episodes of 0 to 3"),
+        (["filter", "{a}", "{new}.zarr", "--episodes", "x"], "FIRST-LAST"),
+        (["filter", "{a}", "{new}.zarr", "--min-length", "99"], "no episode is left"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(store, tmp_path, refused, arguments, told):
+    refused(["data", *(text.format(a=store, new=tmp_path / "new") for text in arguments)], told, unchanged=[tmp_path])
+
+
+def test_a_conversion_that_fails_leaves_nothing(store, tmp_path, refused, monkeypatch):
+    """The third episode cannot be read; the two before it would pass for a whole dataset."""
+    written = []
+    append = Writer.append
+
+    def fail_late(self, *args, **kwargs):
+        written.append(1)
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        return append(self, *args, **kwargs)
+
+    monkeypatch.setattr(Writer, "append", fail_late)
+    refused(["data", "convert", store, tmp_path / "b.zarr"], "space", unchanged=[tmp_path], at_once=False)
+
+
+def test_training_takes_several_datasets_and_transforms(tmp_path, tiny_store, tiny_train_options):
+    other = tmp_path / "other.zarr"
+    assert main(["data", "filter", str(tiny_store), str(other), "--episodes", "0-2"]) == 0
+    transforms = tmp_path / "transforms.json"
+    transforms.write_text('{"rename": {"position": "place"}, "chunk": "relative", "chunk_parts": [{"action_start": 0, '
+                          '"key": "place", "key_start": 0, "count": 2, "rotation": false}]}')  # fmt: skip
+    out = tmp_path / "run"
+    arguments = ["--dataset", str(tiny_store), str(other), "--weights", "1", "3", "--transforms", str(transforms)]
+    options = [*arguments, "--out", str(out), "--max-steps", "2", *tiny_train_options]
+    assert main(["train", "metaworld_state", *options]) == 0
+    from scd_robot import load_policy
+
+    policy = load_policy(out)
+    assert set(policy.spec.observation) == {"position", "goal"}
+    observation = {key: np.zeros((1, 2), np.float32) for key in policy.spec.observation}
+    assert policy.act(observation).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "cannot read the transforms"),
+        ('{"renam": {}}', "did you mean 'rename'"),
+        ('{"rename": {"positon": "x"}}', "did you mean 'position'"),
+        ("[]", "must be an object"),
+    ],
+)
+def test_transforms_that_cannot_be_are_refused(tmp_path, tiny_store, tiny_train_options, refused, text, told):
+    (tmp_path / "t.json").write_text(text)
+    options = ["--dataset", tiny_store, "--out", tmp_path / "run", "--transforms", tmp_path / "t.json"]
+    refused(["train", "metaworld_state", *options, *tiny_train_options], told, unchanged=[tmp_path])
