@@ -36,9 +36,8 @@ def write_zarr(
         DatasetError: the dataset is damaged; the message says where.
     """
     metadata = {**dataset.metadata, "converted_from": dataset.spec.source}
-    episodes = tqdm(range(dataset.num_episodes), desc="writing", unit="episode", disable=not progress)
     with ZarrWriter(path, dataset.spec, metadata, overwrite, whole=True) as writer:
-        for index in episodes:
+        for index in tqdm(range(dataset.num_episodes), desc="writing", unit="episode", disable=not progress):
             info = {name: values[index].item() for name, values in dataset.episode_info.items()}
             text = {name: values[index] for name, values in dataset.episode_text.items()}
             writer.append(dataset.episode(index), info, text)
