@@ -23,6 +23,7 @@ TINY_SETTINGS = (
     "model.decoder_layers=1",
     "model.history_length=4",
     "model.chunk_length=4",
+    "model.num_past_actions=0",
     "policy.num_executed=2",
     "policy.sampler.num_denoising_steps=2",
 )

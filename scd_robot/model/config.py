@@ -28,7 +28,7 @@ class ScdConfig:
         num_context_tokens: K, context tokens a plan reads, each from a slot of its own in the step's group.
         chunk_length: Ta, future actions in one plan; action 0 is for the current control step.
         num_past_actions: k, executed actions that the decoder learns to denoise as well (past-token prediction, arXiv
-            2505.09561); 0 = off.
+            2505.09561); 0 = off. They are left out when a plan is made, so they cost nothing then.
         fusion: "concat" puts context and noisy tokens in one sequence that shares the flow time (arXiv 2602.10095);
             "prefix" lets the context attend to itself only, so that its keys and values are computed once per plan.
         past_action_input: whether the previous executed action is a token of the group: "none", "noised" (noise of
@@ -52,7 +52,7 @@ class ScdConfig:
     observation_tokens: Literal["joint", "per_key"] = "joint"
     num_context_tokens: int = 1
     chunk_length: int = 16
-    num_past_actions: int = 0
+    num_past_actions: int = 8
     fusion: Literal["concat", "prefix"] = "prefix"
     past_action_input: Literal["none", "noised", "full"] = "none"
     past_action_noise: float = 0.3
