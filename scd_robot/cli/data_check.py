@@ -33,8 +33,8 @@ def validate(
         html: write a page with the findings and pictures, in one file.
         json: write the findings to this file too ("-": standard output).
     """
-    from scd_robot.datasets.validation import format_validation
     from scd_robot.datasets.validation import validate as run
+    from scd_robot.datasets.validation_report import format_validation
     from scd_robot.output import check_target, write_json
 
     for target in (html, json):

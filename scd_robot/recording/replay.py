@@ -115,10 +115,8 @@ def format_replay(result: dict[str, Any]) -> str:
             f"recorded  {result['recorded_successes']} successes, of which {result['repeated_successes']} again"
         )
     drift = result["drift"]
-    lines.append(
-        f"drift     median {drift['median']:.3g}, largest {drift['max']:.3g}; {result['within_tolerance']} episodes within "
-        f"{result['tolerance']:g}"
-    )
+    within = f"{result['within_tolerance']} episodes within {result['tolerance']:g}"
+    lines.append(f"drift     median {drift['median']:.3g}, largest {drift['max']:.3g}; {within}")
     drifted = [e for e in result["episodes_detail"] if e["error"] or e["first_step_over"] is not None]
     drifted.sort(key=lambda e: (e["error"] is None, -(e["max_drift"] or 0.0)))
     for episode in drifted[:_SHOWN]:
