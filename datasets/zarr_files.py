@@ -4,6 +4,7 @@ Zarr takes a chunk that is not there for one of nothing but fill values. Here a 
 """
 
 import contextlib
+import logging
 import os
 import zipfile
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ __all__ = [
     "read_errors",
 ]
 
+logger = logging.getLogger(__name__)
+
 ATTRIBUTE = "scd_robot"  # of the group, in stores of ours
 ENDS = "episode_ends"
 UNWRITTEN = -1  # stands in episode_ends of ours between its growth and the writing of the value
@@ -41,7 +44,18 @@ MAX_RATIO = 1000  # of the sizes of a zip archive's member before and after: mor
 _PLAIN_BYTES = 1 << 26  # members up to this size may shrink as they like
 
 # What zarr, numcodecs, zipfile and json raise on damaged files.
-_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError, zipfile.BadZipFile)
+_READ_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    SystemError,
+    zipfile.BadZipFile,
+)
 
 
 def is_address(path: Path | str) -> bool:
@@ -141,22 +155,35 @@ class ZarrFiles:
         length = array.shape[0] if count is None else count
         if array.shape[0] < length or (exact and array.shape[0] != length):
             raise DatasetError(f"{name} of {self.address} has {array.shape[0]} rows, but its episodes have {length}")
-        if not self.fill_missing:
-            self._check_chunks(name, array, length)
-        return ZarrRows(self, name, (length, *array.shape[1:]), array.dtype)
+        whole = not self.fill_missing and self._check_chunks(name, array, length)
+        return ZarrRows(self, name, (length, *array.shape[1:]), array.dtype, whole)
 
-    def _check_chunks(self, name: str, array: zarr.Array, rows: int) -> None:
+    def _check_chunks(self, name: str, array: zarr.Array, rows: int) -> bool:
+        """Refuses lost chunks; True where all are there.
+
+        Writers may leave out chunks of nothing but fill values. That is believed of a chunk if the row before it or the
+        row after it is such, and some chunk is there.
+        """
         chunk = array.shards or array.chunks
-        first = -(-rows // chunk[0])
         others = [-(-size // step) for size, step in zip(array.shape[1:], chunk[1:], strict=True)]
         there = self._listing(name)
-        for index in np.ndindex(first, *others) if 0 not in array.shape else ():
-            key = array.metadata.encode_chunk_key(index)
-            if f"{name}/{key}" not in there:
+        indices = list(np.ndindex(-(-rows // chunk[0]), *others)) if 0 not in array.shape else []
+        missing = [index for index in indices if f"{name}/{array.metadata.encode_chunk_key(index)}" not in there]
+        for index in missing:
+            begin, end = index[0] * chunk[0], min(rows, (index[0] + 1) * chunk[0])
+            beside = [row for row in (begin - 1, end) if 0 <= row < rows]
+            with read_errors(f"{self.address}/{name}"):
+                filled = any((np.asarray(array[row]) == array.fill_value).all() for row in beside)
+            if not filled or len(missing) == len(indices):
                 raise DatasetError(
-                    f"{self.address}/{name} has lost its chunk {key}: the dataset is damaged, copy or record it again "
-                    f"(if its writer leaves out chunks of nothing but {array.fill_value}, open it with fill_missing)"
+                    f"{self.address}/{name} has lost its chunk {array.metadata.encode_chunk_key(index)}: the dataset "
+                    "is damaged, copy or record it again (if its writer leaves out chunks of nothing but "
+                    f"{array.fill_value}, open it with --fill-missing)"
                 )
+        if missing:
+            taken = f"{len(missing)} chunks are not there; taken for {array.fill_value}, as rows beside them are"
+            logger.warning("%s/%s: %s", self.address, name, taken)
+        return not missing
 
     def _listing(self, folder: str) -> set[str]:
         """Names of all files below a subgroup, relative to the group."""
@@ -174,9 +201,11 @@ class ZarrFiles:
 class ZarrRows(LazyArray):
     """Rows of an array in `files`; opened anew in each process."""
 
-    def __init__(self, files: ZarrFiles, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, files: ZarrFiles, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], whole: bool = False
+    ) -> None:
         super().__init__(shape, dtype)
-        self._files, self._name = files, name
+        self._files, self._name, self._whole = files, name, whole
         self._opened: tuple[int, Any] | None = None  # by which process, and what
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,7 +217,7 @@ class ZarrRows(LazyArray):
             if self._opened is None or self._opened[0] != os.getpid():
                 array = self._files.array(self._name)
                 folder = Path(self._files.address) / self._name
-                plain = None if self._files.fill_missing else PlainChunks.of(folder, array)
+                plain = PlainChunks.of(folder, array) if self._whole else None
                 self._opened = (os.getpid(), plain or array)
             return np.asarray(self._opened[1][start:stop])
 

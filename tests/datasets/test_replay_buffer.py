@@ -1,0 +1,284 @@
+"""Replay buffers of diffusion_policy, wherever they lie and however they are damaged."""
+
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scd_robot.datasets import open_dataset
+from scd_robot.datasets.lazy import LazyArray
+from scd_robot.errors import DatasetError, MissingDependencyError, ScdRobotError, UnknownNameError
+from scd_robot.types import ArraySpec
+
+RNG = np.random.default_rng(0)
+ENDS = np.array([4, 10])
+ARRAYS = {
+    "state": RNG.standard_normal((10, 2)),
+    "keypoint": RNG.standard_normal((10, 9, 2)).astype(np.float32),
+    "n_contacts": np.arange(10) + 1,
+    "img": RNG.integers(0, 256, (10, 12, 16, 3)).astype(np.float32),
+    "action": RNG.standard_normal((10, 2)).astype(np.float32),
+}
+
+
+def fill(group, arrays=ARRAYS, ends=ENDS, **options):
+    for key, values in arrays.items():
+        chunks = (3, *values.shape[1:])
+        group.create_array(f"data/{key}", shape=values.shape, dtype=values.dtype, chunks=chunks, **options)[:] = values
+    group.create_array("meta/episode_ends", shape=ends.shape, dtype=ends.dtype)[:] = ends
+
+
+def buffer(path, format_of_zarr=2, **options):
+    fill(zarr.open_group(path, mode="w", zarr_format=format_of_zarr), **options)
+    return path
+
+
+def zipped(folder, path, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(folder))
+    return path
+
+
+@pytest.fixture(params=["folder", "format 3", "zip", "deflated zip", "address", "cached address", "nested chunks"])
+def place(request, tmp_path):
+    """A replay buffer in each place and form it is read from, with the options that it takes."""
+    kind = request.param
+    if kind == "folder":
+        return buffer(tmp_path / "a.zarr"), {}
+    if kind == "format 3":
+        return buffer(tmp_path / "a.zarr", 3), {}
+    if kind == "nested chunks":
+        return buffer(tmp_path / "a.zarr", chunk_key_encoding={"name": "v2", "separator": "/"}), {}
+    if "zip" in kind:
+        method = zipfile.ZIP_DEFLATED if "deflated" in kind else zipfile.ZIP_STORED
+        return zipped(buffer(tmp_path / "a.zarr"), tmp_path / "a.zarr.zip", method), {}
+    address = f"memory://{tmp_path.name}/a.zarr"
+    fill(zarr.open_group(zarr.storage.FsspecStore.from_url(address), mode="w", zarr_format=2))
+    return address, {"cache": str(tmp_path / "cache")} if "cached" in kind else {}
+
+
+def test_arrays_are_those_that_were_written(place):
+    path, options = place
+    dataset = open_dataset(path, **options)
+    assert dataset.episode_ends.tolist() == [4, 10]
+    assert dataset.spec.observation == {
+        "state": ArraySpec((2,)), "keypoint": ArraySpec((9, 2)), "n_contacts": ArraySpec((1,)),
+        "img": ArraySpec((12, 16, 3), "uint8"),
+    }  # fmt: skip
+    for key, values in ARRAYS.items():
+        found = dataset.arrays[key]
+        assert found.dtype == (np.uint8 if key == "img" else np.float32)
+        np.testing.assert_array_equal(found[:], values.reshape(found.shape).astype(found.dtype))
+    image = dataset.arrays["img"]
+    assert isinstance(image, LazyArray)
+    rows = np.array([[9, 0, 1, 2], [5, 4, 4, 7]])
+    np.testing.assert_array_equal(image[rows], ARRAYS["img"][rows].astype(np.uint8))
+
+
+@pytest.mark.parametrize("format_of_zarr", [2, 3])
+def test_chunks_of_zeros_between_zeros_may_be_left_out(tmp_path, caplog, format_of_zarr):
+    """As zarr 3 does by default."""
+    done = np.arange(10) == 9
+    path = buffer(tmp_path / "a.zarr", format_of_zarr, arrays={**ARRAYS, "done": done})
+    assert len([file for file in (path / "data/done").rglob("*") if file.name.isdigit()]) == 1
+    np.testing.assert_array_equal(open_dataset(path).arrays["done"], done)
+    assert "3 chunks are not there; taken for False" in caplog.text
+
+
+def test_an_array_without_any_chunk_is_damaged(tmp_path):
+    with pytest.raises(DatasetError, match="data/silent has lost its chunk"):
+        open_dataset(buffer(tmp_path / "a.zarr", arrays={**ARRAYS, "silent": np.zeros((10, 2))}))
+
+
+def test_what_was_read_from_an_address_is_kept(tmp_path):
+    address = f"memory://{tmp_path.name}/kept.zarr"
+    fill(zarr.open_group(zarr.storage.FsspecStore.from_url(address), mode="w", zarr_format=2))
+    open_dataset(address, ["state"], cache=str(tmp_path / "cache"))
+    assert any((tmp_path / "cache").iterdir())
+
+
+def test_an_address_without_its_package_says_what_to_install(monkeypatch):
+    def missing(*args, **kwargs):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "url_to_fs", missing)
+    monkeypatch.setattr(zarr.storage.FsspecStore, "from_url", missing)
+    with pytest.raises(MissingDependencyError, match=r"needs the package s3fs: pip install"):
+        open_dataset("s3://bucket/a.zarr")
+
+
+def test_names_tell_what_is_no_observation(tmp_path):
+    extra = {"reward": np.arange(10.0), "done": np.arange(10) == 9, "actions": ARRAYS["action"]}
+    arrays = {"state": ARRAYS["state"], **extra}
+    dataset = open_dataset(buffer(tmp_path / "a.zarr", arrays=arrays))
+    assert list(dataset.spec.observation) == ["state"]
+    np.testing.assert_array_equal(dataset.arrays["reward"], extra["reward"])
+    np.testing.assert_array_equal(dataset.arrays["action"], extra["actions"])
+    other = open_dataset(tmp_path / "a.zarr", action="state", keys=["actions"])
+    np.testing.assert_array_equal(other.arrays["action"], ARRAYS["state"].astype(np.float32))
+    with pytest.raises(UnknownNameError, match="did you mean 'actions'"):
+        open_dataset(tmp_path / "a.zarr", action="action")
+
+
+@pytest.mark.parametrize(
+    ("images", "shape", "dtype"),
+    [
+        (RNG.integers(0, 256, (10, 3, 12, 16)).astype(np.uint8), (12, 16, 3), "uint8"),
+        (RNG.integers(0, 256, (10, 12, 16, 3)) / 255, (12, 16, 3), "uint8"),
+        (RNG.random((10, 12, 16, 1)).astype(np.float32) * 5, (12, 16, 1), "float32"),
+        (RNG.integers(0, 9000, (10, 12, 16, 1)).astype(np.uint16), (12, 16, 1), "float32"),
+    ],
+)
+def test_images_of_every_kind_lose_nothing(tmp_path, images, shape, dtype):
+    dataset = open_dataset(buffer(tmp_path / "a.zarr", arrays={"cam": images, "action": ARRAYS["action"]}))
+    assert dataset.spec.observation["cam"] == ArraySpec(shape, dtype)
+    expected = np.moveaxis(images, 1, -1) if images.shape[1] == 3 else images
+    if images.dtype == np.float64:
+        expected = np.round(images * 255)
+    np.testing.assert_array_equal(dataset.arrays["cam"][:], expected.astype(dtype))
+
+
+def test_images_that_change_their_scale_are_refused_where_they_do(tmp_path):
+    images = RNG.integers(0, 256, (100, 12, 16, 3)).astype(np.float32)
+    images[57, 3] += 0.5
+    arrays = {"cam": images, "action": np.ones((100, 2), np.float32)}
+    dataset = open_dataset(buffer(tmp_path / "a.zarr", arrays=arrays, ends=np.array([100])))
+    with pytest.raises(DatasetError, match="whole numbers in most places"):
+        dataset.arrays["cam"][50:60]
+
+
+class TestRefused:
+    def test_an_array_of_another_length(self, tmp_path):
+        path = buffer(tmp_path / "a.zarr", arrays={**ARRAYS, "state": ARRAYS["state"][:9]})
+        with pytest.raises(DatasetError, match=r"data/state of .* has 9 rows, but its episodes have 10"):
+            open_dataset(path)
+
+    @pytest.mark.parametrize("format_of_zarr", [2, 3])
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_a_lost_chunk_unless_the_reader_says_what_it_means(self, tmp_path, format_of_zarr, packed):
+        path = buffer(tmp_path / "a.zarr", format_of_zarr)
+        (path / "data/state" / ("1.0" if format_of_zarr == 2 else "c/1/0")).unlink()
+        if packed:
+            path = zipped(path, tmp_path / "a.zip")
+        with pytest.raises(DatasetError, match=r"has lost its chunk .*1.*--fill-missing"):
+            open_dataset(path)
+        state = open_dataset(path, fill_missing=True).arrays["state"]
+        np.testing.assert_array_equal(state[3:6], 0)
+        np.testing.assert_array_equal(state[6:], ARRAYS["state"][6:].astype(np.float32))
+
+    def test_a_chunk_of_another_size(self, tmp_path):
+        path = buffer(tmp_path / "a.zarr", compressors=None)
+        chunk = path / "data/img/0.0.0.0"
+        for change in (chunk.read_bytes()[:-4], chunk.read_bytes() + b"more"):
+            chunk.write_bytes(change)
+            with pytest.raises(DatasetError, match="damaged"):
+                open_dataset(path).arrays["img"][:]
+
+    def test_no_observation(self, tmp_path):
+        with pytest.raises(DatasetError, match="no observations"):
+            open_dataset(buffer(tmp_path / "a.zarr", arrays={"action": ARRAYS["action"]}))
+
+    def test_a_zip_bomb(self, tmp_path):
+        path = buffer(tmp_path / "a.zarr")
+        (path / "data/state/0.0").write_bytes(bytes(1 << 27))
+        with pytest.raises(DatasetError, match="refused as a zip bomb"):
+            open_dataset(zipped(path, tmp_path / "a.zip", zipfile.ZIP_DEFLATED))
+
+    def test_a_zip_that_leaves_its_folder(self, tmp_path):
+        path = zipped(buffer(tmp_path / "a.zarr"), tmp_path / "a.zip")
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("../outside", b"x")
+        with pytest.raises(DatasetError, match="leaves its folder; refused"):
+            open_dataset(path)
+
+    def test_a_declared_size_without_data(self, tmp_path):
+        path = buffer(tmp_path / "a.zarr")
+        header = path / "data/img/.zarray"
+        for change in ({"shape": [10**12, 12, 16, 3]}, {"chunks": [10**9, 12, 16, 3]}):
+            text = header.read_text()
+            header.write_text(json.dumps({**json.loads(text), **change}))
+            with pytest.raises(DatasetError):
+                open_dataset(path)
+            header.write_text(text)
+
+    def test_a_link_out_of_the_folder_is_no_way_to_objects(self, tmp_path):
+        path = buffer(tmp_path / "a.zarr")
+        header = path / "data/state/.zarray"
+        document = json.loads(header.read_text())
+        header.write_text(json.dumps({**document, "dtype": "|O", "filters": [{"id": "pickle", "protocol": 5}]}))
+        with pytest.raises(DatasetError, match="data/state"):
+            open_dataset(path)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    path = buffer(folder / "a.zarr")
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return path, {file.relative_to(path): file.read_bytes() for file in files}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_and_missing_bytes_are_told_or_harmless(small, data):
+    """Not every byte has a checksum of its own: what cannot be told reads as zarr itself reads it."""
+    path, contents = small
+    file = data.draw(st.sampled_from(sorted(contents)))
+    spoiled = bytearray(contents[file])
+    if data.draw(st.booleans()) or not spoiled:
+        spoiled = spoiled[: data.draw(st.integers(0, max(0, len(spoiled) - 1)))]
+    else:
+        for _ in range(data.draw(st.integers(1, 3))):
+            spoiled[data.draw(st.integers(0, len(spoiled) - 1))] ^= data.draw(st.integers(1, 255))
+    (path / file).write_bytes(bytes(spoiled))
+    try:
+        dataset = open_dataset(path, check=False)
+        found = {key: np.asarray(array[:]) for key, array in dataset.arrays.items()}
+    except ScdRobotError:
+        return
+    finally:
+        (path / file).write_bytes(contents[file])
+    for key, values in found.items():
+        assert len(values) == dataset.num_steps, key
+
+
+def test_human_pusht_recording_byte_flips(recordings, tmp_path):
+    source = recordings / "pusht_cchi_v7_zarr" / "pusht_cchi_v7_replay.zarr"
+    if not source.is_dir():
+        pytest.skip(f"no recording of PushT at {source}")
+    path = tmp_path / "a.zarr"
+    for part in ("data/state", "data/action", "meta", ".zgroup", "data/.zgroup", ".zattrs", "data/.zattrs"):
+        if (source / part).is_dir():
+            shutil.copytree(source / part, path / part)
+        elif (source / part).is_file():
+            (path / part).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / part, path / part)
+    os.chmod(path, 0o755)
+    expected = open_dataset(path)
+    rng = np.random.default_rng(0)
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    told = 0
+    for _ in range(60):
+        file = Path(files[rng.integers(len(files))])
+        content = file.read_bytes()
+        spoiled = bytearray(content)
+        spoiled[rng.integers(len(spoiled))] ^= 1 << rng.integers(8)
+        file.write_bytes(bytes(spoiled))
+        try:
+            found = open_dataset(path, check=False)
+            assert found.arrays["state"].shape[1:] == expected.arrays["state"].shape[1:]
+        except ScdRobotError:
+            told += 1
+        finally:
+            file.write_bytes(content)
+    assert told > 0
