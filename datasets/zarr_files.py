@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import zarr
+from numcodecs.errors import UnknownCodecError
 from numpy.typing import NDArray
 from zarr.core.metadata import ArrayV2Metadata
 from zarr.storage import FsspecStore, ZipStore
@@ -122,7 +123,11 @@ class ZarrFiles:
             DatasetError: not there, a group, or of anything but numbers.
         """
         with read_errors(f"{self.address}/{name}"):
-            array = _open(self)[name]
+            try:
+                array = _open(self)[name]
+            except UnknownCodecError as error:
+                _register_image_codecs(f"{self.address}/{name}", error)
+                array = _open(self)[name]
             if not isinstance(array, zarr.Array):
                 raise DatasetError(f"{name} of {self.address} is a group; expected an array")
             codecs = [*(array.filters or ()), *(array.compressors or ())]
@@ -289,6 +294,19 @@ def read_ends(files: ZarrFiles, unfinished: bool) -> NDArray[np.int64]:
             f"meta/{ENDS} of {files.address} must increase from above 0, got {ends[:8].tolist()}...; damaged"
         )
     return ends
+
+
+def _register_image_codecs(what: str, error: UnknownCodecError) -> None:
+    """Makes the codecs of imagecodecs known to numcodecs; diffusion_policy stores images as JPEG 2000 by them."""
+    if "imagecodecs" not in str(error):
+        raise error
+    try:
+        from imagecodecs.numcodecs import register_codecs
+    except ImportError as missing:
+        raise MissingDependencyError(
+            f"{what} holds images in the codec {str(error).split()[-1]}; to read them: pip install imagecodecs"
+        ) from missing
+    register_codecs(verbose=False)
 
 
 def _open(files: ZarrFiles) -> zarr.Group:

@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
 import fsspec
+import numcodecs
 import numpy as np
 import pytest
 import zarr
@@ -155,6 +157,39 @@ def test_images_that_change_their_scale_are_refused_where_they_do(tmp_path):
     dataset = open_dataset(buffer(tmp_path / "a.zarr", arrays=arrays, ends=np.array([100])))
     with pytest.raises(DatasetError, match="whole numbers in most places"):
         dataset.arrays["cam"][50:60]
+
+
+def jpeg2k_buffer(path):
+    """With images as diffusion_policy compresses them (here without loss), its settings in the header."""
+    codecs = pytest.importorskip("imagecodecs.numcodecs", reason="imagecodecs is not installed")
+    buffer(path, arrays={**ARRAYS, "img": ARRAYS["img"].astype(np.uint8)})
+    header = path / "data/img/.zarray"
+    compressor = {
+        "id": "imagecodecs_jpeg2k", "level": 0, "codecformat": 0, "colorspace": None, "tile": None, "reversible": True,
+        "bitspersample": None, "resolutions": None, "numthreads": 1, "verbose": 0,
+    }  # fmt: skip
+    document = {**json.loads(header.read_text()), "chunks": [1, 12, 16, 3], "compressor": compressor}
+    header.write_text(json.dumps(document))
+    codec = codecs.Jpeg2k(level=0, reversible=True)
+    for chunk in header.parent.glob("*.0.0.0"):
+        chunk.unlink()
+    for number, image in enumerate(ARRAYS["img"].astype(np.uint8)):
+        (header.parent / f"{number}.0.0.0").write_bytes(codec.encode(image[None]))
+    return path
+
+
+def test_jpeg2000_images_are_read(tmp_path):
+    dataset = open_dataset(jpeg2k_buffer(tmp_path / "a.zarr"))
+    np.testing.assert_array_equal(dataset.arrays["img"][2:9], ARRAYS["img"][2:9].astype(np.uint8))
+
+
+def test_jpeg2000_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    path = jpeg2k_buffer(tmp_path / "a.zarr")
+    monkeypatch.setitem(sys.modules, "imagecodecs.numcodecs", None)
+    monkeypatch.delitem(numcodecs.registry.codec_registry, "imagecodecs_jpeg2k", raising=False)
+    with pytest.raises(MissingDependencyError, match="pip install imagecodecs"):
+        open_dataset(path)
+    assert list(open_dataset(path, ["state"]).spec.observation) == ["state"]
 
 
 class TestRefused:
