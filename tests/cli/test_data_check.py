@@ -47,7 +47,7 @@ def test_what_spoils_training_is_told_with_its_place_and_exit_code_1(tmp_path, c
     ("arguments", "told"),
     [
         (["validate", "{a}.no"], "no dataset at"),
-        (["validate", "{a}", "--json", "{a}"], "directory"),
+        (["validate", "{a}", "--json", "{a}"], "it is a folder"),
         (["replay", "{a}", "--env", "metaworld/push-v"], "did you mean 'metaworld/push-v3'"),
         (["replay", "{a}", "--env", "pusht", "--episodes", "0"], "at least 1, got 0"),
     ],
