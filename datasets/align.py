@@ -67,7 +67,7 @@ def align_streams(
     if end < begin:
         raise DatasetError(f"the streams {', '.join(streams)} have no time in common")
     count = int(np.floor((end - begin) / control_dt + 1e-9)) + 1
-    time = begin + control_dt * np.arange(count)
+    time = np.asarray(begin + control_dt * np.arange(count), np.float64)
     arrays: dict[str, NDArray[Any]] = {"timestamp": time - begin}
     for key, stream in streams.items():
         if stream.mode == "linear":

@@ -3,7 +3,7 @@
 All arrays are concatenated in time; `episode_ends` cuts them into episodes, as in diffusion_policy's replay buffer.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,10 +60,10 @@ class EpisodeDataset:
 
     spec: DatasetSpec
     episode_ends: NDArray[np.int64]
-    arrays: dict[str, RowArray]
+    arrays: Mapping[str, RowArray]
     metadata: dict[str, Any] = field(default_factory=dict)
     episode_info: dict[str, NDArray[Any]] = field(default_factory=dict)
-    episode_text: dict[str, Sequence[str]] = field(default_factory=dict)
+    episode_text: Mapping[str, Sequence[str]] = field(default_factory=dict)
     weights: NDArray[np.float64] | None = None
 
     @property

@@ -269,7 +269,7 @@ class PlainChunks:
             with file.open("rb", buffering=0) as raw:
                 found = os.fstat(raw.fileno()).st_size
                 raw.seek(skipped * row_bytes)
-                found -= out.nbytes - raw.readinto(memoryview(out).cast("B"))
+                found -= out.nbytes - raw.readinto(out.data.cast("B"))
         else:
             decoded = np.frombuffer(self.codec.decode(file.read_bytes()), np.uint8)
             found = decoded.size

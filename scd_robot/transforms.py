@@ -190,8 +190,9 @@ class Transforms:
             if key not in names:
                 raise UnknownNameError("observation key", key, names)
         self._sources = {key: names[key] for key in config.keys or names}
-        steps = (*config.images, *config.rotations, *config.grippers)
-        for key in [*config.flatten, *(step.key for step in steps), *(part.key for part in config.chunk_parts)]:
+        used = [*config.flatten, *(step.key for step in config.images), *(step.key for step in config.rotations)]
+        used += [*(step.key for step in config.grippers), *(part.key for part in config.chunk_parts)]
+        for key in used:
             if key not in self._sources and key != ACTION:
                 raise UnknownNameError("key of a transform", key, [*self._sources, ACTION])
         specs = {key: recorded.observation[source] for key, source in self._sources.items()}
