@@ -1,0 +1,38 @@
+"""Opens HDF5 recordings: tells robomimic's layout, which holds observations, from robosuite's, which holds states."""
+
+import h5py
+
+from scd_robot.datasets.formats import ReadOptions
+from scd_robot.datasets.hdf5_demos import Demos
+from scd_robot.datasets.hdf5_files import hdf5_file
+from scd_robot.datasets.robomimic import read_robomimic
+from scd_robot.datasets.robosuite import read_robosuite
+from scd_robot.datasets.schema import EpisodeDataset
+from scd_robot.errors import DatasetError
+
+__all__ = ["open_hdf5"]
+
+
+def open_hdf5(path: str, options: ReadOptions) -> EpisodeDataset:
+    """Opens a file of robomimic (see `read_robomimic`) or a raw one of robosuite (see `read_robosuite`).
+
+    Raises:
+        DatasetError: neither of them, damaged, or being written by another program.
+        UnknownNameError: a key or action array that was asked for is not there.
+        MissingDependencyError: arrays are compressed by a plugin that is not installed.
+    """
+    with hdf5_file(path) as file:
+        demos = Demos.of(path, file)
+        if any(isinstance(demos.item(demo, "obs"), h5py.Group) for demo in demos.groups):
+            dataset = read_robomimic(demos, options)
+        elif any(isinstance(demos.item(demo, "states"), h5py.Dataset) for demo in demos.groups):
+            dataset = read_robosuite(demos, options)
+        else:
+            first = next(iter(demos.groups))
+            raise DatasetError(
+                f"the demonstrations of {path} hold neither observations ('obs') nor simulator states ('states'); "
+                f"{first!r} holds: {', '.join(sorted(demos.groups[first])) or 'nothing'}"
+            )
+    if options.check:
+        dataset.check(path)
+    return dataset

@@ -1,0 +1,301 @@
+"""Arrays of an HDF5 file that somebody else wrote: numbers only, stored in that file alone, and all of them there.
+
+HDF5 takes a part that was never stored for zeros, follows links into other files, and allocates whatever a header
+declares. Here each of these is an error.
+"""
+
+import contextlib
+import errno
+import importlib
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from scd_robot.datasets import hdf5_probe
+from scd_robot.datasets.lazy import LazyArray
+from scd_robot.errors import DatasetError, MissingDependencyError, ScdRobotError
+
+__all__ = ["Hdf5Rows", "arrays_below", "child", "hdf5_file", "read_texts", "scalar_attributes", "where"]
+
+PATIENCE_S = 60.0  # for one object of a file
+MAX_CHUNK_BYTES = 1 << 30
+MAX_RATIO = 1100  # of the sizes of an array after and before decompression; deflate reaches 1032
+_PLAIN_BYTES = 1 << 26  # arrays up to this size may shrink as they like
+_MAX_LINKS = 8  # soft links that lead to an object
+_CACHE_BYTES = 1 << 20  # of chunks, for each open array
+_OPEN_ARRAYS = 64  # kept open by an `Hdf5Rows`
+_FILTERS = (h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF)
+_PLUGINS = range(32001, 33000)  # numbers of filters that come as plugins
+
+# What h5py and numpy raise on damaged files.
+_READ_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError, ArithmeticError, MemoryError,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _read_errors(what: str) -> Iterator[None]:
+    """Turns whatever a library raises on damaged files into a `DatasetError` about `what`."""
+    try:
+        yield
+    except ScdRobotError:
+        raise
+    except _READ_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DatasetError(
+            f"{what} cannot be read ({type(error).__name__}: {reason}); it is damaged, or of a kind that is not read"
+        ) from error
+
+
+@contextlib.contextmanager
+def hdf5_file(path: str) -> Iterator[h5py.File]:
+    """Opens a file for reading, after another process has shown that HDF5 survives it.
+
+    Raises:
+        DatasetError: not an HDF5 file, damaged (also where that shows only inside the block), or being written.
+    """
+    _probe(path)
+    with _read_errors(path), _open(path) as file:
+        yield file
+
+
+def _probe(path: str) -> None:
+    """Lets another process touch the file first, with the same packages."""
+    command = [sys.executable, "-P", hdf5_probe.__file__, path, str(PATIENCE_S)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = subprocess.run(command, stderr=subprocess.DEVNULL, env=environment, check=False).returncode
+    if code != 0:
+        fate = "crashes on it" if code < 0 else f"does not come to an end with it in {PATIENCE_S:g} s"
+        raise DatasetError(f"{path} cannot be read: HDF5 {fate}; the file is damaged, copy or record it again")
+
+
+def _open(path: str) -> h5py.File:
+    try:
+        return h5py.File(path, "r", rdcc_nbytes=_CACHE_BYTES)
+    except OSError as error:
+        if "unable to lock file" not in str(error):
+            raise
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise DatasetError(
+                f"{path} is being written by another program; let it finish, or close the file"
+            ) from None
+        return h5py.File(path, "r", rdcc_nbytes=_CACHE_BYTES, locking=False)  # its file system has no locks
+
+
+def where(item: h5py.HLObject) -> str:
+    """Of an object, for messages: its place in the file, and the file."""
+    return f"{str(item.name).strip('/') or '/'!r} of {item.file.filename}"
+
+
+def child(group: h5py.Group, name: str) -> Any:
+    """The group or dataset of this name, or None where there is none.
+
+    Raises:
+        DatasetError: it is a link that leaves the file, or leads nowhere.
+    """
+    link = group.get(name, getlink=True)
+    if link is None or isinstance(link, h5py.HardLink):
+        return None if link is None else group[name]
+    return _follow(group, name, _MAX_LINKS)
+
+
+def _follow(group: Any, name: str, links: int) -> Any:
+    link = group.get(name, getlink=True) if isinstance(group, h5py.Group) else None
+    if isinstance(link, h5py.HardLink):
+        return group[name]
+    if isinstance(link, h5py.ExternalLink):
+        raise DatasetError(
+            f"{name!r} in {where(group)} is a link to the file {link.filename!r}; put the data into one file"
+        )
+    if link is None or links == 0:
+        raise DatasetError(f"a link leads to {name!r} in {where(group)}, and nowhere from there; damaged")
+    place = group.file if link.path.startswith("/") else group
+    for part in filter(None, link.path.split("/")):
+        place = _follow(place, part, links - 1)
+    return place
+
+
+def arrays_below(group: h5py.Group) -> dict[str, h5py.Dataset]:
+    """All datasets in a group and in its subgroups, by their names from there on ("robot/joint_pos"), sorted.
+
+    Raises:
+        DatasetError: a link leaves the file or leads nowhere, a name is not printable, or groups hold each other.
+    """
+    found: dict[str, h5py.Dataset] = {}
+    seen, waiting = {group}, [("", group)]
+    while waiting:
+        prefix, parent = waiting.pop()
+        for name in parent:
+            item, full = child(parent, name), f"{prefix}{name}"
+            if not full.isprintable() or item is None:
+                raise DatasetError(f"{full!r} in {where(group)} is a name or a link that cannot be read; damaged")
+            if isinstance(item, h5py.Dataset):
+                found[full] = item
+            elif item in seen:
+                raise DatasetError(f"the group {where(item)} lies in several groups at once; damaged")
+            elif isinstance(item, h5py.Group):
+                seen.add(item)
+                waiting.append((f"{full}/", item))
+    return dict(sorted(found.items()))
+
+
+class Hdf5Rows(LazyArray):
+    """Datasets of one HDF5 file one after the other, read when they are indexed; opened anew in each process.
+
+    Attributes:
+        lengths: (E,) int64 rows of each dataset.
+    """
+
+    def __init__(self, path: str, datasets: Sequence[h5py.Dataset]) -> None:
+        """Checks the datasets, and uses them as long as their file is open.
+
+        Args:
+            path: of the file.
+            datasets: E of them, with the same shape but for the first axis.
+
+        Raises:
+            DatasetError: not of numbers, not stored in this file, not stored completely, or not alike.
+            MissingDependencyError: they are compressed by a plugin that is not installed.
+        """
+        file_bytes = os.path.getsize(path)
+        for dataset in datasets:
+            _check_numbers(dataset)
+            _check_filters(dataset)
+            _check_storage(dataset, file_bytes)
+            if dataset.shape[1:] != datasets[0].shape[1:]:
+                raise DatasetError(
+                    f"{where(dataset)} has rows of shape {dataset.shape[1:]}, but those of "
+                    f"{str(datasets[0].name).strip('/')!r} are {datasets[0].shape[1:]}; leave one of them out"
+                )
+            if dataset.ndim == 4 and dataset.dtype != datasets[0].dtype:
+                raise DatasetError(
+                    f"{where(dataset)} holds {dataset.dtype} images, but {str(datasets[0].name).strip('/')!r} "
+                    f"{datasets[0].dtype} ones; leave one of them out"
+                )
+        self.lengths = np.asarray([len(dataset) for dataset in datasets], np.int64)
+        self._path, self._names = os.path.abspath(path), [str(dataset.name) for dataset in datasets]
+        self._ends = np.cumsum(self.lengths)
+        # By which process; a closed file is false.
+        self._opened: tuple[int, h5py.File, dict[int, h5py.Dataset]] | None = None
+        self._opened = (os.getpid(), datasets[0].file, dict(enumerate(datasets)))
+        dtype = np.result_type(*(dataset.dtype for dataset in datasets))
+        super().__init__((int(self.lengths.sum()), *datasets[0].shape[1:]), dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """See `LazyArray.read`; raises DatasetError where the file is damaged."""
+        out = self._empty(stop - start)
+        number = int(np.searchsorted(self._ends, start, side="right"))
+        done = 0
+        while done < len(out):
+            begin = int(self._ends[number] - self.lengths[number])
+            low, high = start + done - begin, min(stop, int(self._ends[number])) - begin
+            with _read_errors(f"{self._names[number].strip('/')!r} of {self._path}"):
+                out[done : done + high - low] = self._dataset(number)[low:high]
+            done += high - low
+            number += 1
+        return out
+
+    def _dataset(self, number: int) -> h5py.Dataset:
+        if self._opened is None or self._opened[0] != os.getpid() or not self._opened[1]:
+            self._opened = (os.getpid(), _open(self._path), {})
+        _, file, datasets = self._opened
+        if number not in datasets:
+            if len(datasets) >= _OPEN_ARRAYS:
+                datasets.clear()
+            dataset = file[self._names[number]]
+            if dataset.shape != (self.lengths[number], *self.shape[1:]):
+                raise DatasetError(f"{where(dataset)} has changed since it was opened; open the dataset again")
+            _check_filters(dataset)  # brings plugins into this process
+            datasets[number] = dataset
+        return datasets[number]
+
+
+def _check_numbers(dataset: h5py.Dataset) -> None:
+    if dataset.dtype.kind not in "biuf":
+        raise DatasetError(f"{where(dataset)} holds {dataset.dtype} objects, which are not read; store numbers")
+    if not dataset.shape:
+        raise DatasetError(f"{where(dataset)} is a single value; expected one row per control step")
+    if dataset.is_virtual or dataset.external:
+        raise DatasetError(f"the values of {where(dataset)} lie in other arrays or files; store them in this array")
+
+
+def _check_filters(dataset: h5py.Dataset) -> None:
+    """Refuses compression that this installation cannot undo, and kinds with which HDF5 crashes on damaged files."""
+    settings = dataset.id.get_create_plist()
+    for code in (settings.get_filter(i)[0] for i in range(settings.get_nfilters())):
+        if code in _PLUGINS and not h5py.h5z.filter_avail(code):
+            with contextlib.suppress(ImportError):
+                importlib.import_module("hdf5plugin")  # adds what it has to h5py
+            if not h5py.h5z.filter_avail(code):
+                raise MissingDependencyError(
+                    f"{where(dataset)} is compressed by the HDF5 plugin {code}: pip install hdf5plugin"
+                )
+        elif code not in _FILTERS and code not in _PLUGINS:
+            raise DatasetError(
+                f"{where(dataset)} is compressed by the filter {code}, which is not read; use gzip: h5repack -f GZIP=4"
+            )
+
+
+def _check_storage(dataset: h5py.Dataset, file_bytes: int) -> None:
+    """Refuses arrays of which parts were lost or never stored, and those that are small only in the file."""
+    item_bytes = dataset.id.get_type().get_size()
+    needed, stored = math.prod(dataset.shape) * item_bytes, dataset.id.get_storage_size()
+    if needed == 0:
+        return
+    if dataset.chunks is None:
+        complete = stored >= needed
+    else:
+        if math.prod(dataset.chunks) * item_bytes > MAX_CHUNK_BYTES:
+            raise DatasetError(f"{where(dataset)} has chunks of over {MAX_CHUNK_BYTES >> 30} GiB; damaged")
+        chunks = math.prod(-(-size // step) for size, step in zip(dataset.shape, dataset.chunks, strict=True))
+        complete = dataset.id.get_num_chunks() >= chunks
+    if not complete or stored > file_bytes:
+        raise DatasetError(
+            f"{where(dataset)} is declared as {dataset.shape}, but parts of it are not stored; the dataset is damaged, "
+            "copy or record it again"
+        )
+    if needed > _PLAIN_BYTES and needed > MAX_RATIO * stored:
+        raise DatasetError(f"{where(dataset)} would grow from {stored} to {needed} bytes; refused as a bomb")
+
+
+def read_texts(dataset: h5py.Dataset) -> list[str]:
+    """The texts of a dataset (n,), of fixed or variable length.
+
+    Raises:
+        DatasetError: it holds something else, or is not stored in this file completely.
+    """
+    if h5py.check_string_dtype(dataset.dtype) is None or dataset.ndim != 1:
+        raise DatasetError(f"{where(dataset)} must be a list of texts, got {dataset.dtype} {dataset.shape}")
+    if dataset.is_virtual or dataset.external:
+        raise DatasetError(f"the values of {where(dataset)} lie in other arrays or files; store them in this array")
+    _check_filters(dataset)
+    _check_storage(dataset, os.path.getsize(dataset.file.filename))
+    return [bytes(value).decode(errors="replace") for value in dataset[:]]
+
+
+def scalar_attributes(item: h5py.HLObject) -> dict[str, str | int | float]:
+    """Texts and numbers noted at a group; other attributes are left out."""
+    found: dict[str, str | int | float] = {}
+    for name in item.attrs:
+        if item.attrs.get_id(name).shape not in ((), (1,)):  # told before it is read: a damaged one may be huge
+            continue
+        value = np.asarray(item.attrs[name]).reshape(-1)[0]
+        if isinstance(value, bytes):
+            found[name] = value.decode(errors="replace")
+        elif isinstance(value, str):
+            found[name] = value.encode(errors="surrogateescape").decode(errors="replace")
+        elif isinstance(value, np.bool_ | np.integer):
+            found[name] = int(value)
+        elif isinstance(value, np.floating):
+            found[name] = float(value)
+    return found
