@@ -22,7 +22,7 @@ QUARTER = {
 }
 
 
-@pytest.mark.parametrize(("source", "target"), itertools.product(QUARTER, QUARTER))
+@pytest.mark.parametrize(("source", "target"), list(itertools.product(QUARTER, QUARTER)))
 def test_a_quarter_turn_about_z(source, target):
     found = convert_rotation(np.array(QUARTER[source], np.float64), source, target)
     np.testing.assert_allclose(found, QUARTER[target], atol=1e-12)
