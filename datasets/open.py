@@ -40,7 +40,9 @@ def _is_own_store(path: str) -> bool:
 
 
 def _is_lerobot(path: str) -> bool:
-    return (Path(path) / "meta" / "info.json").is_file()
+    return any(
+        (Path(path) / folder / "info.json").is_file() for folder in ("meta", "meta_data")
+    )  # v1 is refused by name
 
 
 def _is_hdf5(path: str) -> bool:
