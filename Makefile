@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-versio
 ROBOMIMIC_NEEDS := imageio psutil six tensorboardX termcolor
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench robosuite clean distclean
+.PHONY: help demo test lint bench robosuite lerobot clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -43,16 +43,22 @@ bench: $(VENV)/.sim  ## run benchmarks/latency.py, or another with BENCH=metawor
 robosuite: $(VENV)-robosuite/.made  ## run the tests beside robosuite, with its older numpy and zarr
 	$(VENV)-robosuite/bin/python -m pytest -m "not slow" $(ARGS)
 
+lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot itself read a dataset that we wrote (1.4 GB on disk)
+	rm -rf build/lerobot && mkdir -p build/lerobot
+	$(BIN)/python tests/lerobot_env/write_example.py build/lerobot/dataset build/lerobot/expected.npz
+	HF_HUB_OFFLINE=1 $(VENV)-lerobot/bin/python tests/lerobot_env/check_lerobot.py \
+	    build/lerobot/dataset build/lerobot/expected.npz
+
 clean:  ## remove what builds and tools left
 	rm -rf build dist scd_robot.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## and the environments
-	rm -rf .venv .venv-robosuite
+	rm -rf .venv .venv-robosuite .venv-lerobot
 
 # Stamps: an environment is filled again only when pyproject.toml or the constraints changed.
 
-$(VENV)/.made $(VENV)-robosuite/.venv:
+$(VENV)/.made $(VENV)-robosuite/.venv $(VENV)-lerobot/.venv:
 	@command -v $(PYTHON) > /dev/null || { echo "make: there is no '$(PYTHON)'; name one with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo \
 	    "make: Python 3.11 to 3.13 is needed, '$(PYTHON)' is $$($(PYTHON) --version); name another with PYTHON=..." >&2; \
@@ -75,4 +81,10 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
 $(VENV)-robosuite/.made: $(VENV)-robosuite/.venv pyproject.toml constraints/robosuite.txt
 	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
 	    --constraint constraints/robosuite.txt --editable ".[sim,formats,dev]" robosuite
+	@touch $@
+
+# LeRobot's own requirements exclude this torch: only what its datasets need is installed, at fixed versions.
+$(VENV)-lerobot/.made: $(VENV)-lerobot/.venv constraints/lerobot.txt
+	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps \
+	    --requirement constraints/lerobot.txt
 	@touch $@
