@@ -446,7 +446,7 @@ class TestContradictions:
             read(dataset)
 
     def test_columns_that_info_json_lacks_are_not_read(self, dataset, caplog):
-        with caplog.at_level(logging.DEBUG):
+        with caplog.at_level(logging.DEBUG, logger="scd_robot"):
             assert "not in info.json" not in read(dataset).arrays
         assert "are not read: ['not in info.json']" in caplog.text
 

@@ -230,8 +230,13 @@ class TestWithSimulator:
                 wait_for_episodes(path, 3)
             finally:
                 os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to all processes
-            # Ends when nobody holds the pipe any more, that is, with the last worker.
-            _, messages = process.communicate(timeout=60)
+            # Ends when nobody holds the pipe any more, that is, with the last worker. Python loses an interrupt that
+            # arrives in a destructor; then one presses Ctrl-C again.
+            try:
+                _, messages = process.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGINT)
+                _, messages = process.communicate(timeout=60)
         assert process.returncode != 0
         assert messages.count("Traceback") == 1, messages
         assert "KeyboardInterrupt" in messages
