@@ -30,7 +30,7 @@ from scd_robot.datasets.lerobot_tables import import_parquet
 from scd_robot.datasets.schema import DONE, REWARD, TIMESTAMP, EpisodeDataset
 from scd_robot.datasets.video import PIXEL_FORMATS, encode_png, encode_video
 from scd_robot.errors import ConfigError, DatasetError, OutputError
-from scd_robot.output import write_json
+from scd_robot.output import dataset_output, replace_folder, write_json
 
 __all__ = ["write_lerobot"]
 
@@ -124,14 +124,14 @@ def write_lerobot(
         raise DatasetError(f"{dataset.spec.source or 'the dataset'} holds no episode to write")
     _check_target(target, overwrite)
     _tell_losses(dataset)
-    with _output_errors(target):
+    with dataset_output(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             folder.chmod(0o755)
             _write(_job(dataset, columns, folder, target.name if progress else None))
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            _put(folder, target)
+            replace_folder(folder, target)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -371,28 +371,3 @@ def _check_target(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{path} exists already; choose another path, or overwrite it with --overwrite")
     if not (path / "meta" / "info.json").is_file():
         raise OutputError(f"{path} is not a LeRobot dataset and will not be replaced; choose another path")
-
-
-def _put(new: Path, path: Path) -> None:
-    """Puts the folder `new` where it belongs; what is there already goes last."""
-    if not path.exists():
-        new.rename(path)
-        return
-    retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    path.rename(retired / path.name)
-    try:
-        new.rename(path)
-    except OSError:
-        (retired / path.name).rename(path)
-        retired.rmdir()
-        raise
-    shutil.rmtree(retired, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _output_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise OutputError(f"cannot write the dataset {path}: {reason}; free some space or try another path") from error

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from scd_robot.datasets.hdf5_demos import ACTIONS, EXTRAS, told_control_dt
 from scd_robot.datasets.schema import ACTION, DONE, MASK, REWARD, EpisodeDataset
 from scd_robot.errors import ConfigError, OutputError
-from scd_robot.output import to_plain
+from scd_robot.output import dataset_output, to_plain
 
 __all__ = ["write_robomimic"]
 
@@ -54,7 +53,7 @@ def write_robomimic(
     _check_target(target, overwrite)
     beside = target.with_name(target.name + ".part")
     try:
-        with _output_errors(target):
+        with dataset_output(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with _Sink(beside, "w+") as sink:
                 with h5py.File(sink, "w") as file:
@@ -182,14 +181,3 @@ def _check_target(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{path} exists already; choose another path, or overwrite it with --overwrite")
     if path.exists() and not h5py.is_hdf5(path):
         raise OutputError(f"{path} is not an HDF5 file and will not be replaced; choose another path")
-
-
-@contextlib.contextmanager
-def _output_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise OutputError(
-            f"cannot write the dataset {path}: {reason}; free some space or choose another path"
-        ) from error

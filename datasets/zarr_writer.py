@@ -15,12 +15,10 @@ An episode exists once its end stands in `episode_ends`, which is written last; 
 """
 
 import asyncio
-import contextlib
-import errno
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +32,7 @@ from zarr.core.sync import sync
 from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, EpisodeDataset
 from scd_robot.datasets.zarr_files import ATTRIBUTE, ENDS, UNWRITTEN, is_zarr_group
 from scd_robot.errors import ConfigError, OutputError, ShapeError
+from scd_robot.output import dataset_output, replace_folder
 from scd_robot.types import ArraySpec, DatasetSpec
 
 __all__ = ["SCHEMA", "ZarrWriter"]
@@ -100,7 +99,7 @@ class ZarrWriter:
         Raises:
             OutputError: something is at `path` already, or it cannot be written.
         """
-        with _output_errors(self.path):
+        with dataset_output(self.path):
             self._make_folder()
             try:
                 self._group = zarr.open_group(self._folder, mode="w", zarr_format=2)
@@ -136,7 +135,7 @@ class ZarrWriter:
             raise OutputError(f"the store {self.path} is not open for writing; use it in a `with` statement")
         arrays = self._checked(episode)
         length = len(arrays[ACTION])
-        with _output_errors(self.path, self.num_episodes):
+        with dataset_output(self.path, self.num_episodes):
             for key, array in arrays.items():
                 self._write(f"data/{key}", self.num_steps, array, np.nan if array.dtype.kind == "f" else 0)
             for name, value in (info or {}).items():
@@ -154,7 +153,7 @@ class ZarrWriter:
             OutputError: the disk is full or refuses.
         """
         self.metadata.update(metadata)
-        with _output_errors(self.path, self.num_episodes):
+        with dataset_output(self.path, self.num_episodes):
             self._write_attributes()
 
     def __exit__(
@@ -171,8 +170,8 @@ class ZarrWriter:
             logger.warning("the end of %s could not be trimmed: %s", self._folder, failure)
         if self._folder != self.path:
             if error is None:
-                with _output_errors(self.path):
-                    _swap(self._folder, self.path)
+                with dataset_output(self.path):
+                    replace_folder(self._folder, self.path)
             else:
                 logger.warning("%s is as it was; %d new episodes are in %s", self.path, self.num_episodes, self._folder)
 
@@ -287,35 +286,3 @@ def _remove(folder: Path) -> None:
 
     sync(others())
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _swap(new: Path, old: Path) -> None:
-    """Puts the folder `new` in the place of `old`, where something may be."""
-    if not old.exists():
-        new.rename(old)
-        return
-    retired = Path(tempfile.mkdtemp(prefix=f".{old.name}.", dir=old.parent))
-    old.rename(retired / old.name)
-    try:
-        new.rename(old)
-    except OSError:
-        (retired / old.name).rename(old)
-        retired.rmdir()
-        raise
-    shutil.rmtree(retired)
-
-
-@contextlib.contextmanager
-def _output_errors(path: Path, kept: int = 0) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = {
-            errno.ENOSPC: "the disk is full; free some space",
-            errno.EDQUOT: "the disk quota is used up; free some space",
-            errno.EACCES: "no write permission; choose another path",
-            errno.EPERM: "no write permission; choose another path",
-            errno.EROFS: "the file system is read-only; choose another path",
-        }.get(error.errno or 0, f"{(error.strerror or str(error)).lower()}; choose another path")
-        finished = f" ({kept} finished episodes are kept)" if kept else ""
-        raise OutputError(f"cannot write the dataset {path}: {reason}{finished}") from error

@@ -1,12 +1,15 @@
-"""Files for people and machines that appear whole or not at all: written beside the target, then renamed over it."""
+"""Files and folders that appear whole or not at all: written beside the target, then put in its place."""
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
+import shutil
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,15 @@ import numpy as np
 
 from scd_robot.errors import OutputError
 
-__all__ = ["check_target", "to_plain", "write_json", "write_text"]
+__all__ = ["check_target", "dataset_output", "replace_folder", "to_plain", "write_json", "write_text"]
+
+_HINTS = {
+    errno.ENOSPC: "the disk is full, free some space",
+    errno.EDQUOT: "the disk quota is used up, free some space",
+    errno.EACCES: "no write permission, choose another path",
+    errno.EPERM: "no write permission, choose another path",
+    errno.EROFS: "the file system is read-only, choose another path",
+}
 
 
 def check_target(path: str | Path) -> None:
@@ -99,6 +110,42 @@ def to_plain(data: object) -> Any:
     if data is None or isinstance(data, bool | int | str):
         return data
     raise TypeError(f"JSON cannot hold a {type(data).__name__}: {data!r}")
+
+
+@contextlib.contextmanager
+def dataset_output(path: Path, kept: int = 0) -> Iterator[None]:
+    """Turns what the system refuses while a dataset is written into one sentence.
+
+    Args:
+        path: of the dataset.
+        kept: episodes that are readable all the same.
+
+    Raises:
+        OutputError: in the place of an OSError of the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        hint = _HINTS.get(error.errno or 0, "free some space or choose another path")
+        finished = f" ({kept} finished episodes are kept)" if kept else ""
+        raise OutputError(f"cannot write the dataset {path}: {reason}; {hint}{finished}") from error
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Puts the folder `new` in the place of `old`, where something may be; that goes last."""
+    if not old.exists():
+        new.rename(old)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{old.name}.", dir=old.parent))
+    old.rename(retired / old.name)
+    try:
+        new.rename(old)
+    except OSError:
+        (retired / old.name).rename(old)
+        retired.rmdir()
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _beside(target: Path) -> Path:
