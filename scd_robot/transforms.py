@@ -195,6 +195,8 @@ class Transforms:
         for key in used:
             if key not in self._sources and key != ACTION:
                 raise UnknownNameError("key of a transform", key, [*self._sources, ACTION])
+        if ACTION in config.flatten:
+            raise ConfigError("flatten takes observation keys; actions are vectors already")
         specs = {key: recorded.observation[source] for key, source in self._sources.items()}
         self.spec = replace(
             recorded,
@@ -221,7 +223,10 @@ class Transforms:
                 x = crop_and_resize(x, image.crop, image.size)
         for step in self.config.rotations:
             if step.key == key:
-                x = _replace(x, step.start, ROTATION_WIDTHS[step.source], step.source, step.target)
+                try:
+                    x = _replace(x, step.start, ROTATION_WIDTHS[step.source], step.source, step.target)
+                except ShapeError as error:
+                    raise ShapeError(f"numbers of {key!r} from {step.start} on: {error}") from error
         for gripper in self.config.grippers:
             if gripper.key == key:
                 x = _map_number(x, gripper.index, (gripper.closed, gripper.open), (-1.0, 1.0))
@@ -238,7 +243,7 @@ class Transforms:
                 action = _map_number(action, gripper.index, (-1.0, 1.0), (gripper.closed, gripper.open))
         for step in reversed(self.config.rotations):
             if step.key == ACTION:
-                action = _replace(action, step.start, ROTATION_WIDTHS[step.target], step.target, step.source)
+                action = _replace(action, step.start, ROTATION_WIDTHS[step.target], step.target, step.source, True)
         return action
 
     def chunk(self, actions: Array, state: Mapping[str, Array]) -> Array:
@@ -376,8 +381,10 @@ def _grey(images: torch.Tensor) -> torch.Tensor:
     return (images * weight[:, None, None]).sum(1, keepdim=True)
 
 
-def _replace(x: Array, start: int, width: int, source: RotationName, target: RotationName) -> Array:
-    rotation = convert_rotation(x[..., start : start + width], source, target)
+def _replace(
+    x: Array, start: int, width: int, source: RotationName, target: RotationName, predicted: bool = False
+) -> Array:
+    rotation = convert_rotation(x[..., start : start + width], source, target, predicted=predicted)
     return np.concatenate((x[..., :start], rotation, x[..., start + width :]), axis=-1)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scd_robot.errors import ShapeError
-from scd_robot.rotations import ROTATION_WIDTHS, align_quaternions, convert_rotation, matrix_of
+from scd_robot.rotations import ROTATION_WIDTHS, convert_rotation, matrix_of
 
 ROOT = np.sqrt(0.5)
 # A quarter turn about z: x -> y.
@@ -74,15 +74,33 @@ def test_batch_axes_and_dtype_stay():
         (np.zeros(4), "quat_xyzw", "length 0"),
         (np.zeros(3), "quat_xyzw", r"\(\.\.\., 4\), got \(3,\)"),
         (np.array([1.0, 0, 0, 2, 0, 0]), "rot6d", "parallel"),
+        (-np.eye(3).reshape(9), "matrix", "no rotation.*reflection"),
+        (2 * np.eye(3).reshape(9), "matrix", "no rotation"),
+        (np.zeros(9), "matrix", "singular"),
+        (np.full(9, np.nan), "matrix", "NaN"),
     ],
 )
 def test_numbers_that_are_no_rotation_are_refused(x, source, message):
     with pytest.raises(ShapeError, match=message):
-        convert_rotation(x, source, "matrix")
+        convert_rotation(x, source, "rot6d" if source == "matrix" else "matrix")
 
 
-def test_quaternions_of_an_episode_keep_to_one_side():
-    q = np.array([[0, 0, 0, 1], [0, 0, -0.1, -1], [0, 0, -0.2, -1], [0, 0, 0.3, 1.0]])
+def test_signs_that_flip_are_mended_by_the_same_representation() -> None:
+    q = np.array([[0, 0, 0, 1], [0, 0, -0.6, -0.8], [0, 0, 1.2, -1.6]])
     np.testing.assert_allclose(
-        align_quaternions(q), np.array([[0, 0, 0, 1], [0, 0, 0.1, 1], [0, 0, 0.2, 1], [0, 0, 0.3, 1]])
+        convert_rotation(q, "quat_xyzw", "quat_xyzw"), [[0, 0, 0, 1], [0, 0, 0.6, 0.8], [0, 0, -0.6, 0.8]]
     )
+
+
+def test_a_predicted_matrix_stands_for_the_nearest_rotation() -> None:
+    quarter = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
+    found = convert_rotation((3 * quarter).reshape(9), "matrix", "quat_xyzw", predicted=True)
+    np.testing.assert_allclose(found, [0, 0, np.sqrt(0.5), np.sqrt(0.5)], atol=1e-12)
+    reflected = matrix_of(-np.eye(3).reshape(9), "matrix", predicted=True)
+    np.testing.assert_allclose(np.linalg.det(reflected), 1.0)
+
+
+def test_angles_where_many_mean_the_same_rotation_are_silent_and_right() -> None:
+    up = np.array([0.3, np.pi / 2, 0.1])
+    found = convert_rotation(matrix_of(up, "euler_xyz").reshape(9), "matrix", "euler_xyz")
+    np.testing.assert_allclose(matrix_of(found, "euler_xyz"), matrix_of(up, "euler_xyz"), atol=1e-6)
