@@ -12,6 +12,7 @@ __all__ = ["as_stored", "is_image"]
 
 _CHANNELS = (1, 3, 4)
 _SAMPLED_ROWS = 8
+_SMALLEST_SIDE = 24  # of an array (N, H, W) that is taken for pictures
 
 
 def is_image(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
@@ -28,8 +29,11 @@ def as_stored(array: RowArray, name: str) -> RowArray:
     """An array of a recording as `EpisodeDataset` wants it.
 
     Images become uint8 (N, H, W, C): floating-point ones of 0 to 255, or of 0 to 1, only where nothing is lost by it
-    (others, depth for example, stay float32). All else becomes float32 (N, ...), and a vector (N, 1).
+    (others, depth and masks for example, stay float32). Pictures without a channel axis (N, H, W) get one. All else
+    becomes float32 (N, ...), and a vector (N, 1).
     """
+    if len(array.shape) == 3 and min(array.shape[1:]) >= _SMALLEST_SIDE:
+        array = MappedArray(array, _with_channel, (*array.shape[1:], 1), array.dtype)
     if is_image(array.shape, array.dtype):
         if array.shape[3] not in _CHANNELS and array.shape[1] in _CHANNELS:
             array = MappedArray(array, _channels_last, (*array.shape[2:], array.shape[1]), array.dtype)
@@ -49,6 +53,8 @@ def _scale(array: RowArray) -> int | None:
     some = np.asarray(array[rows], np.float64)
     if not np.isfinite(some).all() or some.min() < 0 or some.max() > 255:
         return None
+    if array.dtype.kind == "f" and np.isin(some, (0, 1)).all():
+        return None  # a mask
     if array.dtype.kind == "f" and some.max() <= 1:
         return 255 if np.abs(some * 255 - np.round(some * 255)).max() < 1e-2 else None
     return 1 if (some == np.round(some)).all() else None
@@ -67,6 +73,10 @@ class _ToBytes:
         if not ((np.abs(scaled - whole) < 1e-2).all() and (np.abs(whole - 127.5) <= 127.5).all()):
             raise DatasetError(f"{self._name} holds images of whole numbers in most places, but not in all; damaged")
         return whole.astype(np.uint8)
+
+
+def _with_channel(images: NDArray[Any]) -> NDArray[Any]:
+    return images[..., None]
 
 
 def _channels_last(images: NDArray[Any]) -> NDArray[Any]:

@@ -4,9 +4,13 @@ Zarr takes a chunk that is not there for one of nothing but fill values. Here a 
 """
 
 import contextlib
+import hashlib
 import logging
+import lzma
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,6 +23,7 @@ from numpy.typing import NDArray
 from zarr.core.metadata import ArrayV2Metadata
 from zarr.storage import FsspecStore, ZipStore
 
+from scd_robot.datasets.formats import ReadOptions
 from scd_robot.datasets.lazy import LazyArray
 from scd_robot.errors import DatasetError, MissingDependencyError
 
@@ -41,7 +46,7 @@ ENDS = "episode_ends"
 UNWRITTEN = -1  # stands in episode_ends of ours between its growth and the writing of the value
 
 MAX_CHUNK_BYTES = 1 << 30
-MAX_RATIO = 1000  # of the sizes of a zip archive's member before and after: more is a bomb
+MAX_RATIO = 1000  # of the sizes of a zip archive's member before and after: more is a bomb, and so is more than a chunk
 _PLAIN_BYTES = 1 << 26  # members up to this size may shrink as they like
 
 # What zarr, numcodecs, zipfile and json raise on damaged files.
@@ -55,7 +60,11 @@ _READ_ERRORS = (
     ArithmeticError,
     MemoryError,
     SystemError,
+    EOFError,
     zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
 )
 
 
@@ -94,6 +103,15 @@ class ZarrFiles:
     address: str
     cache: str | None = None
     fill_missing: bool = False
+
+    @classmethod
+    def at(cls, address: str, options: ReadOptions) -> "ZarrFiles":
+        """As the options say; what is kept of an address is of its files as they are now, and of no earlier ones."""
+        cache = options.cache
+        if cache is not None and is_address(address):
+            with read_errors(address):
+                cache = str(Path(cache) / _remote_fingerprint(address))
+        return cls(address, cache, options.fill_missing)
 
     @property
     def name(self) -> str:
@@ -198,9 +216,7 @@ class ZarrFiles:
             if Path(self.address).is_file():
                 with zipfile.ZipFile(self.address) as archive:
                     return {name for name in archive.namelist() if name.startswith(f"{folder}/")}
-            root = Path(self.address)
-            files = (path for path in (root / folder).rglob("*") if path.is_file())
-            return {path.relative_to(root).as_posix() for path in files}
+            return _local_listing(Path(self.address), folder)
 
 
 class ZarrRows(LazyArray):
@@ -333,6 +349,29 @@ def _remote_store(files: ZarrFiles) -> FsspecStore:
         ) from error
 
 
+def _remote_fingerprint(address: str) -> str:
+    """Changes with the names, sizes, times and checksums that the address tells of its files."""
+    import fsspec
+
+    filesystem, root = fsspec.url_to_fs(address)
+    filesystem.invalidate_cache()
+    found = sorted(filesystem.find(root, detail=True).items())
+    return hashlib.sha256(repr([(name, sorted(info.items())) for name, info in found]).encode()).hexdigest()[:16]
+
+
+def _local_listing(root: Path, folder: str) -> set[str]:
+    """Follows links to folders: a large array may lie on another disk."""
+    found, walked = set(), set()
+    for place, folders, files in os.walk(root / folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in walked:  # a link that leads back
+            folders.clear()
+            continue
+        walked.add(real)
+        found |= {(Path(place) / name).relative_to(root).as_posix() for name in files}
+    return found
+
+
 def _remote_listing(address: str, folder: str) -> set[str]:
     import fsspec
 
@@ -349,7 +388,8 @@ def _check_archive(path: Path) -> None:
             parts = PurePosixPath(member.filename)
             if parts.is_absolute() or ".." in parts.parts:
                 raise DatasetError(f"{path} holds a member {member.filename!r} that leaves its folder; refused")
-            if member.file_size > _PLAIN_BYTES and member.file_size > MAX_RATIO * max(1, member.compress_size):
+            shrunk = member.file_size > MAX_RATIO * max(1, member.compress_size)
+            if member.file_size > (_PLAIN_BYTES if shrunk else MAX_CHUNK_BYTES + _PLAIN_BYTES):
                 raise DatasetError(
                     f"{path} holds a member {member.filename!r} of {member.file_size} bytes packed into "
                     f"{member.compress_size}; refused as a zip bomb"
