@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from scd_robot.datasets.lazy import ConcatenatedArray, LazyArray, RowArray
-from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, EpisodeDataset
+from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, PRESENT, EpisodeDataset
 from scd_robot.errors import ConfigError, ShapeError
 
 __all__ = ["join_datasets", "mix_datasets"]
@@ -21,8 +21,10 @@ _SAME_RATE = 1e-3  # relative difference of control_dt that is taken for the sam
 def join_datasets(datasets: Sequence[EpisodeDataset], names: Sequence[str] | None = None) -> EpisodeDataset:
     """The episodes of all, in this order.
 
-    Observation keys, other arrays and notes that some do not have are left out, and the log says which. Where some have
-    `executed_action` and others not, the others' is their `action`.
+    Observation keys, other arrays and notes that some do not have are left out, and the log says which; so are other
+    arrays of different shapes (states of simulators with different objects). Where some have `executed_action` and
+    others not, the others' is their `action`; where an observation is marked as absent in steps of some, it is present
+    in all steps of the others. What the metadata of all say alike stays.
 
     Args:
         datasets: at least one.
@@ -44,13 +46,14 @@ def join_datasets(datasets: Sequence[EpisodeDataset], names: Sequence[str] | Non
         raise ShapeError(f"the datasets have no observation key in common ({have}); rename them first")
     for name, data in zip(names, datasets, strict=True):
         _check_same(first, names[0], data, name, keys)
-    datasets = [_with_executed(data, any(EXECUTED_ACTION in other.arrays for other in datasets)) for data in datasets]
+    datasets = [_completed(data, datasets, keys) for data in datasets]
     common = [key for key in datasets[0].arrays if all(key in data.arrays for data in datasets)]
     common = [key for key in common if key in keys or key not in first.spec.observation]
+    common = [key for key in common if len({(d.arrays[key].shape[1:], d.arrays[key].dtype) for d in datasets}) == 1]
     for name, data in zip(names, datasets, strict=True):
         dropped = sorted(set(data.arrays) - set(common))
         if dropped:
-            logger.info("%s: left out, because not all datasets have it: %s", name, ", ".join(dropped))
+            logger.info("%s: left out, because not all datasets have it alike: %s", name, ", ".join(dropped))
     return EpisodeDataset(
         spec=replace(
             first.spec,
@@ -59,7 +62,14 @@ def join_datasets(datasets: Sequence[EpisodeDataset], names: Sequence[str] | Non
         ),
         episode_ends=np.cumsum(np.concatenate([data.episode_lengths for data in datasets])),
         arrays={key: _join([data.arrays[key] for data in datasets]) for key in common},
-        metadata={"joined": [{"source": data.spec.source, **data.metadata} for data in datasets]},
+        metadata={
+            **{
+                name: value
+                for name, value in first.metadata.items()
+                if all(data.metadata.get(name) == value for data in datasets)
+            },
+            "joined": [{"source": data.spec.source, **data.metadata} for data in datasets],
+        },
         episode_info={
             name: np.concatenate([data.episode_info[name] for data in datasets])
             for name in first.episode_info
@@ -115,10 +125,17 @@ def _check_same(first: EpisodeDataset, first_name: str, data: EpisodeDataset, na
         )
 
 
-def _with_executed(data: EpisodeDataset, wanted: bool) -> EpisodeDataset:
-    if not wanted or EXECUTED_ACTION in data.arrays:
-        return data
-    return replace(data, arrays={**data.arrays, EXECUTED_ACTION: data.arrays[ACTION]})
+def _completed(data: EpisodeDataset, datasets: Sequence[EpisodeDataset], keys: Sequence[str]) -> EpisodeDataset:
+    """With what goes without saying in a dataset and is said in others."""
+    said = {key for other in datasets for key in other.arrays}
+    arrays = dict(data.arrays)
+    if EXECUTED_ACTION in said:
+        arrays.setdefault(EXECUTED_ACTION, arrays[ACTION])
+    for key in keys:
+        if PRESENT + key in said:
+            there = arrays.get(PRESENT + key, np.ones(data.num_steps, bool))
+            arrays[PRESENT + key] = np.asarray(there[:]) != 0
+    return replace(data, arrays=arrays)
 
 
 def _join(parts: Sequence[RowArray]) -> RowArray:

@@ -81,13 +81,23 @@ def fit_normalizer(data: EpisodeDataset, experiment: ExperimentConfig) -> Normal
         experiment.model.observation_shapes, experiment.training.observation_normalization
     )
     modes["action"] = experiment.training.action_normalization
-    statistics = {key: compute_statistics(data.arrays[key][rows], key) for key in modes if key != ACTION}
+    statistics = {
+        key: compute_statistics(data.arrays[key][_rows_present(data, key, rows)], key) for key in modes if key != ACTION
+    }
     statistics[ACTION] = compute_statistics(_chunk_actions(data, experiment, np.flatnonzero(rows)), ACTION)
     for key, mode in modes.items():
         constant = np.flatnonzero(statistics[key].center_and_half(mode)[1] == 0)
         if len(constant):
             logger.info("%r is constant in dimensions %s: always 0 for the model", key, constant.tolist())
     return Normalizer(statistics, modes)
+
+
+def _rows_present(data: EpisodeDataset, key: str, rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Those of `rows` (N,) in which an observation was there; all of them where it never was."""
+    if PRESENT + key not in data.arrays:
+        return rows
+    there = rows & (np.asarray(data.arrays[PRESENT + key][:]) != 0)
+    return there if there.any() else rows
 
 
 def _chunk_actions(data: EpisodeDataset, experiment: ExperimentConfig, rows: NDArray[np.int64]) -> NDArray[Any]:

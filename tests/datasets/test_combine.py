@@ -51,6 +51,31 @@ def test_executed_actions_of_those_without_are_their_actions() -> None:
     assert joined.arrays["executed_action"][:, 0].tolist() == [1] * 3 + [9] * 5
 
 
+def test_an_observation_is_present_where_nothing_marks_it_as_absent() -> None:
+    marked = dataset((5,), 2, **{"present.state": np.array([1, 0, 0, 1, 0], np.uint8)})
+    for parts, expected in (((dataset((3,), 1), marked), [1, 1, 1, 1, 0, 0, 1, 0]), ((marked, dataset((3,), 1)), None)):
+        joined = join_datasets(parts)
+        expected = expected or [1, 0, 0, 1, 0, 1, 1, 1]
+        np.testing.assert_array_equal(joined.arrays["present.state"] != 0, np.array(expected, bool))
+
+
+def test_states_of_different_simulators_are_left_out(caplog) -> None:
+    caplog.set_level("INFO")
+    first = dataset((3,), 1, sim_state=np.zeros((3, 4)), reward=np.ones(3, np.float32))
+    joined = join_datasets([first, dataset((5,), 2, sim_state=np.zeros((5, 9)), reward=np.ones(5, np.float32))])
+    assert set(joined.arrays) == {"state", "action", "reward"}
+    assert "not all datasets have it alike: sim_state" in caplog.text
+
+
+def test_what_the_metadata_say_alike_stays() -> None:
+    parts = [dataset((3,), 1), dataset((5,), 2)]
+    for part in parts:
+        part.metadata["environment"] = "metaworld/push-v3"
+    joined = join_datasets(parts)
+    assert joined.metadata["environment"] == "metaworld/push-v3"
+    assert "note" not in joined.metadata
+
+
 def test_weights_are_shares_of_control_steps() -> None:
     mixed = mix_datasets([dataset((100, 100), 1), dataset((50,), 2)], (1, 3))
     index = SegmentIndex(mixed.episode_ends, 10, weights=mixed.weights)
