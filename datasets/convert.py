@@ -1,6 +1,5 @@
 """Writes any dataset into our Zarr store, episode by episode; and chooses episodes by what is known of them."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from scd_robot.datasets.zarr_writer import ZarrWriter
 from scd_robot.errors import ConfigError, DatasetError
 from scd_robot.seeding import EPISODE_SPLIT, keyed_rng
 
-__all__ = ["deal_episodes", "episode_success", "parse_episodes", "write_zarr"]
+__all__ = ["deal_episodes", "episode_success", "write_zarr"]
 
 
 def write_zarr(
@@ -53,35 +52,22 @@ def episode_success(dataset: EpisodeDataset) -> NDArray[np.bool_]:
     """(E,) which episodes succeeded: by a note on the episode, else a reward of 1 or more in it, else a `done`.
 
     Raises:
-        DatasetError: the recording says nothing about success.
+        DatasetError: the recording says nothing about success; a `done` in the last step of every episode says only
+            that it ended there.
     """
     if "success" in dataset.episode_info:
         return np.asarray(dataset.episode_info["success"] > 0)
+    starts = np.concatenate(([0], dataset.episode_ends[:-1]))
     for key, reached in ((REWARD, 1.0), (DONE, 0.5)):
         if key in dataset.arrays:
             values = np.asarray(dataset.arrays[key][:], np.float64).reshape(dataset.num_steps, -1).max(axis=1)
-            starts = np.concatenate(([0], dataset.episode_ends[:-1]))
-            return np.asarray(np.maximum.reduceat(values, starts) >= reached)
-    raise DatasetError(f"{dataset.spec.source} says nothing about success: no note on its episodes, no reward, no done")
-
-
-def parse_episodes(texts: Sequence[str], count: int) -> NDArray[np.int64]:
-    """Episode numbers from texts such as "3", "5-9" (both included) and "20-".
-
-    Raises:
-        ConfigError: not of that form, or there is no such episode.
-    """
-    chosen: list[int] = []
-    for text in texts:
-        match = re.fullmatch(r"(\d+)(?:(-)(\d*))?", text)
-        if match is None:
-            raise ConfigError(f"episodes are given as NUMBER, FIRST-LAST or FIRST-, got {text!r}")
-        first = int(match[1])
-        last = first if match[2] is None else int(match[3] or count - 1)
-        if last < first or last >= count:
-            raise ConfigError(f"{text!r} does not name episodes of 0 to {count - 1}")
-        chosen += range(first, last + 1)
-    return np.array(chosen, np.int64)
+            only_ends = np.array_equal(np.flatnonzero(values >= reached), dataset.episode_ends - 1)
+            if key == REWARD or not only_ends:
+                return np.asarray(np.maximum.reduceat(values, starts) >= reached)
+    raise DatasetError(
+        f"{dataset.spec.source} says nothing about success: no note on its episodes, no reward, and no done but at "
+        "their ends"
+    )
 
 
 def deal_episodes(count: int, shares: Sequence[float], parts: int, seed: int) -> list[NDArray[np.int64]]:

@@ -1,11 +1,16 @@
 """What every reader takes and gives; the readers themselves are listed in `open.py`."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scd_robot.errors import ConfigError
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["ReadOptions"]
+from scd_robot.datasets.schema import EpisodeDataset
+from scd_robot.errors import ConfigError, DatasetError
+
+__all__ = ["ReadOptions", "choose", "kept_episodes", "parse_episodes"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,9 @@ class ReadOptions:
         action: array that holds the labels; None = the format's usual one.
         control_dt: seconds between control steps; None = what the file says.
         mask: only episodes in this list of the file (robomimic's mask/NAME); None = all.
+        episodes: numbers of the episodes to read: 3, 5-9 (both included), 20- (to the last); None = all.
+        drop: numbers of episodes to leave out, given likewise: damage in them then does not matter.
+        frame_tolerance: how far the time of a video's frame may be from its row's [control steps].
         fill_missing: take Zarr chunks that are not there for fill values, as some writers mean it.
         cache: folder that keeps what was read from a remote store; None = nothing is kept.
         check: refuse NaN and infinite values, and episodes of one step.
@@ -26,6 +34,9 @@ class ReadOptions:
     action: str | None = None
     control_dt: float | None = None
     mask: str | None = None
+    episodes: Sequence[str] | None = None
+    drop: Sequence[str] | None = None
+    frame_tolerance: float = 0.5
     fill_missing: bool = False
     cache: str | None = None
     check: bool = True
@@ -35,3 +46,48 @@ class ReadOptions:
             raise ConfigError(f"control_dt must be a positive time [s], got {self.control_dt}")
         if self.keys is not None and not self.keys:
             raise ConfigError("keys must name at least one observation; leave it out for all")
+        if not self.frame_tolerance > 0:
+            raise ConfigError(f"frame_tolerance must be a positive number of control steps, got {self.frame_tolerance}")
+
+
+def choose(dataset: EpisodeDataset, options: ReadOptions) -> EpisodeDataset:
+    """The episodes that `episodes` and `drop` leave of a dataset; raises as `kept_episodes`."""
+    if options.episodes is None and options.drop is None:
+        return dataset
+    return dataset.select(kept_episodes(options, dataset.num_episodes, dataset.spec.source))
+
+
+def kept_episodes(options: ReadOptions, count: int, source: str) -> NDArray[np.int64]:
+    """Numbers of the episodes that `episodes` and `drop` leave of `count`, ascending.
+
+    Raises:
+        ConfigError: they are malformed, or name episodes that there are not.
+        DatasetError: none is left.
+    """
+    keep = np.ones(count, bool)
+    if options.episodes is not None:
+        keep &= np.isin(np.arange(count), parse_episodes(options.episodes, count))
+    if options.drop is not None:
+        keep &= ~np.isin(np.arange(count), parse_episodes(options.drop, count))
+    if count and not keep.any():
+        raise DatasetError(f"no episode is left of the {count} of {source}; choose others")
+    return np.flatnonzero(keep)
+
+
+def parse_episodes(texts: Sequence[str], count: int) -> NDArray[np.int64]:
+    """Episode numbers from texts such as "3", "5-9" (both included) and "20-".
+
+    Raises:
+        ConfigError: not of that form, or there is no such episode.
+    """
+    chosen: list[int] = []
+    for text in texts:
+        match = re.fullmatch(r"(\d+)(?:(-)(\d*))?", text)
+        if match is None:
+            raise ConfigError(f"episodes are given as NUMBER, FIRST-LAST or FIRST-, got {text!r}")
+        first = int(match[1])
+        last = first if match[2] is None else int(match[3] or count - 1)
+        if last < first or last >= count:
+            raise ConfigError(f"{text!r} does not name episodes of 0 to {count - 1}")
+        chosen += range(first, last + 1)
+    return np.array(chosen, np.int64)

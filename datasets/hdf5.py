@@ -22,7 +22,7 @@ def open_hdf5(path: str, options: ReadOptions) -> EpisodeDataset:
         MissingDependencyError: arrays are compressed by a plugin that is not installed.
     """
     with hdf5_file(path) as file:
-        demos = Demos.of(path, file)
+        demos = Demos.of(path, file).chosen(options)
         if any(isinstance(demos.item(demo, "obs"), h5py.Group) for demo in demos.groups):
             dataset = read_robomimic(demos, options)
         elif any(isinstance(demos.item(demo, "states"), h5py.Dataset) for demo in demos.groups):
@@ -33,6 +33,4 @@ def open_hdf5(path: str, options: ReadOptions) -> EpisodeDataset:
                 f"the demonstrations of {path} hold neither observations ('obs') nor simulator states ('states'); "
                 f"{first!r} holds: {', '.join(sorted(demos.groups[first])) or 'nothing'}"
             )
-    if options.check:
-        dataset.check(path)
     return dataset

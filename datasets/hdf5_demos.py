@@ -5,7 +5,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from scd_robot.datasets.formats import ReadOptions, kept_episodes
 from scd_robot.datasets.hdf5_files import Hdf5Rows, arrays_below, child, read_texts, scalar_attributes, where
-from scd_robot.datasets.schema import DONE, EXECUTED_ACTION, MASK, REWARD, SIM_STATE, TIMESTAMP
+from scd_robot.datasets.schema import DONE, EXECUTED_ACTION, MASK, PRESENT, REWARD, SIM_STATE, TIMESTAMP
 from scd_robot.errors import DatasetError, UnknownNameError
 
 __all__ = ["Demos", "told_control_dt"]
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 ASSUMED_CONTROL_DT = 0.05  # [s]; robosuite's default
 ACTIONS = "actions"  # the usual label
 ACTION_DICT = "action_dict"
+ATTRIBUTE = "scd_robot"  # of `data` in files of ours: JSON with what is made up, and the metadata
 # Arrays of a demonstration that are no observations and no labels, by their names in the file.
 EXTRAS = {
     "states": SIM_STATE, "rewards": REWARD, "dones": DONE, EXECUTED_ACTION: EXECUTED_ACTION, TIMESTAMP: TIMESTAMP,
@@ -71,6 +73,29 @@ class Demos:
                 raise DatasetError(f"'data/{name}' of {path} is an array; expected a group with 'actions'")
         return cls(path, data, groups, {name: scalar_attributes(group) for name, group in groups.items()})
 
+    def chosen(self, options: ReadOptions) -> "Demos":
+        """Those that the options keep; what is wrong with others does not matter then.
+
+        Raises:
+            UnknownNameError: no such list in `mask`.
+            ConfigError: no such episodes.
+            DatasetError: none is left.
+        """
+        names = list(self.groups)
+        keep = np.zeros(len(names), bool)
+        keep[kept_episodes(options, len(names), self.path)] = True
+        if options.mask is not None:
+            masks = {name.removeprefix(MASK): values for name, values in self._masks().items()}
+            if options.mask not in masks:
+                raise UnknownNameError(f"mask of {self.path}", options.mask, masks)
+            keep &= masks[options.mask] != 0
+            if not keep.any():
+                raise DatasetError(f"no demonstration of {self.path} is left in the list {options.mask!r}")
+        kept = [name for name, wanted in zip(names, keep, strict=True) if wanted]
+        return replace(
+            self, groups={name: self.groups[name] for name in kept}, noted={name: self.noted[name] for name in kept}
+        )
+
     def item(self, demo: str, name: str) -> Any:
         """The dataset or group of a demonstration at a name of one or several parts ("obs/image"), or None."""
         place: Any = self.groups[demo]
@@ -111,7 +136,11 @@ class Demos:
     def labels(self) -> list[str]:
         """Names of the first demonstration's arrays that can be labels: its own ones, and action_dict/KEY."""
         first = next(iter(self.groups.values()))
-        own = [name for name in first if name not in EXTRAS and isinstance(child(first, name), h5py.Dataset)]
+        own = [
+            name
+            for name in first
+            if name not in EXTRAS and not name.startswith(PRESENT) and isinstance(child(first, name), h5py.Dataset)
+        ]
         grouped = child(first, ACTION_DICT)
         if not isinstance(grouped, h5py.Group):
             return own
@@ -144,34 +173,57 @@ class Demos:
             raise DatasetError(f"{name!r} of {self.path} holds no numbers: its shape is {first.shape}")
         return action, first.lengths
 
-    def extras(self, lengths: NDArray[np.int64], label: str) -> dict[str, NDArray[Any]]:
+    def extras(self, lengths: NDArray[np.int64], label: str, needed: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
         """Arrays that are no observations, by the names of `scd_robot.datasets.schema`.
 
         States that are no vectors (Isaac Lab keeps them in groups) are left out, and executed actions where the label
-        is not what they were compared with.
+        is not what they were compared with. So is, and that is told, what only some demonstrations have, and states of
+        different widths: of scenes with different objects.
 
         Args:
             lengths: (E,) steps of the demonstrations.
             label: the array of the actions.
+            needed: names that are not left out.
 
         Raises:
-            DatasetError: missing somewhere, of other lengths, or not to be read.
+            DatasetError: executed actions or needed arrays are missing somewhere or differ; arrays of other lengths, or
+                not to be read.
         """
         found: dict[str, NDArray[Any]] = {}
-        for name, key in EXTRAS.items():
+        made_up = self.own_note("filled", [])
+        presence = {name: name for name in next(iter(self.groups.values())) if name.startswith(PRESENT)}
+        for name, key in (EXTRAS | presence).items():
+            if name in made_up:
+                continue
             items = {demo: self.item(demo, name) for demo in self.groups}
             datasets = [item for item in items.values() if isinstance(item, h5py.Dataset)]
             if key == SIM_STATE:
                 datasets = [item for item in datasets if item.ndim == 2 and item.shape[1] > 0]
             if not datasets or (key == EXECUTED_ACTION and label != ACTIONS):
                 continue
+            if key not in (EXECUTED_ACTION, *needed) and self._told_apart(name, datasets):
+                continue
             values = self.joined(name, items, lengths)[:]
-            if key in (REWARD, DONE, TIMESTAMP):
+            if key in (REWARD, DONE, TIMESTAMP) or key in presence:
                 if values.size != len(values):
                     raise DatasetError(f"{name!r} of {self.path} must be one number per step, got {values.shape[1:]}")
                 values = values.reshape(-1)
-            found[key] = (values != 0).astype(np.uint8) if key == DONE else values.astype(_DTYPES[key], copy=False)
+            if key == DONE or key in presence:
+                found[key] = (values != 0).astype(np.uint8)
+            else:
+                found[key] = values.astype(_DTYPES[key], copy=False)
         return found
+
+    def _told_apart(self, name: str, datasets: Sequence[h5py.Dataset]) -> bool:
+        """Whether an array is not alike in all demonstrations, which is told; `datasets` are those there are."""
+        widths = {dataset.shape[1:] for dataset in datasets}
+        if len(datasets) == len(self.groups) and (len(widths) == 1 or name != "states"):
+            return False
+        why = f"only {len(datasets)} of {len(self.groups)} demonstrations have it"
+        if len(datasets) == len(self.groups):
+            why = f"its rows have {len(widths)} different shapes"
+        logger.warning("%s: %r is left out: %s", self.path, name, why)
+        return True
 
     def notes(self) -> tuple[dict[str, NDArray[Any]], dict[str, Sequence[str]]]:
         """`episode_info` and `episode_text`: what is noted at every demonstration, lists of `mask`, names, models."""
@@ -213,9 +265,10 @@ class Demos:
         masks = {}
         for name, dataset in arrays_below(group).items():
             listed = read_texts(dataset)
-            for demo in listed:
-                if demo not in self.groups:
-                    raise DatasetError(f"{where(dataset)} lists {demo!r}, which is not there; correct the list")
+            lost = [demo for demo in listed if child(self.data, demo) is None]
+            if lost:
+                some = ", ".join(map(repr, lost[:8]))
+                logger.warning("%s lists %d demonstrations that are not there: %s", where(dataset), len(lost), some)
             masks[MASK + name.replace("/", ".")] = np.isin(list(self.groups), listed).astype(np.uint8)
         return masks
 
@@ -250,6 +303,11 @@ class Demos:
                 logger.warning("%s: attribute %r is no JSON object, and kept as text", self.path, name)
                 found[f"{name}_text"] = text
         return found
+
+    def own_note(self, name: str, default: Any) -> Any:
+        """What our writer noted in the file; the default in files of others, and where it is of another type."""
+        noted = self.json(ATTRIBUTE).get(ATTRIBUTE, {}).get(name, default)
+        return noted if isinstance(noted, type(default)) else default
 
     def control_dt(
         self, given: float | None, metadata: dict[str, Any], measured: float | None = None

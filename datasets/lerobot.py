@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.datasets.formats import ReadOptions
-from scd_robot.datasets.lazy import RowArray
+from scd_robot.datasets.formats import ReadOptions, kept_episodes
+from scd_robot.datasets.lazy import RowArray, SelectedArray
 from scd_robot.datasets.lerobot_rows import BOOKKEEPING, ImageRows, read_columns
 from scd_robot.datasets.lerobot_tables import INFO, Episode, Info, read_episodes, read_info, read_tasks
 from scd_robot.datasets.schema import ACTION, DONE, EXECUTED_ACTION, REWARD, SIM_STATE, TIMESTAMP, EpisodeDataset
@@ -56,13 +56,24 @@ def open_lerobot(path: str, options: ReadOptions) -> EpisodeDataset:
     label = _label(info, options.action)
     keys = _keys(info, label, options.keys)
     cameras = [key for key in keys if info.features[key].dtype == "video" and info.video_path is not None]
-    episodes = read_episodes(info, cameras)
+    every = read_episodes(info, cameras)
+    _compare_totals(info, every)
+    chosen = {every[i].index for i in kept_episodes(options, len(every), path)}
+    episodes = [episode for episode in every if episode.index in chosen]
+    files = {episode.data_file for episode in episodes}
+    inside = [episode for episode in every if episode.data_file in files]  # a file is checked against all of its own
     keys = _present(info, keys, episodes, asked=options.keys is not None)
-    _compare_totals(info, episodes)
-
     names = [name for name in (*_EXTRAS, *_SUCCESS, "task_index") if name in info.features and name != label]
-    columns = read_columns(info, episodes, [label, "timestamp", *keys, *names])
-    arrays = _arrays(info, keys, episodes, columns, options.check)
+    columns = read_columns(info, inside, [label, "timestamp", *keys, *names])
+    images: dict[str, RowArray] = {
+        key: ImageRows(inside, key, _pixels(info, key)) for key in keys if info.features[key].dtype == "image"
+    }
+    if len(inside) > len(episodes):
+        lengths = [episode.length for episode in inside]
+        rows = np.flatnonzero(np.repeat([episode.index in chosen for episode in inside], lengths))
+        columns = {name: values[rows] for name, values in columns.items()}
+        images = {key: SelectedArray(array, rows) for key, array in images.items()}
+    arrays = {**images, **_arrays(info, keys, episodes, columns, options)}
     arrays[ACTION] = columns[label].astype(np.float32)
     spec = DatasetSpec(
         {key: ArraySpec(arrays[key].shape[1:], str(arrays[key].dtype)) for key in keys},
@@ -70,7 +81,7 @@ def open_lerobot(path: str, options: ReadOptions) -> EpisodeDataset:
         control_dt=options.control_dt or 1 / info.fps,
         source=f"{info.root.name} (LeRobot {info.version})",
     )
-    dataset = EpisodeDataset(
+    return EpisodeDataset(
         spec,
         np.cumsum([episode.length for episode in episodes]),
         arrays,
@@ -78,9 +89,6 @@ def open_lerobot(path: str, options: ReadOptions) -> EpisodeDataset:
         _success(episodes, columns),
         _tasks_in_words(info, episodes, columns.get("task_index")),
     )
-    if options.check:
-        dataset.check(path)
-    return dataset
 
 
 def _label(info: Info, asked: str | None) -> str:
@@ -117,14 +125,22 @@ def _keys(info: Info, label: str, asked: Sequence[str] | None) -> list[str]:
 
 
 def _present(info: Info, keys: Sequence[str], episodes: Sequence[Episode], asked: bool) -> list[str]:
-    """Those of `keys` whose videos are there."""
+    """Those of `keys` whose videos are there.
+
+    A camera without any video is left out, and that is told; one that has lost some is an error.
+    """
     present = []
     for key in keys:
-        problem = _absent(info, key, episodes) if info.features[key].dtype == "video" else None
+        problem, all_of_them = _absent(info, key, episodes) if info.features[key].dtype == "video" else (None, False)
         if problem is None:
             present.append(key)
         elif asked:
             raise DatasetError(f"{key!r} was asked for, but {problem}; fetch the videos, or leave the key out")
+        elif not all_of_them:
+            raise DatasetError(
+                f"{key!r} of {info.root}: {problem}; fetch them, leave their episodes out with --drop, or name other "
+                "keys with --keys"
+            )
         else:
             logger.warning("%s: %r is left out: %s", info.root, key, problem)
     if not present:
@@ -132,13 +148,15 @@ def _present(info: Info, keys: Sequence[str], episodes: Sequence[Episode], asked
     return present
 
 
-def _absent(info: Info, key: str, episodes: Sequence[Episode]) -> str | None:
-    """What is wrong, where videos are not there."""
+def _absent(info: Info, key: str, episodes: Sequence[Episode]) -> tuple[str | None, bool]:
+    """What is wrong, where videos are not there; and whether none is."""
     if info.video_path is None:
-        return f"{info.root / INFO} says that there are no videos"
+        return f"{info.root / INFO} says that there are no videos", True
     paths = dict.fromkeys(episode.clips[key].path for episode in episodes)
     missing = [path for path in paths if not Path(path).is_file()]
-    return f"{len(missing)} of its {len(paths)} video files are missing, first {missing[0]}" if missing else None
+    if not missing:
+        return None, False
+    return f"{len(missing)} of its {len(paths)} video files are missing, first {missing[0]}", len(missing) == len(paths)
 
 
 def _compare_totals(info: Info, episodes: Sequence[Episode]) -> None:
@@ -161,20 +179,18 @@ def _compare_totals(info: Info, episodes: Sequence[Episode]) -> None:
 
 
 def _arrays(
-    info: Info, keys: Sequence[str], episodes: Sequence[Episode], columns: dict[str, NDArray[Any]], check: bool
+    info: Info, keys: Sequence[str], episodes: Sequence[Episode], columns: dict[str, NDArray[Any]], options: ReadOptions
 ) -> dict[str, RowArray]:
-    """Observations, and what has a name of ours; `check` compares the headers of videos with the rows."""
+    """Observations but images, and what has a name of ours; `check` compares the headers of videos with the rows."""
     arrays: dict[str, RowArray] = {}
     timestamps = columns["timestamp"].reshape(-1).astype(np.float64)
     for key in keys:
         feature = info.features[key]
         if feature.dtype == "video":
-            arrays[key] = videos = _videos(info, key, episodes, timestamps)
-            if check:
+            arrays[key] = videos = _videos(info, key, episodes, timestamps, options.frame_tolerance)
+            if options.check:
                 videos.check()
-        elif feature.dtype == "image":
-            arrays[key] = ImageRows(episodes, key, _pixels(info, key))
-        else:
+        elif feature.dtype != "image":
             arrays[key] = columns[key].astype(np.float32).reshape(-1, *feature.shape)
     for name, key in _EXTRAS.items():
         if name in columns:
@@ -223,7 +239,9 @@ def _pixels(info: Info, key: str) -> tuple[int, int, int]:
     return height, width, channels
 
 
-def _videos(info: Info, key: str, episodes: Sequence[Episode], timestamps: NDArray[np.float64]) -> VideoRows:
+def _videos(
+    info: Info, key: str, episodes: Sequence[Episode], timestamps: NDArray[np.float64], tolerance: float
+) -> VideoRows:
     segments = []
     first = 0
     for episode in episodes:
@@ -233,4 +251,4 @@ def _videos(info: Info, key: str, episodes: Sequence[Episode], timestamps: NDArr
         clip, name = episode.clips[key], f"episode {episode.index}"
         segments.append(VideoSegment(clip.path, clip.begin + times, clip.begin, clip.end, name))
         first += episode.length
-    return VideoRows(segments, _pixels(info, key), info.fps)
+    return VideoRows(segments, _pixels(info, key), info.fps, tolerance)

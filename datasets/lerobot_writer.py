@@ -30,7 +30,7 @@ from scd_robot.datasets.lerobot_tables import import_parquet
 from scd_robot.datasets.schema import DONE, REWARD, TIMESTAMP, EpisodeDataset
 from scd_robot.datasets.video import PIXEL_FORMATS, encode_png, encode_video
 from scd_robot.errors import ConfigError, DatasetError, OutputError
-from scd_robot.output import dataset_output, replace_folder, write_json
+from scd_robot.output import check_local, dataset_output, replace_folder, write_json
 
 __all__ = ["write_lerobot"]
 
@@ -365,6 +365,7 @@ def _write_tables(job: _Job) -> None:
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
+    check_local(path)
     if not path.exists() and not path.is_symlink():
         return
     if not overwrite:

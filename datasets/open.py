@@ -83,18 +83,23 @@ def open_dataset(path: Path | str, keys: Sequence[str] | None = None, **options:
     Args:
         path: of the files, or an address of a Zarr store for fsspec (s3://bucket/name.zarr).
         keys: observation keys; None = all.
-        **options: the other fields of `ReadOptions`: `action`, `control_dt`, `mask`, `fill_missing`, `cache`, `check`.
+        **options: the other fields of `ReadOptions`: `action`, `control_dt`, `mask`, `episodes`, `drop`, ...
 
     Raises:
         DatasetError: nothing there, a format that is not known, or a damaged dataset.
         UnknownNameError: a key, action array or mask that the dataset does not have.
+        ConfigError: `episodes` or `drop` name episodes that there are not.
         MissingDependencyError: a package that this format needs is not installed.
     """
     chosen = ReadOptions(keys=keys, **options)
     known = FORMATS[detect_format(path)]
     reader = getattr(importlib.import_module(f"scd_robot.datasets.{known.module}"), known.function)
     dataset: EpisodeDataset = reader(str(path), chosen)
-    return dataset if chosen.mask is None else _in_mask(dataset, chosen.mask, path)
+    if chosen.mask is not None:
+        dataset = _in_mask(dataset, chosen.mask, path)
+    if chosen.check:
+        dataset.check(str(path))
+    return dataset
 
 
 def _in_mask(dataset: EpisodeDataset, name: str, path: Path | str) -> EpisodeDataset:

@@ -8,7 +8,7 @@ import logging
 
 import numpy as np
 
-from scd_robot.datasets.formats import ReadOptions
+from scd_robot.datasets.formats import ReadOptions, choose
 from scd_robot.datasets.images import as_stored
 from scd_robot.datasets.lazy import RowArray
 from scd_robot.datasets.schema import ACTION, DONE, REWARD, TIMESTAMP, EpisodeDataset
@@ -32,7 +32,7 @@ def open_replay_buffer(path: str, options: ReadOptions) -> EpisodeDataset:
         DatasetError: arrays missing, of different lengths or damaged, or images in a codec that is not installed.
         UnknownNameError: an array that was asked for is not there.
     """
-    files = ZarrFiles(path, options.cache, options.fill_missing)
+    files = ZarrFiles.at(path, options)
     names = files.names("data")
     label = options.action or next((name for name in (ACTION, "actions") if name in names), ACTION)
     if label not in names:
@@ -70,7 +70,4 @@ def open_replay_buffer(path: str, options: ReadOptions) -> EpisodeDataset:
         control_dt=options.control_dt or ASSUMED_CONTROL_DT,
         source=f"{files.name} (replay buffer of diffusion_policy{note})",
     )
-    dataset = EpisodeDataset(spec, ends, arrays, {"format": "diffusion_policy"})
-    if options.check:
-        dataset.check(files.address)
-    return dataset
+    return choose(EpisodeDataset(spec, ends, arrays, {"format": "diffusion_policy"}), options)

@@ -56,7 +56,7 @@ def read_robomimic(demos: Demos, options: ReadOptions) -> EpisodeDataset:
     }
     arrays[ACTION] = action
     arrays |= demos.extras(lengths, label)
-    metadata = {"format": "robomimic", "action": label} | demos.json("env_args")
+    metadata = demos.own_note("metadata", {}) | {"format": "robomimic", "action": label} | demos.json("env_args")
     name = metadata.get("env_args", {}).get("env_name")
     control_dt, note = demos.control_dt(options.control_dt, metadata)
     spec = DatasetSpec(

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from scd_robot.datasets.hdf5_demos import ACTIONS, EXTRAS, told_control_dt
+from scd_robot.datasets.hdf5_demos import ACTIONS, ATTRIBUTE, EXTRAS, told_control_dt
 from scd_robot.datasets.schema import ACTION, DONE, MASK, REWARD, EpisodeDataset
 from scd_robot.errors import ConfigError, OutputError
-from scd_robot.output import dataset_output, to_plain
+from scd_robot.output import check_local, dataset_output, to_plain
 
 __all__ = ["write_robomimic"]
 
@@ -31,8 +31,9 @@ def write_robomimic(
 
     Images are stored as uint8 (T, H, W, C) without compression, one chunk per frame. `next_obs` is `obs` one step later
     with the last step repeated. Where the dataset has no rewards they are zeros; where it has no ends of episodes,
-    `dones` is 1 at the last step. The lists "mask_NAME" of `episode_info` become mask/NAME; other numbers and texts
-    about episodes become attributes.
+    `dones` is 1 at the last step: robomimic wants them. The attribute "scd_robot" tells what is made up, and keeps the
+    metadata. The lists "mask_NAME" of `episode_info` become mask/NAME; other numbers and texts about episodes become
+    attributes.
 
     Args:
         dataset: to write.
@@ -107,6 +108,8 @@ def _write(dataset: EpisodeDataset, file: h5py.File, sink: _Sink, shown: str | N
     data = file.create_group("data")
     data.attrs["total"] = dataset.num_steps
     data.attrs["env_args"] = json.dumps(to_plain(_env_args(dataset)))
+    filled = [_FILE_NAMES[key] for key in (REWARD, DONE) if key not in dataset.arrays]
+    data.attrs[ATTRIBUTE] = json.dumps({"filled": filled, "metadata": to_plain(dataset.metadata)})
     episodes = range(dataset.num_episodes)
     for index in tqdm(episodes, f"writing {shown}", unit="episode", disable=shown is None):
         _write_episode(data.create_group(f"demo_{index}"), dataset, index)
@@ -175,6 +178,7 @@ def _check_names(dataset: EpisodeDataset) -> None:
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
+    check_local(path)
     if path.is_dir():
         raise OutputError(f"cannot write {str(path)!r}: it is a folder; name a file")
     if path.exists() and not overwrite:

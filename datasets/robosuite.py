@@ -48,7 +48,7 @@ def read_robosuite(demos: Demos, options: ReadOptions) -> EpisodeDataset:
     label = options.action or _usual_label(demos)
     action, lengths = demos.action(label)
     demos.check_counts(lengths)
-    extras = demos.extras(lengths, label)
+    extras = demos.extras(lengths, label, needed=(SIM_STATE,))
     if SIM_STATE not in extras or extras[SIM_STATE].shape[1] < 2:
         raise DatasetError(f"'states' of {path} must be (T, 1 + S), the time and the simulator's state")
     state = extras[SIM_STATE][:, 1:].astype(np.float32)

@@ -1,6 +1,7 @@
 """Looks through a dataset for all that would spoil training, or may, before a night is spent on it."""
 
 import hashlib
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,15 +89,37 @@ def validate(
         UnknownNameError: a key, action array or mask that the dataset does not have.
         MissingDependencyError: a package that this format needs is not installed.
     """
+    told = _Told()
     try:
-        dataset = open_dataset(path, **vars(replace(options or ReadOptions(), check=False)))
+        with told:
+            dataset = open_dataset(path, **vars(replace(options or ReadOptions(), check=False)))
     except DatasetError as error:
         if not is_address(path) and not Path(path).exists():
             raise
-        return Validation(str(path), window, tuple(overall("open", "error", "", str(error))))
+        return Validation(str(path), window, (*told.findings, *overall("open", "error", "", str(error))))
     with np.errstate(over="ignore", invalid="ignore"):  # of damaged numbers, which are found
         findings, keys = check_dataset(dataset, window=window, progress=progress)
+    findings = sorted([*findings, *told.findings], key=lambda finding: SEVERITIES.index(finding.severity))
     return Validation(str(path), window, tuple(findings), keys, dataset)
+
+
+class _Told(logging.Handler):
+    """What readers warn of while they open a dataset, as findings: wrong totals, lists of nothing, lost cameras."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.findings: list[Finding] = []
+
+    def __enter__(self) -> "_Told":
+        logging.getLogger("scd_robot.datasets").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("scd_robot.datasets").removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        self.findings += overall("reading", "warning", "", record.getMessage())
 
 
 def check_dataset(

@@ -61,17 +61,20 @@ class VideoRows(LazyArray):
     frames in another order than they are shown shift the others.
     """
 
-    def __init__(self, segments: Sequence[VideoSegment], shape: tuple[int, int, int], fps: float) -> None:
+    def __init__(
+        self, segments: Sequence[VideoSegment], shape: tuple[int, int, int], fps: float, tolerance: float = 0.5
+    ) -> None:
         """Opens nothing yet.
 
         Args:
             segments: in the order of the rows, none empty.
             shape: (H, W, C) that the frames must have, C a key of `PIXEL_FORMATS`.
-            fps: control steps per second; a frame may miss its row by half a step.
+            fps: control steps per second.
+            tolerance: how far the time of a frame may be from its row's [control steps].
         """
         self._segments = list(segments)
         self._ends = np.cumsum([len(segment.times) for segment in segments])
-        self._half_step = 0.5 / fps
+        self._half_step, self._tolerance_s = 0.5 / fps, tolerance / fps
         super().__init__((int(self._ends[-1]), *shape), np.uint8)
 
     def check(self) -> None:
@@ -114,7 +117,7 @@ class VideoRows(LazyArray):
             for row in np.argsort(segment.times[first:last], kind="stable"):
                 time = float(segment.times[first + row])
                 found = decoder.nearest(time, low, high)
-                if found is None or abs(found.time - time) > self._half_step + _SLACK_S:
+                if found is None or abs(found.time - time) > self._tolerance_s + _SLACK_S:
                     raise DatasetError(self._no_frame(segment, int(first + row), found, decoder))
                 self._check_size(segment.path, found.frame.height, found.frame.width)
                 image = converter.reformat(found.frame, format=PIXEL_FORMATS[self.shape[3]]).to_ndarray()
@@ -131,8 +134,8 @@ class VideoRows(LazyArray):
             )
         nearest = "no frame of this episode is near" if found is None else f"the nearest frame is at {found.time:.4f} s"
         return (
-            f"{where}, but {nearest} (allowed is half a control step, {self._half_step:.4f} s); mend the time stamps, "
-            "or leave this camera out with keys"
+            f"{where}, but {nearest} (allowed are {self._tolerance_s:.4f} s); mend the time stamps, raise "
+            "--frame-tolerance, leave the episode out with --drop, or this camera with --keys"
         )
 
     def _check_size(self, path: str, height: int, width: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.datasets.formats import ReadOptions
+from scd_robot.datasets.formats import ReadOptions, choose
 from scd_robot.datasets.lazy import RowArray
 from scd_robot.datasets.schema import ACTION, EpisodeDataset
 from scd_robot.datasets.zarr_files import ATTRIBUTE, ENDS, ZarrFiles, read_ends, read_errors
@@ -20,7 +20,7 @@ __all__ = ["StoredText", "open_store"]
 
 
 def open_store(path: Path | str, options: ReadOptions | None = None) -> EpisodeDataset:
-    """Opens a store that `ZarrWriter` wrote, checked; vectors are loaded, images are read when they are indexed.
+    """Opens a store that `ZarrWriter` wrote; vectors are loaded, images are read when they are indexed.
 
     Args:
         path: folder, zip archive or address.
@@ -31,7 +31,7 @@ def open_store(path: Path | str, options: ReadOptions | None = None) -> EpisodeD
         UnknownNameError: a key that the store does not have.
     """
     options = options or ReadOptions()
-    files = ZarrFiles(str(path), options.cache, options.fill_missing)
+    files = ZarrFiles.at(str(path), options)
     header = files.attributes().get(ATTRIBUTE)
     if header is None:
         raise DatasetError(f"{files.address} was not written by scd_robot: it has no attribute {ATTRIBUTE!r}")
@@ -66,10 +66,7 @@ def open_store(path: Path | str, options: ReadOptions | None = None) -> EpisodeD
         for name in meta
         if name.startswith("text_") and f"{name}_ends" in meta
     }
-    dataset = EpisodeDataset(spec, ends, arrays, header.get("metadata", {}), info, text)
-    if options.check:
-        dataset.check(files.address)
-    return dataset
+    return choose(EpisodeDataset(spec, ends, arrays, header.get("metadata", {}), info, text), options)
 
 
 class StoredText(Sequence[str]):

@@ -32,7 +32,7 @@ from zarr.core.sync import sync
 from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, EpisodeDataset
 from scd_robot.datasets.zarr_files import ATTRIBUTE, ENDS, UNWRITTEN, is_zarr_group
 from scd_robot.errors import ConfigError, OutputError, ShapeError
-from scd_robot.output import dataset_output, replace_folder
+from scd_robot.output import check_local, dataset_output, replace_folder
 from scd_robot.types import ArraySpec, DatasetSpec
 
 __all__ = ["SCHEMA", "ZarrWriter"]
@@ -176,6 +176,7 @@ class ZarrWriter:
                 logger.warning("%s is as it was; %d new episodes are in %s", self.path, self.num_episodes, self._folder)
 
     def _make_folder(self) -> None:
+        check_local(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         exists = self.path.exists() or self.path.is_symlink()
         if exists and not self._overwrite:

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import numpy as np
 
 from scd_robot.errors import OutputError
 
-__all__ = ["check_target", "dataset_output", "replace_folder", "to_plain", "write_json", "write_text"]
+__all__ = ["check_local", "check_target", "dataset_output", "replace_folder", "to_plain", "write_json", "write_text"]
 
 _HINTS = {
     errno.ENOSPC: "the disk is full, free some space",
@@ -130,6 +131,16 @@ def dataset_output(path: Path, kept: int = 0) -> Iterator[None]:
         hint = _HINTS.get(error.errno or 0, "free some space or choose another path")
         finished = f" ({kept} finished episodes are kept)" if kept else ""
         raise OutputError(f"cannot write the dataset {path}: {reason}; {hint}{finished}") from error
+
+
+def check_local(path: str | Path) -> None:
+    """Refuses an address (s3://...) where a path is wanted: it would become a folder called "s3:".
+
+    Raises:
+        OutputError: it is one.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise OutputError(f"{path} is an address, and datasets are written to local folders; write it there, then copy")
 
 
 def replace_folder(new: Path, old: Path) -> None:

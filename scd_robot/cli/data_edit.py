@@ -111,16 +111,10 @@ def split(
     """
     from scd_robot.datasets import open_dataset
     from scd_robot.datasets.convert import deal_episodes
-    from scd_robot.output import write_json
 
     dataset = open_dataset(source, **vars(read))
     parts = deal_episodes(dataset.num_episodes, shares, len(out), seed)
-    summaries = [write(dataset.select(part), path, "zarr", overwrite) for part, path in zip(parts, out, strict=True)]
-    if json is not None:
-        write_json(json, summaries)
-    if str(json) != "-":
-        for summary in summaries:
-            print(describe_summary(summary))
+    finish([write(dataset.select(part), path, "zarr", overwrite) for part, path in zip(parts, out, strict=True)], json)
 
 
 def filter_episodes(
@@ -128,8 +122,6 @@ def filter_episodes(
     target: Annotated[Path, tyro.conf.Positional],
     /,
     *,
-    episodes: list[str] | None = None,
-    drop: list[str] | None = None,
     success: bool = False,
     min_length: int = 2,
     max_length: int | None = None,
@@ -142,30 +134,27 @@ def filter_episodes(
     Args:
         source: dataset of any known format.
         target: the new store.
-        episodes: numbers to keep: 3, 5-9 (both included), 20- (to the last).
-        drop: numbers to leave out, given likewise.
         success: only those that succeeded, by what the recording says of it.
         min_length: fewest control steps.
         max_length: most control steps.
-        read: what to read of the source; --mask keeps the episodes of a list in the file.
+        read: what to read of the source; --episodes, --drop and --mask choose among its episodes.
         overwrite: replace a store at TARGET, once the new one is complete.
         json: write the summary to this file too ("-": standard output).
     """
-    import numpy as np
+    from dataclasses import replace
 
     from scd_robot.datasets import open_dataset
-    from scd_robot.datasets.convert import episode_success, parse_episodes
+    from scd_robot.datasets.convert import episode_success
 
-    dataset = open_dataset(source, **vars(read))
+    dataset = open_dataset(source, **vars(replace(read, check=False)))  # what is left is checked
     lengths = dataset.episode_lengths
-    keep = (lengths >= min_length) & (lengths <= (max_length or lengths.max()))
-    if episodes is not None:
-        keep &= np.isin(np.arange(len(lengths)), parse_episodes(episodes, len(lengths)))
-    if drop is not None:
-        keep &= ~np.isin(np.arange(len(lengths)), parse_episodes(drop, len(lengths)))
+    keep = (lengths >= min_length) & (lengths <= (max_length or lengths.max(initial=0)))
     if success:
         keep &= episode_success(dataset)
-    finish(write(dataset.select(keep), target, "zarr", overwrite), json)
+    chosen = dataset.select(keep)
+    if read.check:
+        chosen.check(source)
+    finish(write(chosen, target, "zarr", overwrite), json)
 
 
 def format_of(target: Path) -> OutputFormat:
@@ -194,16 +183,12 @@ def write(dataset: Any, target: Path, format_name: OutputFormat, overwrite: bool
     return summary
 
 
-def finish(summary: dict[str, Any], json: Path | None) -> None:
-    """Tells what was written."""
+def finish(summary: dict[str, Any] | list[dict[str, Any]], json: Path | None) -> None:
+    """Tells what was written, a line for each dataset."""
     from scd_robot.output import write_json
 
     if json is not None:
         write_json(json, summary)
     if str(json) != "-":
-        print(describe_summary(summary))
-
-
-def describe_summary(summary: dict[str, Any]) -> str:
-    """One line."""
-    return f"{summary['path']}: {summary['episodes']} episodes, {summary['steps']} steps"
+        for one in summary if isinstance(summary, list) else [summary]:
+            print(f"{one['path']}: {one['episodes']} episodes, {one['steps']} steps")

@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import zarr
 
 from scd_robot.cli.main import main
 from scd_robot.datasets import ZarrWriter, open_dataset
 from scd_robot.datasets.zarr_writer import ZarrWriter as Writer
+from scd_robot.policies import load_policy
 from scd_robot.types import ArraySpec, DatasetSpec
 
 SPEC = DatasetSpec({"state": ArraySpec((3,)), "camera": ArraySpec((6, 8, 3), "uint8")}, 2, 0.1, "a test")
@@ -166,3 +168,42 @@ def test_transforms_that_cannot_be_are_refused(tmp_path, tiny_store, tiny_train_
     (tmp_path / "t.json").write_text(text)
     options = ["--dataset", tiny_store, "--out", tmp_path / "run", "--transforms", tmp_path / "t.json"]
     refused(["train", "metaworld_state", *options, *tiny_train_options], told, unchanged=[tmp_path])
+
+
+@pytest.mark.parametrize("target", ["s3://bucket/b.zarr", "s3://bucket/b.hdf5"])
+def test_an_address_is_no_place_to_write_to(store, tmp_path, refused, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    refused(["data", "convert", str(store), target], "is an address", "local folders", unchanged=[tmp_path])
+
+
+def test_a_spoilt_episode_can_be_left_out(tmp_path, refused):
+    with Writer(tmp_path / "a.zarr", DatasetSpec({"state": ArraySpec((3,))}, 2, 0.1, "a test")) as writer:
+        for length in (3, 4, 5):
+            writer.append({"state": np.ones((length, 3), np.float32), "action": np.ones((length, 2), np.float32)})
+    zarr.open_group(tmp_path / "a.zarr", mode="r+")["data/state"][4, 1] = np.nan
+    refused(["data", "filter", str(tmp_path / "a.zarr"), str(tmp_path / "b.zarr")], "NaN", "episode 1")
+    assert main(["data", "filter", str(tmp_path / "a.zarr"), str(tmp_path / "b.zarr"), "--drop", "1"]) == 0
+    assert open_dataset(tmp_path / "b.zarr").episode_lengths.tolist() == [3, 5]
+
+
+def test_ends_of_episodes_are_no_successes(tmp_path, refused):
+    ends = np.zeros(4, np.uint8)
+    ends[-1] = 1
+    for name, second in (("a.zarr", ends), ("b.zarr", 0 * ends)):
+        with Writer(tmp_path / name, DatasetSpec({"state": ArraySpec((1,))}, 1, 0.1, "a test")) as writer:
+            for done in (ends, second):
+                zeros = np.zeros((4, 1), np.float32)
+                writer.append({"state": zeros, "action": zeros, "done": done})
+    arguments = ["--success", "--min-length", "1"]
+    refused(["data", "filter", str(tmp_path / "a.zarr"), str(tmp_path / "c.zarr"), *arguments], "nothing about success")
+    assert main(["data", "filter", str(tmp_path / "b.zarr"), str(tmp_path / "c.zarr"), *arguments]) == 0
+    assert open_dataset(tmp_path / "c.zarr").num_episodes == 1
+
+
+@pytest.mark.parametrize(("target", "options"), [("b.hdf5", []), ("b", ["--to", "lerobot"])])
+def test_training_takes_what_was_converted_to_other_formats(tmp_path, tiny_store, tiny_train_options, target, options):
+    assert main(["data", "convert", str(tiny_store), str(tmp_path / target), *options]) == 0
+    arguments = ["--dataset", str(tmp_path / target), "--out", str(tmp_path / "run"), "--max-steps", "2"]
+    assert main(["train", "metaworld_state", *arguments, *tiny_train_options]) == 0
+    policy = load_policy(tmp_path / "run")
+    assert policy.spec.action_dim == open_dataset(tiny_store).spec.action_dim

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scd_robot.datasets.align import Stream, align_streams, nearest_to
+from scd_robot.datasets.align import Stream, align_streams
 from scd_robot.errors import ConfigError, DatasetError
 
 FAST = Stream(np.arange(0, 1.01, 0.1), np.arange(11.0)[:, None])
@@ -37,11 +37,6 @@ def test_labels_may_be_interpolated() -> None:
     label = Stream(np.array([0.0, 1.0]), np.array([[0.0, 10.0], [1.0, 20.0]]), mode="linear")
     arrays = align_streams({"fast": FAST, "label": label}, 0.5)
     np.testing.assert_allclose(arrays["label"], [[0, 10], [0.5, 15], [1, 20]])
-
-
-def test_nearest_sample() -> None:
-    np.testing.assert_array_equal(nearest_to(np.array([0.0, 1, 3]), np.array([-1, 0.4, 0.6, 2.1, 9])), [0, 0, 1, 2, 2])
-    np.testing.assert_array_equal(nearest_to(np.array([5.0]), np.array([0.0, 9.0])), [0, 0])
 
 
 @pytest.mark.parametrize(

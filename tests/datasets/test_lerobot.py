@@ -248,7 +248,7 @@ def dataset(request, originals, tmp_path):
 
 
 def read(path, **options):
-    return open_lerobot(str(path), ReadOptions(**options))
+    return open_dataset(path, **options)
 
 
 @pytest.fixture
@@ -390,13 +390,13 @@ class TestChoices:
 
 class TestVideosThatAreNotThere:
     def test_are_left_out_with_a_warning(self, dataset, caplog):
-        video_file(dataset, 3).unlink()
+        shutil.rmtree(dataset / "videos")
         opened = read(dataset)
         assert CAMERA not in opened.spec.observation
         assert CAMERA not in opened.arrays
         warning = next(r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
-        assert f"'{CAMERA}' is left out: 1 of its" in warning
-        assert str(video_file(dataset, 3)) in warning
+        assert f"'{CAMERA}' is left out: " in warning
+        assert str(video_file(dataset, 0)) in warning
 
     def test_are_refused_where_they_were_asked_for(self, dataset):
         shutil.rmtree(dataset / "videos")
@@ -533,7 +533,31 @@ class TestContradictions:
         assert np.isnan(read(dataset, check=False).arrays["observation.state"]).sum() == 1
 
 
+class TestChosenEpisodes:
+    def test_damage_does_not_matter_in_files_that_are_left_out(self, dataset):
+        video_file(dataset, 3).unlink()  # alone in its file in all versions
+        with pytest.raises(DatasetError, match=f"'{CAMERA}' of .*: 1 of its . video files are missing.* --drop"):
+            read(dataset)
+        left = read(dataset, drop=["3"])
+        assert left.episode_lengths.tolist() == list(LENGTHS[:3])
+        assert CAMERA in left.spec.observation
+
+    def test_one_episode_of_a_file_with_several(self, dataset):
+        one, whole = read(dataset, episodes=["1"]), read(dataset)
+        assert one.episode_lengths.tolist() == [LENGTHS[1]]
+        for key, values in whole.episode(1).items():
+            np.testing.assert_array_equal(one.episode(0)[key], values)
+        assert one.episode_text["task"] == [whole.episode_text["task"][1]]
+
+
 class TestVideoAgainstRows:
+    def test_the_tolerance_says_how_far_a_frame_may_be(self, dataset):
+        edit_rows(dataset, 2, timestamp=lambda values: np.where(values > 0.25, values + 0.08, values))
+        rows = slice(sum(LENGTHS[:2]), sum(LENGTHS[:3]))
+        with pytest.raises(DatasetError, match=r"episode 2, step 3, needs a frame at .*, but its last frame is at"):
+            read(dataset).arrays[CAMERA][rows]
+        assert len(read(dataset, frame_tolerance=0.9).arrays[CAMERA][rows]) == LENGTHS[2]
+
     def test_a_video_shorter_than_its_rows(self, dataset):
         index = 3  # alone in its file in all versions
         write_video(video_file(dataset, index), pictures(index)[:-2])
@@ -683,7 +707,7 @@ class TestInfo:
 
     def test_a_folder_that_is_no_dataset(self, tmp_path):
         with pytest.raises(DatasetError, match=r"not a LeRobot dataset: it has no meta/info\.json"):
-            read(tmp_path)
+            open_lerobot(str(tmp_path), ReadOptions())
 
     @pytest.mark.parametrize(
         "row", [{}, {"episode_index": 0}, {"episode_index": 0, "length": 0}, [], {"length": 2**70}]

@@ -11,7 +11,7 @@ import pytest
 
 from scd_robot.datasets.lazy import LazyArray
 from scd_robot.datasets.open import open_dataset
-from scd_robot.errors import DatasetError, MissingDependencyError, UnknownNameError
+from scd_robot.errors import ConfigError, DatasetError, MissingDependencyError, UnknownNameError
 from scd_robot.types import ArraySpec
 
 ENV_ARGS = {"env_name": "Lift", "type": 1, "env_kwargs": {"control_freq": 50, "robots": ["Panda"]}}
@@ -62,21 +62,6 @@ def _without_probe(monkeypatch):
 @pytest.fixture
 def path(tmp_path):
     return write_file(tmp_path / "a.hdf5")
-
-
-@pytest.fixture
-def edit(path):
-    """Opens the group `data` of the file for changes."""
-
-    class Edit:
-        def __enter__(self):
-            self.file = h5py.File(path, "r+")
-            return self.file["data"]
-
-        def __exit__(self, *_):
-            self.file.close()
-
-    return Edit
 
 
 def concatenated(key):
@@ -297,11 +282,24 @@ class TestMasks:
         with pytest.raises(UnknownNameError, match="train"):
             open_dataset(path, mask="trian")
 
-    def test_a_listed_demonstration_that_is_not_there_is_refused(self, path, edit):
+    def test_a_listed_demonstration_that_is_not_there_is_told(self, path, edit, caplog):
         with edit() as data:
             data.file["mask/train"] = ["demo_0", "demo_1"]
-        with pytest.raises(DatasetError, match=r"'mask/train' of .* lists 'demo_1'"):
+        assert open_dataset(path).episode_info["mask_train"].tolist() == [1, 0, 0]
+        assert "lists 1 demonstrations that are not there: 'demo_1'" in caplog.text
+
+    def test_what_is_wrong_with_a_demonstration_does_not_matter_where_it_is_left_out(self, path, edit):
+        with edit() as data:
+            del data["demo_2/obs/pos"]
+            data.file["mask/good"] = ["demo_0", "demo_10"]
+        with pytest.raises(DatasetError, match="demo_2"):
             open_dataset(path)
+        for options in ({"drop": ["1"]}, {"episodes": ["0", "2-"]}, {"mask": "good"}):
+            assert open_dataset(path, **options).episode_text["name"] == ["demo_0", "demo_10"]
+        with pytest.raises(DatasetError, match="no episode is left of the 3"):
+            open_dataset(path, drop=["0-"])
+        with pytest.raises(ConfigError, match="'7' does not name episodes of 0 to 2"):
+            open_dataset(path, drop=["7"])
 
     @pytest.mark.parametrize("values", [np.arange(3), np.array([["demo_0"]], "S")])
     def test_lists_of_something_else_are_refused(self, path, edit, values):
@@ -373,7 +371,23 @@ class TestRefuses:
         with pytest.raises(DatasetError, match=message):
             open_dataset(path)
 
-    @pytest.mark.parametrize("key", ["actions", "obs/pos", "states", "rewards", "obs"])
+    @pytest.mark.parametrize("key", ["states", "rewards", "dones"])
+    def test_what_only_some_demonstrations_have_is_left_out(self, path, edit, key, caplog):
+        with edit() as data:
+            del data["demo_10"][key]
+        whole = {"states": "sim_state", "rewards": "reward", "dones": "done"}
+        assert set(whole.values()) - set(open_dataset(path).arrays) == {whole[key]}
+        assert f"{key!r} is left out: only 2 of 3 demonstrations have it" in caplog.text
+
+    def test_states_of_scenes_with_different_objects_are_left_out(self, path, edit, caplog):
+        with edit() as data:
+            put(data["demo_2"], "states", np.zeros((4, 99)))
+        dataset = open_dataset(path)
+        assert "sim_state" not in dataset.arrays
+        assert "reward" in dataset.arrays
+        assert "'states' is left out: its rows have 2 different shapes" in caplog.text
+
+    @pytest.mark.parametrize("key", ["actions", "obs/pos", "obs"])
     def test_a_key_that_one_demonstration_lacks(self, path, edit, key):
         with edit() as data:
             del data["demo_10"][key]

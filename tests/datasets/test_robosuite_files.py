@@ -39,21 +39,6 @@ def path(tmp_path):
     return tmp_path / "demo.hdf5"
 
 
-@pytest.fixture
-def edit(path):
-    """Opens the group `data` of the file for changes."""
-
-    class Edit:
-        def __enter__(self):
-            self.file = h5py.File(path, "r+")
-            return self.file["data"]
-
-        def __exit__(self, *_):
-            self.file.close()
-
-    return Edit
-
-
 def test_states_stand_for_observations_without_their_time(path):
     dataset = open_dataset(path)
     states = np.concatenate([make_states(4, 100.0), make_states(3, 200.0)])

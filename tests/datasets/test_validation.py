@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 
+import h5py
 import numpy as np
 import pytest
 import zarr
@@ -696,6 +697,19 @@ class TestValidate:
         write_replay_buffer(tmp_path / "b.zarr", state=smooth(4), action=smooth(2))
         with pytest.raises(UnknownNameError, match="did you mean 'state'"):
             validate(tmp_path / "b.zarr", ReadOptions(keys=["stat"]), progress=False)
+
+
+class TestWhatReadersTell:
+    def test_wrong_counts_are_findings(self, tmp_path):
+        path = tmp_path / "a.hdf5"
+        with h5py.File(path, "w") as file:
+            for name in ("demo_0", "demo_1"):
+                file[f"data/{name}/obs/state"] = np.random.default_rng(0).normal(size=(30, 3))
+                file[f"data/{name}/actions"] = np.random.default_rng(1).normal(size=(30, 2))
+            file["data"].attrs["total"] = 999
+        told = [finding for finding in validate(path, progress=False).findings if finding.check == "reading"]
+        assert [finding.severity for finding in told] == ["warning"]
+        assert "notes 999 steps in all, but holds 60" in told[0].message
 
 
 class TestRealRecordings:
