@@ -152,6 +152,7 @@ def main() -> None:
             keys, batch = ["agentview_image"], BATCH["image"][history]
             arms = {
                 "scd": ours(open_dataset(store, keys), keys, history, batch),
+                "robomimic in memory": robomimic(hdf5, keys, history, batch, "all"),
                 "robomimic on disk": robomimic(hdf5, keys, history, batch, None),
                 "ceiling (memory)": ceiling(data, keys, history, batch),
             }

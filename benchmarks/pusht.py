@@ -68,6 +68,7 @@ def main() -> int:
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--checkpoints", type=int, default=AVERAGED, help="so many of the last are evaluated")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu", help="of the training")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="settings that replace the preset's"
     )
@@ -80,7 +81,7 @@ def main() -> int:
     written = list_checkpoints(run)
     started = time.monotonic()
     if not written or read_step(written[-1]) < experiment.training.max_steps:
-        summary = train(data, experiment, run, resume=bool(written), accelerator="cpu")
+        summary = train(data, experiment, run, resume=bool(written), accelerator=options.accelerator)
         assert summary is not None
     wall_s = time.monotonic() - started
     scores = [

@@ -1,4 +1,4 @@
-"""Sensors at different rates, brought to the control steps of one episode; and episodes at another rate.
+"""Sensors at different rates, brought to the control steps of one episode.
 
 Shapes: T control steps, n samples of one sensor.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scd_robot.datasets.schema import PRESENT
 from scd_robot.errors import ConfigError, DatasetError
 
-__all__ = ["Stream", "align_streams", "latest_before", "nearest_to"]
+__all__ = ["Stream", "align_streams", "latest_before"]
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,6 @@ def align_streams(
 def latest_before(time_s: NDArray[np.float64], wanted_s: NDArray[np.float64]) -> NDArray[np.int64]:
     """(T,) index of the newest sample no later than each wanted time; the first sample where there is none."""
     return np.maximum(np.searchsorted(time_s, wanted_s, side="right") - 1, 0)
-
-
-def nearest_to(time_s: NDArray[np.float64], wanted_s: NDArray[np.float64]) -> NDArray[np.int64]:
-    """(T,) index of the sample nearest to each wanted time."""
-    after = np.clip(np.searchsorted(time_s, wanted_s), 1, max(1, len(time_s) - 1))
-    before = after - 1
-    after = np.minimum(after, len(time_s) - 1)
-    return np.where(np.abs(time_s[after] - wanted_s) < np.abs(time_s[before] - wanted_s), after, before)
 
 
 def _interpolate(time: NDArray[np.float64], stream: Stream) -> NDArray[np.float32]:

@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.datasets.lazy import RowArray
+from scd_robot.datasets.lazy import LazyArray, RowArray
 from scd_robot.datasets.schema import EpisodeDataset, row_blocks
 
 __all__ = ["describe", "format_description"]
 
+_SAMPLED_ROWS = 256  # of an array on disk
 _MAX_DIMENSIONS = 64  # numbers per step above which statistics are taken over all but the last axis (channels)
 
 
@@ -19,7 +20,8 @@ def describe(dataset: EpisodeDataset) -> dict[str, Any]:
     Returns:
         `source`, `control_dt` [s], `episodes`, `steps`, `duration_s`, `length` (min, mean, max), `bytes` in memory,
         `metadata`, and `keys`: for each array `shape` (without time), `dtype`, `bytes`, and lists `min`, `max`, `mean`,
-        `std` by dimension (by channel for images and other arrays of more than 64 numbers per step).
+        `std` by dimension (by channel for images and other arrays of more than 64 numbers per step), and `sampled`, the
+        number of steps they were taken from: all, but of images on disk 256 that are evenly spaced.
     """
     lengths = dataset.episode_lengths
     return {
@@ -36,7 +38,8 @@ def describe(dataset: EpisodeDataset) -> dict[str, Any]:
                 "shape": list(array.shape[1:]),
                 "dtype": str(array.dtype),
                 "bytes": array.nbytes,
-                **{name: values.tolist() for name, values in _statistics(array).items()},
+                "sampled": len(sample := _sample(array)),
+                **{name: values.tolist() for name, values in _statistics(sample).items()},
             }
             for key, array in dataset.arrays.items()
         },
@@ -52,7 +55,7 @@ def format_description(description: dict[str, Any]) -> str:
         f"episodes  {description['episodes']}",
         f"steps     {description['steps']} ({description['duration_s']:.1f} s at {rate:.4g} Hz)",
         f"length    {length['min']} min, {length['mean']:.1f} mean, {length['max']} max [steps]",
-        f"memory    {description['bytes'] / 1e6:.1f} MB",
+        f"unpacked  {description['bytes'] / 1e6:.1f} MB",
         "",
     ]
     width = max(len("key"), *map(len, description["keys"]))
@@ -66,7 +69,16 @@ def format_description(description: dict[str, Any]) -> str:
                 f"{first[0]:<{width}}  {first[1]:<12} {first[2]:<8} {dimension:>3}"
                 + "".join(f" {value:>10.4g}" for value in values)
             )
+    sampled = [key for key, entry in description["keys"].items() if entry["sampled"] < description["steps"]]
+    if sampled:
+        lines.append(f"statistics of {', '.join(sampled)}: of {_SAMPLED_ROWS} frames, evenly spaced")
     return "\n".join(lines)
+
+
+def _sample(array: RowArray) -> RowArray:
+    if not isinstance(array, LazyArray) or len(array) <= _SAMPLED_ROWS:
+        return array
+    return array[np.linspace(0, len(array) - 1, _SAMPLED_ROWS).astype(np.int64)]
 
 
 def _statistics(array: RowArray) -> dict[str, NDArray[np.float64]]:

@@ -68,13 +68,16 @@ def resolve(name: str, dataset: DatasetSpec, transforms: TransformConfig | None 
     Args:
         name: of the preset, or path of the file.
         dataset: specification of the training data, as recorded.
-        transforms: what to do to it before the preset sees it; None = the preset's own, or the file's.
+        transforms: what to do to it before the preset sees it; None = the preset's own, or the file's, which has its
+            own always.
 
     Raises:
         UnknownNameError: no preset of that name; the message has the nearest names.
         ConfigError: the file is missing, or no experiment.
     """
     if name.endswith(".json"):
+        if transforms is not None:
+            raise ConfigError(f"{name} has transforms of its own; leave --transforms out, or edit that file")
         try:
             tree = json.loads(Path(name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

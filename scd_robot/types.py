@@ -157,6 +157,8 @@ class EnvironmentSpec:
         control_dt: seconds per control step.
         max_steps: control steps after which an episode is truncated.
         success: one sentence that defines success.
+        score: what the mean over episodes of the best reward is, where that is the score that is published; "" = it is
+            not.
     """
 
     name: str
@@ -167,6 +169,7 @@ class EnvironmentSpec:
     control_dt: float
     max_steps: int
     success: str
+    score: str = ""
 
 
 @dataclass(frozen=True)

@@ -143,10 +143,11 @@ class EvaluationResult:
         episodes), `interval` ([low, high], Wilson 95 %), `encoder_ms`, `plan_ms`, `act_ms` ({p50, p95, p99, count} of
         wall milliseconds per call, or null), `timing_batch_size`, `time_to_success` ({steps, seconds}, each {mean,
         median}, or null without a success), `mean_steps` (valid episodes), `terminate_on_success`, `max_steps`,
-        `control_dt` [s], `success_definition`, `seeds` ({domain, first_episode}), `num_envs`, `wall_s`, `versions`,
-        `videos` (list of {episode, success, file}), `video_error` (one line or null), and `episodes_detail` (list of
-        {index, seed, initial_state_hash, success, steps, invalid, return, best_reward, reason}), and the mean
-        `best_reward` over valid episodes.
+        `control_dt` [s], `success_definition`, `score_definition` ("" where the best reward is no published score),
+        `seeds` ({domain, first_episode}), `num_envs`, `wall_s`, `versions`, `videos`
+        (list of {episode, success, file}), `video_error` (one line or null), and `episodes_detail` (list of {index,
+        seed, initial_state_hash, success, steps, invalid, return, best_reward, reason}), and the mean `best_reward`
+        over valid episodes.
         """
         rate = self.success_rate
         steps = mean_and_median([e.steps for e in self.valid])
@@ -170,6 +171,7 @@ class EvaluationResult:
             "max_steps": self.max_steps,
             "control_dt": self.environment.control_dt,
             "success_definition": self.environment.success,
+            "score_definition": self.environment.score,
             "seeds": {"domain": self.seed_domain, "first_episode": self.first_episode},
             "num_envs": self.num_envs,
             "wall_s": self.wall_s,

@@ -45,6 +45,11 @@ def test_pusht_preset_names_what_it_misses() -> None:
         resolve("pusht_state", SPEC)
 
 
+def test_a_stored_experiment_has_its_own_transforms(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="transforms of its own; leave --transforms out"):
+        resolve(str(tmp_path / "config.json"), SPEC, TransformConfig())
+
+
 def test_given_transforms_change_what_a_preset_sees() -> None:
     experiment = resolve("metaworld_state", SPEC, TransformConfig(rename={"proprio": "joints"}))
     assert experiment.model.observation_shapes == {"joints": (4,)}

@@ -97,10 +97,11 @@ def headline(result: Mapping[str, Any]) -> str:
     low, high = result["interval"]
     valid = result["episodes"] - result["invalid"]
     rate = "no valid episode" if result["success_rate"] is None else f"{100 * result['success_rate']:.1f} %"
+    score = f"; score {result['best_reward']:.3f} ({result['score_definition']})" if result["score_definition"] else ""
     times = [f"{name} {result[f'{name}_ms']['p50']:.1f} ms" for name in ("encoder", "plan") if result[f"{name}_ms"]]
     return (
         f"{result['env']}: {result['successes']}/{valid} successes, {rate} "
-        f"(95 % interval {100 * low:.1f}-{100 * high:.1f} %), {result['invalid']} invalid; "
+        f"(95 % interval {100 * low:.1f}-{100 * high:.1f} %), {result['invalid']} invalid{score}; "
         + ", ".join(times)
         + f" (p50, batch {result['timing_batch_size']})"
     )

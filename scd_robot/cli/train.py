@@ -153,6 +153,8 @@ def _evaluation(environment: str, episodes: int) -> Callable[[Any], dict[str, fl
         low, high = result.interval
         if result.success_rate is None:  # no valid episode says nothing about the policy
             return {"invalid": float(result.invalid)}
-        return {"success_rate": result.success_rate, "interval_low": low, "interval_high": high}
+        best = result.mean_best_reward
+        rewards = {} if best is None else {"best_reward": best}
+        return {"success_rate": result.success_rate, "interval_low": low, "interval_high": high, **rewards}
 
     return run

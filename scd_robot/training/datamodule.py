@@ -57,4 +57,6 @@ class EpisodeDataModule(lightning.LightningDataModule):
 
     def _loader(self, dataset: SegmentDataset, sampler: EpochSampler | None) -> DataLoader[TrainingBatch]:
         workers = self.experiment.training.num_workers
-        return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers)
+        return DataLoader(
+            dataset, batch_size=None, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
+        )
