@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from scd_robot.datasets import EpisodeDataset, open_dataset
 from scd_robot.datasets.convert import write_zarr
-from scd_robot.datasets.robomimic_writer import write_robomimic
+from scd_robot.datasets.hdf5.robomimic_writer import write_robomimic
 from scd_robot.datasets.windows import SegmentIndex
 from scd_robot.errors import MissingDependencyError
 from scd_robot.output import write_json

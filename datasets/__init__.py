@@ -25,7 +25,7 @@ else:
     from scd_robot.datasets.open import open_dataset
     from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, PRESENT, EpisodeDataset
     from scd_robot.datasets.windows import SegmentBatch, SegmentIndex, split_episodes
-    from scd_robot.datasets.zarr_writer import ZarrWriter
+    from scd_robot.datasets.zarr.writer import ZarrWriter
 
     __all__ = [
         "ACTION",

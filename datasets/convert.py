@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from scd_robot.datasets.schema import DONE, REWARD, EpisodeDataset
-from scd_robot.datasets.zarr_writer import ZarrWriter
+from scd_robot.datasets.zarr.writer import ZarrWriter
 from scd_robot.errors import ConfigError, DatasetError
 from scd_robot.seeding import EPISODE_SPLIT, keyed_rng
 

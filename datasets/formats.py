@@ -22,7 +22,7 @@ class ReadOptions:
         action: array that holds the labels; None = the format's usual one.
         control_dt: seconds between control steps; None = what the file says.
         mask: only episodes in this list of the file (robomimic's mask/NAME); None = all.
-        episodes: numbers of the episodes to read: 3, 5-9 (both included), 20- (to the last); None = all.
+        only: numbers of the episodes to read: 3, 5-9 (both included), 20- (to the last); None = all.
         drop: numbers of episodes to leave out, given likewise: damage in them then does not matter.
         frame_tolerance: how far the time of a video's frame may be from its row's [control steps].
         fill_missing: take Zarr chunks that are not there for fill values, as some writers mean it.
@@ -34,7 +34,7 @@ class ReadOptions:
     action: str | None = None
     control_dt: float | None = None
     mask: str | None = None
-    episodes: Sequence[str] | None = None
+    only: Sequence[str] | None = None
     drop: Sequence[str] | None = None
     frame_tolerance: float = 0.5
     fill_missing: bool = False
@@ -51,22 +51,22 @@ class ReadOptions:
 
 
 def choose(dataset: EpisodeDataset, options: ReadOptions) -> EpisodeDataset:
-    """The episodes that `episodes` and `drop` leave of a dataset; raises as `kept_episodes`."""
-    if options.episodes is None and options.drop is None:
+    """The episodes that `only` and `drop` leave of a dataset; raises as `kept_episodes`."""
+    if options.only is None and options.drop is None:
         return dataset
     return dataset.select(kept_episodes(options, dataset.num_episodes, dataset.spec.source))
 
 
 def kept_episodes(options: ReadOptions, count: int, source: str) -> NDArray[np.int64]:
-    """Numbers of the episodes that `episodes` and `drop` leave of `count`, ascending.
+    """Numbers of the episodes that `only` and `drop` leave of `count`, ascending.
 
     Raises:
         ConfigError: they are malformed, or name episodes that there are not.
         DatasetError: none is left.
     """
     keep = np.ones(count, bool)
-    if options.episodes is not None:
-        keep &= np.isin(np.arange(count), parse_episodes(options.episodes, count))
+    if options.only is not None:
+        keep &= np.isin(np.arange(count), parse_episodes(options.only, count))
     if options.drop is not None:
         keep &= ~np.isin(np.arange(count), parse_episodes(options.drop, count))
     if count and not keep.any():

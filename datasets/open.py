@@ -8,7 +8,7 @@ from typing import Any
 
 from scd_robot.datasets.formats import ReadOptions
 from scd_robot.datasets.schema import MASK, EpisodeDataset
-from scd_robot.datasets.zarr_files import ATTRIBUTE, ZarrFiles, is_address, is_zarr_group
+from scd_robot.datasets.zarr.files import ATTRIBUTE, ZarrFiles, is_address, is_zarr_group
 from scd_robot.errors import DatasetError, UnknownNameError
 
 __all__ = ["FORMATS", "Format", "detect_format", "open_dataset"]
@@ -53,12 +53,12 @@ def _is_hdf5(path: str) -> bool:
 
 
 FORMATS: dict[str, Format] = {
-    "scd_robot": Format("Zarr store of scd_robot", "zarr_store", "open_store", _is_own_store),
+    "scd_robot": Format("Zarr store of scd_robot", "zarr.store", "open_store", _is_own_store),
     "diffusion_policy": Format(
-        "Zarr replay buffer of diffusion_policy (folder or .zip)", "replay_buffer", "open_replay_buffer", _is_zarr
+        "Zarr replay buffer of diffusion_policy (folder or .zip)", "zarr.replay_buffer", "open_replay_buffer", _is_zarr
     ),
-    "lerobot": Format("LeRobot dataset v2.0, v2.1 or v3.0 (folder)", "lerobot", "open_lerobot", _is_lerobot),
-    "hdf5": Format("robomimic or robosuite HDF5 file", "hdf5", "open_hdf5", _is_hdf5),
+    "lerobot": Format("LeRobot dataset v2.0, v2.1 or v3.0 (folder)", "lerobot.reader", "open_lerobot", _is_lerobot),
+    "hdf5": Format("robomimic or robosuite HDF5 file", "hdf5.reader", "open_hdf5", _is_hdf5),
 }
 
 
@@ -83,12 +83,12 @@ def open_dataset(path: Path | str, keys: Sequence[str] | None = None, **options:
     Args:
         path: of the files, or an address of a Zarr store for fsspec (s3://bucket/name.zarr).
         keys: observation keys; None = all.
-        **options: the other fields of `ReadOptions`: `action`, `control_dt`, `mask`, `episodes`, `drop`, ...
+        **options: the other fields of `ReadOptions`: `action`, `control_dt`, `mask`, `only`, `drop`, ...
 
     Raises:
         DatasetError: nothing there, a format that is not known, or a damaged dataset.
         UnknownNameError: a key, action array or mask that the dataset does not have.
-        ConfigError: `episodes` or `drop` name episodes that there are not.
+        ConfigError: `only` or `drop` name episodes that there are not.
         MissingDependencyError: a package that this format needs is not installed.
     """
     chosen = ReadOptions(keys=keys, **options)

@@ -33,8 +33,8 @@ def validate(
         html: write a page with the findings and pictures, in one file.
         json: write the findings to this file too ("-": standard output).
     """
-    from scd_robot.datasets.validation import validate as run
-    from scd_robot.datasets.validation_report import format_validation
+    from scd_robot.datasets.validation.report import format_validation
+    from scd_robot.datasets.validation.run import validate as run
     from scd_robot.output import check_target, write_json
 
     for target in (html, json):
@@ -42,7 +42,7 @@ def validate(
             check_target(target)
     found = run(path, read, window=window)
     if html is not None:
-        from scd_robot.datasets.validation_report import write_validation_page
+        from scd_robot.datasets.validation.report import write_validation_page
 
         write_validation_page(found, html)
     if json is not None:

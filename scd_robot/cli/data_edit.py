@@ -137,7 +137,7 @@ def filter_episodes(
         success: only those that succeeded, by what the recording says of it.
         min_length: fewest control steps.
         max_length: most control steps.
-        read: what to read of the source; --episodes, --drop and --mask choose among its episodes.
+        read: what to read of the source; --only, --drop and --mask choose among its episodes.
         overwrite: replace a store at TARGET, once the new one is complete.
         json: write the summary to this file too ("-": standard output).
     """
@@ -176,9 +176,9 @@ def write(dataset: Any, target: Path, format_name: OutputFormat, overwrite: bool
     if format_name == "zarr":
         from scd_robot.datasets.convert import write_zarr as write_it
     elif format_name == "robomimic":
-        from scd_robot.datasets.robomimic_writer import write_robomimic as write_it
+        from scd_robot.datasets.hdf5.robomimic_writer import write_robomimic as write_it
     else:
-        from scd_robot.datasets.lerobot_writer import write_lerobot as write_it
+        from scd_robot.datasets.lerobot.writer import write_lerobot as write_it
     summary: dict[str, Any] = write_it(dataset, target, overwrite=overwrite)
     return summary
 

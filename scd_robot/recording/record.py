@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 import scd_robot
-from scd_robot.datasets.zarr_writer import ZarrWriter
+from scd_robot.datasets.zarr.writer import ZarrWriter
 from scd_robot.errors import ConfigError, SimulatorError
 from scd_robot.recording.attempt import RecordingConfig
 from scd_robot.recording.workers import available_cpus, run_attempts

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from scd_robot.datasets.schema import SIM_STATE, EpisodeDataset
-from scd_robot.datasets.zarr_writer import ZarrWriter
+from scd_robot.datasets.zarr.writer import ZarrWriter
 from scd_robot.errors import DatasetError, MissingDependencyError, SimulatorError, UnknownNameError
 from scd_robot.recording.robosuite_models import (
     arguments_before_1_5,

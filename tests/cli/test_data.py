@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from scd_robot.cli.main import main
-from scd_robot.datasets.zarr_writer import ZarrWriter
+from scd_robot.datasets.zarr.writer import ZarrWriter
 from scd_robot.types import ArraySpec, DatasetSpec
 
 

@@ -8,7 +8,7 @@ import zarr
 
 from scd_robot.cli.main import main
 from scd_robot.datasets import ZarrWriter, open_dataset
-from scd_robot.datasets.zarr_writer import ZarrWriter as Writer
+from scd_robot.datasets.zarr.writer import ZarrWriter as Writer
 from scd_robot.policies import load_policy
 from scd_robot.types import ArraySpec, DatasetSpec
 
@@ -87,7 +87,7 @@ def test_split_deals_out_every_episode_once(store, tmp_path):
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
-        (["--episodes", "0", "2-"], [0, 2, 3]),
+        (["--only", "0", "2-"], [0, 2, 3]),
         (["--drop", "1-2"], [0, 3]),
         (["--success"], [1, 3]),
         (["--min-length", "5", "--max-length", "7"], [0, 2]),
@@ -113,8 +113,8 @@ def test_filter_keeps_what_meets_all_conditions(store, tmp_path, options, kept):
         (["merge", "{a}", "{a}", "--out", "{a}"], "exists already"),
         (["split", "{a}", "--out", "{new}.zarr", "--shares", "1", "1"], "1 outputs need as many positive shares"),
         (["split", "{a}", "--out", "{new}.zarr", "{new}2.zarr", "--shares", "1", "100"], "a part would be empty"),
-        (["filter", "{a}", "{new}.zarr", "--episodes", "4"], "does not name episodes of 0 to 3"),
-        (["filter", "{a}", "{new}.zarr", "--episodes", "x"], "FIRST-LAST"),
+        (["filter", "{a}", "{new}.zarr", "--only", "4"], "does not name episodes of 0 to 3"),
+        (["filter", "{a}", "{new}.zarr", "--only", "x"], "FIRST-LAST"),
         (["filter", "{a}", "{new}.zarr", "--min-length", "99"], "no episode is left"),
     ],
 )
@@ -139,7 +139,7 @@ def test_a_conversion_that_fails_leaves_nothing(store, tmp_path, refused, monkey
 
 def test_training_takes_several_datasets_and_transforms(tmp_path, tiny_store, tiny_train_options):
     other = tmp_path / "other.zarr"
-    assert main(["data", "filter", str(tiny_store), str(other), "--episodes", "0-2"]) == 0
+    assert main(["data", "filter", str(tiny_store), str(other), "--only", "0-2"]) == 0
     transforms = tmp_path / "transforms.json"
     transforms.write_text('{"rename": {"position": "place"}, "chunk": "relative", "chunk_parts": [{"action_start": 0, '
                           '"key": "place", "key_start": 0, "count": 2, "rotation": false}]}')  # fmt: skip

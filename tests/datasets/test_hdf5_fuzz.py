@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scd_robot.datasets import hdf5_files, hdf5_probe
+from scd_robot.datasets.hdf5 import files as hdf5_files
+from scd_robot.datasets.hdf5 import probe
 from scd_robot.datasets.open import open_dataset
 from scd_robot.errors import DatasetError, MissingDependencyError
 
@@ -139,10 +140,10 @@ def test_a_heap_with_a_loop_is_refused_in_time(tmp_path, content):
 def test_a_crash_or_hang_of_hdf5_becomes_an_error(tmp_path, content, monkeypatch, body, message):
     monkeypatch.setattr(hdf5_files, "PATIENCE_S", 0.5)
     program = tmp_path / "probe.py"
-    source, begin = Path(hdf5_probe.__file__).read_text(), "    is_text = "
+    source, begin = Path(probe.__file__).read_text(), "    is_text = "
     assert source.count(begin) == 1
     program.write_text(source.replace(begin, f"    {body}\n{begin}"))
-    monkeypatch.setattr(hdf5_probe, "__file__", str(program))
+    monkeypatch.setattr(probe, "__file__", str(program))
     (tmp_path / "a.hdf5").write_bytes(content)
     with pytest.raises(DatasetError, match=message):
         open_dataset(tmp_path / "a.hdf5")
@@ -161,10 +162,10 @@ def watched(self, name):
     return item
 h5py.Group.__getitem__ = watched
 if sys.argv[1] == "probe":
-    from scd_robot.datasets.hdf5_probe import main
+    from scd_robot.datasets.hdf5.probe import main
     main(sys.argv[2], 60.0)
 else:
-    import scd_robot.datasets.hdf5_files as files
+    import scd_robot.datasets.hdf5.files as files
     files._probe = lambda path: None
     from scd_robot.datasets.open import open_dataset
     open_dataset(sys.argv[2]).load()

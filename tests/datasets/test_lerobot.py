@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from scd_robot.datasets.formats import ReadOptions
-from scd_robot.datasets.lerobot import open_lerobot
+from scd_robot.datasets.lerobot.reader import open_lerobot
 from scd_robot.datasets.open import detect_format, open_dataset
 from scd_robot.datasets.video import encode_png
 from scd_robot.errors import DatasetError, MissingDependencyError, UnknownNameError
@@ -543,7 +543,7 @@ class TestChosenEpisodes:
         assert CAMERA in left.spec.observation
 
     def test_one_episode_of_a_file_with_several(self, dataset):
-        one, whole = read(dataset, episodes=["1"]), read(dataset)
+        one, whole = read(dataset, only=["1"]), read(dataset)
         assert one.episode_lengths.tolist() == [LENGTHS[1]]
         for key, values in whole.episode(1).items():
             np.testing.assert_array_equal(one.episode(0)[key], values)

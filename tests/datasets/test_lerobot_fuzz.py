@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scd_robot.datasets.formats import ReadOptions
-from scd_robot.datasets.lerobot import open_lerobot
-from scd_robot.datasets.lerobot_writer import write_lerobot
+from scd_robot.datasets.lerobot.reader import open_lerobot
+from scd_robot.datasets.lerobot.writer import write_lerobot
 from scd_robot.datasets.schema import EpisodeDataset
 from scd_robot.errors import DatasetError, ScdRobotError
 from scd_robot.types import ArraySpec, DatasetSpec

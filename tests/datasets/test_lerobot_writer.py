@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scd_robot.datasets import lerobot_writer
 from scd_robot.datasets.lazy import MappedArray
-from scd_robot.datasets.lerobot_stats import histogram, image_stats, joined, number_stats
-from scd_robot.datasets.lerobot_writer import write_lerobot
+from scd_robot.datasets.lerobot import writer as lerobot_writer
+from scd_robot.datasets.lerobot.statistics import histogram, image_stats, joined, number_stats
+from scd_robot.datasets.lerobot.writer import write_lerobot
 from scd_robot.datasets.open import open_dataset
 from scd_robot.datasets.schema import EpisodeDataset
 from scd_robot.errors import ConfigError, DatasetError, MissingDependencyError, OutputError

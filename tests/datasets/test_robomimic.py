@@ -56,7 +56,7 @@ def put(group, name, values):
 @pytest.fixture(autouse=True)
 def _without_probe(monkeypatch):
     """These files do not crash HDF5; what is done about those that do is tested with the other damage."""
-    monkeypatch.setattr("scd_robot.datasets.hdf5_files._probe", lambda path: None)
+    monkeypatch.setattr("scd_robot.datasets.hdf5.files._probe", lambda path: None)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ class TestReads:
         np.testing.assert_array_equal(images[:], concatenated("obs/image"))
 
     def test_more_demonstrations_than_are_kept_open(self, path, monkeypatch):
-        monkeypatch.setattr("scd_robot.datasets.hdf5_files._OPEN_ARRAYS", 2)
+        monkeypatch.setattr("scd_robot.datasets.hdf5.files._OPEN_ARRAYS", 2)
         images = open_dataset(path).arrays["image"]
         for _ in range(2):
             np.testing.assert_array_equal(images[:], concatenated("obs/image"))
@@ -294,7 +294,7 @@ class TestMasks:
             data.file["mask/good"] = ["demo_0", "demo_10"]
         with pytest.raises(DatasetError, match="demo_2"):
             open_dataset(path)
-        for options in ({"drop": ["1"]}, {"episodes": ["0", "2-"]}, {"mask": "good"}):
+        for options in ({"drop": ["1"]}, {"only": ["0", "2-"]}, {"mask": "good"}):
             assert open_dataset(path, **options).episode_text["name"] == ["demo_0", "demo_10"]
         with pytest.raises(DatasetError, match="no episode is left of the 3"):
             open_dataset(path, drop=["0-"])
@@ -535,8 +535,8 @@ class TestRefusesWhatIsNotStored:
             open_dataset(path)
 
     def test_bombs(self, path, edit, monkeypatch):
-        monkeypatch.setattr("scd_robot.datasets.hdf5_files._PLAIN_BYTES", 1000)
-        monkeypatch.setattr("scd_robot.datasets.hdf5_files.MAX_RATIO", 20)
+        monkeypatch.setattr("scd_robot.datasets.hdf5.files._PLAIN_BYTES", 1000)
+        monkeypatch.setattr("scd_robot.datasets.hdf5.files.MAX_RATIO", 20)
         with edit() as data:
             del data["demo_2/obs/pos"]
             data.create_dataset("demo_2/obs/pos", data=np.zeros((4, 3000)), compression="gzip")

@@ -6,9 +6,9 @@ import h5py
 import numpy as np
 import pytest
 
+from scd_robot.datasets.hdf5.robomimic_writer import write_robomimic
 from scd_robot.datasets.lazy import LazyArray
 from scd_robot.datasets.open import open_dataset
-from scd_robot.datasets.robomimic_writer import write_robomimic
 from scd_robot.datasets.schema import EpisodeDataset
 from scd_robot.errors import ConfigError, DatasetError, OutputError
 from scd_robot.types import ArraySpec, DatasetSpec
@@ -19,7 +19,7 @@ LENGTHS = [12, 9, 17]
 @pytest.fixture(autouse=True)
 def _without_probe(monkeypatch):
     """These files do not crash HDF5; what is done about those that do is tested with the other damage."""
-    monkeypatch.setattr("scd_robot.datasets.hdf5_files._probe", lambda path: None)
+    monkeypatch.setattr("scd_robot.datasets.hdf5.files._probe", lambda path: None)
 
 
 def make_dataset(control_dt=0.05, metadata=None, **arrays):
@@ -196,7 +196,7 @@ def test_a_full_disk_leaves_the_old_file_alone_and_the_process_alive(tmp_path):
     code = f"""
 import resource, signal, sys
 from scd_robot.datasets.open import open_dataset
-from scd_robot.datasets.robomimic_writer import write_robomimic
+from scd_robot.datasets.hdf5.robomimic_writer import write_robomimic
 from scd_robot.errors import OutputError
 dataset = open_dataset(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -4,8 +4,8 @@ import h5py
 import numpy as np
 import pytest
 
+from scd_robot.datasets.hdf5.robosuite import EARLY_ACTIONS
 from scd_robot.datasets.open import open_dataset
-from scd_robot.datasets.robosuite import EARLY_ACTIONS
 from scd_robot.errors import DatasetError, UnknownNameError
 from scd_robot.types import ArraySpec
 
@@ -16,7 +16,7 @@ LENGTHS = {"demo_1": 4, "demo_2": 3}
 @pytest.fixture(autouse=True)
 def _without_probe(monkeypatch):
     """These files do not crash HDF5; what is done about those that do is tested with the other damage."""
-    monkeypatch.setattr("scd_robot.datasets.hdf5_files._probe", lambda path: None)
+    monkeypatch.setattr("scd_robot.datasets.hdf5.files._probe", lambda path: None)
 
 
 def make_states(length, start=0.0):

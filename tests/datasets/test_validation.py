@@ -11,13 +11,13 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scd_robot.datasets import checks, checks_motion, frame_scan
-from scd_robot.datasets.findings import at_rows, follows, runs
 from scd_robot.datasets.formats import ReadOptions
-from scd_robot.datasets.frame_scan import scan_frames
 from scd_robot.datasets.lazy import LazyArray
 from scd_robot.datasets.schema import EpisodeDataset
-from scd_robot.datasets.validation import check_dataset, validate
+from scd_robot.datasets.validation import checks, frame_scan, motion
+from scd_robot.datasets.validation.findings import at_rows, follows, runs
+from scd_robot.datasets.validation.frame_scan import scan_frames
+from scd_robot.datasets.validation.run import check_dataset, validate
 from scd_robot.errors import DatasetError, UnknownNameError
 from scd_robot.types import ArraySpec, DatasetSpec
 
@@ -275,31 +275,31 @@ class TestClock:
         return np.concatenate([0.05 * np.arange(n) for n in LENGTHS])
 
     def test_a_regular_clock_is_no_finding(self):
-        assert checks_motion.clock("timestamp", self.times(), ENDS, 0.05) == []
+        assert motion.clock("timestamp", self.times(), ENDS, 0.05) == []
 
     @pytest.mark.parametrize("back", [0.0, 0.3])
     def test_time_that_stands_still_or_goes_back(self, back):
         times = self.times()
         times[row(1, 30) : ENDS[1]] += times[row(1, 29)] - times[row(1, 30)] - back
-        (finding,) = checks_motion.clock("timestamp", times, ENDS, 0.05)
+        (finding,) = motion.clock("timestamp", times, ENDS, 0.05)
         assert (finding.check, finding.severity, finding.places) == ("time_order", "error", ((1, 30),))
 
     def test_gaps(self):
         times = self.times()
         times[row(4, 12) : ENDS[4]] += 0.1
-        (finding,) = checks_motion.clock("timestamp", times, ENDS, 0.05)
+        (finding,) = motion.clock("timestamp", times, ENDS, 0.05)
         assert (finding.check, finding.severity, finding.places) == ("time_gap", "warning", ((4, 12),))
         assert "0.15 s (3.0 steps)" in finding.message
 
     def test_jitter(self):
         times = self.times()
         times[rows_of(3)] += np.resize([0, 0.01], LENGTHS[3])  # steps of 60 and 40 ms
-        (finding,) = checks_motion.clock("timestamp", times, ENDS, 0.05)
+        (finding,) = motion.clock("timestamp", times, ENDS, 0.05)
         assert (finding.check, finding.places) == ("time_jitter", ((3, None),))
         assert "varies by 10 ms" in finding.message
 
     def test_another_rate_than_the_specification(self):
-        (finding,) = checks_motion.clock("timestamp", self.times(), ENDS, 0.1)
+        (finding,) = motion.clock("timestamp", self.times(), ENDS, 0.1)
         assert (finding.check, finding.severity) == ("time_rate", "warning")
         assert "0.05 s apart, but control_dt is 0.1 s" in finding.message
 
@@ -307,10 +307,10 @@ class TestClock:
 class TestFrozenSensors:
     def test_a_hanging_sensor_is_found_where_it_begins_to_hang(self):
         values, action = smooth(3), smooth(2, seed=1)
-        assert checks_motion.frozen("state", values, action, ENDS) == []
+        assert motion.frozen("state", values, action, ENDS) == []
         values[row(1, 20) : row(1, 26)] = values[row(1, 20)]
         values[row(3, 41) : row(3, 45)] = values[row(3, 41)]  # four equal steps are not enough
-        (finding,) = checks_motion.frozen("state", values, action, ENDS)
+        (finding,) = motion.frozen("state", values, action, ENDS)
         assert (finding.severity, finding.places) == ("warning", ((1, 20),))
         assert "(6 steps, the longest 6)" in finding.message
 
@@ -318,19 +318,19 @@ class TestFrozenSensors:
         values, action = smooth(3), smooth(2, seed=1)
         values[row(1, 20) : row(1, 30)] = values[row(1, 20)]
         action[row(1, 20) : row(1, 30)] = 0
-        assert checks_motion.frozen("state", values, action, ENDS) == []
+        assert motion.frozen("state", values, action, ENDS) == []
 
     def test_goals_and_switches_are_no_sensors(self):
         goal = np.repeat(np.arange(len(LENGTHS), dtype=float), LENGTHS)[:, None]
         switch = (np.arange(STEPS) // 20 % 2)[:, None].astype(float)
         for values in (goal, switch):
-            assert checks_motion.frozen("state", values, smooth(2), ENDS) == []
+            assert motion.frozen("state", values, smooth(2), ENDS) == []
 
     def test_what_stands_still_in_most_episodes_is_an_object(self):
         values = smooth(3)
         for episode in range(4):
             values[row(episode, 0) : row(episode, 9)] = values[row(episode, 0)]
-        (finding,) = checks_motion.frozen("cube", values, smooth(2, seed=1), ENDS)
+        (finding,) = motion.frozen("cube", values, smooth(2, seed=1), ENDS)
         assert (finding.severity, finding.count) == ("note", 4)
 
 
@@ -344,25 +344,25 @@ class TestRepeatedFrames:
         return flags
 
     def test_different_frames_are_no_finding(self):
-        assert checks_motion.repeated_frames("camera", self.same(), smooth(2), ENDS) == []
+        assert motion.repeated_frames("camera", self.same(), smooth(2), ENDS) == []
 
     def test_a_hanging_camera_is_found_where_it_begins_to_hang(self):
-        (finding,) = checks_motion.repeated_frames("camera", self.same((2, 11, 6)), smooth(2), ENDS)
+        (finding,) = motion.repeated_frames("camera", self.same((2, 11, 6)), smooth(2), ENDS)
         assert (finding.check, finding.severity, finding.places) == ("frozen", "warning", ((2, 11),))
 
     def test_equal_frames_of_a_robot_at_rest_are_no_finding(self):
         state = smooth(2)
         state[row(2, 11) : row(2, 17)] = state[row(2, 11)]
-        assert checks_motion.repeated_frames("camera", self.same((2, 11, 6)), state, ENDS) == []
+        assert motion.repeated_frames("camera", self.same((2, 11, 6)), state, ENDS) == []
 
     def test_a_camera_that_hangs_all_episode_spoils_it(self):
         flags = self.same((1, 0, LENGTHS[1]), (4, 0, LENGTHS[4]))
-        (finding,) = checks_motion.repeated_frames("camera", flags, smooth(2), ENDS)
+        (finding,) = motion.repeated_frames("camera", flags, smooth(2), ENDS)
         assert (finding.check, finding.severity, finding.places) == ("frozen", "error", ((1, None), (4, None)))
 
     def test_a_camera_slower_than_the_control_steps_is_a_note(self):
         flags = follows(ENDS, STEPS) & (np.arange(STEPS) % 2 == 1)
-        (finding,) = checks_motion.repeated_frames("camera", flags, smooth(2), ENDS)
+        (finding,) = motion.repeated_frames("camera", flags, smooth(2), ENDS)
         assert (finding.check, finding.severity, finding.count) == ("repeated_frames", "note", int(flags.sum()))
         assert "longest run 2" in finding.message
 
@@ -384,7 +384,7 @@ class TestLag:
     @pytest.mark.parametrize("lag", range(-10, 11))
     def test_lag_is_counted_from_the_next_observation(self, lag):
         action, state = self.tracked(lag + 1)
-        (finding,) = checks_motion.action_lag(action, {"state": state}, ENDS, 0.05)
+        (finding,) = motion.action_lag(action, {"state": state}, ENDS, 0.05)
         assert finding.severity == ("note" if 0 <= lag <= 2 else "warning")
         assert "action[0] in state[1] (1.00), action[1] in state[2] (1.00)" in finding.message
         if lag == 0:
@@ -404,7 +404,7 @@ class TestLag:
                 velocity[step] = 0.9 * velocity[step - 1] + rng.normal()
             action[rows_of(episode), 0] = velocity[lag:]
             state[rows_of(episode), 0] = 0.3 * np.cumsum(velocity)[:length] - 0.3 * velocity[:length]
-        (finding,) = checks_motion.action_lag(action, {"state": state}, ENDS, 0.05)
+        (finding,) = motion.action_lag(action, {"state": state}, ENDS, 0.05)
         assert (f"{lag} control steps" in finding.message) == (lag > 0)
         assert "action[0] in state[0] (1.00)" in finding.message
         assert finding.severity == ("warning" if lag == 5 else "note")
@@ -414,45 +414,45 @@ class TestLag:
         phases = 2 * np.pi * np.arange(200) / 200 + rng.uniform(0, 6, (len(LENGTHS), 1))  # slow: 200 control steps
         action = np.concatenate([np.sin(p[10 : 10 + n]) for p, n in zip(phases, LENGTHS, strict=True)])[:, None]
         state = np.concatenate([np.sin(p[5 : 5 + n]) for p, n in zip(phases, LENGTHS, strict=True)])[:, None]
-        (finding,) = checks_motion.action_lag(action, {"state": state}, ENDS, 0.05)
+        (finding,) = motion.action_lag(action, {"state": state}, ENDS, 0.05)
         assert "4 control steps (0.2 s) later" in finding.message
         assert finding.severity == "note"
 
     def test_unrelated_states_and_switches_tell_nothing(self):
         action = smooth(2, seed=8)
-        assert checks_motion.action_lag(action, {"state": smooth(3, seed=9)}, ENDS, 0.05) == []
+        assert motion.action_lag(action, {"state": smooth(3, seed=9)}, ENDS, 0.05) == []
         switch = (np.arange(STEPS) // 20 % 2)[:, None].astype(float)
-        assert checks_motion.action_lag(switch, {"state": switch}, ENDS, 0.05) == []
+        assert motion.action_lag(switch, {"state": switch}, ENDS, 0.05) == []
 
     def test_nan_is_passed_over(self):
         action, state = self.tracked(4)
         state[row(1, 5), 1] = np.nan
-        (finding,) = checks_motion.action_lag(action, {"state": state}, ENDS, 0.05)
+        (finding,) = motion.action_lag(action, {"state": state}, ENDS, 0.05)
         assert "3 control steps" in finding.message
 
 
 class TestEpisodes:
     def test_short_ones(self):
         ends = np.cumsum([20, 1, 7, 20])
-        assert checks_motion.short_episodes(ends[[0]], 16) == []
-        useless, short = checks_motion.short_episodes(ends, 16)
+        assert motion.short_episodes(ends[[0]], 16) == []
+        useless, short = motion.short_episodes(ends, 16)
         assert (useless.severity, useless.places) == ("error", ((1, None),))
         assert (short.severity, short.places) == ("warning", ((2, None),))
 
     def test_duplicates_name_what_they_repeat(self):
-        assert checks_motion.duplicate_episodes([b"a", b"b", None, None]) == []
-        (finding,) = checks_motion.duplicate_episodes([b"a", b"b", b"a", b"c", b"b", b"a"])
+        assert motion.duplicate_episodes([b"a", b"b", None, None]) == []
+        (finding,) = motion.duplicate_episodes([b"a", b"b", b"a", b"c", b"b", b"a"])
         assert finding.places == ((2, None), (4, None), (5, None))
         assert "(2 = 0, 4 = 1, 5 = 0)" in finding.message
 
     def test_idle_begin_and_end_with_mean_length(self):
         action = 1.0 + np.abs(smooth(3))
         action[:, 2] = -1  # an open gripper
-        assert checks_motion.idle(action, ENDS) == []
+        assert motion.idle(action, ENDS) == []
         for episode, length in ((1, 10), (2, 6), (3, 4)):  # four steps are not enough
             action[row(episode, 0) : row(episode, length), :2] = 0
         action[ENDS[5] - 8 : ENDS[5], :2] = 0
-        begin, end = checks_motion.idle(action, ENDS)
+        begin, end = motion.idle(action, ENDS)
         assert (begin.severity, begin.places) == ("note", ((1, None), (2, None)))
         assert "8.0 steps in the mean, 10 at most" in begin.message
         assert end.places == ((5, None),)

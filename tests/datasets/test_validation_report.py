@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from scd_robot.datasets import plots
-from scd_robot.datasets.finding_pictures import finding_picture
-from scd_robot.datasets.findings import Finding
 from scd_robot.datasets.schema import EpisodeDataset
-from scd_robot.datasets.validation import Validation, check_dataset
-from scd_robot.datasets.validation_report import format_validation, render_validation_page, write_validation_page
+from scd_robot.datasets.validation.findings import Finding
+from scd_robot.datasets.validation.pictures import finding_picture
+from scd_robot.datasets.validation.report import format_validation, render_validation_page, write_validation_page
+from scd_robot.datasets.validation.run import Validation, check_dataset
 from scd_robot.errors import MissingDependencyError, OutputError
 from scd_robot.types import ArraySpec, DatasetSpec
 
@@ -146,7 +146,7 @@ class TestPictures:
     @pytest.fixture
     def drawn(self, monkeypatch):
         """Figures instead of PNG files."""
-        monkeypatch.setattr("scd_robot.datasets.finding_pictures.png", lambda figure: figure)
+        monkeypatch.setattr("scd_robot.datasets.validation.pictures.png", lambda figure: figure)
 
     def picture(self, validation, check, key, places, dimensions=()):
         return finding_picture(validation.dataset, Finding(check, "error", key, 1, "m", places, dimensions))

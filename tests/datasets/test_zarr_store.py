@@ -17,8 +17,8 @@ import zarr
 
 from scd_robot.datasets.open import open_dataset
 from scd_robot.datasets.schema import EpisodeDataset
-from scd_robot.datasets.zarr_store import open_store
-from scd_robot.datasets.zarr_writer import SCHEMA, ZarrWriter
+from scd_robot.datasets.zarr.store import open_store
+from scd_robot.datasets.zarr.writer import SCHEMA, ZarrWriter
 from scd_robot.errors import ConfigError, DatasetError, OutputError, ShapeError, UnknownNameError
 from scd_robot.types import ArraySpec, DatasetSpec
 
@@ -89,7 +89,7 @@ def test_what_is_written_is_read_back(store):
 
 
 def test_many_chunks_are_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("scd_robot.datasets.zarr_writer._CHUNK_ROWS", 4)
+    monkeypatch.setattr("scd_robot.datasets.zarr.writer._CHUNK_ROWS", 4)
     assert_episodes(open_store(write_store(tmp_path / "a.zarr", (5, 2, 7, 30))), [5, 2, 7, 30])
 
 
@@ -322,7 +322,7 @@ def test_kill_9_leaves_a_readable_store(tmp_path):
     code = """
 import itertools, sys
 import numpy as np
-from scd_robot.datasets.zarr_writer import ZarrWriter
+from scd_robot.datasets.zarr.writer import ZarrWriter
 from scd_robot.types import ArraySpec, DatasetSpec
 with ZarrWriter(sys.argv[1], DatasetSpec({"state": ArraySpec((3,))}, 2, 0.1)) as writer:
     for index in itertools.count():

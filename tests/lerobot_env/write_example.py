@@ -10,7 +10,8 @@ import sys
 
 import numpy as np
 
-from scd_robot.datasets import lerobot_writer, open_dataset
+from scd_robot.datasets import open_dataset
+from scd_robot.datasets.lerobot import writer as lerobot_writer
 from scd_robot.datasets.schema import DONE, EXECUTED_ACTION, REWARD, SIM_STATE, EpisodeDataset
 from scd_robot.types import ArraySpec, DatasetSpec
 

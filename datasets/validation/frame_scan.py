@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.datasets.findings import episode_of, episode_slices, follows
 from scd_robot.datasets.lazy import RowArray
+from scd_robot.datasets.validation.findings import episode_of, episode_slices, follows
 from scd_robot.errors import DatasetError
 
 __all__ = ["FrameScan", "scan_frames"]

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.datasets.formats import ReadOptions
-from scd_robot.datasets.hdf5_demos import ACTIONS, Demos
-from scd_robot.datasets.hdf5_files import scalar_attributes
+from scd_robot.datasets.hdf5.demos import ACTIONS, Demos
+from scd_robot.datasets.hdf5.files import scalar_attributes
 from scd_robot.datasets.schema import ACTION, SIM_STATE, EpisodeDataset
 from scd_robot.errors import DatasetError, UnknownNameError
 from scd_robot.types import ArraySpec, DatasetSpec

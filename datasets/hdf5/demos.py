@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.datasets.formats import ReadOptions, kept_episodes
-from scd_robot.datasets.hdf5_files import Hdf5Rows, arrays_below, child, read_texts, scalar_attributes, where
+from scd_robot.datasets.hdf5.files import Hdf5Rows, arrays_below, child, read_texts, scalar_attributes, where
 from scd_robot.datasets.schema import DONE, EXECUTED_ACTION, MASK, PRESENT, REWARD, SIM_STATE, TIMESTAMP
 from scd_robot.errors import DatasetError, UnknownNameError
 

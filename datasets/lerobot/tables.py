@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from scd_robot.datasets.zarr_files import read_errors
+from scd_robot.datasets.zarr.files import read_errors
 from scd_robot.errors import DatasetError, MissingDependencyError
 
 __all__ = [

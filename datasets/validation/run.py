@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from scd_robot.datasets import checks, checks_motion
-from scd_robot.datasets.findings import SEVERITIES, Finding, Severity, at_rows, counted, overall
 from scd_robot.datasets.formats import ReadOptions
-from scd_robot.datasets.frame_scan import FrameScan, scan_frames
 from scd_robot.datasets.images import is_image
 from scd_robot.datasets.lazy import RowArray
 from scd_robot.datasets.open import open_dataset
 from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, PRESENT, TIMESTAMP, EpisodeDataset
-from scd_robot.datasets.zarr_files import is_address
+from scd_robot.datasets.validation import checks, motion
+from scd_robot.datasets.validation.findings import SEVERITIES, Finding, Severity, at_rows, counted, overall
+from scd_robot.datasets.validation.frame_scan import FrameScan, scan_frames
+from scd_robot.datasets.zarr.files import is_address
 from scd_robot.errors import DatasetError
 
 __all__ = ["Validation", "check_dataset", "is_vector", "validate"]
@@ -129,7 +129,7 @@ def check_dataset(
     ends = dataset.episode_ends
     if not dataset.num_steps:
         return overall("structure", "error", "", "there is no episode with steps in it; record some first"), {}
-    findings = _structure(dataset) + checks_motion.short_episodes(ends, window)
+    findings = _structure(dataset) + motion.short_episodes(ends, window)
     sound = {key: array for key, array in dataset.arrays.items() if len(array) == dataset.num_steps and array.nbytes}
     flat, unread = _load({key: array for key, array in sound.items() if is_vector(array)}, ends)
     findings += unread
@@ -144,7 +144,7 @@ def check_dataset(
         digests[key] = scan.digests
         findings += _check_frames(dataset, key, scan, flat)
     compared = [digests[key] for key in (*dataset.spec.observation, ACTION) if key in digests]
-    findings += checks_motion.duplicate_episodes([_joined(parts) for parts in zip(*compared, strict=True)])
+    findings += motion.duplicate_episodes([_joined(parts) for parts in zip(*compared, strict=True)])
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)), keys
 
 
@@ -206,12 +206,12 @@ def _check_vectors(dataset: EpisodeDataset, flat: dict[str, NDArray[Any]]) -> li
     if action is not None:
         for key, values in observed.items():
             if PRESENT + key not in dataset.arrays:
-                found += checks_motion.frozen(key, values, action, ends)
+                found += motion.frozen(key, values, action, ends)
         states = {key: values for key, values in observed.items() if ACTION not in key}  # the last action is no effect
-        found += checks_motion.action_lag(action, states, ends, dataset.spec.control_dt)
-        found += checks_motion.idle(action, ends)
+        found += motion.action_lag(action, states, ends, dataset.spec.control_dt)
+        found += motion.idle(action, ends)
     if TIMESTAMP in usable:
-        found += checks_motion.clock(TIMESTAMP, usable[TIMESTAMP][:, 0], ends, dataset.spec.control_dt)
+        found += motion.clock(TIMESTAMP, usable[TIMESTAMP][:, 0], ends, dataset.spec.control_dt)
     return found
 
 
@@ -246,7 +246,7 @@ def _check_frames(dataset: EpisodeDataset, key: str, scan: FrameScan, flat: dict
     ]
     if observed and key in dataset.spec.observation and PRESENT + key not in dataset.arrays:
         state = np.concatenate([flat[name] for name in observed], axis=1)
-        found += checks_motion.repeated_frames(key, scan.same, state, ends)
+        found += motion.repeated_frames(key, scan.same, state, ends)
     return found
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.datasets.findings import (
+from scd_robot.datasets.schema import ACTION
+from scd_robot.datasets.validation.findings import (
     Finding,
     at_rows,
     counted,
@@ -22,7 +23,6 @@ from scd_robot.datasets.findings import (
     in_episodes,
     overall,
 )
-from scd_robot.datasets.schema import ACTION
 
 __all__ = [
     "constant_dimensions",

@@ -3,10 +3,10 @@
 import h5py
 
 from scd_robot.datasets.formats import ReadOptions
-from scd_robot.datasets.hdf5_demos import Demos
-from scd_robot.datasets.hdf5_files import hdf5_file
-from scd_robot.datasets.robomimic import read_robomimic
-from scd_robot.datasets.robosuite import read_robosuite
+from scd_robot.datasets.hdf5.demos import Demos
+from scd_robot.datasets.hdf5.files import hdf5_file
+from scd_robot.datasets.hdf5.robomimic import read_robomimic
+from scd_robot.datasets.hdf5.robosuite import read_robosuite
 from scd_robot.datasets.schema import EpisodeDataset
 from scd_robot.errors import DatasetError
 

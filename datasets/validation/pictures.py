@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scd_robot.datasets.findings import Finding
 from scd_robot.datasets.images import is_image
 from scd_robot.datasets.plots import name_of, new_figure, png, show_frame, style
 from scd_robot.datasets.schema import TIMESTAMP, EpisodeDataset
+from scd_robot.datasets.validation.findings import Finding
 from scd_robot.errors import DatasetError
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from zarr.core.sync import sync
 
 from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, EpisodeDataset
-from scd_robot.datasets.zarr_files import ATTRIBUTE, ENDS, UNWRITTEN, is_zarr_group
+from scd_robot.datasets.zarr.files import ATTRIBUTE, ENDS, UNWRITTEN, is_zarr_group
 from scd_robot.errors import ConfigError, OutputError, ShapeError
 from scd_robot.output import check_local, dataset_output, replace_folder
 from scd_robot.types import ArraySpec, DatasetSpec

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from scd_robot.datasets.lerobot_stats import histogram, image_stats, joined, number_stats
-from scd_robot.datasets.lerobot_tables import import_parquet
+from scd_robot.datasets.lerobot.statistics import histogram, image_stats, joined, number_stats
+from scd_robot.datasets.lerobot.tables import import_parquet
 from scd_robot.datasets.schema import DONE, REWARD, TIMESTAMP, EpisodeDataset
 from scd_robot.datasets.video import PIXEL_FORMATS, encode_png, encode_video
 from scd_robot.errors import ConfigError, DatasetError, OutputError

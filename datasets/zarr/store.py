@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scd_robot.datasets.formats import ReadOptions, choose
 from scd_robot.datasets.lazy import RowArray
 from scd_robot.datasets.schema import ACTION, EpisodeDataset
-from scd_robot.datasets.zarr_files import ATTRIBUTE, ENDS, ZarrFiles, read_ends, read_errors
-from scd_robot.datasets.zarr_writer import SCHEMA
+from scd_robot.datasets.zarr.files import ATTRIBUTE, ENDS, ZarrFiles, read_ends, read_errors
+from scd_robot.datasets.zarr.writer import SCHEMA
 from scd_robot.errors import DatasetError, UnknownNameError
 from scd_robot.types import DatasetSpec
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.datasets.checks import few_values
-from scd_robot.datasets.findings import (
+from scd_robot.datasets.schema import ACTION
+from scd_robot.datasets.validation.checks import few_values
+from scd_robot.datasets.validation.findings import (
     Finding,
     at_rows,
     counted,
@@ -22,7 +23,6 @@ from scd_robot.datasets.findings import (
     overall,
     runs,
 )
-from scd_robot.datasets.schema import ACTION
 
 __all__ = [
     "action_lag",

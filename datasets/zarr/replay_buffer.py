@@ -12,7 +12,7 @@ from scd_robot.datasets.formats import ReadOptions, choose
 from scd_robot.datasets.images import as_stored
 from scd_robot.datasets.lazy import RowArray
 from scd_robot.datasets.schema import ACTION, DONE, REWARD, TIMESTAMP, EpisodeDataset
-from scd_robot.datasets.zarr_files import ZarrFiles, read_ends
+from scd_robot.datasets.zarr.files import ZarrFiles, read_ends
 from scd_robot.errors import DatasetError, UnknownNameError
 from scd_robot.types import ArraySpec, DatasetSpec
 

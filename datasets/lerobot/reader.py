@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from scd_robot.datasets.formats import ReadOptions, kept_episodes
 from scd_robot.datasets.lazy import RowArray, SelectedArray
-from scd_robot.datasets.lerobot_rows import BOOKKEEPING, ImageRows, read_columns
-from scd_robot.datasets.lerobot_tables import INFO, Episode, Info, read_episodes, read_info, read_tasks
+from scd_robot.datasets.lerobot.rows import BOOKKEEPING, ImageRows, read_columns
+from scd_robot.datasets.lerobot.tables import INFO, Episode, Info, read_episodes, read_info, read_tasks
 from scd_robot.datasets.schema import ACTION, DONE, EXECUTED_ACTION, REWARD, SIM_STATE, TIMESTAMP, EpisodeDataset
 from scd_robot.datasets.video import PIXEL_FORMATS, VideoRows, VideoSegment
 from scd_robot.errors import DatasetError, UnknownNameError

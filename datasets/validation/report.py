@@ -7,9 +7,9 @@ from html import escape
 from pathlib import Path
 
 from scd_robot.datasets import plots
-from scd_robot.datasets.finding_pictures import finding_picture
-from scd_robot.datasets.findings import Finding, Place, counted
-from scd_robot.datasets.validation import Validation
+from scd_robot.datasets.validation.findings import Finding, Place, counted
+from scd_robot.datasets.validation.pictures import finding_picture
+from scd_robot.datasets.validation.run import Validation
 from scd_robot.output import write_text
 
 __all__ = ["format_validation", "render_validation_page", "write_validation_page"]

@@ -15,8 +15,8 @@ import h5py
 import numpy as np
 
 from scd_robot.datasets.formats import ReadOptions
-from scd_robot.datasets.hdf5_demos import ACTIONS, Demos
-from scd_robot.datasets.hdf5_files import arrays_below, where
+from scd_robot.datasets.hdf5.demos import ACTIONS, Demos
+from scd_robot.datasets.hdf5.files import arrays_below, where
 from scd_robot.datasets.images import as_stored
 from scd_robot.datasets.lazy import RowArray
 from scd_robot.datasets.schema import ACTION, DONE, EXECUTED_ACTION, REWARD, SIM_STATE, TIMESTAMP, EpisodeDataset

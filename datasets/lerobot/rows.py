@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.datasets.lazy import LazyArray
-from scd_robot.datasets.lerobot_tables import INFO, Episode, Info, open_parquet
+from scd_robot.datasets.lerobot.tables import INFO, Episode, Info, open_parquet
 from scd_robot.datasets.video import decode_image
 from scd_robot.errors import DatasetError
 

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.datasets import hdf5_probe
+from scd_robot.datasets.hdf5 import probe
 from scd_robot.datasets.lazy import LazyArray
 from scd_robot.errors import DatasetError, MissingDependencyError, ScdRobotError
 
@@ -68,7 +68,7 @@ def hdf5_file(path: str) -> Iterator[h5py.File]:
 
 def _probe(path: str) -> None:
     """Lets another process touch the file first, with the same packages."""
-    command = [sys.executable, "-P", hdf5_probe.__file__, path, str(PATIENCE_S)]
+    command = [sys.executable, "-P", probe.__file__, path, str(PATIENCE_S)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     code = subprocess.run(command, stderr=subprocess.DEVNULL, env=environment, check=False).returncode
     if code != 0:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from scd_robot.datasets.hdf5_demos import ACTIONS, ATTRIBUTE, EXTRAS, told_control_dt
+from scd_robot.datasets.hdf5.demos import ACTIONS, ATTRIBUTE, EXTRAS, told_control_dt
 from scd_robot.datasets.schema import ACTION, DONE, MASK, REWARD, EpisodeDataset
 from scd_robot.errors import ConfigError, OutputError
 from scd_robot.output import check_local, dataset_output, to_plain

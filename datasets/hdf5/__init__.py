@@ -1,0 +1,1 @@
+"""HDF5 recordings of robomimic and robosuite, read and written."""

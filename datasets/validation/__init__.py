@@ -1,0 +1,1 @@
+"""Checks of a dataset before training: START HERE at `run.validate`."""

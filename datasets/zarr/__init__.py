@@ -1,0 +1,1 @@
+"""Zarr: our own stores, and replay buffers of diffusion_policy."""
