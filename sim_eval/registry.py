@@ -18,6 +18,7 @@ __all__ = ["known_environments", "make_environment", "parse_name"]
 _FACTORIES = {
     "metaworld": "scd_robot.sim_eval.metaworld:make",
     "pusht": "scd_robot.sim_eval.pusht:make",
+    "scd_memory": "scd_robot.sim_eval.memory:make",
 }
 
 

@@ -1,0 +1,115 @@
+"""Hidden friction: how far a puck slides is to be learned from one push, and used after a while in the next."""
+
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from scd_robot.sim_eval.memory.environment import MemoryEnvironment, Vector, Verdict
+from scd_robot.sim_eval.memory.scene import GREY, hand_scene, lamp
+from scd_robot.types import ArraySpec
+
+__all__ = ["HiddenFriction"]
+
+_START = -0.14  # [m] along the rail, of the puck
+_RELEASE = -0.03  # where the hand stops, and the puck slides on
+_HALF = 0.03  # [m] half the puck's length along the rail
+_TIP = 0.015  # [m] radius of the hand's tip
+_TRY_STEPS = 60  # control steps of the first push
+_RETURN_STEPS = 20  # more, in which the hand goes back
+_FIRST_SPEED = 0.4  # [m/s]
+_DECELERATION = (0.2, 1.0)  # [m/s^2]
+_NEAR = 0.04  # [m] of the goal
+_MASS = 0.2
+_LEFT_AT = _RELEASE + _HALF + _TIP  # [m], of the puck when it leaves the hand
+_CARRIED = 1.0  # of the push's energy, as measured
+_CONTACT = _START - _HALF - _TIP  # [m], of the hand when it touches the puck
+_HEIGHT = 0.03
+_BACK = np.array([-0.3, 0.0, _HEIGHT])
+
+
+class HiddenFriction(MemoryEnvironment):
+    """A puck on a rail slides on when the hand that pushes it stops, as far as its friction lets it.
+
+    `puck` (1) is its position along the rail [m], `goal` (1) where it is to stop, `friction` (1) 0, or with
+    `cue_visible=1` its deceleration [m/s^2]. In the first 60 control steps the puck may be pushed once to see how far
+    it goes; then it is put back and held, for 20 and `delay` steps, until the signal. The second push counts.
+    """
+
+    task: ClassVar[str] = "hidden-friction"
+    success: ClassVar[str] = "the puck of the second push comes to rest within 4 cm of the goal"
+    reach_per_step: ClassVar[float] = 0.035  # [m]: 0.7 m/s
+    steps_to_act: int = _TRY_STEPS + _RETURN_STEPS + 80
+
+    def _scene(self) -> str:
+        puck = (
+            f'<body name="puck" pos="0 0 {_HEIGHT}"><joint name="puck" type="slide" axis="1 0 0" frictionloss="0.1"/>'
+            f'<geom name="puck" type="box" size="{_HALF} 0.04 0.02" mass="{_MASS}" rgba="0.9 0.5 0.1 1"/></body>'
+            '<body name="goal" mocap="true"><geom name="goal" type="box" size="0.004 0.08 0.002" '
+            'rgba="0.1 0.7 0.2 1" contype="0" conaffinity="0"/></body>'
+        )
+        return hand_scene(puck + lamp("lamp", (0, 0.36, 0.12), 0.06))
+
+    def _keys(self) -> dict[str, ArraySpec]:
+        return {"puck": ArraySpec((1,)), "goal": ArraySpec((1,)), "friction": ArraySpec((1,))}
+
+    def _begin(self, rng: np.random.Generator) -> None:
+        self._deceleration = self._believed = float(rng.uniform(*_DECELERATION))
+        self._goal = float(_LEFT_AT + rng.uniform(0.12, 0.24))
+        self.model.joint("puck").frictionloss = _MASS * self._deceleration
+        self.data.mocap_pos[0] = (self._goal, 0, 0.002)
+        self.target = _BACK + rng.uniform(-0.01, 0.01, 3)
+        self.data.joint("puck").qpos[0] = _START
+        self._pushed = False
+
+    def _guess(self, rng: np.random.Generator) -> None:
+        self._believed = float(rng.uniform(*_DECELERATION))
+
+    def _hidden(self) -> Vector:
+        return np.array([self._deceleration, self._goal])
+
+    def _signal(self) -> bool:
+        return self.steps >= _TRY_STEPS + _RETURN_STEPS + self.options.delay
+
+    def _puck(self) -> float:
+        return float(self.data.joint("puck").qpos[0])
+
+    def _sense(self) -> dict[str, ArrayLike]:
+        shown = self._deceleration if self.options.cue_visible else 0.0
+        return {"puck": self.measured([self._puck()]), "goal": [self._goal], "friction": [shown]}
+
+    def _judge(self) -> Verdict:
+        if not self._signal():
+            if self.steps >= _TRY_STEPS:
+                self.data.joint("puck").qpos[0], self.data.joint("puck").qvel[0] = _START, 0.0
+            self._pushed = False
+            return None
+        self._pushed |= self._puck() > _START + 0.02
+        apart = self._puck() - _HALF - _TIP > self.hand[0] + 0.005
+        if not (self._pushed and apart and abs(float(self.data.joint("puck").qvel[0])) < 1e-3):
+            return None
+        return "success" if abs(self._puck() - self._goal) < _NEAR else "failure"
+
+    def _expert(self) -> Vector:
+        trying = self.steps < _TRY_STEPS
+        if not trying and not self._signal():
+            return self.towards(_BACK)
+        if self._puck() > _LEFT_AT - 0.01 or self.target[0] >= _RELEASE - 1e-6:  # let go
+            return self.towards(_BACK) if self.target[0] > _RELEASE - 0.05 else np.zeros(3)
+        speed = _FIRST_SPEED if trying else self._speed_for_goal()
+        # Gently up to the puck, which would bounce off, and then to the full speed along 6 cm.
+        near = self.target[0] > _CONTACT - 0.04
+        gain = np.clip(0.35 + 0.65 * (self.target[0] - _CONTACT) / 0.06, 0.35, 1.0) if near else 1.0
+        step = speed * self.control_dt * gain
+        return np.array([step, *(np.array([0.0, _HEIGHT]) - self.target[1:])]) / self.reach_per_step
+
+    def _speed_for_goal(self) -> float:
+        """[m/s] with which the hand has to go on, and stop after the last whole step before `_RELEASE`."""
+        speeds = np.linspace(0.15, self.reach_per_step / self.control_dt, 112)
+        steps = speeds * self.control_dt
+        stop = self.target[0] + np.floor((_RELEASE - self.target[0]) / steps) * steps
+        rest = stop + _HALF + _TIP + _CARRIED * speeds**2 / (2 * self._believed)
+        return float(speeds[np.argmin(np.abs(rest - self._goal))])
+
+    def _paint(self) -> None:
+        self.paint("lamp", (1.0, 1.0, 1.0) if self._signal() else GREY)
