@@ -4,12 +4,11 @@ All arms of a benchmark start from the same states, so two of them are compared 
 start states that one solves and the other does not.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from scd_robot.errors import DatasetError
+from scd_robot.sim_eval.comparison import PairedCounts
 from scd_robot.sim_eval.metrics import wilson_interval
 
 __all__ = [
@@ -24,63 +23,6 @@ __all__ = [
 ]
 
 Result = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class PairedCounts:
-    """Outcomes of two arms from the same start states.
-
-    Attributes:
-        both: solved by both.
-        only_a: solved by the first only.
-        only_b: solved by the second only.
-        neither: solved by none.
-    """
-
-    both: int
-    only_a: int
-    only_b: int
-    neither: int
-
-    @property
-    def total(self) -> int:
-        """Start states compared."""
-        return self.both + self.only_a + self.only_b + self.neither
-
-    @property
-    def difference(self) -> float:
-        """Success rate of the first minus that of the second."""
-        return (self.only_a - self.only_b) / self.total
-
-    @property
-    def p_value(self) -> float:
-        """Exact two-sided McNemar test: under no difference, discordant pairs fall either way like a fair coin."""
-        discordant = self.only_a + self.only_b
-        tail = sum(math.comb(discordant, k) for k in range(min(self.only_a, self.only_b) + 1))
-        return min(1.0, 2 * tail / 2**discordant)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of the difference: Newcombe's method 10 for paired proportions.
-
-        Newcombe, "Improved confidence intervals for the difference between binomial proportions based on paired data",
-        Statistics in Medicine 17 (1998): Wilson intervals of the two rates, joined with the correlation of outcomes.
-        """
-        n, a, b, c, d = self.total, self.both, self.only_a, self.only_b, self.neither
-        rate_a, rate_b = (a + b) / n, (a + c) / n
-        low_a, high_a = wilson_interval(a + b, n)
-        low_b, high_b = wilson_interval(a + c, n)
-        margins = (a + b) * (c + d) * (a + c) * (b + d)
-        product = a * d - b * c
-        corrected = max(product - n / 2, 0.0) if product > 0 else float(product)
-        phi = corrected / math.sqrt(margins) if margins else 0.0
-
-        def joined(x: float, y: float) -> float:
-            return math.sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
-
-        below = joined(rate_a - low_a, high_b - rate_b)
-        above = joined(high_a - rate_a, rate_b - low_b)
-        return self.difference - below, self.difference + above
 
 
 def pair(a: Result, b: Result) -> PairedCounts:

@@ -11,12 +11,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scd_robot.errors import MissingDependencyError
+from scd_robot.sim_eval.comparison import Comparison
+from scd_robot.sim_eval.metrics import wilson_interval
 from scd_robot.sim_eval.result import EvaluationResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["latency_plot", "require_matplotlib", "steps_plot", "success_plot", "timeline_plot"]
+__all__ = [
+    "arms_plot",
+    "latency_plot",
+    "pairs_plot",
+    "require_matplotlib",
+    "steps_plot",
+    "success_plot",
+    "timeline_plot",
+]
 
 # What matplotlib draws with, and the CSS variable that takes its place; no two are alike, and none occurs by itself.
 _COLOURS = {
@@ -134,6 +144,41 @@ def timeline_plot(result: EvaluationResult) -> str:
     figure.legend()
     figure.label("episode", "control steps")
     return figure.svg("Length and outcome of every episode")
+
+
+def arms_plot(comparison: Comparison) -> str:
+    """SVG of the success rates of two arms with their 95 % intervals, and a dot for each seed."""
+    figure = _Figure(2.2)
+    axes = figure.axes
+    for row, success in enumerate((comparison.success_a, comparison.success_b)):
+        low, high = (100 * bound for bound in wilson_interval(int(success.sum()), int(success.size)))
+        axes.barh(row, 100 * success.mean(), height=0.45, color=_COLOURS["accent"], alpha=0.75)
+        axes.errorbar((low + high) / 2, row, xerr=(high - low) / 2, color=_COLOURS["ink"], capsize=6, linewidth=1.4)
+        if len(success) > 1:
+            axes.scatter(100 * success.mean(axis=1), [row] * len(success), s=18, color=_COLOURS["failure"], zorder=3)
+    axes.set_xlim(0, 100.5)
+    axes.set_ylim(1.6, -0.6)
+    axes.set_yticks([0, 1], ["A", "B"])
+    figure.label("success [%], with 95 % interval", "")
+    return figure.svg("Success rates of both arms")
+
+
+def pairs_plot(comparison: Comparison) -> str:
+    """SVG with one bar per start state: how much more often A solves it than B."""
+    figure = _Figure(2.2)
+    gap = 100 * (comparison.success_a.mean(axis=0) - comparison.success_b.mean(axis=0))
+    for sign, name, label in ((1, "success", "A more often"), (-1, "failure", "B more often")):
+        chosen = sign * gap > 0
+        if chosen.any():
+            figure.axes.bar(comparison.indices[chosen], gap[chosen], color=_COLOURS[name], label=label)
+    figure.axes.axhline(0, color=_COLOURS["line"], linewidth=0.8)
+    figure.axes.set_ylim(-105, 105)
+    if gap.any():
+        figure.legend()
+    else:
+        figure.say("no start state told them apart")
+    figure.label("episode", "A minus B [points]")
+    return figure.svg("Start states that one arm solves more often than the other")
 
 
 class _Figure:

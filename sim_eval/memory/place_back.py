@@ -24,8 +24,8 @@ class PlaceBack(MemoryEnvironment):
     """The hand has a suction cup: the fourth action above 0 holds the block whose top the hand touches.
 
     `block` (3) is its position [m], `origin` (3) zeros, or with `cue_visible=1` the place x, y where it was, and 1.
-    First the block is to be put on the plate in the middle and the hand to go up; `delay` steps later the signal says to
-    return it. While it is sucked the block hangs in the middle of the hand, however it was grasped, so that nothing
+    First the block is to be put on the plate in the middle and the hand to go up; `delay` steps later the signal says
+    to return it. While it is sucked the block hangs in the middle of the hand, however it was grasped, so that nothing
     about its way is left in its place on the plate.
     """
 

@@ -1,0 +1,120 @@
+"""The verb `scd compare`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+__all__ = ["compare"]
+
+
+def compare(
+    first: Annotated[Path, tyro.conf.Positional],
+    second: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    env: str | None = None,
+    episodes: int = 100,
+    first_episode: int = 0,
+    sequential: int = 0,
+    num_envs: int | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Tells which of two policies is better, from the same start states.
+
+    FIRST (A) and SECOND (B) are each an evaluation of 'scd eval' (its folder or result.json), a folder of such
+    evaluations, one per training seed, or, with --env, a checkpoint (or run), which is evaluated now. One evaluation
+    each gives the exact McNemar test and a paired interval; several give a bootstrap over seeds and start states. A is
+    non-inferior to B where the lower end of the 95 % interval of A - B is above -5 points.
+
+    Args:
+        first: arm A.
+        second: arm B.
+        env: environment in which checkpoints are evaluated.
+        episodes: how many for checkpoints; with --sequential at most.
+        first_episode: index of the first.
+        sequential: evaluate checkpoints in blocks of so many episodes, and stop once the difference is decided; the
+            error rate stays 5 % however often one looks. 0 = all episodes.
+        num_envs: environments side by side for checkpoints.
+        out: folder for comparison.html, comparison.json and, for checkpoints, the evaluations.
+        overwrite: replace an earlier comparison in OUT.
+        json: write the comparison to this file too ("-": standard output).
+    """
+    from scd_robot.errors import ConfigError
+    from scd_robot.output import check_target, write_json
+    from scd_robot.sim_eval.comparison import compare as run
+    from scd_robot.sim_eval.comparison import format_comparison
+    from scd_robot.sim_eval.comparison_report import write_comparison
+    from scd_robot.sim_eval.output import check_output_folder
+    from scd_robot.sim_eval.saved import find_evaluations, find_videos
+
+    if json is not None:
+        check_target(json)
+    if out is not None:
+        check_output_folder(out, overwrite)
+    arms = [find_evaluations(path) for path in (first, second)]
+    if not all(arms):
+        if env is None:
+            missing = first if not arms[0] else second
+            raise ConfigError(f"{missing} holds no evaluation of 'scd eval'; give --env to evaluate a checkpoint there")
+        block = sequential or episodes
+        paths = [None if found else path for path, found in zip((first, second), arms, strict=True)]
+        arms = _evaluate(paths, arms, env, range(first_episode, first_episode + episodes), block, num_envs, out)
+    comparison = run([d for _, d in arms[0]], [d for _, d in arms[1]], str(first), str(second))
+    if out is not None:
+        videos = [find_videos(folders) for folders in arms]
+        write_comparison(comparison, out / "comparison.html", *videos)
+        write_json(out / "comparison.json", comparison.to_json())
+    if str(json) != "-":
+        print(format_comparison(comparison))
+        if out is not None:
+            print(f"report: {out / 'comparison.html'}")
+    if json is not None:
+        write_json(json, comparison.to_json())
+
+
+def _evaluate(
+    checkpoints: list[Path | None],
+    found: list[list[tuple[Path, dict[str, Any]]]],
+    env: str,
+    episodes: range,
+    block: int,
+    num_envs: int | None,
+    out: Path | None,
+) -> list[list[tuple[Path, dict[str, Any]]]]:
+    """The arms' evaluations, with those of checkpoints made now, block by block until the difference is decided."""
+    import torch
+
+    from scd_robot.policies import load_policy
+    from scd_robot.sim_eval import evaluate as run
+    from scd_robot.sim_eval.comparison import DECIDED, compare_pair, evidence
+
+    torch.set_num_threads(1)  # small batches; the simulators have the other cores
+    policies = [None if path is None else load_policy(path) for path in checkpoints]
+    documents: list[dict[str, Any] | None] = [None, None]
+    whole = block >= len(episodes)  # else there is no single evaluation to report
+    for start in range(episodes.start, episodes.stop, block):
+        count = min(block, episodes.stop - start)
+        for arm, policy in enumerate(policies):
+            if policy is None:
+                continue
+            folder = out / "ab"[arm] if out is not None and whole else None
+            options = {"first_episode": start, "num_envs": num_envs, "out": folder, "overwrite": True}
+            result = run(policy, env, count, policy_name=str(checkpoints[arm]), **options).to_json()
+            documents[arm] = _joined(documents[arm], result)
+        counts = compare_pair(*(documents[arm] or found[arm][0][1] for arm in (0, 1)))
+        if not whole and evidence(counts.only_a, counts.only_b) >= DECIDED:
+            break
+    return [
+        found[arm] if document is None else [((out or Path()) / "ab"[arm], document)]
+        for arm, document in enumerate(documents)
+    ]
+
+
+def _joined(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, Any]:
+    """Two evaluations of different episodes, as far as a comparison needs them."""
+    if first is None:
+        return second
+    return {**second, "episodes_detail": first["episodes_detail"] + second["episodes_detail"]}

@@ -1,0 +1,363 @@
+"""Which of two policies is better, told from the same start states: START HERE at `compare`.
+
+Two arms that begin alike are compared episode by episode: what counts are the start states that one solves and the
+other does not. With several training seeds per arm the seeds are drawn again as well, since they differ by as much as
+policies do.
+
+Shapes: R seeds (runs) of an arm, N start states.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scd_robot.errors import ConfigError, DatasetError
+from scd_robot.sim_eval.metrics import wilson_interval
+
+__all__ = [
+    "NON_INFERIORITY_MARGIN",
+    "Comparison",
+    "PairedCounts",
+    "SeededDifference",
+    "bootstrap_difference",
+    "check_same_starts",
+    "compare",
+    "compare_pair",
+    "evidence",
+    "format_comparison",
+    "outcomes",
+    "pairs_needed",
+]
+
+SCHEMA = 1  # of a comparison's JSON
+NON_INFERIORITY_MARGIN = 0.05
+DECIDED = 20.0  # of `evidence`: an error rate of 1 / 20
+_PRIOR = 0.5  # of the beta mixture of `evidence` (Jeffreys')
+
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PairedCounts:
+    """Outcomes of two arms from the same start states.
+
+    Attributes:
+        both: solved by both.
+        only_a: solved by the first only.
+        only_b: solved by the second only.
+        neither: solved by none.
+    """
+
+    both: int
+    only_a: int
+    only_b: int
+    neither: int
+
+    @property
+    def total(self) -> int:
+        """Start states compared."""
+        return self.both + self.only_a + self.only_b + self.neither
+
+    @property
+    def difference(self) -> float:
+        """Success rate of the first minus that of the second."""
+        return (self.only_a - self.only_b) / self.total
+
+    @property
+    def p_value(self) -> float:
+        """Exact two-sided McNemar test: under no difference, discordant pairs fall either way like a fair coin."""
+        discordant = self.only_a + self.only_b
+        tail = sum(math.comb(discordant, k) for k in range(min(self.only_a, self.only_b) + 1))
+        return min(1.0, 2 * tail / 2**discordant)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the difference: Newcombe's method 10 for paired proportions.
+
+        Newcombe, "Improved confidence intervals for the difference between binomial proportions based on paired data",
+        Statistics in Medicine 17 (1998): Wilson intervals of the two rates, joined with the correlation of outcomes.
+        """
+        n, a, b, c, d = self.total, self.both, self.only_a, self.only_b, self.neither
+        rate_a, rate_b = (a + b) / n, (a + c) / n
+        low_a, high_a = wilson_interval(a + b, n)
+        low_b, high_b = wilson_interval(a + c, n)
+        margins = (a + b) * (c + d) * (a + c) * (b + d)
+        product = a * d - b * c
+        corrected = max(product - n / 2, 0.0) if product > 0 else float(product)
+        phi = corrected / math.sqrt(margins) if margins else 0.0
+
+        def joined(x: float, y: float) -> float:
+            return math.sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
+
+        below = joined(rate_a - low_a, high_b - rate_b)
+        above = joined(high_a - rate_a, rate_b - low_b)
+        return self.difference - below, self.difference + above
+
+
+@dataclass(frozen=True)
+class SeededDifference:
+    """Difference of two arms of several seeds each.
+
+    Attributes:
+        difference: mean success rate of the first minus that of the second.
+        interval: 95 % percentile interval of the bootstrap over seeds and start states.
+        rates_a: success rate of each seed of the first.
+        rates_b: of the second.
+    """
+
+    difference: float
+    interval: tuple[float, float]
+    rates_a: tuple[float, ...]
+    rates_b: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two arms, A and B, over the start states that all their evaluations have in common.
+
+    Attributes:
+        environment: its name.
+        name_a: of arm A.
+        name_b: of arm B.
+        indices: (N,) numbers of the compared episodes.
+        success_a: (R, N) by seed and episode.
+        success_b: (R', N).
+    """
+
+    environment: str
+    name_a: str
+    name_b: str
+    indices: NDArray[np.int64]
+    success_a: NDArray[np.bool_]
+    success_b: NDArray[np.bool_]
+
+    @property
+    def pair(self) -> PairedCounts | None:
+        """Of one seed each; None with more."""
+        if len(self.success_a) > 1 or len(self.success_b) > 1:
+            return None
+        a, b = self.success_a[0], self.success_b[0]
+        return PairedCounts(int((a & b).sum()), int((a & ~b).sum()), int((~a & b).sum()), int((~a & ~b).sum()))
+
+    @property
+    def difference(self) -> float:
+        """Success rate of A minus that of B."""
+        return float(self.success_a.mean() - self.success_b.mean())
+
+    @functools.cached_property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the difference: paired Newcombe for one seed each, else bootstrap over seeds and states."""
+        pair = self.pair
+        return bootstrap_difference(self.success_a, self.success_b).interval if pair is None else pair.interval
+
+    @property
+    def verdict(self) -> str:
+        """What can be said, in one sentence."""
+        low, high = self.interval
+        margin = 100 * NON_INFERIORITY_MARGIN
+        if low > 0:
+            return f"{self.name_a} is better than {self.name_b}."
+        if high < 0:
+            return f"{self.name_a} is worse than {self.name_b}."
+        if low > -NON_INFERIORITY_MARGIN and high < NON_INFERIORITY_MARGIN:
+            return f"They are equivalent within {margin:g} points."
+        if low > -NON_INFERIORITY_MARGIN:
+            return f"{self.name_a} is not worse than {self.name_b} by {margin:g} points or more; it may be better."
+        return "These episodes do not tell them apart."
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON types; `docs/evaluation.md` describes them."""
+        pair = self.pair
+        counted = None if pair is None else dataclasses.asdict(pair) | {"p_value": pair.p_value}
+        return {
+            "schema": SCHEMA,
+            "env": self.environment,
+            "episodes": len(self.indices),
+            "a": _arm_json(self.name_a, self.success_a),
+            "b": _arm_json(self.name_b, self.success_b),
+            "difference": self.difference,
+            "interval": list(self.interval),
+            "interval_method": "bootstrap over seeds and start states" if pair is None else "paired Newcombe",
+            "non_inferior": self.interval[0] > -NON_INFERIORITY_MARGIN,
+            "margin": NON_INFERIORITY_MARGIN,
+            "pair": counted,
+            "evidence": None if pair is None else evidence(pair.only_a, pair.only_b),
+            "episodes_needed": None if pair is None else pairs_needed(pair),
+            "verdict": self.verdict,
+        }
+
+
+def compare(first: Sequence[Document], second: Sequence[Document], name_a: str = "A", name_b: str = "B") -> Comparison:
+    """Compares two arms by the evaluations of their seeds (`result.json` of each).
+
+    Only episodes that are valid in all of them count.
+
+    Raises:
+        ConfigError: an arm has no evaluation.
+        DatasetError: they did not start from the same states.
+    """
+    if not first or not second:
+        raise ConfigError("a comparison needs at least one evaluation of each arm")
+    for document in (*first, *second):
+        check_same_starts(first[0], document)
+    found = [outcomes(document) for document in (*first, *second)]
+    indices = sorted(set.intersection(*(set(successes) for successes in found)))
+    if not indices:
+        raise DatasetError(f"no episode of {first[0]['env']} is valid in all evaluations; evaluate the same numbers")
+    table = np.array([[successes[index] for index in indices] for successes in found], bool)
+    return Comparison(first[0]["env"], name_a, name_b, np.array(indices), table[: len(first)], table[len(first) :])
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """A few lines for people."""
+    document = comparison.to_json()
+    low, high = (100 * bound for bound in comparison.interval)
+    lines = [f"{comparison.environment}, {document['episodes']} episodes from the same start states"]
+    for name in ("a", "b"):
+        arm = document[name]
+        bounds = f"95 % interval {100 * arm['interval'][0]:.1f}-{100 * arm['interval'][1]:.1f} %"
+        seeds = "" if len(arm["seeds"]) == 1 else f"; by seed: {', '.join(f'{100 * r:.1f}' for r in arm['seeds'])} %"
+        lines.append(f"  {name.upper()} {arm['name']}: {100 * arm['success_rate']:.1f} % ({bounds}{seeds})")
+    lines.append(
+        f"  A - B: {100 * comparison.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} "
+        f"({document['interval_method']})"
+    )
+    pair = comparison.pair
+    if pair is not None:
+        lines.append(
+            f"  only A solved {pair.only_a}, only B {pair.only_b}, both {pair.both}, none {pair.neither}; exact "
+            f"McNemar p = {pair.p_value:.3g}; evidence {document['evidence']:.3g} (decided from {DECIDED:g} on, "
+            "however often one looks)"
+        )
+        if comparison.interval[0] <= 0 <= comparison.interval[1] and document["episodes_needed"] is not None:
+            lines.append(f"  about {document['episodes_needed']} episodes would tell such a difference in 4 of 5 cases")
+    lines.append(f"  {comparison.verdict}")
+    return "\n".join(lines)
+
+
+def _arm_json(name: str, success: NDArray[np.bool_]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "seeds": [float(rate) for rate in success.mean(axis=1)],
+        "successes": int(success.sum()),
+        "episodes": int(success.size),
+        "success_rate": float(success.mean()),
+        "interval": list(wilson_interval(int(success.sum()), int(success.size))),
+    }
+
+
+def outcomes(document: Document) -> dict[int, bool]:
+    """Success by episode index of an evaluation's JSON; episodes that a crash made invalid are left out."""
+    return {e["index"]: bool(e["success"]) for e in document["episodes_detail"] if not e["invalid"]}
+
+
+def check_same_starts(first: Document, second: Document) -> None:
+    """Refuses to compare evaluations that did not begin alike.
+
+    Raises:
+        DatasetError: other environments, or the hash of a common episode's start state differs, or none is common.
+    """
+    if first["env"] != second["env"]:
+        raise DatasetError(f"these evaluations are of different environments, {first['env']} and {second['env']}")
+    hashes = {e["index"]: e["initial_state_hash"] for e in second["episodes_detail"] if not e["invalid"]}
+    common = [e for e in first["episodes_detail"] if not e["invalid"] and e["index"] in hashes]
+    if not common:
+        raise DatasetError(f"these evaluations of {first['env']} have no episode in common; evaluate the same numbers")
+    for episode in common:
+        if episode["initial_state_hash"] != hashes[episode["index"]]:
+            raise DatasetError(
+                f"episode {episode['index']} of {first['env']} did not start from the same state in both evaluations: "
+                "another version of the simulator, or of this package; evaluate both anew"
+            )
+
+
+def compare_pair(first: Document, second: Document) -> PairedCounts:
+    """Compares two evaluations start state by start state.
+
+    Raises:
+        DatasetError: they did not start from the same states.
+    """
+    check_same_starts(first, second)
+    a, b = outcomes(first), outcomes(second)
+    counts = {(x, y): 0 for x in (True, False) for y in (True, False)}
+    for index in a.keys() & b.keys():
+        counts[a[index], b[index]] += 1
+    return PairedCounts(counts[True, True], counts[True, False], counts[False, True], counts[False, False])
+
+
+def bootstrap_difference(
+    first: NDArray[np.bool_], second: NDArray[np.bool_], draws: int = 10_000, seed: int = 0
+) -> SeededDifference:
+    """Difference of the mean success rates of two arms over training seeds and start states.
+
+    Each draw takes seeds of either arm with replacement, and start states with replacement, the same ones for both arms
+    (start states are paired, seeds are not). With fewer than about five seeds the interval is too narrow; it says at
+    least how much of the difference a few seeds explain.
+
+    Args:
+        first: (R, N) success.
+        second: (R', N) success from the same start states.
+        draws: of the bootstrap.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: not of these shapes.
+    """
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not a.size or not b.size:
+        raise ConfigError(f"outcomes must be (seeds, start states), as many states in both, got {a.shape}, {b.shape}")
+    rng = np.random.default_rng(seed)
+    differences = np.empty(draws)
+    for i in range(draws):
+        states = rng.integers(a.shape[1], size=a.shape[1])
+        mean_a = a[rng.integers(len(a), size=len(a))].mean(axis=0)
+        mean_b = b[rng.integers(len(b), size=len(b))].mean(axis=0)
+        differences[i] = (mean_a - mean_b)[states].mean()
+    low, high = np.percentile(differences, (2.5, 97.5))
+    rates = [tuple(float(rate) for rate in arm.mean(axis=1)) for arm in (a, b)]
+    return SeededDifference(float(a.mean() - b.mean()), (float(low), float(high)), rates[0], rates[1])
+
+
+def pairs_needed(counts: PairedCounts, power: float = 0.8, significance: float = 0.05) -> int | None:
+    """Start states that would tell the two arms apart if the shares of discordant pairs are those seen.
+
+    Connor, "Sample size for testing differences in proportions for the paired-sample design", Biometrics 43 (1987).
+
+    Args:
+        counts: what was seen.
+        power: wanted probability of a significant McNemar test.
+        significance: its level, two-sided.
+
+    Returns:
+        Start states in all, those seen included; None where no difference was seen.
+    """
+    difference, discordant = abs(counts.difference), (counts.only_a + counts.only_b) / counts.total
+    if difference == 0:
+        return None
+    z_level, z_power = NormalDist().inv_cdf(1 - significance / 2), NormalDist().inv_cdf(power)
+    root = z_level * math.sqrt(discordant) + z_power * math.sqrt(max(discordant - difference**2, 0.0))
+    return math.ceil((root / difference) ** 2)
+
+
+def evidence(only_a: int, only_b: int) -> float:
+    """Evidence against "no difference" that may be looked at after every episode (an e-value).
+
+    Under no difference each discordant pair is a fair coin, and this is the wealth of a gambler who bets on a coin of
+    unknown bias, with Jeffreys' prior: a martingale that begins at 1, so the probability that it ever reaches 20 is at
+    most 1/20 (Ville), however often one looks. Stopping once it is 20 or more therefore keeps an error rate of 5 %.
+
+    Args:
+        only_a: start states that only the first arm solved.
+        only_b: start states that only the second arm solved.
+    """
+    n = only_a + only_b
+    log_beta = math.lgamma(only_a + _PRIOR) + math.lgamma(only_b + _PRIOR) - math.lgamma(n + 2 * _PRIOR)
+    log_prior = 2 * math.lgamma(_PRIOR) - math.lgamma(2 * _PRIOR)
+    return math.exp(n * math.log(2) + log_beta - log_prior)

@@ -1,0 +1,53 @@
+"""Evaluations that were written to disk, found again."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from scd_robot.errors import DatasetError
+from scd_robot.sim_eval.result import SCHEMA
+
+__all__ = ["find_evaluations", "find_videos", "read_evaluation"]
+
+_RESULT = "result.json"
+
+
+def find_evaluations(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Folder and document of each evaluation at a path: a result.json, its folder, or a folder of such folders.
+
+    Returns:
+        In the order of their names; empty where there is none.
+
+    Raises:
+        DatasetError: one of them cannot be read.
+    """
+    if path.is_file():
+        return [(path.parent, read_evaluation(path))]
+    files = [path / _RESULT] if (path / _RESULT).is_file() else sorted(path.glob(f"*/{_RESULT}"))
+    return [(file.parent, read_evaluation(file)) for file in files]
+
+
+def read_evaluation(file: Path) -> dict[str, Any]:
+    """The document of an evaluation.
+
+    Raises:
+        DatasetError: no such document, or of another schema.
+    """
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"cannot read the evaluation {file}: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("episodes_detail"), list):
+        raise DatasetError(f"{file} is not the result.json of an evaluation by 'scd eval'")
+    if document.get("schema") != SCHEMA:
+        raise DatasetError(f"{file} has schema {document.get('schema')!r}, this version reads {SCHEMA}; evaluate again")
+    return document
+
+
+def find_videos(evaluations: Iterable[tuple[Path, dict[str, Any]]]) -> dict[int, Path]:
+    """Videos of the first evaluation, by episode."""
+    for folder, document in evaluations:
+        videos = {video["episode"]: folder / video["file"] for video in document.get("videos", [])}
+        return {episode: path for episode, path in videos.items() if path.is_file()}
+    return {}

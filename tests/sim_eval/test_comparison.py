@@ -1,0 +1,174 @@
+"""Comparisons of two policies: exact tests, intervals that cover, evidence that may be looked at at any time."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from scd_robot.cli.main import main
+from scd_robot.errors import ConfigError, DatasetError
+from scd_robot.sim_eval.comparison import (
+    PairedCounts,
+    bootstrap_difference,
+    compare,
+    evidence,
+    format_comparison,
+    pairs_needed,
+)
+
+
+def document(successes, env="a/b", first=0, hashes=None, invalid=()):
+    detail = [
+        {
+            "index": first + i,
+            "success": bool(success),
+            "invalid": first + i in invalid,
+            "initial_state_hash": (hashes or {}).get(first + i, f"h{first + i}"),
+        }
+        for i, success in enumerate(successes)
+    ]
+    return {"schema": 1, "env": env, "episodes_detail": detail, "videos": []}
+
+
+class TestPair:
+    def test_outcomes_are_paired_by_start_state(self):
+        comparison = compare([document([1, 1, 0, 0, 1])], [document([1, 0, 1, 0], first=1)])
+        assert comparison.indices.tolist() == [1, 2, 3, 4]
+        assert comparison.pair == PairedCounts(both=1, only_a=1, only_b=1, neither=1)
+        assert comparison.difference == 0
+
+    def test_invalid_episodes_of_either_are_left_out(self):
+        comparison = compare([document([1, 1, 0], invalid=(1,))], [document([1, 0, 0], invalid=(2,))])
+        assert comparison.indices.tolist() == [0]
+
+    @pytest.mark.parametrize(
+        ("first", "second", "message"),
+        [
+            (document([1]), document([1], env="a/c"), "different environments, a/b and a/c"),
+            (document([1]), document([1], first=5), "no episode in common"),
+            (document([1]), document([1], hashes={0: "other"}), "episode 0 of a/b did not start from the same state"),
+            (document([1, 0], invalid=(0,)), document([1, 0], invalid=(1,)), "no episode in common"),
+        ],
+    )
+    def test_what_did_not_begin_alike_is_not_compared(self, first, second, message):
+        with pytest.raises(DatasetError, match=message):
+            compare([first], [second])
+
+    def test_an_arm_without_evaluations(self):
+        with pytest.raises(ConfigError, match="at least one evaluation of each arm"):
+            compare([document([1])], [])
+
+
+class TestVerdict:
+    @pytest.mark.parametrize(
+        ("a", "b", "verdict", "non_inferior"),
+        [
+            ([1] * 60, [1] * 40 + [0] * 20, "x is better than y", True),
+            ([0] * 20 + [1] * 40, [1] * 60, "x is worse than y", False),
+            ([1] * 200, [1] * 200, "equivalent within 5 points", True),
+            ([1] * 10, [1] * 10, "do not tell them apart", False),
+            ([1] * 200, [1] * 190 + [0] * 10, "x is better than y", True),
+        ],
+    )
+    def test_follows_from_the_interval(self, a, b, verdict, non_inferior):
+        comparison = compare([document(a)], [document(b)], "x", "y")
+        assert verdict in comparison.verdict
+        assert comparison.to_json()["non_inferior"] is non_inferior
+        assert verdict in format_comparison(comparison)
+        json.dumps(comparison.to_json(), allow_nan=False)
+
+
+class TestBootstrap:
+    def test_without_spread_it_is_a_point(self):
+        found = bootstrap_difference(np.ones((3, 20), bool), np.zeros((2, 20), bool))
+        assert (found.difference, found.interval) == (1.0, (1.0, 1.0))
+        assert (found.rates_a, found.rates_b) == ((1.0,) * 3, (0.0,) * 2)
+
+    def test_seeds_that_differ_widen_it(self):
+        rng = np.random.default_rng(0)
+        even = rng.random((4, 100)) < 0.5
+        uneven = np.array([[True] * 100, [True] * 100, [False] * 100, [False] * 100])
+        widths = [np.ptp(bootstrap_difference(a, even).interval) for a in (even, uneven)]
+        assert widths[1] > 2 * widths[0]
+
+    def test_covers_the_truth_about_as_often_as_it_says(self):
+        """Rates of seeds spread about 0.7 in both arms, start states of different difficulty: no true difference."""
+        rng = np.random.default_rng(1)
+        covered = 0
+        for trial in range(60):
+            difficulty = rng.normal(size=80)
+            arms = [rng.random((5, 80)) < 1 / (1 + np.exp(difficulty - 1 - rng.normal(0, 0.4, (5, 1)))) for _ in "ab"]
+            low, high = bootstrap_difference(*arms, draws=400, seed=trial).interval
+            covered += low <= 0 <= high
+        assert covered >= 50
+
+    def test_shapes_that_do_not_fit(self):
+        with pytest.raises(ConfigError, match="as many states in both"):
+            bootstrap_difference(np.ones((1, 3), bool), np.ones((1, 4), bool))
+
+
+def test_evidence_is_a_martingale_of_fair_coins():
+    for a, b in itertools.product(range(6), repeat=2):
+        assert evidence(a, b) == pytest.approx((evidence(a + 1, b) + evidence(a, b + 1)) / 2)
+    assert evidence(0, 0) == 1
+    assert evidence(8, 0) == pytest.approx(evidence(0, 8))
+
+
+def test_evidence_rarely_misleads_whoever_looks_all_the_time():
+    rng = np.random.default_rng(0)
+    misled = 0
+    for _ in range(400):
+        heads = np.cumsum(rng.random(150) < 0.5)
+        misled += any(evidence(int(h), n + 1 - int(h)) >= 20 for n, h in enumerate(heads))
+    assert misled <= 0.05 * 400
+
+
+def test_as_many_pairs_as_have_the_wanted_power():
+    counts = PairedCounts(both=60, only_a=20, only_b=10, neither=10)
+    needed = pairs_needed(counts)
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(600):
+        only_a, only_b, same = rng.multinomial(needed, [0.2, 0.1, 0.7])
+        hits += PairedCounts(int(same), int(only_a), int(only_b), 0).p_value < 0.05
+    assert 0.72 < hits / 600 < 0.86
+    assert pairs_needed(PairedCounts(5, 3, 3, 0)) is None
+
+
+class TestCommand:
+    @pytest.fixture
+    def folders(self, tmp_path):
+        rng = np.random.default_rng(0)
+        for arm, rate in (("good", 0.9), ("bad", 0.4)):
+            for seed in range(3):
+                folder = tmp_path / arm / f"seed_{seed}"
+                folder.mkdir(parents=True)
+                (folder / "result.json").write_text(json.dumps(document(rng.random(60) < rate)))
+        return tmp_path
+
+    def test_one_evaluation_each(self, folders, capsys):
+        arms = [folders / "good" / "seed_0", folders / "bad" / "seed_0" / "result.json"]
+        assert main(["compare", *map(str, arms), "--out", str(folders / "out"), "--json", str(folders / "c.json")]) == 0
+        found = json.loads((folders / "c.json").read_text())
+        assert found["pair"]["only_a"] > found["pair"]["only_b"]
+        assert found["interval_method"] == "paired Newcombe"
+        assert "is better than" in capsys.readouterr().out
+        page = (folders / "out" / "comparison.html").read_text()
+        assert "is better than" in page
+        assert page.count("<svg") == 2
+
+    def test_several_seeds_each(self, folders, capsys):
+        assert main(["compare", str(folders / "good"), str(folders / "bad"), "--json", "-"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert len(found["a"]["seeds"]) == len(found["b"]["seeds"]) == 3
+        assert found["interval_method"].startswith("bootstrap")
+        assert found["interval"][0] > 0.2
+
+    def test_what_is_no_evaluation(self, folders, refused):
+        (folders / "empty").mkdir()
+        refused(["compare", folders / "good", folders / "empty"], "no evaluation of 'scd eval'", "--env")
+        (folders / "result.json").write_text("{}")
+        refused(["compare", folders / "good", folders / "result.json"], "is not the result.json of an evaluation")
+        (folders / "result.json").write_text('{"episodes_detail": [], "schema": 7}')
+        refused(["compare", folders / "good", folders / "result.json"], "has schema 7")

@@ -1,0 +1,233 @@
+"""The memory suite: experts that remember succeed, those that cannot do not, and nothing tells the hidden cue."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from scd_robot.errors import ActionError, ConfigError, ShapeError, SimulatorError, UnknownNameError
+from scd_robot.seeding import EVALUATION, derive_seed
+from scd_robot.sim_eval import make_environment
+from scd_robot.sim_eval.memory import MEMORY_TASKS, TASKS
+from scd_robot.sim_eval.memory.environment import SENSOR_NOISE
+
+MEMORY = sorted(MEMORY_TASKS)
+DYNAMIC = [task for task in TASKS if task not in MEMORY_TASKS]
+
+
+def make(task, options=""):
+    return make_environment(f"scd_memory/{task}" + (f":{options}" if options else ""))
+
+
+def play(environment, seed, late=0):
+    """The last step of an expert's episode, whose actions are applied `late` control steps after they were chosen."""
+    environment.reset(seed)
+    waiting = collections.deque([np.zeros(environment.spec.action_dim, np.float32)] * late)
+    while True:
+        waiting.append(environment.expert_action())
+        result = environment.step(waiting.popleft())
+        if result.success or result.terminated or result.truncated:
+            return result
+
+
+def successes(environment, episodes, late=0):
+    return sum(play(environment, derive_seed(EVALUATION, i), late).success for i in range(episodes))
+
+
+class TestContract:
+    @pytest.mark.parametrize("task", TASKS)
+    def test_an_episode_follows_from_its_seed(self, task):
+        environment, other = make(task), make(task)
+        for seed in (3, 4, 3):
+            first, second = environment.reset(seed), other.reset(seed)
+            assert environment.state_hash() == other.state_hash()
+            for key, spec in environment.spec.observation.items():
+                assert (first[key].shape, first[key].dtype) == (spec.shape, spec.dtype)
+                np.testing.assert_array_equal(first[key], second[key])
+        hashes = set()
+        for seed in range(20):
+            environment.reset(seed)
+            hashes.add(environment.state_hash())
+        assert len(hashes) == 20
+        other.reset(5)
+        environment.reset(5)
+        for _ in range(30):
+            one, two = (env.step(env.expert_action()) for env in (environment, other))
+            for key in one.observation:
+                np.testing.assert_array_equal(one.observation[key], two.observation[key])
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_limits_and_names(self, task):
+        environment = make(task, "max_steps=3")
+        assert environment.spec.name == f"scd_memory/{task}:max_steps=3"
+        assert make(task).spec.name == f"scd_memory/{task}"
+        with pytest.raises(SimulatorError, match=r"call reset\(seed\) first"):
+            environment.step(np.zeros(3, np.float32))
+        environment.reset(0)
+        action = np.full(environment.spec.action_dim, 9, np.float32)
+        results = [environment.step(action) for _ in range(3)]
+        assert [result.truncated for result in results] == [False, False, True]
+        np.testing.assert_array_equal(results[0].executed_action, np.ones_like(action))
+        with pytest.raises(SimulatorError, match="truncated after 3"):
+            environment.step(action)
+        environment.reset(0)
+        with pytest.raises(ShapeError, match=rf"must be \({environment.spec.action_dim},\)"):
+            environment.step(np.zeros(9, np.float32))
+        with pytest.raises(ActionError, match="must be finite"):
+            environment.step(action * np.nan)
+        environment.close()
+        environment.close()
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ("dealy=3", UnknownNameError, "did you mean 'delay'"),
+            ("delay=-1", ConfigError, "delay must be a whole number of at least 0"),
+            ("delay=many", ConfigError, "delay must be a whole number"),
+            ("choices=9", ConfigError, "at most 8"),
+            ("cue_visible=2", ConfigError, "0 or 1"),
+            ("expert=memorless", UnknownNameError, "did you mean 'memoryless'"),
+            ("observation=pixels", UnknownNameError, "'pixels'"),
+        ],
+    )
+    def test_options_that_cannot_be(self, options, error, message):
+        with pytest.raises(error, match=message):
+            make("cue-reach", options)
+
+    @pytest.mark.parametrize("task", DYNAMIC)
+    def test_dynamic_tasks_have_no_cue(self, task):
+        with pytest.raises(ConfigError, match="has no cue"):
+            make(task, "delay=3")
+
+    @pytest.mark.sim
+    @pytest.mark.parametrize("task", TASKS)
+    def test_pictures_show_the_scene(self, task):
+        environment = make(task, "observation=image")
+        first = environment.reset(0)
+        assert set(first) == {"proprio", "image"}
+        assert first["image"].std() > 10
+        assert environment.render(48, 80).shape == (48, 80, 3)
+
+
+class TestExperts:
+    @pytest.mark.parametrize("task", MEMORY)
+    @pytest.mark.parametrize("delay", [0, 10, 50])
+    def test_remember(self, task, delay):
+        assert successes(make(task, f"delay={delay}"), 50) >= 49
+
+    @pytest.mark.parametrize("task", MEMORY)
+    def test_do_the_same_where_nothing_is_hidden(self, task):
+        assert successes(make(task, "delay=10,cue_visible=1,expert=memoryless"), 50) >= 49
+
+    @pytest.mark.parametrize("task", MEMORY)
+    def test_without_memory_only_guess(self, task):
+        assert successes(make(task, "delay=10,expert=memoryless"), 100) <= 45
+
+    @pytest.mark.parametrize("choices", [2, 8])
+    def test_chance_follows_the_number_of_choices(self, choices):
+        found = successes(make("cue-reach", f"delay=0,choices={choices},expert=memoryless"), 100)
+        assert abs(found - 100 / choices) < 15
+
+    @pytest.mark.parametrize("task", DYNAMIC)
+    def test_fail_when_they_act_late(self, task):
+        environment = make(task)
+        assert successes(environment, 30) == 30
+        late = round(0.2 / environment.spec.control_dt)
+        assert successes(environment, 30, late) <= 3
+
+
+def waiting_observations(task, episodes):
+    """(E, D) flat observations in the middle of the wait of noisy expert episodes, and (E, n) what is hidden."""
+    environment = make(task, "delay=20")
+    rng = np.random.default_rng(0)
+    seen, hidden = [], []
+    for episode in range(episodes):
+        environment.reset(derive_seed(EVALUATION, episode))
+        rows = []
+        while True:
+            noise = 0.1 * rng.standard_normal(environment.spec.action_dim)
+            result = environment.step((environment.expert_action() + noise).astype(np.float32))
+            if result.observation["signal"][0] > 0 or result.terminated or result.truncated:
+                break
+            rows.append(np.concatenate([np.ravel(value) for value in result.observation.values()]))
+        seen.append(rows[-10])
+        hidden.append(environment._hidden())
+    return np.array(seen), np.array(hidden)
+
+
+@pytest.mark.parametrize("task", MEMORY)
+def test_nothing_that_is_seen_in_the_wait_tells_what_is_hidden(task):
+    seen, hidden = waiting_observations(task, 400)
+    if task == "hidden-friction":
+        hidden = hidden[:, :1]  # the goal is in view
+    if task in ("cue-reach", "count-press"):
+        hidden = (hidden == np.unique(hidden)).astype(float)
+    hidden = hidden - hidden.mean(axis=0)
+    assert explained(np.concatenate([seen, seen**2], axis=1), hidden) < 0.08
+    leak = hidden + 0.5 * hidden.std() * np.random.default_rng(1).standard_normal(hidden.shape)
+    assert explained(np.concatenate([seen, leak], axis=1), hidden) > 0.5  # the probe would have found one
+
+
+def explained(features, hidden):
+    """Share of the variance of the last 100 rows that ridge regression on all others explains."""
+    features = features[:, features.std(axis=0) > 0]
+    features = (features - features.mean(axis=0)) / features.std(axis=0)
+    train, test = features[:-100], features[-100:]
+    weights = np.linalg.solve(train.T @ train + 10 * np.eye(train.shape[1]), train.T @ hidden[:-100])
+    return 1 - ((hidden[-100:] - test @ weights) ** 2).sum() / (hidden[-100:] ** 2).sum()
+
+
+class TestJudgement:
+    def test_another_pad_or_the_right_one_too_early_ends_the_episode(self):
+        environment = make("cue-reach", "delay=10")
+        for seed in range(5):
+            observation = environment.reset(seed)
+            shown = int(np.argmax(observation["cue"]))
+            environment._believed = (shown + 1) % 4
+            while not (result := environment.step(environment.expert_action())).terminated:
+                assert not result.success
+        environment.reset(0)
+        environment._signal = lambda: True
+        action = environment.expert_action
+        for _ in range(60):
+            chosen = action()
+            environment._signal = lambda: False
+            result = environment.step(chosen)
+            environment._signal = lambda: True
+            if result.terminated:
+                break
+        assert result.terminated
+
+    @pytest.mark.parametrize("change", [-1, 1])
+    def test_one_press_too_few_or_too_many(self, change):
+        environment = make("count-press", "delay=0")
+        played = 0
+        for seed in range(12):
+            environment.reset(seed)
+            environment._believed += change
+            if environment._believed < 1:
+                continue
+            while not ((result := environment.step(environment.expert_action())).terminated or result.truncated):
+                assert not result.success
+            played += 1
+        assert played > 5
+
+    def test_cues_are_shown_and_hidden(self):
+        environment, twin = make("cue-reach", "delay=10"), make("cue-reach", "delay=10,cue_visible=1")
+        cue, _ = environment.reset(1)["cue"], twin.reset(1)
+        hidden = [environment.step(np.zeros(3, np.float32)).observation for _ in range(25)]
+        assert cue.sum() == 1
+        assert [bool(o["cue"].any()) for o in hidden] == [True] * 9 + [False] * 16
+        assert [bool(o["signal"][0]) for o in hidden] == [False] * 19 + [True] * 6
+        for _ in range(25):
+            np.testing.assert_array_equal(twin.step(np.zeros(3, np.float32)).observation["cue"], cue)
+
+    def test_sensors_are_noisy_but_unbiased(self):
+        environment = make("cue-reach", "delay=200")
+        environment.reset(0)
+        error = []
+        for _ in range(200):
+            observed = environment.step(np.zeros(3, np.float32)).observation["proprio"]
+            error.append(observed - environment.hand)
+        assert np.std(error) == pytest.approx(SENSOR_NOISE, rel=0.15)
+        assert abs(np.mean(error)) < 3 * SENSOR_NOISE / np.sqrt(600)
