@@ -9,6 +9,7 @@ import numpy as np
 __all__ = [
     "EPISODE_SPLIT",
     "EVALUATION",
+    "OBSERVATION_FAULTS",
     "POLICY_NOISE",
     "RECORDING",
     "SEGMENT_ORDER",
@@ -31,6 +32,7 @@ SEGMENT_ORDER = 6
 SEGMENT_START = 7
 TRAINING_DRAW = 8
 VALIDATION_DRAW = 9
+OBSERVATION_FAULTS = 10
 
 
 def keyed_rng(*keys: int) -> np.random.Generator:

@@ -6,6 +6,7 @@ matplotlib is needed here only. It draws with placeholder colours, which are the
 import importlib.util
 import io
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "arms_plot",
+    "delay_plot",
     "latency_plot",
     "pairs_plot",
     "require_matplotlib",
@@ -161,6 +163,20 @@ def arms_plot(comparison: Comparison) -> str:
     axes.set_yticks([0, 1], ["A", "B"])
     figure.label("success [%], with 95 % interval", "")
     return figure.svg("Success rates of both arms")
+
+
+def delay_plot(curve: Sequence[Mapping[str, Any]]) -> str:
+    """SVG of success against the delay of observations; `curve` as in `delay_curve`."""
+    figure = _Figure(2.4)
+    known = sorted((point for point in curve if point["success_rate"] is not None), key=lambda p: p["latency_ms"])
+    delays = [point["latency_ms"] for point in known]
+    rates = np.array([100 * point["success_rate"] for point in known])
+    bounds = 100 * np.array([point["interval"] for point in known]).reshape(-1, 2).T
+    spread = np.abs(bounds - rates)
+    figure.axes.errorbar(delays, rates, yerr=spread, color=_COLOURS["accent"], marker="o", capsize=4, linewidth=1.6)
+    figure.axes.set_ylim(-3, 103)
+    figure.label("observations late by [ms]", "success [%], with 95 % interval")
+    return figure.svg("Success against the delay of observations")
 
 
 def pairs_plot(comparison: Comparison) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import scd_robot
+from scd_robot.sim_eval.faults import ObservationFaults
 from scd_robot.sim_eval.metrics import mean_and_median, percentiles, wilson_interval
 from scd_robot.types import EnvironmentSpec
 
@@ -92,6 +93,7 @@ class EvaluationResult:
         seed_domain: see `scd_robot.seeding`.
         wall_s: duration of the roll-outs, without videos and report.
         versions: of the packages that matter.
+        faults: what was done to the observations.
         videos: replays that were written.
         video_error: why videos are missing, in one line; None if none are.
         out: the output folder, if there is one.
@@ -107,6 +109,7 @@ class EvaluationResult:
     seed_domain: int
     wall_s: float
     versions: dict[str, str]
+    faults: ObservationFaults = field(default_factory=ObservationFaults)
     videos: list[VideoRecord] = field(default_factory=list)
     video_error: str | None = None
     out: Path | None = None
@@ -144,7 +147,8 @@ class EvaluationResult:
         wall milliseconds per call, or null), `timing_batch_size`, `time_to_success` ({steps, seconds}, each {mean,
         median}, or null without a success), `mean_steps` (valid episodes), `terminate_on_success`, `max_steps`,
         `control_dt` [s], `success_definition`, `score_definition` ("" where the best reward is no published score),
-        `seeds` ({domain, first_episode}), `num_envs`, `wall_s`, `versions`, `videos`
+        `seeds` ({domain, first_episode}), `num_envs`, `wall_s`, `versions`, `faults` (of
+        `ObservationFaults`), `videos`
         (list of {episode, success, file}), `video_error` (one line or null), and `episodes_detail` (list of {index,
         seed, initial_state_hash, success, steps, invalid, return, best_reward, reason}), and the mean `best_reward`
         over valid episodes.
@@ -176,6 +180,7 @@ class EvaluationResult:
             "num_envs": self.num_envs,
             "wall_s": self.wall_s,
             "versions": self.versions,
+            "faults": self.faults.to_json(),
             "videos": [v.to_json() for v in self.videos],
             "video_error": self.video_error,
             "episodes_detail": [e.to_json() for e in self.episodes_detail],

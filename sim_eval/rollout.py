@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scd_robot import seeding
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.output import write_json
+from scd_robot.sim_eval.faults import FaultInjector, ObservationFaults, injector
 from scd_robot.sim_eval.output import EpisodeLog, check_output_folder, prepare_output_folder
 from scd_robot.sim_eval.policy_adapter import PolicyAdapter, PolicyError, check_policy_spec
 from scd_robot.sim_eval.result import EpisodeRecord, EvaluationResult, collect_versions
@@ -54,6 +55,7 @@ def evaluate(
     video_size: tuple[int, int] = (256, 256),
     timeout_s: float = 60.0,
     policy_name: str | None = None,
+    faults: ObservationFaults | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """Evaluates a policy in closed loop.
@@ -73,6 +75,7 @@ def evaluate(
         video_size: height and width of the videos, in pixels.
         timeout_s: seconds after which a simulator that does not answer counts as hung.
         policy_name: for the report; None = the name of the policy's class.
+        faults: late, lost and frozen observations; None = none.
         progress: shows a progress bar.
 
     Returns:
@@ -101,7 +104,8 @@ def evaluate(
             prepare_output_folder(out)
         limit = spec.max_steps if max_steps is None else min(max_steps, spec.max_steps)
         indices = range(first_episode, first_episode + episodes)
-        rollout = _Rollout(adapter, workers, indices, seed_domain, limit, _Observer(out, episodes, progress))
+        faulty = injector(faults, spec.control_dt)
+        rollout = _Rollout(adapter, workers, indices, seed_domain, limit, _Observer(out, episodes, progress), faulty)
         start = time.perf_counter()
         rollout.run()
         result = EvaluationResult(
@@ -115,6 +119,7 @@ def evaluate(
             seed_domain=seed_domain,
             wall_s=time.perf_counter() - start,
             versions=collect_versions(),
+            faults=faults or ObservationFaults(),
             out=out,
         )
         if out is not None:
@@ -228,6 +233,7 @@ class _Rollout:
         seed_domain: int,
         max_steps: int,
         observer: _Observer,
+        faults: FaultInjector | None = None,
     ) -> None:
         self.records: dict[int, EpisodeRecord] = {}
         self.actions: dict[int, list[ActionArray]] = {}
@@ -237,6 +243,7 @@ class _Rollout:
         self._seed_domain = seed_domain
         self._max_steps = max_steps
         self._observer = observer
+        self._faults = faults
         nothing = {key: np.zeros(array.shape, array.dtype) for key, array in self._spec.observation.items()}
         self._rows = [_Row(number, worker, nothing) for number, worker in enumerate(workers)]
         self._executed: ActionArray | None = None
@@ -254,7 +261,8 @@ class _Rollout:
     def _control_step(self) -> None:
         """One action in every row that has an episode; the others repeat their last observation to the policy."""
         keys = self._spec.observation
-        observation = {key: np.stack([row.observation[key] for row in self._rows]) for key in keys}
+        seen = [self._seen(row) for row in self._rows]
+        observation = {key: np.stack([one[key] for one in seen]) for key in keys}
         actions = self._policy.act(observation, self._executed, self._spec.action_dim)
         active = [row for row in self._rows if row.episode is not None]
         for row in active:
@@ -267,6 +275,12 @@ class _Rollout:
         if started:
             episodes = [row.episode for row in started if row.episode is not None]
             self._policy.reset([row.number for row in started], episodes)
+
+    def _seen(self, row: _Row) -> dict[str, NDArray[Any]]:
+        """What the policy sees of a row's environment in this control step."""
+        if self._faults is None or row.episode is None:
+            return row.observation
+        return self._faults.deliver(row.number, row.observation)
 
     def _receive_step(self, row: _Row) -> bool:
         """Takes in the result of a step; True when the row needs a (new or repeated) episode."""
@@ -314,6 +328,8 @@ class _Rollout:
         try:
             row.observation = _check_observation(row.worker.receive(), self._spec)
             row.initial_state_hash = row.worker.call("state_hash")
+            if self._faults is not None and row.episode is not None:
+                self._faults.begin(row.number, row.episode, row.observation)
         except WorkerCrashError as error:
             self._handle_crash(row, error)
             return False

@@ -25,6 +25,10 @@ def evaluate(
     num_samples: int | None = None,
     seed: int | None = None,
     device: str = "cpu",
+    latency_ms: tuple[float, ...] = (0.0,),
+    jitter_ms: float = 0.0,
+    drop: float = 0.0,
+    freeze: float = 0.0,
     num_videos: int = 3,
     overwrite: bool = False,
     json: Path | None = None,
@@ -49,15 +53,23 @@ def evaluate(
             the checkpoint's (1 = off).
         seed: of the policy's noise; replaces the checkpoint's.
         device: torch device of the policy.
+        latency_ms: the policy sees every observation so late; several values give a curve of success against delay,
+            over the same start states, and an evaluation in a folder of its own for each.
+        jitter_ms: and up to so much later, evenly distributed.
+        drop: share of observations that never arrive.
+        freeze: share of control steps in which the sensors freeze for 20 control steps.
         num_videos: successes and failures to replay into videos, so many of each; 0 = none.
         overwrite: replace an earlier evaluation in OUT.
         json: write the result to this file too ("-": standard output).
     """
     import torch
 
+    from scd_robot.errors import ConfigError
     from scd_robot.output import check_target, write_json
     from scd_robot.policies import load_policy
     from scd_robot.sim_eval import evaluate as run
+    from scd_robot.sim_eval.delay_curve import delay_curve, write_delay_curve
+    from scd_robot.sim_eval.faults import ObservationFaults
 
     if json is not None:
         check_target(json)
@@ -71,36 +83,50 @@ def evaluate(
         num_samples=num_samples,
         seed=seed,
     )
-    result = run(
-        policy,
-        env,
-        episodes,
-        first_episode=first_episode,
-        num_envs=num_envs,
-        max_steps=max_steps,
-        out=out,
-        overwrite=overwrite,
-        num_videos=num_videos,
-        policy_name=str(checkpoint),
-        progress=str(json) != "-",
-    )
-    if str(json) != "-":  # before the file: a disk that is full by now must not take the result with it
-        print(headline(result.to_json()))
-        if out is not None:
-            print(f"report: {out / 'report.html'}")
+    if not latency_ms:
+        raise ConfigError("--latency-ms needs at least one delay [ms]")
+    documents = []
+    for delay in latency_ms:
+        faults = ObservationFaults(latency_ms=delay, jitter_ms=jitter_ms, drop=drop, freeze=freeze)
+        folder = out / f"latency_{delay:g}ms" if out is not None and len(latency_ms) > 1 else out
+        result = run(
+            policy,
+            env,
+            episodes,
+            first_episode=first_episode,
+            num_envs=num_envs,
+            max_steps=max_steps,
+            out=folder,
+            overwrite=overwrite,
+            num_videos=num_videos,
+            policy_name=str(checkpoint),
+            faults=faults,
+            progress=str(json) != "-",
+        )
+        documents.append(result.to_json())
+        if str(json) != "-":  # before the file: a disk that is full by now must not take the result with it
+            print(headline(documents[-1]))
+            if folder is not None:
+                print(f"report: {folder / 'report.html'}")
+    document = documents[0] if len(documents) == 1 else delay_curve(documents)
+    if out is not None and len(documents) > 1:
+        write_delay_curve(document, out)
     if json is not None:
-        write_json(json, result.to_json())
+        write_json(json, document)
 
 
 def headline(result: Mapping[str, Any]) -> str:
     """One line for people."""
+    from scd_robot.sim_eval.faults import describe
+
+    troubles = f" ({words})" if (words := describe(result["faults"])) else ""
     low, high = result["interval"]
     valid = result["episodes"] - result["invalid"]
     rate = "no valid episode" if result["success_rate"] is None else f"{100 * result['success_rate']:.1f} %"
     score = f"; score {result['best_reward']:.3f} ({result['score_definition']})" if result["score_definition"] else ""
     times = [f"{name} {result[f'{name}_ms']['p50']:.1f} ms" for name in ("encoder", "plan") if result[f"{name}_ms"]]
     return (
-        f"{result['env']}: {result['successes']}/{valid} successes, {rate} "
+        f"{result['env']}{troubles}: {result['successes']}/{valid} successes, {rate} "
         f"(95 % interval {100 * low:.1f}-{100 * high:.1f} %), {result['invalid']} invalid{score}; "
         + ", ".join(times)
         + f" (p50, batch {result['timing_batch_size']})"
