@@ -87,6 +87,9 @@ class ScdPolicy:
         config: how to run it.
         device: torch device.
         transforms: between the recording and the model; what they did to actions is undone.
+
+    Attributes:
+        planned: (B,) which rows the last `act` planned for; None before.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class ScdPolicy:
             num_executed=self.config.num_executed,
             history_length=architecture.history_length,
         )
+        self.planned: NDArray[np.bool_] | None = None
         self._timings = _empty_timings()
         self._rows: Rows | None = None
         self._context: Tensor | None = None
@@ -267,7 +271,8 @@ class ScdPolicy:
         """Observes, plans for the rows whose plan is used up, and returns each row's next action (B, Da)."""
         self.observe(observation, executed_action)
         rows = self._observed("act")
-        due = np.flatnonzero(rows.age >= self.spec.num_executed)
+        self.planned = rows.age >= self.spec.num_executed
+        due = np.flatnonzero(self.planned)
         if len(due):
             self._plan_rows(due, None)
         return rows.current_action()

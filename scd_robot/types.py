@@ -159,6 +159,7 @@ class EnvironmentSpec:
         success: one sentence that defines success.
         score: what the mean over episodes of the best reward is, where that is the score that is published; "" = it is
             not.
+        hand: observation key whose first numbers are the position of the hand, and how many they are; None = none.
     """
 
     name: str
@@ -170,6 +171,7 @@ class EnvironmentSpec:
     max_steps: int
     success: str
     score: str = ""
+    hand: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class PolicyAdapter:
     Args:
         policy: has `reset()`, optionally with `rows` and `episodes`; `act(observation)`, optionally with
             `executed_action`; optionally `drain_timings()`: the wall milliseconds per call since it was last asked,
-            under "encoder_ms" and "plan_ms".
+            under "encoder_ms" and "plan_ms"; and optionally `planned` (B,): for which rows the last `act` planned.
     """
 
     def __init__(self, policy: Any) -> None:
@@ -93,6 +93,11 @@ class PolicyAdapter:
                 "return one action per row of the observation"
             )
         return action
+
+    @property
+    def planned(self) -> Sequence[bool] | None:
+        """(B,) which rows' last action is the first of a new chunk; None where the policy does not tell."""
+        return getattr(self._policy, "planned", None)
 
     def timings_ms(self) -> dict[str, list[float]]:
         """Wall milliseconds per call: "act", and "encoder" and "plan" where the policy measures them."""

@@ -156,6 +156,7 @@ class PushtEnvironment:
             max_steps=self._options.max_steps,
             success="the block covers more than 95 % of its mark at the end of at least one control step",
             score="PushT's score: largest share of the mark covered in an episode / 0.95, at most 1",
+            hand=("state", 2),
         )
 
     def reset(self, seed: int) -> dict[str, NDArray[Any]]:

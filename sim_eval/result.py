@@ -10,6 +10,7 @@ from typing import Any
 import scd_robot
 from scd_robot.sim_eval.faults import ObservationFaults
 from scd_robot.sim_eval.metrics import mean_and_median, percentiles, wilson_interval
+from scd_robot.sim_eval.motion import MOTION_NAMES, mean_motion
 from scd_robot.types import EnvironmentSpec
 
 __all__ = ["SCHEMA", "EpisodeRecord", "EvaluationResult", "VideoRecord", "collect_versions"]
@@ -32,6 +33,8 @@ class EpisodeRecord:
         total_reward: sum of the task's rewards.
         best_reward: largest of them; None without a step. PushT's score is its mean over the episodes.
         reason: why it ended: "success", "terminated", "time limit", or what crashed.
+        completed: whether the manipulation was completed, rightly or not, where the environment tells.
+        motion: see `motion.motion_quality`.
     """
 
     index: int
@@ -43,6 +46,8 @@ class EpisodeRecord:
     total_reward: float
     best_reward: float | None
     reason: str
+    completed: bool | None = None
+    motion: dict[str, float | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -56,6 +61,8 @@ class EpisodeRecord:
             "return": self.total_reward,
             "best_reward": self.best_reward,
             "reason": self.reason,
+            "completed": self.completed,
+            **{name: self.motion.get(name) for name in MOTION_NAMES},
         }
 
 
@@ -181,6 +188,8 @@ class EvaluationResult:
             "wall_s": self.wall_s,
             "versions": self.versions,
             "faults": self.faults.to_json(),
+            "motion": mean_motion([e.motion for e in self.valid]),
+            "contextual_success": self._contextual_success(),
             "videos": [v.to_json() for v in self.videos],
             "video_error": self.video_error,
             "episodes_detail": [e.to_json() for e in self.episodes_detail],
@@ -191,6 +200,19 @@ class EvaluationResult:
         """Mean over valid episodes of their best reward; None without one."""
         best = [e.best_reward for e in self.valid if e.best_reward is not None]
         return sum(best) / len(best) if best else None
+
+    def _contextual_success(self) -> dict[str, Any] | None:
+        """Success where the manipulation was completed: memory apart from motor skill (arXiv 2606.16447)."""
+        completed = [e for e in self.valid if e.completed]
+        if not completed:
+            return None
+        successes = sum(e.success for e in completed)
+        return {
+            "completed": len(completed),
+            "successes": successes,
+            "rate": successes / len(completed),
+            "interval": list(wilson_interval(successes, len(completed))),
+        }
 
     def _time_to_success(self) -> dict[str, Any] | None:
         steps = mean_and_median([e.steps for e in self.valid if e.success])

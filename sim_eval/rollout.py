@@ -23,6 +23,7 @@ from scd_robot import seeding
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.output import write_json
 from scd_robot.sim_eval.faults import FaultInjector, ObservationFaults, injector
+from scd_robot.sim_eval.motion import motion_quality
 from scd_robot.sim_eval.output import EpisodeLog, check_output_folder, prepare_output_folder
 from scd_robot.sim_eval.policy_adapter import PolicyAdapter, PolicyError, check_policy_spec
 from scd_robot.sim_eval.result import EpisodeRecord, EvaluationResult, collect_versions
@@ -215,6 +216,9 @@ class _Row:
     initial_state_hash: str | None = None
     rewards: list[float] = field(default_factory=list)
     actions: list[ActionArray] = field(default_factory=list)
+    planned: list[bool] = field(default_factory=list)  # whether each action began a chunk
+    hand: list[NDArray[Any]] = field(default_factory=list)
+    completed: bool | None = None
 
 
 class _Rollout:
@@ -264,9 +268,12 @@ class _Rollout:
         seen = [self._seen(row) for row in self._rows]
         observation = {key: np.stack([one[key] for one in seen]) for key in keys}
         actions = self._policy.act(observation, self._executed, self._spec.action_dim)
+        planned = self._policy.planned
         active = [row for row in self._rows if row.episode is not None]
         for row in active:
             _check_finite_action(actions[row.number], row)
+            if planned is not None:
+                row.planned.append(bool(planned[row.number]))
         for row in active:
             row.worker.send("step", actions[row.number])
         self._executed = np.zeros_like(actions)
@@ -282,6 +289,13 @@ class _Rollout:
             return row.observation
         return self._faults.deliver(row.number, row.observation)
 
+    def _hand(self, row: _Row) -> list[NDArray[Any]]:
+        """Where the hand is, once; nothing where the environment does not tell."""
+        if self._spec.hand is None:
+            return []
+        key, count = self._spec.hand
+        return [row.observation[key][:count]]
+
     def _receive_step(self, row: _Row) -> bool:
         """Takes in the result of a step; True when the row needs a (new or repeated) episode."""
         assert self._executed is not None
@@ -293,6 +307,9 @@ class _Rollout:
             return True
         row.actions.append(result.executed_action)
         row.rewards.append(float(result.reward))
+        row.hand += self._hand(row)
+        if "completed" in result.info:
+            row.completed = bool(row.completed or result.info["completed"])
         if result.success:
             self._end_episode(row, "success")
         elif result.terminated:
@@ -318,6 +335,7 @@ class _Rollout:
                 assert row.episode is not None
                 row.seed = seeding.derive_seed(self._seed_domain, row.episode)
                 row.initial_state_hash, row.rewards, row.actions = None, [], []
+                row.planned, row.hand, row.completed = [], [], None
                 row.worker.send("reset", row.seed)
             begun = [row for row in pending if self._receive_reset(row)]
             pending = [row for row in pending if row not in begun]
@@ -328,6 +346,7 @@ class _Rollout:
         try:
             row.observation = _check_observation(row.worker.receive(), self._spec)
             row.initial_state_hash = row.worker.call("state_hash")
+            row.hand += self._hand(row)
             if self._faults is not None and row.episode is not None:
                 self._faults.begin(row.number, row.episode, row.observation)
         except WorkerCrashError as error:
@@ -355,6 +374,8 @@ class _Rollout:
             total_reward=sum(row.rewards),
             best_reward=max(row.rewards, default=None),
             reason=reason,
+            completed=row.completed,
+            motion=motion_quality(row.actions, row.planned, row.hand, self._spec.control_dt),
         )
         self.records[row.episode] = record
         self.actions[row.episode] = row.actions

@@ -107,6 +107,7 @@ class MemoryEnvironment(abc.ABC):
             control_dt=self.control_dt,
             max_steps=self.options.max_steps or self.options.delay + self.steps_to_act,
             success=self.success,
+            hand=("proprio", 3) if self.model.nu == 3 else None,
         )
 
     def reset(self, seed: int) -> dict[str, NDArray[Any]]:
