@@ -57,6 +57,7 @@ class Job:
         name: letters, digits and . _ = + - only.
         recording: what it learns from.
         environment: what it is evaluated in.
+        also: other environments that it is evaluated in as well.
         settings: replaces the preset's, FIELD=VALUE.
         seed: of the training.
         preset: named experiment.
@@ -70,6 +71,7 @@ class Job:
     seed: int = 0
     preset: str = "metaworld_state"
     episodes: int = 100
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._=+-]+", self.name):
@@ -83,7 +85,8 @@ class Job:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Job":
         """Inverse of `dataclasses.asdict`, also after JSON made the tuple a list."""
-        return cls(**{**data, "recording": Recording(**data["recording"]), "settings": tuple(data["settings"])})
+        lists = {name: tuple(data.get(name, ())) for name in ("settings", "also")}
+        return cls(**{**data, "recording": Recording(**data["recording"]), **lists})
 
 
 def _child(task: str, order_file: Path) -> int:
@@ -132,7 +135,10 @@ def _run_job(job: Job, out: Path, order: Mapping[str, Any]) -> Result:
 
     torch.set_num_threads(1)  # small batches; the simulators have the rest
     policy = load_policy(out / "work" / job.name / "run")
-    evaluation = evaluate(policy, job.environment, job.episodes, policy_name=job.name, progress=False)
+    evaluation, *others = (
+        evaluate(policy, environment, job.episodes, policy_name=job.name, progress=False)
+        for environment in (job.environment, *job.also)
+    )
     return {
         "schema": SCHEMA,
         "name": job.name,
@@ -142,6 +148,7 @@ def _run_job(job: Job, out: Path, order: Mapping[str, Any]) -> Result:
         "recording": read_json(out / "recordings" / f"{job.recording.name}.json"),
         "training": training,
         "evaluation": evaluation.to_json(),
+        "also": {other.environment.name: other.to_json() for other in others},
         "versions": {**training["versions"], **evaluation.versions},
         "machine": describe_machine(),
         "code": code_version(),

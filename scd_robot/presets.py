@@ -18,7 +18,7 @@ from scd_robot.training.config import ExperimentConfig, TrainingConfig
 from scd_robot.transforms import TransformConfig, Transforms
 from scd_robot.types import DatasetSpec
 
-__all__ = ["PRESETS", "metaworld_state", "pusht_state", "resolve", "with_settings"]
+__all__ = ["PRESETS", "memory_state", "metaworld_state", "pusht_state", "resolve", "with_settings"]
 
 
 def metaworld_state(dataset: DatasetSpec) -> ExperimentConfig:
@@ -56,7 +56,19 @@ def pusht_state(dataset: DatasetSpec) -> ExperimentConfig:
     )
 
 
+def memory_state(dataset: DatasetSpec) -> ExperimentConfig:
+    """State policy for tasks of the memory suite: its history covers an episode of 500 control steps."""
+    base = metaworld_state(dataset)
+    return replace(
+        base,
+        preset="memory_state",
+        model=replace(base.model, history_length=512),
+        training=replace(base.training, max_steps=3000, segment_length=512),
+    )
+
+
 PRESETS: dict[str, Callable[[DatasetSpec], ExperimentConfig]] = {
+    "memory_state": memory_state,
     "metaworld_state": metaworld_state,
     "pusht_state": pusht_state,
 }

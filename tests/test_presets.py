@@ -19,6 +19,7 @@ PUSHT = DatasetSpec(
     {"state": ArraySpec((5,)), "keypoint": ArraySpec((9, 2)), "img": SPEC.observation["camera"]}, 3, 0.1
 )
 FITTING = {  # by preset a dataset, and the model's observations
+    "memory_state": (SPEC, {"proprio": (4,)}),
     "metaworld_state": (SPEC, {"proprio": (4,)}),
     "pusht_state": (PUSHT, {"state": (5,), "keypoint": (18,)}),
 }

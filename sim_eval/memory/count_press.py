@@ -58,7 +58,7 @@ class CountPress(MemoryEnvironment):
         return np.array([self._count], np.float64)
 
     def _signal(self) -> bool:
-        return self.steps >= _CUE_STEPS + self.options.delay
+        return self.steps >= _CUE_STEPS + self.delay
 
     def _remaining(self) -> int | None:
         """Presses that the lamps show; None = they are off."""

@@ -46,7 +46,7 @@ class CueReach(MemoryEnvironment):
         return np.array([self._cue], np.float64)
 
     def _signal(self) -> bool:
-        return self.steps >= _CUE_STEPS + self.options.delay
+        return self.steps >= _CUE_STEPS + self.delay
 
     def _shown(self) -> bool:
         return self.steps < _CUE_STEPS or bool(self.options.cue_visible)

@@ -21,6 +21,7 @@ Verdict = Literal["success", "failure"] | None
 Vector = NDArray[np.float64]
 
 SENSOR_NOISE = 0.001  # standard deviation of every measured length [m], angle [rad]
+MIXED, MIXED_DELAYS = "mixed", (10, 50, 200)
 _IMAGE = 64  # pixels
 
 
@@ -29,7 +30,8 @@ class MemoryOptions:
     """What may follow the colon in an environment's name.
 
     Attributes:
-        delay: control steps between the end of the cue and the signal to act.
+        delay: control steps between the end of the cue and the signal to act; "mixed" = 10, 50 or 200, drawn for each
+            episode.
         cue_visible: 1 = the twin in which nothing has to be remembered: the cue stays in view.
         choices: how many different cues there are, in tasks with discrete ones.
         observation: "state", or "image" for a picture in the place of everything but `proprio`.
@@ -37,7 +39,7 @@ class MemoryOptions:
         max_steps: control steps after which an episode is truncated; 0 = as many as the task needs at this delay.
     """
 
-    delay: int = 50
+    delay: int | str = 50
     cue_visible: int = 0
     choices: int = 4
     observation: str = "state"
@@ -46,7 +48,7 @@ class MemoryOptions:
 
     def __post_init__(self) -> None:
         for name, lowest in (("delay", 0), ("max_steps", 0), ("choices", 2)):
-            value = getattr(self, name)
+            value = 0 if (name, self.delay) == ("delay", MIXED) else getattr(self, name)
             if not isinstance(value, int) or value < lowest:
                 raise ConfigError(f"{name} must be a whole number of at least {lowest}, got {value}")
         if self.choices > 8:
@@ -93,6 +95,8 @@ class MemoryEnvironment(abc.ABC):
         self.model.opt.timestep = self.sim_dt
         self.data = mujoco.MjData(self.model)
         self._running = False
+        self._delays = MIXED_DELAYS if self.options.delay == MIXED else (int(self.options.delay),)
+        self.delay = self._delays[0]  # of the present episode
         self.steps = 0
         self.target = np.zeros(self.model.nu)
         keys = {"proprio": ArraySpec((self.model.nu,)), "signal": ArraySpec((1,)), **self._keys()}
@@ -105,7 +109,7 @@ class MemoryEnvironment(abc.ABC):
             action_low=(-1.0,) * self.action_dim,
             action_high=(1.0,) * self.action_dim,
             control_dt=self.control_dt,
-            max_steps=self.options.max_steps or self.options.delay + self.steps_to_act,
+            max_steps=self.options.max_steps or max(self._delays) + self.steps_to_act,
             success=self.success,
             hand=("proprio", 3) if self.model.nu == 3 else None,
         )
@@ -116,7 +120,8 @@ class MemoryEnvironment(abc.ABC):
 
         if not 0 <= seed < 2**32:
             raise ConfigError(f"the seed of {self.spec.name} must be in 0..{2**32 - 1}, got {seed}")
-        start, sensors, guess = np.random.SeedSequence(int(seed)).spawn(3)
+        start, sensors, guess, delay = np.random.SeedSequence(int(seed)).spawn(4)
+        self.delay = int(np.random.default_rng(delay).choice(self._delays))
         self._sensors = np.random.default_rng(sensors)
         mujoco.mj_resetData(self.model, self.data)
         self.steps = 0
@@ -160,7 +165,7 @@ class MemoryEnvironment(abc.ABC):
         """Hexadecimal SHA-256 of joint positions and velocities, target, and everything hidden."""
         self._check_running()
         digest = hashlib.sha256()
-        for part in (self.data.qpos, self.data.qvel, self.target, self._hidden()):
+        for part in (self.data.qpos, self.data.qvel, self.target, [self.delay], self._hidden()):
             digest.update(np.ascontiguousarray(part, dtype="<f8").tobytes())
         return digest.hexdigest()
 

@@ -69,7 +69,7 @@ class HiddenFriction(MemoryEnvironment):
         return np.array([self._deceleration, self._goal])
 
     def _signal(self) -> bool:
-        return self.steps >= _TRY_STEPS + _RETURN_STEPS + self.options.delay
+        return self.steps >= _TRY_STEPS + _RETURN_STEPS + self.delay
 
     def _puck(self) -> float:
         return float(self.data.joint("puck").qpos[0])

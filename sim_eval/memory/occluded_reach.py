@@ -53,7 +53,7 @@ class OccludedReach(MemoryEnvironment):
         return np.concatenate([self._end, self._speed])
 
     def _signal(self) -> bool:
-        return self.steps >= _SLIDE_STEPS + self.options.delay
+        return self.steps >= _SLIDE_STEPS + self.delay
 
     def _shown(self) -> bool:
         return self.steps < _SEEN_STEPS or bool(self.options.cue_visible)

@@ -69,7 +69,7 @@ class PlaceBack(MemoryEnvironment):
         return self._origin
 
     def _signal(self) -> bool:
-        return self._ready_at is not None and self.steps >= self._ready_at + self.options.delay
+        return self._ready_at is not None and self.steps >= self._ready_at + self.delay
 
     def _block(self) -> Vector:
         """(3,) of the middle of its top."""

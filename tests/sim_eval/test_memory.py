@@ -109,6 +109,19 @@ class TestContract:
         assert environment.render(48, 80).shape == (48, 80, 3)
 
 
+def test_mixed_delays_are_drawn_for_each_episode():
+    environment = make("cue-reach", "delay=mixed")
+    assert environment.spec.name == "scd_memory/cue-reach:delay=mixed"
+    assert environment.spec.max_steps == make("cue-reach", "delay=200").spec.max_steps
+    drawn = []
+    for seed in range(30):
+        environment.reset(seed)
+        drawn.append(environment.delay)
+        environment.reset(seed)
+        assert environment.delay == drawn[-1]
+    assert set(drawn) == {10, 50, 200}
+
+
 class TestExperts:
     @pytest.mark.parametrize("task", MEMORY)
     @pytest.mark.parametrize("delay", [0, 10, 50])

@@ -1,0 +1,163 @@
+"""The memory suite: one policy per task over mixed delays, beside its twin without history and beside no memory needed.
+
+Every task is recorded with delays of 10, 50 and 200 control steps mixed. Two arms with the same parameters, data and
+updates learn from it: `history` attends to the whole episode, its `twin` to the current control step alone. Each is
+evaluated at each delay from the same start states. The same again where the cue stays in view and nothing has to be
+remembered: there the history must not hurt.
+
+    python benchmarks/memory.py --floors     experts, the expert without memory, random actions: minutes
+    python benchmarks/memory.py              the trainings: hours
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from common import Job, Recording, benchmark_parser, run_benchmark
+from reporting import percent, provenance, start_state_line
+
+from scd_robot.seeding import EVALUATION, derive_seed, keyed_rng
+from scd_robot.sim_eval import make_environment
+from scd_robot.sim_eval.comparison import NON_INFERIORITY_MARGIN, compare
+from scd_robot.sim_eval.memory import MEMORY_TASKS, TASKS
+from scd_robot.sim_eval.metrics import wilson_interval
+from scd_robot.types import Environment
+
+DELAYS = (10, 50, 200)
+SEEDS = {"cue-reach": (0, 1, 2), "place-back": (0, 1, 2)}  # the others have one
+ARMS = {"history": (), "twin": ("model.history_length=1",)}
+VIEWS = {"hidden": "", "visible": ",cue_visible=1"}
+AIM, AIM_DELAY = 0.90, 50
+_RANDOM = 77  # keys the random actions
+
+Results = Mapping[str, dict[str, Any]]
+
+
+def make_jobs() -> list[Job]:
+    """Every task with the cue hidden and in view, for both arms and all seeds; the first seeds first."""
+    return [
+        _job(task, view, arm, seed)
+        for seed in (0, 1, 2)
+        for task in MEMORY_TASKS
+        for view in VIEWS
+        for arm in ARMS
+        if seed in SEEDS.get(task, (0,)) and (view == "hidden" or seed == 0)
+    ]
+
+
+def _job(task: str, view: str, arm: str, seed: int) -> Job:
+    first, *others = (f"scd_memory/{task}:delay={delay}{VIEWS[view]}" for delay in DELAYS)
+    recording = Recording(f"scd_memory/{task}:delay=mixed{VIEWS[view]}", episodes=300)
+    name = _name(task, view, arm, seed)
+    return Job(name, recording, first, ARMS[arm], seed, preset="memory_state", also=tuple(others))
+
+
+def _name(task: str, view: str, arm: str, seed: int) -> str:
+    return f"{task}_{view}_{arm}_seed{seed}"
+
+
+def make_report(results: Results) -> str:
+    """Success by task, view, arm and delay; whether history hurts where it is not needed."""
+    done = {name: result for name, result in results.items() if result["status"] == "done"}
+    lines = ["| task | cue | arm | seeds | " + " | ".join(f"delay {delay}" for delay in DELAYS) + " |"]
+    lines.append("|" + "---|" * (4 + len(DELAYS)))
+    for task in MEMORY_TASKS:
+        for view in VIEWS:
+            for arm in ARMS:
+                seeds = [seed for seed in (0, 1, 2) if _name(task, view, arm, seed) in done]
+                cells = [_cell([done[_name(task, view, arm, seed)] for seed in seeds], i) for i in range(len(DELAYS))]
+                lines.append(f"| {task} | {view} | {arm} | {len(seeds)} | " + " | ".join(cells) + " |")
+    failed = [f"- FAILED {name}: {result['error']}" for name, result in results.items() if name not in done]
+    return "\n\n".join(
+        part
+        for part in (
+            "## Memory suite",
+            "\n".join(lines),
+            "\n".join(_verdicts(done)),
+            "\n".join(failed),
+            start_state_line(done.values()),
+            provenance(done),
+        )
+        if part
+    )
+
+
+def _documents(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Evaluations at each delay."""
+    return [result["evaluation"], *result["also"].values()]
+
+
+def _cell(results: list[dict[str, Any]], number: int) -> str:
+    """Successes of all seeds together with their interval."""
+    if not results:
+        return "-"
+    documents = [_documents(result)[number] for result in results]
+    successes = sum(document["successes"] for document in documents)
+    valid = sum(document["episodes"] - document["invalid"] for document in documents)
+    return f"{successes}/{valid}, {percent(successes / valid, wilson_interval(successes, valid))}"
+
+
+def _verdicts(done: Results) -> list[str]:
+    """The aim at a delay of 50, and non-inferiority where nothing is hidden."""
+    lines, number = [], DELAYS.index(AIM_DELAY)
+    for task in MEMORY_TASKS:
+        hidden = [done[n] for seed in (0, 1, 2) if (n := _name(task, "hidden", "history", seed)) in done]
+        if hidden:
+            rates = [_documents(result)[number]["success_rate"] for result in hidden]
+            verdict = "reached" if np.mean(rates) >= AIM else "NOT reached"
+            shown = ", ".join(f"{100 * rate:.0f} %" for rate in rates)
+            lines.append(f"- {task}, delay {AIM_DELAY}: {shown} by seed; aim {100 * AIM:.0f} % {verdict}")
+        names = [_name(task, "visible", arm, 0) for arm in ("history", "twin")]
+        if all(name in done for name in names):
+            for delay, first, second in zip(DELAYS, *(_documents(done[name]) for name in names), strict=True):
+                comparison = compare([first], [second], "history", "twin")
+                low, high = (100 * bound for bound in comparison.interval)
+                margin = 100 * NON_INFERIORITY_MARGIN
+                held = "non-inferior" if low > -margin else "NOT shown to be non-inferior"
+                lines.append(
+                    f"- {task}, cue in view, delay {delay}: history - twin {100 * comparison.difference:+.0f} points "
+                    f"[{low:+.1f}, {high:+.1f}], {held} ({margin:g} points)"
+                )
+    return lines
+
+
+def floors(episodes: int) -> str:
+    """Success of the experts, of the expert without memory, and of random actions."""
+    lines = ["| task | delay | expert | expert without memory | random actions |", "|---|---|---|---|---|"]
+    for task in TASKS:
+        for delay in DELAYS if task in MEMORY_TASKS else (None,):
+            options = "" if delay is None else f":delay={delay}"
+            other = f"{options},expert=memoryless" if options else ":expert=memoryless"
+            cells = [
+                _floor(make_environment(f"scd_memory/{task}{options}"), episodes, random=False),
+                _floor(make_environment(f"scd_memory/{task}{other}"), episodes, random=False) if options else "-",
+                _floor(make_environment(f"scd_memory/{task}{options}"), episodes, random=True),
+            ]
+            lines.append(f"| {task} | {'-' if delay is None else delay} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _floor(environment: Environment, episodes: int, random: bool) -> str:
+    successes = 0
+    for episode in range(episodes):
+        environment.reset(derive_seed(EVALUATION, episode))
+        rng = keyed_rng(_RANDOM, episode)
+        while True:
+            drawn = rng.uniform(-1, 1, environment.spec.action_dim).astype(np.float32)
+            result = environment.step(drawn if random else environment.expert_action())
+            if result.success or result.terminated or result.truncated:
+                break
+        successes += result.success
+    environment.close()
+    return f"{successes}/{episodes}, {percent(successes / episodes, wilson_interval(successes, episodes))}"
+
+
+if __name__ == "__main__":
+    parser = benchmark_parser(__doc__ or "", "memory")
+    parser.add_argument("--floors", action="store_true", help="experts and floors only")
+    arguments = parser.parse_args()
+    if arguments.floors:
+        print(floors(arguments.episodes or 100))
+        sys.exit(0)
+    sys.exit(run_benchmark(arguments, make_jobs(), make_report))
