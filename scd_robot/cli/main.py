@@ -81,6 +81,7 @@ VERBS = {
     "train": Verb("scd_robot.cli.train", "train", "train a policy on a dataset, or continue an interrupted run"),
     "eval": Verb("scd_robot.cli.evaluate", "evaluate", "run a checkpoint in closed loop: success rate, times, report"),
     "compare": Verb("scd_robot.cli.compare", "compare", "tell which of two policies is better"),
+    "doctor": Verb("scd_robot.cli.doctor", "doctor", "what works here, which versions clash, what to install"),
     "info": Verb("scd_robot.cli.checkpoint_info", "info", "what a checkpoint holds: sizes, dataset, metrics, versions"),
 }
 

@@ -1,0 +1,61 @@
+"""scd doctor tells works from broken from missing, and what to do."""
+
+import json
+
+import pytest
+
+from scd_robot.cli import doctor
+from scd_robot.cli.main import main
+
+WORKS = doctor._Package("numpy", "import numpy; print('found', numpy.__version__)", "pip install numpy", True)
+BROKEN = doctor._Package("h5py", "raise RuntimeError('built for another numpy')", "pip install h5py")
+CLASH = doctor._Package("h5py", "raise RuntimeError('wrong torchvision; run pip uninstall torchvision')", "-")
+MISSING = doctor._Package("no-such-package", "import nothing", "pip install no-such-package")
+NEEDED = doctor._Package("no-such-package", "import nothing", "pip install no-such-package", True)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    def set_up(*packages, rendering="works"):
+        monkeypatch.setattr(doctor, "_PACKAGES", packages)
+        found = doctor.Check("OpenGL egl", rendering, False, "1 ms", "apt-get install libegl1")
+        monkeypatch.setattr(doctor, "_try_rendering", lambda backend: found)
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    ("packages", "code", "told"),
+    [
+        ((WORKS, MISSING), 0, "pip install no-such-package"),
+        ((WORKS, BROKEN), 1, "RuntimeError: built for another numpy"),
+        ((WORKS, NEEDED), 1, "MISSING"),
+    ],
+)
+def test_exit_code_and_advice(quick, capsys, packages, code, told):
+    quick(*packages)
+    assert main(["doctor"]) == code
+    out = capsys.readouterr().out
+    assert told in out
+    assert "ok      numpy        found" in out
+
+
+def test_advice_is_not_given_twice_nor_needlessly(quick, tmp_path):
+    quick(CLASH)
+    assert main(["doctor", "--json", str(tmp_path / "d.json")]) == 1
+    checks = json.loads((tmp_path / "d.json").read_text())["checks"]
+    assert checks[0]["state"] == "broken"
+    assert checks[0]["advice"] == ""  # the error itself says what to do
+    assert {check["advice"] for check in checks if check["name"].startswith("OpenGL")} == {"apt-get install libegl1"}
+    missing = doctor.Check("OpenGL osmesa", "missing", False, "no library", "apt-get install libosmesa6")
+    works = doctor.Check("OpenGL egl", "works", False, "1 ms")
+    assert [check.advice for check in doctor._without_needless_advice([works, missing])] == ["", ""]
+    assert [check.advice for check in doctor._without_needless_advice([missing])] == ["apt-get install libosmesa6"]
+
+
+@pytest.mark.slow
+def test_this_machine(capsys):
+    assert main(["doctor", "--json", "-"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    states = {check["name"]: check["state"] for check in document["checks"]}
+    assert all(states[name] == "works" for name in ("numpy", "torch", "lightning", "zarr", "h5py", "mujoco", "av"))
