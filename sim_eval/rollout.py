@@ -57,6 +57,7 @@ def evaluate(
     timeout_s: float = 60.0,
     policy_name: str | None = None,
     faults: ObservationFaults | None = None,
+    python: str | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """Evaluates a policy in closed loop.
@@ -77,6 +78,8 @@ def evaluate(
         timeout_s: seconds after which a simulator that does not answer counts as hung.
         policy_name: for the report; None = the name of the policy's class.
         faults: late, lost and frozen observations; None = none.
+        python: interpreter of another environment, with scd_robot and a simulator whose requirements clash with ours;
+            `environment` is then a name.
         progress: shows a progress bar.
 
     Returns:
@@ -97,7 +100,9 @@ def evaluate(
         out = Path(out)
         check_output_folder(out, overwrite)
     adapter = PolicyAdapter(policy)
-    workers = start_workers(environment, _choose_num_envs(adapter, num_envs, episodes), timeout_s=timeout_s)
+    workers = start_workers(
+        environment, _choose_num_envs(adapter, num_envs, episodes), timeout_s=timeout_s, python=python
+    )
     try:
         spec = workers[0].spec
         check_policy_spec(policy, spec)

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from scd_robot.errors import ConfigError, RenderError, ScdRobotError, SimulatorError, UnknownNameError
+from scd_robot.sim_eval.foreign import start_foreign
 from scd_robot.types import Environment, EnvironmentSpec
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "close_workers",
     "describe_source",
     "load_environment",
+    "serve",
     "start_workers",
 ]
 
@@ -86,10 +88,21 @@ class EnvironmentWorker:
         source: which environment.
         timeout_s: seconds within which a command must be answered; a worker that takes longer counts as hung.
         startup_timeout_s: the same for starting the process and making the environment.
+        python: interpreter of another environment, in which the simulator is installed; None = this one.
+
+    Raises:
+        ConfigError: the source cannot travel to the process, or there is no such interpreter.
     """
 
-    def __init__(self, source: EnvironmentSource, *, timeout_s: float = 60.0, startup_timeout_s: float = 180.0) -> None:
-        self._source = source
+    def __init__(
+        self,
+        source: EnvironmentSource,
+        *,
+        timeout_s: float = 60.0,
+        startup_timeout_s: float = 180.0,
+        python: str | None = None,
+    ) -> None:
+        self._source, self._python = source, python
         self._timeout_s = timeout_s
         self._startup_timeout_s = startup_timeout_s
         self._spec: EnvironmentSpec | None = None
@@ -163,9 +176,16 @@ class EnvironmentWorker:
         self.close()
 
     def _start(self) -> None:
+        if self._python is not None:
+            if not isinstance(self._source, str):
+                raise ConfigError(f"another python needs the environment's name, got {describe_source(self._source)}")
+            self._process: Any
+            with _single_threaded_children():
+                self._process, self._connection = start_foreign(self._python, self._source)
+            return
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._source), daemon=True)
+        self._process = context.Process(target=serve, args=(theirs, self._source), daemon=True)
         try:
             with _single_threaded_children():
                 self._process.start()
@@ -210,9 +230,14 @@ class EnvironmentWorker:
 
 
 def start_workers(
-    source: EnvironmentSource, count: int, *, timeout_s: float = 60.0, startup_timeout_s: float = 180.0
+    source: EnvironmentSource,
+    count: int,
+    *,
+    timeout_s: float = 60.0,
+    startup_timeout_s: float = 180.0,
+    python: str | None = None,
 ) -> list[EnvironmentWorker]:
-    """Starts `count` workers at the same time and waits until all are ready.
+    """Starts `count` workers at the same time and waits until all are ready; arguments as for one.
 
     Raises:
         ScdRobotError: the environment could not be made; no process is left behind.
@@ -220,7 +245,8 @@ def start_workers(
     workers: list[EnvironmentWorker] = []
     try:
         for _ in range(count):
-            workers.append(EnvironmentWorker(source, timeout_s=timeout_s, startup_timeout_s=startup_timeout_s))
+            options: Any = {"timeout_s": timeout_s, "startup_timeout_s": startup_timeout_s, "python": python}
+            workers.append(EnvironmentWorker(source, **options))
         for worker in workers:
             _ = worker.spec
     except BaseException:
@@ -255,7 +281,7 @@ def _single_threaded_children() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _serve(connection: Connection, source: EnvironmentSource) -> None:
+def serve(connection: Connection, source: EnvironmentSource) -> None:
     """The worker's whole life: make the environment, answer commands until told to stop or abandoned."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:

@@ -29,6 +29,7 @@ def evaluate(
     jitter_ms: float = 0.0,
     drop: float = 0.0,
     freeze: float = 0.0,
+    env_python: str | None = None,
     num_videos: int = 3,
     overwrite: bool = False,
     json: Path | None = None,
@@ -58,6 +59,8 @@ def evaluate(
         jitter_ms: and up to so much later, evenly distributed.
         drop: share of observations that never arrive.
         freeze: share of control steps in which the sensors freeze for 20 control steps.
+        env_python: python of another environment, with scd_robot and a simulator whose requirements clash with those of
+            the policy (robosuite: docs/install.md).
         num_videos: successes and failures to replay into videos, so many of each; 0 = none.
         overwrite: replace an earlier evaluation in OUT.
         json: write the result to this file too ("-": standard output).
@@ -101,6 +104,7 @@ def evaluate(
             num_videos=num_videos,
             policy_name=str(checkpoint),
             faults=faults,
+            python=env_python,
             progress=str(json) != "-",
         )
         documents.append(result.to_json())

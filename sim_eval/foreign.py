@@ -1,0 +1,90 @@
+"""A worker's process under another Python: for simulators whose requirements clash with those of the policy.
+
+That Python has an environment of its own with the simulator and scd_robot in it. The two processes talk over a socket
+pair that nobody else can reach, in the same messages as ordinary workers; numpy 1.26 and 2 read each other's arrays.
+
+    python -m scd_robot.sim_eval.foreign DESCRIPTOR        what the parent starts
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from scd_robot.errors import ConfigError
+
+__all__ = ["ForeignProcess", "start_foreign"]
+
+
+class ForeignProcess:
+    """The process, with the methods of `multiprocessing.Process` that a worker needs."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        self._process = process
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits for its end."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout)
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """Nothing is left to release once it has ended."""
+
+
+def start_foreign(python: str, source: str) -> tuple[ForeignProcess, Connection]:
+    """Starts a worker under another Python and sends it the name of its environment.
+
+    Args:
+        python: path of the interpreter.
+        source: registry name or dotted name of the environment.
+
+    Raises:
+        ConfigError: there is no such interpreter.
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        descriptor = theirs.fileno()
+        # Its own packages, not those that PYTHONPATH names for this Python.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        try:
+            process = subprocess.Popen(
+                [python, "-m", "scd_robot.sim_eval.foreign", str(descriptor)],
+                pass_fds=(descriptor,),
+                stdin=subprocess.DEVNULL,
+                cwd=Path.home(),  # a folder with packages of the same names must not come first
+                env=environment,
+            )
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"cannot start {python}: {reason}; name the python of an environment") from error
+        connection = Connection(ours.detach())
+        connection.send(source)
+    return ForeignProcess(process), connection
+
+
+def main(descriptor: int) -> None:
+    """The life of a worker under another Python."""
+    from scd_robot.sim_eval.workers import serve
+
+    connection = Connection(descriptor)
+    serve(connection, connection.recv())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,65 @@
+"""Environments under another Python behave as under this one, and their processes never stay behind."""
+
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from scd_robot.errors import ConfigError, UnknownNameError
+from scd_robot.sim_eval.rollout import evaluate
+from scd_robot.sim_eval.workers import EnvironmentWorker, WorkerCrashError, start_workers
+
+NAME = "scd_memory/cue-reach:delay=3"
+
+
+class Down:
+    """Goes straight down, and fails."""
+
+    def reset(self, rows=None, episodes=None):
+        pass
+
+    def act(self, observation):
+        return np.tile(np.array([0, 0, -1], np.float32), (len(observation["cue"]), 1))
+
+
+def test_episodes_are_the_same():
+    results = [
+        evaluate(Down(), NAME, 4, num_envs=2, max_steps=20, python=python, progress=False)
+        for python in (None, sys.executable)
+    ]
+    assert results[0].episodes_detail == results[1].episodes_detail
+    assert results[0].environment == results[1].environment
+
+
+def test_a_dead_one_is_replaced():
+    with EnvironmentWorker(NAME, python=sys.executable) as worker:
+        assert worker.spec.name == NAME
+        first = worker.call("reset", 3)
+        worker._process.kill()
+        with pytest.raises(WorkerCrashError, match="process died"):
+            worker.call("step", np.zeros(3, np.float32))
+        worker.restart()
+        np.testing.assert_array_equal(worker.call("reset", 3)["cue"], first["cue"])
+        process = worker._process
+    deadline = time.monotonic() + 10
+    while process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not process.is_alive()
+
+
+def test_errors_of_the_user_travel():
+    with pytest.raises(UnknownNameError, match="did you mean 'scd_memory/cue-reach'"):
+        start_workers("scd_memory/cue-rech", 1, python=sys.executable)
+
+
+@pytest.mark.parametrize(
+    ("source", "python", "message"),
+    [
+        (NAME, "/no/such/python", "cannot start /no/such/python"),
+        (Down, sys.executable, "another python needs the environment's name"),
+    ],
+)
+def test_what_cannot_be_started(source, python, message):
+    with pytest.raises(ConfigError, match=message):
+        EnvironmentWorker(source, python=python)
