@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
+    "age_plot",
     "arms_plot",
+    "bars_plot",
     "delay_plot",
     "latency_plot",
     "pairs_plot",
@@ -163,6 +165,37 @@ def arms_plot(comparison: Comparison) -> str:
     axes.set_yticks([0, 1], ["A", "B"])
     figure.label("success [%], with 95 % interval", "")
     return figure.svg("Success rates of both arms")
+
+
+def age_plot(layers: Sequence[Mapping[str, Any]]) -> str:
+    """SVG of the share of attention by the age of what is attended to, a line per layer."""
+    figure = _Figure(2.4)
+    for number, layer in enumerate(layers):
+        ages = [0, *map(int, layer["by_age"])]
+        shares = [100 * layer["present"], *(100 * share for share in layer["by_age"].values())]
+        strength = 0.35 + 0.65 * (number + 1) / len(layers)
+        figure.axes.plot(range(len(ages)), shares, marker="o", markersize=3, color=_COLOURS["accent"], alpha=strength,
+                         label=f"layer {number}")  # fmt: skip
+        figure.axes.set_xticks(range(len(ages)), [str(age) for age in ages])
+    figure.legend()
+    figure.label("age from ... on [control steps]", "attention [%]")
+    return figure.svg("Attention by age")
+
+
+def bars_plot(rates: Mapping[str, tuple[float | None, Sequence[float]]]) -> str:
+    """SVG of success rates with their intervals, by name."""
+    figure = _Figure(0.9 + 0.22 * len(rates))
+    for row, (rate, interval) in enumerate(rates.values()):
+        low, high = (100 * bound for bound in interval)
+        if rate is not None:
+            figure.axes.barh(row, 100 * rate, height=0.55, color=_COLOURS["success"], alpha=0.75)
+        figure.axes.errorbar((low + high) / 2, row, xerr=(high - low) / 2, color=_COLOURS["ink"], capsize=4)
+    figure.axes.set_yticks(range(len(rates)), list(rates))
+    figure.axes.tick_params(axis="y", labelcolor=_COLOURS["ink"])
+    figure.axes.set_ylim(len(rates) - 0.4, -0.6)
+    figure.axes.set_xlim(0, 100.5)
+    figure.label("success [%], with 95 % interval", "")
+    return figure.svg("Success by kind")
 
 
 def delay_plot(curve: Sequence[Mapping[str, Any]]) -> str:

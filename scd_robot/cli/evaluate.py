@@ -30,6 +30,8 @@ def evaluate(
     drop: float = 0.0,
     freeze: float = 0.0,
     env_python: str | None = None,
+    diagnose_history: int = 0,
+    dataset: Path | None = None,
     num_videos: int = 3,
     overwrite: bool = False,
     json: Path | None = None,
@@ -61,6 +63,9 @@ def evaluate(
         freeze: share of control steps in which the sensors freeze for 20 control steps.
         env_python: python of another environment, with scd_robot and a simulator whose requirements clash with those of
             the policy (robosuite: docs/install.md).
+        diagnose_history: evaluate so many episodes again for each kind of history that is not the policy's own (cut
+            short, shuffled, reversed, another episode's), and tell how it uses its history; 0 = not.
+        dataset: demonstrations, for the copycat ratio of that diagnosis.
         num_videos: successes and failures to replay into videos, so many of each; 0 = none.
         overwrite: replace an earlier evaluation in OUT.
         json: write the result to this file too ("-": standard output).
@@ -112,11 +117,43 @@ def evaluate(
             print(headline(documents[-1]))
             if folder is not None:
                 print(f"report: {folder / 'report.html'}")
+    if diagnose_history:
+        documents[0]["history"] = _diagnose(checkpoint, env, diagnose_history, dataset, env_python, out, json)
     document = documents[0] if len(documents) == 1 else delay_curve(documents)
     if out is not None and len(documents) > 1:
         write_delay_curve(document, out)
     if json is not None:
         write_json(json, document)
+
+
+def _diagnose(
+    checkpoint: Path,
+    env: str,
+    episodes: int,
+    dataset: Path | None,
+    python: str | None,
+    out: Path | None,
+    json: Path | None,
+) -> dict[str, Any]:
+    from scd_robot.analysis.history import diagnose_history
+    from scd_robot.analysis.history_report import format_history, write_history
+    from scd_robot.datasets import open_dataset
+
+    data = None if dataset is None else open_dataset(dataset)
+    document = diagnose_history(
+        checkpoint,
+        env,
+        episodes,
+        demonstrations=None if data is None else data.executed()[:],
+        demonstration_ends=None if data is None else data.episode_ends,
+        python=python,
+        progress=str(json) != "-",
+    )
+    if out is not None:
+        write_history(document, out)
+    if str(json) != "-":
+        print(format_history(document))
+    return document
 
 
 def headline(result: Mapping[str, Any]) -> str:
