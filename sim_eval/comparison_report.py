@@ -99,7 +99,7 @@ def _order(comparison: Comparison) -> list[int]:
 
 
 def _videos(comparison: Comparison, videos_a: Videos, videos_b: Videos) -> str:
-    figures = []
+    figures: list[str] = []
     for column in _order(comparison):
         episode = int(comparison.indices[column])
         if len(figures) == 2 * _SIDE_BY_SIDE or episode not in videos_a or episode not in videos_b:

@@ -101,7 +101,7 @@ def _evaluate(
             if policy is None:
                 continue
             folder = out / "ab"[arm] if out is not None and whole else None
-            options = {"first_episode": start, "num_envs": num_envs, "out": folder, "overwrite": True}
+            options: dict[str, Any] = {"first_episode": start, "num_envs": num_envs, "out": folder, "overwrite": True}
             result = run(policy, env, count, policy_name=str(checkpoints[arm]), **options).to_json()
             documents[arm] = _joined(documents[arm], result)
         counts = compare_pair(*(documents[arm] or found[arm][0][1] for arm in (0, 1)))

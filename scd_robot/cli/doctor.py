@@ -99,15 +99,15 @@ def doctor(*, json: Path | None = None) -> int:
             rendering.append(_try_rendering(backend))
             bar.update()
     checks += _without_needless_advice(rendering)
-    document = {"machine": _machine(), "checks": [asdict(check) for check in checks]}
+    machine = _machine()
     if str(json) != "-":
-        for name, value in document["machine"].items():
+        for name, value in machine.items():
             print(f"{name:<12} {value}")
         print()
         for check in checks:
             print(_line(check))
     if json is not None:
-        write_json(json, document)
+        write_json(json, {"machine": machine, "checks": [asdict(check) for check in checks]})
     return int(any(check.state == "broken" or (check.needed and check.state != "works") for check in checks))
 
 

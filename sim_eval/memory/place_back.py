@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from scd_robot.sim_eval.memory.environment import MemoryEnvironment, Vector, Verdict
 from scd_robot.sim_eval.memory.scene import GREY, HOME, hand_scene, lamp, marker
-from scd_robot.types import ArraySpec
+from scd_robot.types import ActionArray, ArraySpec
 
 __all__ = ["PlaceBack"]
 
@@ -120,7 +120,7 @@ class PlaceBack(MemoryEnvironment):
         near = np.hypot(*(self.hand[:2] - block[:2])) < 0.008
         return np.append(self.towards((*block[:2], _LOW if near else _HIGH)), 1.0 if near else -1.0)
 
-    def _before_physics(self, action: Vector) -> None:
+    def _before_physics(self, action: ActionArray) -> None:
         self._suck(bool(action[3] > 0))
 
     def _paint(self) -> None:

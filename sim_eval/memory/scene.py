@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 __all__ = ["COLOURS", "GREY", "HOME", "hand_scene", "lamp", "marker", "world"]
 
 HOME = (0.0, 0.0, 0.2)  # where the hand starts, about [m]
@@ -61,9 +64,9 @@ def hand_scene(body: str = "", equality: str = "") -> str:
     return world(_HAND + body, extra)
 
 
-def marker(name: str, place: Sequence[float], radius: float, colour: Sequence[float] = GREY) -> str:
+def marker(name: str, place: ArrayLike, radius: float, colour: Sequence[float] = GREY) -> str:
     """A flat disc on the table that nothing touches."""
-    x, y = place[:2]
+    x, y = np.asarray(place)[:2]
     rgba = " ".join(str(value) for value in (*colour, 1)[:4])
     return (
         f'<geom name="{name}" type="cylinder" pos="{x} {y} 0.001" size="{radius} 0.001" rgba="{rgba}" contype="0" '
