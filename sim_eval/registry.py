@@ -18,6 +18,8 @@ __all__ = ["known_environments", "make_environment", "parse_name"]
 _FACTORIES = {
     "metaworld": "scd_robot.sim_eval.metaworld:make",
     "pusht": "scd_robot.sim_eval.pusht:make",
+    "gymnasium": "scd_robot.sim_eval.gymnasium_tasks:make",
+    "robosuite": "scd_robot.sim_eval.robosuite:make",
     "scd_memory": "scd_robot.sim_eval.memory:make",
 }
 

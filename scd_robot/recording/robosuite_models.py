@@ -10,7 +10,7 @@ from typing import Any
 from scd_robot.datasets.schema import EpisodeDataset
 from scd_robot.errors import DatasetError, SimulatorError
 
-__all__ = ["arguments_before_1_5", "is_before_1_5", "recorded_arguments", "recorded_version", "upgraded"]
+__all__ = ["recorded_arguments", "recorded_version", "upgraded"]
 
 _ROBOMIMIC_TYPE = 1  # of robosuite among the kinds of environments that robomimic knows
 _NAMES = (
@@ -45,35 +45,6 @@ def recorded_version(notes: Mapping[str, Any]) -> str:
     in_arguments = notes.get("env_args") if isinstance(notes.get("env_args"), Mapping) else {}
     version = notes.get("repository_version") or (in_arguments or {}).get("env_version")
     return str(version) if version else "of an unknown version"
-
-
-def is_before_1_5(version: str, arguments: Mapping[str, Any]) -> bool:
-    """By the version; where that is not told, by controllers that are configured for an arm, not for its parts."""
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers:
-        return (int(numbers[1]), int(numbers[2])) < (1, 5)
-    configs = _as_list(arguments.get("controller_configs"))
-    return any(isinstance(config, Mapping) and "body_parts" not in config for config in configs)
-
-
-def arguments_before_1_5(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """For robosuite 1.5: controllers in its form that do what they did before."""
-    from robosuite.controllers.composite.composite_controller_factory import refactor_composite_controller_config
-    from robosuite.models.robots import create_robot
-
-    robots, configs = _as_list(arguments.get("robots")), _as_list(arguments.get("controller_configs"))
-    if not configs:
-        return {**arguments, "lite_physics": False}
-    configs = configs * len(robots) if len(configs) == 1 else configs
-    converted = [
-        refactor_composite_controller_config({"input_ref_frame": "world", **config}, robot, create_robot(robot).arms)
-        for robot, config in zip(robots, configs, strict=True)
-    ]
-    return {**arguments, "controller_configs": converted, "lite_physics": False}
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def upgraded(recorded: str, installed: str) -> str:

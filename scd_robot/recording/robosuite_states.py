@@ -26,15 +26,11 @@ from tqdm import tqdm
 
 from scd_robot.datasets.schema import SIM_STATE, EpisodeDataset
 from scd_robot.datasets.zarr.writer import ZarrWriter
-from scd_robot.errors import DatasetError, MissingDependencyError, SimulatorError, UnknownNameError
-from scd_robot.recording.robosuite_models import (
-    arguments_before_1_5,
-    is_before_1_5,
-    recorded_arguments,
-    recorded_version,
-    upgraded,
-)
-from scd_robot.sim_eval.rendering import check_frame, select_gl_backend
+from scd_robot.errors import DatasetError, SimulatorError, UnknownNameError
+from scd_robot.recording.robosuite_models import recorded_arguments, recorded_version, upgraded
+from scd_robot.sim_eval.rendering import check_frame
+from scd_robot.sim_eval.robosuite import import_robosuite
+from scd_robot.sim_eval.robosuite_arguments import arguments_before_1_5, hold_orientation, is_before_1_5
 from scd_robot.types import ActionArray, ArraySpec, DatasetSpec, StepResult
 
 __all__ = ["MODEL", "RobosuiteSimulator", "observe_states", "write_observations"]
@@ -81,7 +77,7 @@ class RobosuiteSimulator:
         self._dataset = dataset
         self._cameras = tuple(cameras)
         self._check_model(0)
-        self._robosuite = _import_robosuite(rendering=bool(cameras))
+        self._robosuite = import_robosuite(rendering=bool(cameras))
         self.version = str(self._robosuite.__version__)
         self.name = f"robosuite/{arguments['env_name']}"
         self.recorded_version = recorded_version(dataset.metadata)
@@ -128,7 +124,7 @@ class RobosuiteSimulator:
         if self.before_1_5:
             for robot in self._env.robots:
                 for controller in robot.part_controllers.values():
-                    _hold_orientation(controller)
+                    hold_orientation(controller)
 
     def set_state(self, state: NDArray[np.float64]) -> None:
         """Sets a recorded state (1 + S,): time, positions, velocities."""
@@ -322,38 +318,6 @@ def _observed_episode(
 ) -> dict[str, NDArray[Any]]:
     kept = [key for key in dataset.arrays if key not in dataset.spec.observation]
     return {**simulator.observe_episode(index, keys), **dataset.episode(index, kept)}
-
-
-def _import_robosuite(*, rendering: bool) -> Any:
-    if rendering:
-        select_gl_backend()  # MuJoCo reads the choice when it is imported
-    quiet = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it warns about settings that nobody needs
-    try:
-        import robosuite
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"states and models of robosuite need the package robosuite ({error}), which wants numpy 1 and so has an "
-            "environment of its own: make robosuite, then run this with .venv-robosuite/bin/python"
-        ) from error
-    finally:
-        logging.disable(quiet)
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-    return robosuite
-
-
-def _hold_orientation(controller: Any) -> None:
-    """Lets an OSC controller keep its goal where an action asks for no rotation, as before robosuite 1.5."""
-    if not hasattr(controller, "compute_goal_ori"):
-        return
-    compute = controller.compute_goal_ori
-
-    def hold(delta: NDArray[Any], goal_update_mode: str | None = None) -> Any:
-        if controller.goal_ori is not None and not np.any(delta):
-            return controller.goal_ori
-        return compute(delta, goal_update_mode)
-
-    controller.compute_goal_ori = hold
 
 
 def _shortened(error: BaseException) -> str:

@@ -10,8 +10,9 @@ from scd_robot.datasets.open import open_dataset
 from scd_robot.datasets.schema import EpisodeDataset
 from scd_robot.errors import DatasetError, MissingDependencyError, OutputError, SimulatorError, UnknownNameError
 from scd_robot.recording import observe_states, replay_dataset, write_observations
-from scd_robot.recording.robosuite_models import is_before_1_5, recorded_arguments, recorded_version, upgraded
+from scd_robot.recording.robosuite_models import recorded_arguments, recorded_version, upgraded
 from scd_robot.recording.robosuite_states import RobosuiteSimulator
+from scd_robot.sim_eval.robosuite_arguments import is_before_1_5
 from scd_robot.types import ArraySpec, DatasetSpec
 
 needs_robosuite = pytest.mark.skipif(

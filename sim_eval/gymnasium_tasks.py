@@ -1,0 +1,279 @@
+"""Tasks of gymnasium-robotics (Fetch, Adroit hand, Franka kitchen) and gym-aloha, as gymnasium makes them.
+
+`gymnasium/FetchPush-v4`, `gymnasium/AdroitHandDoor-v1`, `gymnasium/FrankaKitchen-v1`, `gymnasium/AlohaTransferCube-v0`.
+
+Observations are flattened: a dictionary's arrays keep their names, joined by dots ("desired_goal",
+"achieved_goal.kettle"); a single array is called `state`. Actions are clipped to the environment's bounds. Options in
+the name: `max_steps=N` truncates episodes after N control steps (the benchmark's own number otherwise); for aloha
+`observation=image` gives the camera's picture "pixels.top" (480, 640, 3) beside "agent_pos".
+"""
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scd_robot.errors import (
+    ActionError,
+    ConfigError,
+    MissingDependencyError,
+    ShapeError,
+    SimulatorError,
+    UnknownNameError,
+)
+from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
+
+__all__ = ["TAKES_WORDS", "TASKS", "GymnasiumEnvironment", "GymnasiumOptions", "make"]
+
+_FETCH = ("FetchPickAndPlace-v4", "FetchPush-v4", "FetchReach-v4", "FetchSlide-v4")
+_ADROIT = ("AdroitHandDoor-v1", "AdroitHandHammer-v1", "AdroitHandPen-v1", "AdroitHandRelocate-v1")
+_KITCHEN = ("FrankaKitchen-v1",)
+_ALOHA = ("AlohaInsertion-v0", "AlohaTransferCube-v0")
+TASKS = (*_FETCH, *_ADROIT, *_KITCHEN, *_ALOHA)
+TAKES_WORDS = True
+
+_LIMITS = {**dict.fromkeys(_FETCH, 50), **dict.fromkeys(_ADROIT, 200), "FrankaKitchen-v1": 280,
+           **dict.fromkeys(_ALOHA, 300)}  # fmt: skip
+_SUCCESS = {
+    **dict.fromkeys(_FETCH, "the achieved goal is within 5 cm of the desired one (info['is_success'])"),
+    **dict.fromkeys(_ADROIT, "the benchmark's own flag is set (info['success'])"),
+    "FrankaKitchen-v1": "all four default subtasks are completed: microwave, kettle, light switch, slide cabinet",
+    **dict.fromkeys(_ALOHA, "the reward reaches its largest value, 4 (info['is_success'])"),
+}
+_KITCHEN_TASKS = ("microwave", "kettle", "light switch", "slide cabinet")
+
+
+@dataclass(frozen=True)
+class GymnasiumOptions:
+    """What may follow the colon in an environment's name.
+
+    Attributes:
+        max_steps: control steps after which an episode is truncated; 0 = the benchmark's own number.
+        observation: "state", or for aloha "image" for its camera as well.
+    """
+
+    max_steps: int = 0
+    observation: str = "state"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_steps, int) or self.max_steps < 0:
+            raise ConfigError(f"max_steps must be a whole number of 0 or more, got {self.max_steps}")
+        if self.observation not in ("state", "image"):
+            raise UnknownNameError("observation", str(self.observation), ("state", "image"))
+
+
+def make(task: str, options: Mapping[str, Any]) -> "GymnasiumEnvironment":
+    """The environment for `gymnasium/TASK:OPTIONS`.
+
+    Raises:
+        UnknownNameError: no such option.
+        ConfigError: an option is out of range.
+        MissingDependencyError: gymnasium-robotics or gym-aloha is not installed.
+    """
+    valid = [field.name for field in fields(GymnasiumOptions)]
+    for key in options:
+        if key not in valid:
+            raise UnknownNameError(f"option of gymnasium/{task}", key, valid)
+    return GymnasiumEnvironment(task, GymnasiumOptions(**options))
+
+
+class GymnasiumEnvironment:
+    """One gymnasium task; implements `Environment`."""
+
+    def __init__(self, task: str, options: GymnasiumOptions | None = None) -> None:
+        """Loads the task.
+
+        Args:
+            task: one of `TASKS`.
+            options: None = the benchmark's own.
+
+        Raises:
+            MissingDependencyError: the package is not installed, or does not import.
+        """
+        self._task, self._options = task, options or GymnasiumOptions()
+        if self._options.observation == "image" and task not in _ALOHA:
+            raise ConfigError(f"gymnasium/{task} observes its state only; leave out observation=image")
+        self._env = _load(task, self._options)
+        self._running, self._steps = False, 0
+        low, high = self._env.action_space.low, self._env.action_space.high
+        self._low, self._high = np.asarray(low, np.float32), np.asarray(high, np.float32)
+        first, _ = self._reset(0)
+        self.spec = EnvironmentSpec(
+            name=_canonical_name(task, self._options),
+            observation={key: ArraySpec(value.shape, str(value.dtype)) for key, value in first.items()},
+            action_dim=len(self._low),
+            action_low=tuple(map(float, self._low)),
+            action_high=tuple(map(float, self._high)),
+            control_dt=self._control_dt(),
+            max_steps=self._options.max_steps or _LIMITS[task],
+            success=_SUCCESS[task],
+        )
+
+    def reset(self, seed: int) -> dict[str, NDArray[Any]]:
+        """Starts an episode whose initial state is a function of `seed` alone; returns its first observation.
+
+        Raises:
+            SimulatorError: the simulator crashed.
+        """
+        self._running = False
+        observation, _ = self._reset(seed)
+        self._running, self._steps = True, 0
+        return observation
+
+    def step(self, action: ActionArray) -> StepResult:
+        """Applies one action (Da,), clipped to the bounds.
+
+        Raises:
+            ShapeError: the action is not (Da,).
+            ActionError: the action holds NaN or infinite values.
+            SimulatorError: the episode is over, or the simulator crashed.
+        """
+        self._check_running()
+        if self._steps >= self.spec.max_steps:
+            raise SimulatorError(
+                f"the episode of {self.spec.name} was truncated after {self._steps} control steps; call reset(seed)"
+            )
+        values = np.asarray(action, np.float32)
+        if values.shape != self._low.shape:
+            raise ShapeError(f"the action must be {self._low.shape} for {self.spec.name}, got {values.shape}")
+        if not np.isfinite(values).all():
+            raise ActionError(
+                f"the action in control step {self._steps} of {self.spec.name} must be finite, got {values.tolist()}; "
+                "check the policy that made it"
+            )
+        executed = np.clip(values, self._low, self._high)
+        try:
+            observation, reward, terminated, _, info = self._env.step(executed)
+        except Exception as error:  # simulators raise many kinds
+            self._running = False
+            raise SimulatorError(f"{self.spec.name} crashed in control step {self._steps}: {error}") from error
+        self._steps += 1
+        success = _succeeded(self._task, info)
+        return StepResult(
+            observation=_flat(observation),
+            reward=float(reward),
+            success=success,
+            terminated=bool(terminated) and not success,
+            truncated=self._steps >= self.spec.max_steps,
+            executed_action=executed,
+        )
+
+    def state_hash(self) -> str:
+        """Hexadecimal SHA-256 of joint positions and velocities, and of the observation, which holds the goal."""
+        self._check_running()
+        data = self._physics()
+        digest = hashlib.sha256()
+        parts = [data.qpos, data.qvel, data.mocap_pos, *(self._last[key] for key in sorted(self._last))]
+        for part in parts:
+            digest.update(np.ascontiguousarray(part, dtype="<f8").tobytes())
+        return digest.hexdigest()
+
+    def expert_action(self) -> ActionArray:
+        """There is none.
+
+        Raises:
+            SimulatorError: always.
+        """
+        raise SimulatorError(f"{self.spec.name} has no scripted expert; train on recorded demonstrations instead")
+
+    def render(self, height: int, width: int) -> NDArray[np.uint8]:
+        """An RGB frame (height, width, 3) of the present state."""
+        self._check_running()
+        if self._task in _ALOHA:
+            frame: NDArray[np.uint8] = self._env.unwrapped._env.physics.render(height, width, camera_id="top")
+            return np.ascontiguousarray(frame)
+        from scd_robot.sim_eval.rendering import render_frame
+
+        simulator = self._env.unwrapped
+        while not hasattr(simulator, "model"):
+            simulator = simulator.robot_env
+        return render_frame(simulator.model, simulator.data, height, width)
+
+    def close(self) -> None:
+        """Releases the simulator; may be called twice."""
+        self._running = False
+        self._env.close()
+
+    def _reset(self, seed: int) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        try:
+            observation, info = self._env.reset(seed=int(seed))
+        except Exception as error:  # simulators raise many kinds
+            raise SimulatorError(f"gymnasium/{self._task} crashed in reset({seed}): {error}") from error
+        self._last = _flat(observation)
+        return self._last, info
+
+    def _physics(self) -> Any:
+        """MuJoCo's data."""
+        simulator = self._env.unwrapped
+        if self._task in _ALOHA:
+            return simulator._env.physics.data
+        while not hasattr(simulator, "data"):
+            simulator = simulator.robot_env
+        return simulator.data
+
+    def _control_dt(self) -> float:
+        simulator = self._env.unwrapped
+        if self._task in _ALOHA:
+            return float(simulator._env.control_timestep())
+        while not hasattr(simulator, "dt"):
+            simulator = simulator.robot_env
+        return float(simulator.dt)
+
+    def _check_running(self) -> None:
+        if not self._running:
+            raise SimulatorError(f"no episode of {self.spec.name} is running; call reset(seed) first")
+
+
+def _succeeded(task: str, info: Mapping[str, Any]) -> bool:
+    if task in _KITCHEN:
+        return set(_KITCHEN_TASKS) <= set(info.get("episode_task_completions", ()))
+    return bool(info.get("is_success", info.get("success", False)))
+
+
+def _flat(observation: Any, prefix: str = "") -> dict[str, NDArray[Any]]:
+    """Arrays by name; numbers float32, pictures uint8."""
+    if not isinstance(observation, Mapping):
+        values = np.asarray(observation)
+        return {prefix or "state": values if values.dtype == np.uint8 else values.astype(np.float32)}
+    found: dict[str, NDArray[Any]] = {}
+    for key, value in observation.items():
+        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _canonical_name(task: str, options: GymnasiumOptions) -> str:
+    default = asdict(GymnasiumOptions())
+    changed = [f"{key}={value}" for key, value in asdict(options).items() if value != default[key]]
+    return f"gymnasium/{task}" + (":" + ",".join(changed) if changed else "")
+
+
+def _load(task: str, options: GymnasiumOptions) -> Any:
+    from scd_robot.sim_eval.rendering import select_gl_backend
+
+    package = "gym-aloha" if task in _ALOHA else "gymnasium-robotics"
+    if task in _ALOHA:
+        select_gl_backend()  # dm_control draws by itself
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other packages' own deprecations
+            import gymnasium
+
+            if task in _ALOHA:
+                import gym_aloha  # noqa: F401 - registers its tasks
+
+                kind = "pixels_agent_pos" if options.observation == "image" else "state"
+                return gymnasium.make(f"gym_aloha/{task}", obs_type=kind, max_episode_steps=-1)
+            import gymnasium_robotics
+
+            gymnasium.register_envs(gymnasium_robotics)
+            extra = {"tasks_to_complete": list(_KITCHEN_TASKS)} if task in _KITCHEN else {}
+            return gymnasium.make(task, max_episode_steps=-1, **extra)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"gymnasium/{task} needs the package {package} ({error}); install it with: "
+            'pip install "scd_robot[robotics]"'
+        ) from error

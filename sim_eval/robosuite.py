@@ -1,0 +1,335 @@
+"""Tasks of robosuite 1.5: `robosuite/Lift`, also as a dataset's `env_args` say they were recorded.
+
+Observations have robosuite's names, and "object" as robomimic calls "object-state"; vectors float32, images uint8
+(H, W, 3), the right way up: what our readers give of recordings. Options in the environment's name:
+
+- `robots=Panda` (two arms: `robots=Panda+Panda`), `control_freq=20`, `max_steps=400`;
+- `cameras=agentview+robot0_eye_in_hand`, `image_size=84`: images are slow, 20 to 100 ms each;
+- `recorded=PATH`: robots, controller and rate as the HDF5 file at PATH tells them (robomimic's or robosuite's), older
+  controllers in today's form.
+
+robosuite needs an environment of its own (docs/install.md): `scd eval ... --env-python .venv-robosuite/bin/python`.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scd_robot.errors import (
+    ActionError,
+    ConfigError,
+    DatasetError,
+    MissingDependencyError,
+    ShapeError,
+    SimulatorError,
+    UnknownNameError,
+)
+from scd_robot.sim_eval.rendering import check_frame, select_gl_backend
+from scd_robot.sim_eval.robosuite_arguments import arguments_before_1_5, hold_orientation, is_before_1_5
+from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
+
+__all__ = [
+    "TAKES_WORDS",
+    "TASKS",
+    "RobosuiteEnvironment",
+    "RobosuiteOptions",
+    "import_robosuite",
+    "make",
+    "recorded_env_args",
+]
+
+TASKS = (
+    "Door",
+    "Lift",
+    "NutAssembly",
+    "NutAssemblyRound",
+    "NutAssemblySingle",
+    "NutAssemblySquare",
+    "PickPlace",
+    "PickPlaceBread",
+    "PickPlaceCan",
+    "PickPlaceCereal",
+    "PickPlaceMilk",
+    "PickPlaceSingle",
+    "Stack",
+    "ToolHang",
+    "TwoArmHandover",
+    "TwoArmLift",
+    "TwoArmPegInHole",
+    "TwoArmTransport",
+    "Wipe",
+)
+TAKES_WORDS = True
+
+_VIDEO_CAMERA = "frontview"
+
+
+@dataclass(frozen=True)
+class RobosuiteOptions:
+    """What may follow the colon in an environment's name; the module says what each does."""
+
+    robots: str = "Panda"
+    control_freq: int = 20
+    max_steps: int = 400
+    cameras: str = ""
+    image_size: int = 84
+    recorded: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("control_freq", "max_steps", "image_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value}")
+
+
+def make(task: str, options: Mapping[str, Any]) -> "RobosuiteEnvironment":
+    """The environment for `robosuite/TASK:OPTIONS`.
+
+    Raises:
+        UnknownNameError: no such option.
+        ConfigError: an option is out of range, or the recording is of another task.
+        DatasetError: the recording cannot be read, or does not tell its environment.
+        MissingDependencyError: robosuite is not installed.
+    """
+    valid = [field.name for field in fields(RobosuiteOptions)]
+    for key in options:
+        if key not in valid:
+            raise UnknownNameError("option of robosuite", key, valid)
+    return RobosuiteEnvironment(task, RobosuiteOptions(**options))
+
+
+def recorded_env_args(path: str) -> dict[str, Any]:
+    """What `robosuite.make` was called with for a recording, `env_name` among it, and `env_version`.
+
+    Raises:
+        DatasetError: no such file, or it does not tell.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            attributes = {key: file["data"].attrs.get(key) for key in ("env_args", "env_info", "env")}
+            version = file["data"].attrs.get("repository_version")
+        text = attributes["env_args"] or attributes["env_info"]
+        document = json.loads(text) if text else {}
+        arguments = {**document.get("env_kwargs", document)}
+        name = document.get("env_name", attributes["env"])
+    except (OSError, KeyError, ValueError, AttributeError, TypeError) as error:
+        raise DatasetError(f"cannot read the environment of {path} ({type(error).__name__}: {error})") from error
+    if not isinstance(name, str):
+        raise DatasetError(f"{path} does not tell its environment ('env_args', or 'env' and 'env_info', of 'data')")
+    return {**arguments, "env_name": name, "env_version": str(document.get("env_version") or version or "")}
+
+
+class RobosuiteEnvironment:
+    """One robosuite task; implements `Environment`."""
+
+    def __init__(self, task: str, options: RobosuiteOptions | None = None) -> None:
+        """Loads the task; a few seconds.
+
+        Args:
+            task: one of `TASKS`.
+            options: None = the defaults.
+
+        Raises:
+            MissingDependencyError: robosuite is not installed.
+            SimulatorError: robosuite cannot make this environment.
+        """
+        self._options = options or RobosuiteOptions()
+        self._before_1_5 = False
+        self._cameras = [name for name in self._options.cameras.split("+") if name]
+        self._robosuite = import_robosuite(rendering=bool(self._cameras))
+        name = _canonical_name(task, self._options)
+        try:
+            self._env = self._robosuite.make(**self._arguments(task))
+        except Exception as error:  # robosuite raises many kinds
+            raise SimulatorError(f"robosuite {self._robosuite.__version__} cannot make {name}: {error}") from error
+        self._running, self._steps = False, 0
+        low, high = self._env.action_spec
+        first = self._reset(0)
+        self.spec = EnvironmentSpec(
+            name=name,
+            observation={key: ArraySpec(value.shape, str(value.dtype)) for key, value in first.items()},
+            action_dim=len(low),
+            action_low=tuple(map(float, low)),
+            action_high=tuple(map(float, high)),
+            control_dt=1.0 / float(self._env.control_freq),
+            max_steps=self._options.max_steps,
+            success=f"robosuite's own check of {task} is met at the end of at least one control step",
+            hand=("robot0_eef_pos", 3) if "robot0_eef_pos" in first else None,
+        )
+
+    def reset(self, seed: int) -> dict[str, NDArray[Any]]:
+        """Starts an episode whose initial state is a function of `seed` alone; returns its first observation.
+
+        Raises:
+            SimulatorError: robosuite crashed.
+        """
+        self._running = False
+        observation = self._reset(seed)
+        self._running, self._steps = True, 0
+        return observation
+
+    def step(self, action: ActionArray) -> StepResult:
+        """Applies one action (Da,), clipped to the bounds.
+
+        Raises:
+            ShapeError: the action is not (Da,).
+            ActionError: the action holds NaN or infinite values.
+            SimulatorError: the episode is over, or the physics became unstable.
+        """
+        self._check_running()
+        if self._steps >= self.spec.max_steps:
+            raise SimulatorError(
+                f"the episode of {self.spec.name} was truncated after {self._steps} control steps; call reset(seed)"
+            )
+        values = np.asarray(action, np.float32)
+        if values.shape != (self.spec.action_dim,):
+            raise ShapeError(f"the action must be ({self.spec.action_dim},) for {self.spec.name}, got {values.shape}")
+        if not np.isfinite(values).all():
+            raise ActionError(
+                f"the action in control step {self._steps} of {self.spec.name} must be finite, got {values.tolist()}; "
+                "check the policy that made it"
+            )
+        executed = np.clip(values, self.spec.action_low, self.spec.action_high).astype(np.float32)
+        try:
+            _, reward, _, _ = self._env.step(executed.astype(np.float64))
+        except Exception as error:  # robosuite and MuJoCo raise many kinds
+            self._running = False
+            raise SimulatorError(f"{self.spec.name} crashed in control step {self._steps}: {error}") from error
+        if not np.isfinite(self._env.sim.data.qpos).all():
+            self._running = False
+            raise SimulatorError(f"the physics of {self.spec.name} became unstable in control step {self._steps}")
+        self._steps += 1
+        return StepResult(
+            observation=self._observation(),
+            reward=float(reward),
+            success=bool(self._env._check_success()),
+            terminated=False,
+            truncated=self._steps >= self.spec.max_steps,
+            executed_action=executed,
+        )
+
+    def state_hash(self) -> str:
+        """Hexadecimal SHA-256 of joint positions and velocities, and of the bodies' places in the model."""
+        self._check_running()
+        sim = self._env.sim
+        digest = hashlib.sha256()
+        for part in (sim.data.qpos, sim.data.qvel, sim.model.body_pos, sim.model.body_quat):
+            digest.update(np.ascontiguousarray(part, dtype="<f8").tobytes())
+        return digest.hexdigest()
+
+    def expert_action(self) -> ActionArray:
+        """There is none.
+
+        Raises:
+            SimulatorError: always.
+        """
+        raise SimulatorError(f"{self.spec.name} has no scripted expert; train on recorded demonstrations instead")
+
+    def render(self, height: int, width: int) -> NDArray[np.uint8]:
+        """An RGB frame (height, width, 3) of the present state."""
+        from scd_robot.sim_eval.rendering import render_frame
+
+        self._check_running()
+        model, data = self._env.sim.model._model, self._env.sim.data._data
+        names = [model.camera(i).name for i in range(model.ncam)]
+        return render_frame(model, data, height, width, camera=_VIDEO_CAMERA if _VIDEO_CAMERA in names else -1)
+
+    def close(self) -> None:
+        """Releases the simulator; may be called twice."""
+        self._running = False
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+    def _arguments(self, task: str) -> dict[str, Any]:
+        """What `robosuite.make` is called with."""
+        options = self._options
+        ours: dict[str, Any] = {
+            "has_renderer": False,
+            "has_offscreen_renderer": bool(self._cameras),
+            "use_camera_obs": bool(self._cameras),
+            "ignore_done": True,
+            "seed": 0,
+        }
+        if self._cameras:
+            size = options.image_size
+            ours |= {"camera_names": self._cameras, "camera_heights": size, "camera_widths": size}
+        if not options.recorded:
+            robots: Any = options.robots.split("+")
+            robots = robots[0] if len(robots) == 1 else robots
+            return {"env_name": task, "robots": robots, "control_freq": options.control_freq, **ours}
+        told = recorded_env_args(options.recorded)
+        if told["env_name"] != task:
+            raise ConfigError(f"{options.recorded} was recorded in {told['env_name']}, not in {task}")
+        self._before_1_5 = is_before_1_5(told.pop("env_version"), told)
+        return {**(arguments_before_1_5(told) if self._before_1_5 else told), **ours}
+
+    def _reset(self, seed: int) -> dict[str, NDArray[Any]]:
+        # Samplers of objects hold this generator itself: its state is set, not another one put in its place.
+        self._env.rng.bit_generator.state = np.random.default_rng(int(seed)).bit_generator.state
+        np.random.seed(int(seed))  # noqa: NPY002 - what is left of robosuite's older draws
+        try:
+            self._env.reset()
+        except Exception as error:  # robosuite and MuJoCo raise many kinds
+            raise SimulatorError(f"robosuite crashed in reset({seed}): {error}") from error
+        if self._before_1_5:  # controllers are made anew
+            for robot in self._env.robots:
+                for controller in robot.part_controllers.values():
+                    hold_orientation(controller)
+        return self._observation()
+
+    def _observation(self) -> dict[str, NDArray[Any]]:
+        found: dict[str, NDArray[Any]] = {}
+        upside_down = self._robosuite.macros.IMAGE_CONVENTION == "opengl"
+        for key, value in self._env._get_observations(force_update=True).items():
+            array = np.atleast_1d(np.asarray(value))
+            if array.ndim == 3 and array.dtype == np.uint8:
+                check_frame(array)
+                found[key] = np.ascontiguousarray(array[::-1] if upside_down else array)
+            elif array.ndim == 1 and array.size and array.dtype.kind in "biuf":
+                found[key] = array.astype(np.float32)
+        if "object-state" in found:
+            found["object"] = found["object-state"]
+        return found
+
+    def _check_running(self) -> None:
+        if not self._running:
+            raise SimulatorError(f"no episode of {self.spec.name} is running; call reset(seed) first")
+
+
+def _canonical_name(task: str, options: RobosuiteOptions) -> str:
+    default = asdict(RobosuiteOptions())
+    changed = [f"{key}={value}" for key, value in asdict(options).items() if value != default[key]]
+    return f"robosuite/{task}" + (":" + ",".join(changed) if changed else "")
+
+
+def import_robosuite(*, rendering: bool) -> Any:
+    """The module, quietly; `rendering`: an OpenGL backend is chosen first.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    if rendering:
+        select_gl_backend()  # MuJoCo reads the choice when it is imported
+    quiet = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it warns about settings that nobody needs
+    try:
+        import robosuite
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"this needs the package robosuite ({error}), which wants numpy 1 and so has an environment of its own: "
+            "make robosuite, then run this with .venv-robosuite/bin/python (or name that with --env-python, where a "
+            "simulator is meant)"
+        ) from error
+    finally:
+        logging.disable(quiet)
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+    return robosuite
