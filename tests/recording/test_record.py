@@ -217,8 +217,9 @@ class TestWithSimulator:
     def test_interrupt_keeps_finished_episodes_and_ends_the_workers(self, tmp_path):
         path = tmp_path / "a.zarr"
         code = (
-            "import sys\nfrom pathlib import Path\nfrom scd_robot.recording import record_demonstrations\n"
+            "import signal, sys\nfrom pathlib import Path\nfrom scd_robot.recording import record_demonstrations\n"
             "if __name__ == '__main__':\n"
+            "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs of a shell ignore it
             f"    record_demonstrations('{ENV}', 10000, Path(sys.argv[1]), workers=2, progress=False)\n"
         )
         script = tmp_path / "script.py"
