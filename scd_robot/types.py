@@ -185,6 +185,8 @@ class StepResult:
         terminated: the task ended by itself (a failure state, say); success alone does not set it.
         truncated: the time limit was reached.
         executed_action: (Da,) what was applied after clipping.
+        info: what else the environment tells: "completed", whether the manipulation was completed, rightly or not;
+            "hand", the hand's exact position, where observations of it are noisy.
     """
 
     observation: dict[str, NDArray[Any]]

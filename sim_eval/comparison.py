@@ -38,7 +38,9 @@ __all__ = [
 
 SCHEMA = 1  # of a comparison's JSON
 NON_INFERIORITY_MARGIN = 0.05
+SIGNIFICANCE = 0.05  # of the exact test, without which a pair is not told apart
 DECIDED = 20.0  # of `evidence`: an error rate of 1 / 20
+_LARGEST_LOG = 700.0  # beyond which there is no float
 _PRIOR = 0.5  # of the beta mixture of `evidence` (Jeffreys')
 
 Document = Mapping[str, Any]
@@ -162,9 +164,10 @@ class Comparison:
         """What can be said, in one sentence."""
         low, high = self.interval
         margin = 100 * NON_INFERIORITY_MARGIN
-        if low > 0:
+        significant = self.pair is None or self.pair.p_value < SIGNIFICANCE
+        if low > 0 and significant:
             return f"{self.name_a} is better than {self.name_b}."
-        if high < 0:
+        if high < 0 and significant:
             return f"{self.name_a} is worse than {self.name_b}."
         if low > -NON_INFERIORITY_MARGIN and high < NON_INFERIORITY_MARGIN:
             return f"They are equivalent within {margin:g} points."
@@ -360,4 +363,4 @@ def evidence(only_a: int, only_b: int) -> float:
     n = only_a + only_b
     log_beta = math.lgamma(only_a + _PRIOR) + math.lgamma(only_b + _PRIOR) - math.lgamma(n + 2 * _PRIOR)
     log_prior = 2 * math.lgamma(_PRIOR) - math.lgamma(2 * _PRIOR)
-    return math.exp(n * math.log(2) + log_beta - log_prior)
+    return math.exp(min(n * math.log(2) + log_beta - log_prior, _LARGEST_LOG))

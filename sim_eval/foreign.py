@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from scd_robot.errors import ConfigError
 
@@ -64,10 +63,9 @@ def start_foreign(python: str, source: str) -> tuple[ForeignProcess, Connection]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         try:
             process = subprocess.Popen(
-                [python, "-m", "scd_robot.sim_eval.foreign", str(descriptor)],
+                [os.path.abspath(python), "-P", "-m", "scd_robot.sim_eval.foreign", str(descriptor)],
                 pass_fds=(descriptor,),
                 stdin=subprocess.DEVNULL,
-                cwd=Path.home(),  # a folder with packages of the same names must not come first
                 env=environment,
             )
         except OSError as error:

@@ -4,8 +4,9 @@
 
 Observations are flattened: a dictionary's arrays keep their names, joined by dots ("desired_goal",
 "achieved_goal.kettle"); a single array is called `state`. Actions are clipped to the environment's bounds. Options in
-the name: `max_steps=N` truncates episodes after N control steps (the benchmark's own number otherwise); for aloha
-`observation=image` gives the camera's picture "pixels.top" (480, 640, 3) beside "agent_pos".
+the name: `max_steps=N` truncates episodes after N control steps (the benchmark's own number otherwise). gym-aloha draws
+its picture in every control step (about 0.3 s on a CPU) and offers no state of the objects: with `observation=image`
+there is "pixels.top" (480, 640, 3) beside "agent_pos".
 """
 
 import hashlib
@@ -97,7 +98,7 @@ class GymnasiumEnvironment:
         self._task, self._options = task, options or GymnasiumOptions()
         if self._options.observation == "image" and task not in _ALOHA:
             raise ConfigError(f"gymnasium/{task} observes its state only; leave out observation=image")
-        self._env = _load(task, self._options)
+        self._env = _load(task)
         self._running, self._steps = False, 0
         low, high = self._env.action_space.low, self._env.action_space.high
         self._low, self._high = np.asarray(low, np.float32), np.asarray(high, np.float32)
@@ -154,7 +155,7 @@ class GymnasiumEnvironment:
         self._steps += 1
         success = _succeeded(self._task, info)
         return StepResult(
-            observation=_flat(observation),
+            observation=self._observed(observation),
             reward=float(reward),
             success=success,
             terminated=bool(terminated) and not success,
@@ -198,12 +199,18 @@ class GymnasiumEnvironment:
         self._running = False
         self._env.close()
 
+    def _observed(self, observation: Any) -> dict[str, NDArray[Any]]:
+        found = _flat(observation)
+        if self._options.observation == "state":
+            return {key: value for key, value in found.items() if value.dtype != np.uint8}
+        return found
+
     def _reset(self, seed: int) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         try:
             observation, info = self._env.reset(seed=int(seed))
         except Exception as error:  # simulators raise many kinds
             raise SimulatorError(f"gymnasium/{self._task} crashed in reset({seed}): {error}") from error
-        self._last = _flat(observation)
+        self._last = self._observed(observation)
         return self._last, info
 
     def _physics(self) -> Any:
@@ -238,7 +245,7 @@ def _flat(observation: Any, prefix: str = "") -> dict[str, NDArray[Any]]:
     """Arrays by name; numbers float32, pictures uint8."""
     if not isinstance(observation, Mapping):
         values = np.asarray(observation)
-        return {prefix or "state": values if values.dtype == np.uint8 else values.astype(np.float32)}
+        return {prefix or "state": values.astype(np.uint8 if values.dtype == np.uint8 else np.float32)}  # a copy
     found: dict[str, NDArray[Any]] = {}
     for key, value in observation.items():
         found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
@@ -251,12 +258,13 @@ def _canonical_name(task: str, options: GymnasiumOptions) -> str:
     return f"gymnasium/{task}" + (":" + ",".join(changed) if changed else "")
 
 
-def _load(task: str, options: GymnasiumOptions) -> Any:
-    from scd_robot.sim_eval.rendering import select_gl_backend
-
+def _load(task: str) -> Any:
     package = "gym-aloha" if task in _ALOHA else "gymnasium-robotics"
     if task in _ALOHA:
+        from scd_robot.sim_eval.rendering import select_gl_backend
+
         select_gl_backend()  # dm_control draws by itself
+    options: dict[str, Any] = {"max_episode_steps": -1, "disable_env_checker": True}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other packages' own deprecations
@@ -265,13 +273,13 @@ def _load(task: str, options: GymnasiumOptions) -> Any:
             if task in _ALOHA:
                 import gym_aloha  # noqa: F401 - registers its tasks
 
-                kind = "pixels_agent_pos" if options.observation == "image" else "state"
-                return gymnasium.make(f"gym_aloha/{task}", obs_type=kind, max_episode_steps=-1)
+                return gymnasium.make(f"gym_aloha/{task}", obs_type="pixels_agent_pos", **options)
             import gymnasium_robotics
 
             gymnasium.register_envs(gymnasium_robotics)
-            extra = {"tasks_to_complete": list(_KITCHEN_TASKS)} if task in _KITCHEN else {}
-            return gymnasium.make(task, max_episode_steps=-1, **extra)
+            if task in _KITCHEN:
+                options["tasks_to_complete"] = list(_KITCHEN_TASKS)
+            return gymnasium.make(task, **options)
     except ImportError as error:
         raise MissingDependencyError(
             f"gymnasium/{task} needs the package {package} ({error}); install it with: "

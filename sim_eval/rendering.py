@@ -137,6 +137,11 @@ def close_renderer() -> None:
         _process_renderer.cache_clear()
 
 
+def _close_at_exit() -> None:
+    with contextlib.suppress(Exception):  # another library has shut the display down already
+        close_renderer()
+
+
 def _parse_backend(value: str) -> str:
     name = value.lower().strip()
     if name in ("egl", "osmesa"):
@@ -171,7 +176,7 @@ def _probe(backend: str) -> str | None:
 @functools.cache
 def _process_renderer() -> "_ProcessRenderer":
     renderer = _ProcessRenderer(select_gl_backend())
-    atexit.register(close_renderer)  # runs before the display itself is shut down, so exits stay silent
+    atexit.register(_close_at_exit)  # runs before the display itself is shut down, so exits stay silent
     return renderer
 
 

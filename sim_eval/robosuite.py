@@ -5,8 +5,8 @@ Observations have robosuite's names, and "object" as robomimic calls "object-sta
 
 - `robots=Panda` (two arms: `robots=Panda+Panda`), `control_freq=20`, `max_steps=400`;
 - `cameras=agentview+robot0_eye_in_hand`, `image_size=84`: images are slow, 20 to 100 ms each;
-- `recorded=PATH`: robots, controller and rate as the HDF5 file at PATH tells them (robomimic's or robosuite's), older
-  controllers in today's form.
+- `recorded=FILE.json`: robots, controller and rate as the `env_args` of a recording tell them, older controllers in
+  today's form.
 
 robosuite needs an environment of its own (docs/install.md): `scd eval ... --env-python .venv-robosuite/bin/python`.
 """
@@ -16,6 +16,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,24 +108,24 @@ def make(task: str, options: Mapping[str, Any]) -> "RobosuiteEnvironment":
 def recorded_env_args(path: str) -> dict[str, Any]:
     """What `robosuite.make` was called with for a recording, `env_name` among it, and `env_version`.
 
+    Args:
+        path: JSON file with the `env_args` of a robomimic dataset, or with robosuite's own `env`, `env_info` and
+            `repository_version`.
+
     Raises:
         DatasetError: no such file, or it does not tell.
     """
-    import h5py
-
     try:
-        with h5py.File(path, "r") as file:
-            attributes = {key: file["data"].attrs.get(key) for key in ("env_args", "env_info", "env")}
-            version = file["data"].attrs.get("repository_version")
-        text = attributes["env_args"] or attributes["env_info"]
-        document = json.loads(text) if text else {}
-        arguments = {**document.get("env_kwargs", document)}
-        name = document.get("env_name", attributes["env"])
-    except (OSError, KeyError, ValueError, AttributeError, TypeError) as error:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        arguments = document.get("env_kwargs", document.get("env_info", {}))
+        arguments = {**(json.loads(arguments) if isinstance(arguments, str) else arguments)}
+        name = document.get("env_name", document.get("env"))
+        version = document.get("env_version") or document.get("repository_version") or ""
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DatasetError(f"cannot read the environment of {path} ({type(error).__name__}: {error})") from error
     if not isinstance(name, str):
-        raise DatasetError(f"{path} does not tell its environment ('env_args', or 'env' and 'env_info', of 'data')")
-    return {**arguments, "env_name": name, "env_version": str(document.get("env_version") or version or "")}
+        raise DatasetError(f"{path} does not tell its environment: neither 'env_name' nor 'env' is there")
+    return {**arguments, "env_name": name, "env_version": str(version)}
 
 
 class RobosuiteEnvironment:
@@ -146,8 +147,9 @@ class RobosuiteEnvironment:
         self._cameras = [name for name in self._options.cameras.split("+") if name]
         self._robosuite = import_robosuite(rendering=bool(self._cameras))
         name = _canonical_name(task, self._options)
+        arguments = self._arguments(task)
         try:
-            self._env = self._robosuite.make(**self._arguments(task))
+            self._env = self._robosuite.make(**arguments)
         except Exception as error:  # robosuite raises many kinds
             raise SimulatorError(f"robosuite {self._robosuite.__version__} cannot make {name}: {error}") from error
         self._running, self._steps = False, 0

@@ -312,7 +312,7 @@ class _Rollout:
             return True
         row.actions.append(result.executed_action)
         row.rewards.append(float(result.reward))
-        row.hand += self._hand(row)
+        row.hand += [result.info["hand"]] if "hand" in result.info else self._hand(row)
         if "completed" in result.info:
             row.completed = bool(row.completed or result.info["completed"])
         if result.success:

@@ -55,7 +55,7 @@ def diagnose_history(
         environment: name.
         episodes: of each closed-loop run, from the start states of `scd eval`.
         windows: control steps that a history is cut to.
-        demonstrations: (N, Da) executed actions of the demonstrations, for the copycat ratio; None = no ratio.
+        demonstrations: (N, Da) actions of the demonstrations, for the copycat ratio; None = no ratio.
         demonstration_ends: (E,) of their episodes.
         python: see `evaluate`.
         progress: show bars.
@@ -75,7 +75,10 @@ def diagnose_history(
     recorder = StreamRecorder(policy)
     options: Any = {"num_videos": 0, "progress": progress, "python": python}
     results = {"own": evaluate(recorder, environment, episodes, **options)}
-    streams = [recorder.streams[index] for index in sorted(recorder.streams) if len(recorder.streams[index]) > 1]
+    lengths = {record.index: record.steps for record in results["own"].valid}
+    streams = [recorder.streams[index].cut(length) for index, length in lengths.items() if length > 1]
+    if len(streams) < 2:
+        raise ConfigError(f"only {len(streams)} episodes of {environment} are longer than one step; evaluate more")
     kinds: list[tuple[str, int]] = [("cut", window) for window in windows]
     kinds += [(kind, 0) for kind in ALTERATIONS]
     for kind, window in kinds:
@@ -116,7 +119,7 @@ def altered(
         before = before[::-1]
     elif kind == "swapped":
         candidates = [other for other in others if other.episode != stream.episode]
-        source = candidates[int(rng.integers(len(candidates)))]
+        source = candidates[stream.episode % len(candidates)]  # the same one for all of an episode
         before = before[: len(source)]
     picked = [(source, int(i)) for i in before] + [(stream, step)]
     return Stream(

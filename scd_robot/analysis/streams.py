@@ -32,6 +32,10 @@ class Stream:
     action: list[NDArray[np.float32]] = field(default_factory=list)
     executed: list[NDArray[np.float32]] = field(default_factory=list)
 
+    def cut(self, length: int) -> "Stream":
+        """Its first control steps: rows without work go on repeating their last observation."""
+        return Stream(self.episode, self.observation[:length], self.action[:length], self.executed[:length])
+
     def __len__(self) -> int:
         return len(self.observation)
 

@@ -144,7 +144,7 @@ def _diagnose(
         checkpoint,
         env,
         episodes,
-        demonstrations=None if data is None else data.executed()[:],
+        demonstrations=None if data is None else data.arrays["action"][:],
         demonstration_ends=None if data is None else data.episode_ends,
         python=python,
         progress=str(json) != "-",

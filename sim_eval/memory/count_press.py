@@ -24,8 +24,8 @@ class CountPress(MemoryEnvironment):
 
     `cue` (choices) is 1 at the number of presses that remain, as far as it is shown: in the first 10 control steps, or
     always with `cue_visible=1`, where at the last place of its `choices + 1` it says that none remains. `button` (1) is
-    how far it is down [m]. After `delay` steps comes the signal. One press too many, a press before the signal, or the
-    pad after too few of them ends the episode.
+    how far it is down [m]. After `delay` steps comes the signal, and the robot is free to move. One press too many, or
+    the pad after too few of them, ends the episode.
     """
 
     task: ClassVar[str] = "count-press"
@@ -77,12 +77,12 @@ class CountPress(MemoryEnvironment):
         if not self._down and travel > _PRESSED:
             self._down = True
             self._presses += 1
-            if not self._signal() or self._presses > self._count:
-                return "failure"
+            if self._presses > self._count:
+                return "wrong"
         elif self._down and travel < _RELEASED:
             self._down = False
         if self.hand[2] < 0.03 and np.hypot(*(self.hand[:2] - _PAD)) < _PAD_RADIUS:
-            return "success" if self._presses == self._count and self._signal() else "failure"
+            return "success" if self._presses == self._count else "wrong"
         return None
 
     def _expert(self) -> Vector:

@@ -20,17 +20,19 @@ class CueReach(MemoryEnvironment):
     """Pads lie on a circle, each of its colour; a lamp shows one of the colours for 10 control steps.
 
     `cue` (choices) is 1 for the colour that is shown, all 0 while none is. Then nothing shows it for `delay` steps,
-    until `signal` is 1 (the lamp is white). Touching any other pad, or one before the signal, ends the episode.
+    until `signal` is 1 (a white lamp) and the robot is free to move. Touching any other pad ends the episode.
     """
 
     task: ClassVar[str] = "cue-reach"
-    success: ClassVar[str] = "after the signal the hand touches the pad of the colour that was shown, and none before"
+    success: ClassVar[str] = (
+        "after the signal the hand touches the pad of the colour that was shown, and none before it"
+    )
     steps_to_act: int = _CUE_STEPS + 60
 
     def _scene(self) -> str:
         self._pads = [_place(i, self.options.choices) for i in range(self.options.choices)]
         pads = [marker(f"pad_{i}", pad, _PAD, COLOURS[i]) for i, pad in enumerate(self._pads)]
-        return hand_scene("".join(pads) + lamp("lamp", (0, 0.36, 0.12), 0.06))
+        return hand_scene("".join(pads) + lamp("lamp", (0, 0.36, 0.12), 0.06) + lamp("go", (0.36, 0.36, 0.1)))
 
     def _keys(self) -> dict[str, ArraySpec]:
         return {"cue": ArraySpec((self.options.choices,))}
@@ -60,7 +62,7 @@ class CueReach(MemoryEnvironment):
         touched = [i for i, pad in enumerate(self._pads) if np.hypot(*(self.hand[:2] - pad)) < _PAD]
         if not touched:
             return None
-        return "success" if touched == [self._cue] and self._signal() else "failure"
+        return "success" if touched == [self._cue] else "wrong"
 
     def _expert(self) -> Vector:
         if not self._signal():
@@ -70,8 +72,8 @@ class CueReach(MemoryEnvironment):
         return self.towards((*pad, 0.02 if near else 0.12))
 
     def _paint(self) -> None:
-        colour = COLOURS[self._cue] if self._shown() else (1.0, 1.0, 1.0) if self._signal() else GREY
-        self.paint("lamp", colour)
+        self.paint("lamp", COLOURS[self._cue] if self._shown() else GREY)
+        self.paint("go", (1.0, 1.0, 1.0) if self._signal() else GREY)
 
 
 def _place(number: int, count: int) -> Vector:

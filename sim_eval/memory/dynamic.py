@@ -28,6 +28,9 @@ class _Dynamic(MemoryEnvironment):
     def _signal(self) -> bool:
         return True
 
+    def _completion(self, verdict: Verdict) -> dict[str, bool]:
+        return {}  # there is nothing to complete but the task
+
 
 class MovingTarget(_Dynamic):
     """A ball moves about, each axis as a sum of two sines of its own; the hand is to stay with it.

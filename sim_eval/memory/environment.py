@@ -17,7 +17,8 @@ from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
 __all__ = ["MemoryEnvironment", "MemoryOptions", "Verdict"]
 
-Verdict = Literal["success", "failure"] | None
+# "wrong": the manipulation was completed, but not as what was hidden asked for; "failure": it went wrong itself.
+Verdict = Literal["success", "wrong", "failure"] | None
 Vector = NDArray[np.float64]
 
 SENSOR_NOISE = 0.001  # standard deviation of every measured length [m], angle [rad]
@@ -35,7 +36,7 @@ class MemoryOptions:
         cue_visible: 1 = the twin in which nothing has to be remembered: the cue stays in view.
         choices: how many different cues there are, in tasks with discrete ones.
         observation: "state", or "image" for a picture in the place of everything but `proprio`.
-        expert: "privileged" knows the cue; "memoryless" guesses it, as the best policy without memory would have to.
+        expert: "privileged" knows the cue; "memoryless" guesses it once per episode.
         max_steps: control steps after which an episode is truncated; 0 = as many as the task needs at this delay.
     """
 
@@ -69,7 +70,8 @@ class MemoryEnvironment(abc.ABC):
     or mrad, so that a cue cannot survive in the last digits of a position. With `observation=image` there are
     `proprio` and `image` (64, 64, 3) uint8, in which everything else can be seen.
 
-    An action is one of -1..1 per joint: how far its target moves in one control step, 1 = `reach_per_step`.
+    An action is one of -1..1 per joint: how far its target moves in one control step, 1 = `reach_per_step`. While a cue
+    is shown and in the wait the robot holds still, whatever it is asked for: it cannot keep the cue in its pose.
     """
 
     task: ClassVar[str]
@@ -111,7 +113,6 @@ class MemoryEnvironment(abc.ABC):
             control_dt=self.control_dt,
             max_steps=self.options.max_steps or max(self._delays) + self.steps_to_act,
             success=self.success,
-            hand=("proprio", 3) if self.model.nu == 3 else None,
         )
 
     def reset(self, seed: int) -> dict[str, NDArray[Any]]:
@@ -147,7 +148,7 @@ class MemoryEnvironment(abc.ABC):
             raise SimulatorError(
                 f"the episode of {self.spec.name} was truncated after {self.steps} control steps; call reset(seed)"
             )
-        executed = self._checked(action)
+        executed = self._checked(action) * np.float32(self._is_free())
         self._move(executed)
         self.steps += 1
         verdict = self._judge()
@@ -155,10 +156,10 @@ class MemoryEnvironment(abc.ABC):
             observation=self._observation(),
             reward=float(verdict == "success"),
             success=verdict == "success",
-            terminated=verdict == "failure",
+            terminated=verdict in ("wrong", "failure"),
             truncated=self.steps >= self.spec.max_steps,
             executed_action=executed,
-            info={"completed": verdict is not None},
+            info={"hand": self.hand.copy()} | self._completion(verdict),
         )
 
     def state_hash(self) -> str:
@@ -176,10 +177,13 @@ class MemoryEnvironment(abc.ABC):
 
     def render(self, height: int, width: int) -> NDArray[np.uint8]:
         """An RGB frame (height, width, 3) of the present state."""
+        import mujoco
+
         from scd_robot.sim_eval.rendering import render_frame
 
         self._check_running()
         self._paint()
+        mujoco.mj_kinematics(self.model, self.data)  # what was moved since the last physics step
         return render_frame(self.model, self.data, height, width, camera="view")
 
     def close(self) -> None:
@@ -287,6 +291,14 @@ class MemoryEnvironment(abc.ABC):
     @abc.abstractmethod
     def _expert(self) -> Vector:
         """The expert's action, not yet clipped."""
+
+    def _is_free(self) -> bool:
+        """Whether the robot does what it is asked for in this control step."""
+        return self._signal()
+
+    def _completion(self, verdict: Verdict) -> dict[str, bool]:
+        """Whether the manipulation was completed, rightly or not."""
+        return {"completed": verdict in ("success", "wrong")}
 
     def _before_physics(self, action: ActionArray) -> None:  # noqa: B027 - most tasks have nothing to do here
         """Does what an action asks for besides moving joints."""

@@ -13,6 +13,7 @@ __all__ = ["HiddenFriction"]
 
 _START = -0.14  # [m] along the rail, of the puck
 _RELEASE = -0.03  # where the hand stops, and the puck slides on
+_LINE = _RELEASE + 0.012  # which the hand may not pass
 _HALF = 0.03  # [m] half the puck's length along the rail
 _TIP = 0.015  # [m] radius of the hand's tip
 _TRY_STEPS = 60  # control steps of the first push
@@ -32,12 +33,16 @@ class HiddenFriction(MemoryEnvironment):
     """A puck on a rail slides on when the hand that pushes it stops, as far as its friction lets it.
 
     `puck` (1) is its position along the rail [m], `goal` (1) where it is to stop, `friction` (1) 0, or with
-    `cue_visible=1` its deceleration [m/s^2]. In the first 60 control steps the puck may be pushed once to see how far
-    it goes; then it is put back and held, for 20 and `delay` steps, until the signal. The second push counts.
+    `cue_visible=1` its deceleration [m/s^2], `trial` (1) 1 in the first 60 control steps, in which the puck may be
+    pushed once to see how far it goes. Then it is put back, the hand has 20 steps to go back as well, and both are held
+    for `delay` steps, until the signal. The second push counts. The hand may not pass the white line: it cannot carry
+    the puck to the goal.
     """
 
     task: ClassVar[str] = "hidden-friction"
-    success: ClassVar[str] = "the puck of the second push comes to rest within 4 cm of the goal"
+    success: ClassVar[str] = (
+        "pushed for the second time, up to the line, the puck comes to rest within 4 cm of the goal"
+    )
     reach_per_step: ClassVar[float] = 0.035  # [m]: 0.7 m/s
     steps_to_act: int = _TRY_STEPS + _RETURN_STEPS + 80
 
@@ -47,11 +52,14 @@ class HiddenFriction(MemoryEnvironment):
             f'<geom name="puck" type="box" size="{_HALF} 0.04 0.02" mass="{_MASS}" rgba="0.9 0.5 0.1 1"/></body>'
             '<body name="goal" mocap="true"><geom name="goal" type="box" size="0.004 0.08 0.002" '
             'rgba="0.1 0.7 0.2 1" contype="0" conaffinity="0"/></body>'
+            f'<geom name="line" type="box" pos="{_LINE} 0 0.001" size="0.002 0.08 0.001" rgba="1 1 1 1" contype="0" '
+            'conaffinity="0"/><geom name="gauge" type="box" pos="-0.36 0.36 0.01" size="0.02 0.02 0.01" '
+            'rgba="0.9 0.9 0.1 1" contype="0" conaffinity="0"/>'
         )
         return hand_scene(puck + lamp("lamp", (0, 0.36, 0.12), 0.06))
 
     def _keys(self) -> dict[str, ArraySpec]:
-        return {"puck": ArraySpec((1,)), "goal": ArraySpec((1,)), "friction": ArraySpec((1,))}
+        return {key: ArraySpec((1,)) for key in ("puck", "goal", "friction", "trial")}
 
     def _begin(self, rng: np.random.Generator) -> None:
         self._deceleration = self._believed = float(rng.uniform(*_DECELERATION))
@@ -76,9 +84,15 @@ class HiddenFriction(MemoryEnvironment):
 
     def _sense(self) -> dict[str, ArrayLike]:
         shown = self._deceleration if self.options.cue_visible else 0.0
-        return {"puck": self.measured([self._puck()]), "goal": [self._goal], "friction": [shown]}
+        trial = float(self.steps < _TRY_STEPS)
+        return {"puck": self.measured([self._puck()]), "goal": [self._goal], "friction": [shown], "trial": [trial]}
+
+    def _is_free(self) -> bool:
+        return self.steps < _TRY_STEPS + _RETURN_STEPS or self._signal()
 
     def _judge(self) -> Verdict:
+        if self.hand[0] > _LINE:
+            return "failure"
         if not self._signal():
             if self.steps >= _TRY_STEPS:
                 self.data.joint("puck").qpos[0], self.data.joint("puck").qvel[0] = _START, 0.0
@@ -88,7 +102,7 @@ class HiddenFriction(MemoryEnvironment):
         apart = self._puck() - _HALF - _TIP > self.hand[0] + 0.005
         if not (self._pushed and apart and abs(float(self.data.joint("puck").qvel[0])) < 1e-3):
             return None
-        return "success" if abs(self._puck() - self._goal) < _NEAR else "failure"
+        return "success" if abs(self._puck() - self._goal) < _NEAR else "wrong"
 
     def _expert(self) -> Vector:
         trying = self.steps < _TRY_STEPS
@@ -112,4 +126,7 @@ class HiddenFriction(MemoryEnvironment):
         return float(speeds[np.argmin(np.abs(rest - self._goal))])
 
     def _paint(self) -> None:
+        height = 0.15 * self._deceleration if self.options.cue_visible else 0.001
+        self.model.geom("gauge").size[2] = height
+        self.model.geom("gauge").pos[2] = height
         self.paint("lamp", (1.0, 1.0, 1.0) if self._signal() else GREY)

@@ -21,7 +21,7 @@ class OccludedReach(MemoryEnvironment):
     """A puck slides at constant speed for 16 control steps, of which 10 are seen, and lies still then.
 
     `puck` (3) is its position x, y [m] and 1, or zeros while it is covered. `delay` steps after it stopped the signal
-    is given. Coming down anywhere else, or earlier, ends the episode.
+    is given and the robot is free to move. Coming down anywhere else ends the episode.
     """
 
     task: ClassVar[str] = "occluded-reach"
@@ -73,7 +73,7 @@ class OccludedReach(MemoryEnvironment):
         if self.hand[2] > 0.03:
             return None
         near = np.hypot(*(self.hand[:2] - self._end)) < _NEAR
-        return "success" if near and self._signal() else "failure"
+        return "success" if near else "wrong"
 
     def _expert(self) -> Vector:
         if not self._signal():

@@ -71,6 +71,9 @@ class PlaceBack(MemoryEnvironment):
     def _signal(self) -> bool:
         return self._ready_at is not None and self.steps >= self._ready_at + self.delay
 
+    def _is_free(self) -> bool:
+        return self._ready_at is None or self._signal()
+
     def _block(self) -> Vector:
         """(3,) of the middle of its top."""
         return np.array(self.data.qpos[3:6])
@@ -100,7 +103,7 @@ class PlaceBack(MemoryEnvironment):
         if left and not self._signal():
             return "failure"
         if left and down:
-            return "success" if np.hypot(*(block[:2] - self._origin)) < _NEAR else "failure"
+            return "success" if np.hypot(*(block[:2] - self._origin)) < _NEAR else "wrong"
         return None
 
     def _expert(self) -> Vector:

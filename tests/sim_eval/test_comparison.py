@@ -69,6 +69,7 @@ class TestVerdict:
             ([1] * 200, [1] * 200, "equivalent within 5 points", True),
             ([1] * 10, [1] * 10, "do not tell them apart", False),
             ([1] * 200, [1] * 190 + [0] * 10, "x is better than y", True),
+            ([1] * 50, [1] * 45 + [0] * 5, "not worse than y by 5 points", True),  # McNemar p = 0.06
         ],
     )
     def test_follows_from_the_interval(self, a, b, verdict, non_inferior):
@@ -112,6 +113,7 @@ def test_evidence_is_a_martingale_of_fair_coins():
     for a, b in itertools.product(range(6), repeat=2):
         assert evidence(a, b) == pytest.approx((evidence(a + 1, b) + evidence(a, b + 1)) / 2)
     assert evidence(0, 0) == 1
+    assert evidence(3000, 0) > 1e300
     assert evidence(8, 0) == pytest.approx(evidence(0, 8))
 
 

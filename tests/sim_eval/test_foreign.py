@@ -1,5 +1,6 @@
 """Environments under another Python behave as under this one, and their processes never stay behind."""
 
+import os
 import sys
 import time
 
@@ -46,6 +47,13 @@ def test_a_dead_one_is_replaced():
     while process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not process.is_alive()
+
+
+def test_a_relative_path_is_of_the_present_folder_whose_modules_do_not_count(tmp_path, monkeypatch):
+    (tmp_path / "scd_robot.py").write_text("raise RuntimeError('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    with EnvironmentWorker(NAME, python=os.path.relpath(sys.executable)) as worker:
+        assert worker.spec.name == NAME
 
 
 def test_errors_of_the_user_travel():

@@ -64,10 +64,10 @@ class TestContract:
         with pytest.raises(SimulatorError, match=r"call reset\(seed\) first"):
             environment.step(np.zeros(3, np.float32))
         environment.reset(0)
-        action = np.full(environment.spec.action_dim, 9, np.float32)
+        action, free = np.full(environment.spec.action_dim, 9, np.float32), environment._is_free()
         results = [environment.step(action) for _ in range(3)]
         assert [result.truncated for result in results] == [False, False, True]
-        np.testing.assert_array_equal(results[0].executed_action, np.ones_like(action))
+        np.testing.assert_array_equal(results[0].executed_action, np.full_like(action, free))
         with pytest.raises(SimulatorError, match="truncated after 3"):
             environment.step(action)
         environment.reset(0)
@@ -98,6 +98,27 @@ class TestContract:
     def test_dynamic_tasks_have_no_cue(self, task):
         with pytest.raises(ConfigError, match="has no cue"):
             make(task, "delay=3")
+
+    @pytest.mark.sim
+    @pytest.mark.parametrize("task", TASKS)
+    def test_pictures_show_the_signal_and_what_is_in_view(self, task):
+        if task not in MEMORY_TASKS:
+            pytest.skip("has neither")
+        for options in ("delay=3,observation=image", "delay=3,observation=image,cue_visible=1"):
+            environment = make(task, options)
+            environment.reset(0)
+            signal = environment._signal
+            environment._signal = lambda: False
+            before = environment.render(64, 64)
+            environment._signal = lambda: True
+            assert (environment.render(64, 64) != before).any()
+            environment._signal = signal
+        hidden, visible = make(task, "delay=3"), make(task, "delay=3,cue_visible=1")
+        for environment in (hidden, visible):
+            environment.reset(0)
+            while not environment._signal():
+                environment.step(environment.expert_action())
+        assert (hidden.render(64, 64) != visible.render(64, 64)).any()
 
     @pytest.mark.sim
     @pytest.mark.parametrize("task", TASKS)
@@ -191,7 +212,35 @@ def explained(features, hidden):
 
 
 class TestJudgement:
-    def test_another_pad_or_the_right_one_too_early_ends_the_episode(self):
+    @pytest.mark.parametrize("task", MEMORY)
+    def test_the_robot_holds_still_in_the_wait(self, task):
+        environment = make(task, "delay=30")
+        environment.reset(0)
+        held = 0
+        rng = np.random.default_rng(0)
+        while not environment._signal():
+            free = environment._is_free()
+            before = environment.target.copy()
+            action = environment.expert_action() if free else rng.uniform(-1, 1, environment.spec.action_dim)
+            result = environment.step(action.astype(np.float32))
+            assert not result.terminated
+            if not free:
+                held += 1
+                np.testing.assert_array_equal(environment.target, before)
+                assert not result.executed_action.any()
+        assert held >= 29
+
+    def test_carrying_the_puck_over_the_line_ends_the_episode(self):
+        environment = make("hidden-friction", "delay=0")
+        environment.reset(0)
+        for _ in range(40):
+            result = environment.step(np.array([0.3, 0, 0], np.float32))
+            if result.terminated:
+                break
+        assert result.terminated
+        assert not result.info["completed"]
+
+    def test_another_pad_ends_the_episode(self):
         environment = make("cue-reach", "delay=10")
         for seed in range(5):
             observation = environment.reset(seed)
@@ -199,17 +248,7 @@ class TestJudgement:
             environment._believed = (shown + 1) % 4
             while not (result := environment.step(environment.expert_action())).terminated:
                 assert not result.success
-        environment.reset(0)
-        environment._signal = lambda: True
-        action = environment.expert_action
-        for _ in range(60):
-            chosen = action()
-            environment._signal = lambda: False
-            result = environment.step(chosen)
-            environment._signal = lambda: True
-            if result.terminated:
-                break
-        assert result.terminated
+            assert result.info["completed"]
 
     @pytest.mark.parametrize("change", [-1, 1])
     def test_one_press_too_few_or_too_many(self, change):

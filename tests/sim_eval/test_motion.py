@@ -40,7 +40,7 @@ class Expert:
     """The memory suite's expert, in the process of the policy: a second environment that follows the first."""
 
     def __init__(self, name, wrong):
-        self._environment, self._wrong = make_environment(name), wrong
+        self._environment, self._wrong, self.path = make_environment(name), wrong, []
 
     def reset(self, rows=None, episodes=None):
         self._begin = True
@@ -53,6 +53,7 @@ class Expert:
             self._begin = False
         action = self._environment.expert_action()
         self._environment.step(action)
+        self.path.append(self._environment.hand.copy())
         return action[None]
 
 
@@ -68,5 +69,6 @@ def test_completed_apart_from_right(wrong):
     assert (episode["completed"], episode["success"]) == (True, not wrong)
     assert document["contextual_success"]["completed"] == 1
     assert document["contextual_success"]["successes"] == int(not wrong)
-    assert 0.2 < episode["path_length"] < 0.6
+    exact = np.linalg.norm(np.diff(policy.path, axis=0), axis=1).sum()  # not of what the noisy sensor says
+    assert episode["path_length"] == pytest.approx(exact, abs=0.005)
     assert document["motion"]["jerk"] == episode["jerk"] > 0

@@ -2,7 +2,6 @@
 
 import json
 
-import h5py
 import numpy as np
 import pytest
 
@@ -11,11 +10,8 @@ from scd_robot.sim_eval import known_environments, make_environment
 from scd_robot.sim_eval.robosuite import recorded_env_args
 
 
-def recording(path, **attributes):
-    with h5py.File(path, "w") as file:
-        data = file.create_group("data")
-        for key, value in attributes.items():
-            data.attrs[key] = value if isinstance(value, str) else json.dumps(value)
+def recording(path, **document):
+    path.write_text(json.dumps(document))
     return path
 
 
@@ -28,17 +24,18 @@ class TestWithoutRobosuite:
     def test_arguments_of_recordings(self, tmp_path):
         kwargs = {"robots": "Panda", "control_freq": 10}
         args = {"env_name": "Lift", "env_version": "1.4.1", "type": 1, "env_kwargs": kwargs}
-        found = recorded_env_args(str(recording(tmp_path / "a.hdf5", env_args=args)))
+        found = recorded_env_args(str(recording(tmp_path / "a.json", **args)))
         assert found == {**kwargs, "env_name": "Lift", "env_version": "1.4.1"}
-        raw = recording(tmp_path / "b.hdf5", env="Door", env_info=kwargs, repository_version="1.4.1")
+        raw = recording(tmp_path / "b.json", env="Door", env_info=json.dumps(kwargs), repository_version="1.4.1")
         assert recorded_env_args(str(raw)) == {**kwargs, "env_name": "Door", "env_version": "1.4.1"}
 
-    @pytest.mark.parametrize("attributes", [{}, {"env_args": "no json"}, {"env_info": {}}])
-    def test_recordings_that_do_not_tell(self, tmp_path, attributes):
+    @pytest.mark.parametrize("text", ["{}", "no json", "[]", '{"env_info": "no json"}'])
+    def test_recordings_that_do_not_tell(self, tmp_path, text):
+        (tmp_path / "a.json").write_text(text)
         with pytest.raises(DatasetError, match="environment"):
-            recorded_env_args(str(recording(tmp_path / "a.hdf5", **attributes)))
+            recorded_env_args(str(tmp_path / "a.json"))
         with pytest.raises(DatasetError, match="cannot read"):
-            recorded_env_args(str(tmp_path / "missing.hdf5"))
+            recorded_env_args(str(tmp_path / "missing.json"))
 
 
 class TestWithRobosuite:
@@ -75,7 +72,7 @@ class TestWithRobosuite:
         }  # fmt: skip
         kwargs = {"robots": "Panda", "control_freq": 10, "controller_configs": controller}
         args = {"env_name": "Lift", "env_version": "1.4.1", "type": 1, "env_kwargs": kwargs}
-        path = recording(tmp_path / "a.hdf5", env_args=args)
+        path = recording(tmp_path / "a.json", **args)
         environment = make_environment(f"robosuite/Lift:recorded={path}")
         assert environment.spec.control_dt == pytest.approx(0.1)
         assert environment.spec.action_dim == 7
