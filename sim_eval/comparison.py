@@ -41,6 +41,7 @@ NON_INFERIORITY_MARGIN = 0.05
 SIGNIFICANCE = 0.05  # of the exact test, without which a pair is not told apart
 DECIDED = 20.0  # of `evidence`: an error rate of 1 / 20
 _LARGEST_LOG = 700.0  # beyond which there is no float
+_FEW_SEEDS = 5
 _PRIOR = 0.5  # of the beta mixture of `evidence` (Jeffreys')
 
 Document = Mapping[str, Any]
@@ -131,6 +132,8 @@ class Comparison:
         indices: (N,) numbers of the compared episodes.
         success_a: (R, N) by seed and episode.
         success_b: (R', N).
+        left_out: episodes of some of the evaluations that are not valid in all.
+        sequential: the outcomes decided how many episodes there are: only `evidence` tells the arms apart then.
     """
 
     environment: str
@@ -139,6 +142,8 @@ class Comparison:
     indices: NDArray[np.int64]
     success_a: NDArray[np.bool_]
     success_b: NDArray[np.bool_]
+    left_out: int = 0
+    sequential: bool = False
 
     @property
     def pair(self) -> PairedCounts | None:
@@ -155,13 +160,18 @@ class Comparison:
 
     @functools.cached_property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the difference: paired Newcombe for one seed each, else bootstrap over seeds and states."""
+        """95 % interval of the difference: paired Newcombe for one seed each, else bootstrap over seeds and states.
+
+        After sequential stopping it covers less often than that.
+        """
         pair = self.pair
         return bootstrap_difference(self.success_a, self.success_b).interval if pair is None else pair.interval
 
     @property
     def verdict(self) -> str:
         """What can be said, in one sentence."""
+        if self.sequential:
+            return self._verdict_of_evidence()
         low, high = self.interval
         margin = 100 * NON_INFERIORITY_MARGIN
         significant = self.pair is None or self.pair.p_value < SIGNIFICANCE
@@ -175,20 +185,31 @@ class Comparison:
             return f"{self.name_a} is not worse than {self.name_b} by {margin:g} points or more; it may be better."
         return "These episodes do not tell them apart."
 
+    def _verdict_of_evidence(self) -> str:
+        pair = self.pair
+        assert pair is not None, "sequential stopping is for one evaluation of each arm"
+        if evidence(pair.only_a, pair.only_b) < DECIDED:
+            return "These episodes do not tell them apart."
+        better, worse = (self.name_a, self.name_b) if pair.only_a > pair.only_b else (self.name_b, self.name_a)
+        return f"{better} is better than {worse}: decided after {pair.total} episodes, with an error rate of 5 %."
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types; `docs/evaluation.md` describes them."""
         pair = self.pair
-        counted = None if pair is None else dataclasses.asdict(pair) | {"p_value": pair.p_value}
+        p_value = None if pair is None or self.sequential else pair.p_value
+        counted = None if pair is None else dataclasses.asdict(pair) | {"p_value": p_value}
         return {
             "schema": SCHEMA,
             "env": self.environment,
             "episodes": len(self.indices),
+            "left_out": self.left_out,
+            "sequential": self.sequential,
             "a": _arm_json(self.name_a, self.success_a),
             "b": _arm_json(self.name_b, self.success_b),
             "difference": self.difference,
-            "interval": list(self.interval),
+            "interval": None if self.sequential else list(self.interval),
             "interval_method": "bootstrap over seeds and start states" if pair is None else "paired Newcombe",
-            "non_inferior": self.interval[0] > -NON_INFERIORITY_MARGIN,
+            "non_inferior": None if self.sequential else self.interval[0] > -NON_INFERIORITY_MARGIN,
             "margin": NON_INFERIORITY_MARGIN,
             "pair": counted,
             "evidence": None if pair is None else evidence(pair.only_a, pair.only_b),
@@ -197,25 +218,44 @@ class Comparison:
         }
 
 
-def compare(first: Sequence[Document], second: Sequence[Document], name_a: str = "A", name_b: str = "B") -> Comparison:
+def compare(
+    first: Sequence[Document],
+    second: Sequence[Document],
+    name_a: str = "A",
+    name_b: str = "B",
+    *,
+    sequential: bool = False,
+) -> Comparison:
     """Compares two arms by the evaluations of their seeds (`result.json` of each).
 
     Only episodes that are valid in all of them count.
 
+    Args:
+        first: of arm A, one for each training seed.
+        second: of arm B.
+        name_a: of arm A.
+        name_b: of arm B.
+        sequential: the outcomes decided how many episodes there are.
+
     Raises:
-        ConfigError: an arm has no evaluation.
-        DatasetError: they did not start from the same states.
+        ConfigError: an arm has no evaluation, or, sequentially, several.
+        DatasetError: they did not start from the same states, or were made under other conditions.
     """
     if not first or not second:
         raise ConfigError("a comparison needs at least one evaluation of each arm")
+    if sequential and len(first) + len(second) > 2:
+        raise ConfigError("sequential stopping is for one evaluation of each arm, not for several seeds")
     for document in (*first, *second):
         check_same_starts(first[0], document)
+        _check_same_conditions(first[0], document)
     found = [outcomes(document) for document in (*first, *second)]
     indices = sorted(set.intersection(*(set(successes) for successes in found)))
     if not indices:
         raise DatasetError(f"no episode of {first[0]['env']} is valid in all evaluations; evaluate the same numbers")
     table = np.array([[successes[index] for index in indices] for successes in found], bool)
-    return Comparison(first[0]["env"], name_a, name_b, np.array(indices), table[: len(first)], table[len(first) :])
+    seen = {e["index"] for document in (*first, *second) for e in document["episodes_detail"]}
+    arms = table[: len(first)], table[len(first) :]
+    return Comparison(first[0]["env"], name_a, name_b, np.array(indices), *arms, len(seen) - len(indices), sequential)
 
 
 def format_comparison(comparison: Comparison) -> str:
@@ -223,24 +263,29 @@ def format_comparison(comparison: Comparison) -> str:
     document = comparison.to_json()
     low, high = (100 * bound for bound in comparison.interval)
     lines = [f"{comparison.environment}, {document['episodes']} episodes from the same start states"]
+    if comparison.left_out:
+        lines.append(f"  ({comparison.left_out} others are not valid in all evaluations, and left out)")
     for name in ("a", "b"):
         arm = document[name]
         bounds = f"95 % interval {100 * arm['interval'][0]:.1f}-{100 * arm['interval'][1]:.1f} %"
         seeds = "" if len(arm["seeds"]) == 1 else f"; by seed: {', '.join(f'{100 * r:.1f}' for r in arm['seeds'])} %"
         lines.append(f"  {name.upper()} {arm['name']}: {100 * arm['success_rate']:.1f} % ({bounds}{seeds})")
-    lines.append(
-        f"  A - B: {100 * comparison.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} "
-        f"({document['interval_method']})"
+    bounds = (
+        "" if comparison.sequential else f", 95 % interval {low:+.1f} to {high:+.1f} ({document['interval_method']})"
     )
+    lines.append(f"  A - B: {100 * comparison.difference:+.1f} points{bounds}")
+    if len(document["a"]["seeds"]) + len(document["b"]["seeds"]) < 2 * _FEW_SEEDS and comparison.pair is None:
+        lines.append(f"  with fewer than {_FEW_SEEDS} seeds each, such an interval is too narrow")
     pair = comparison.pair
     if pair is not None:
         lines.append(
-            f"  only A solved {pair.only_a}, only B {pair.only_b}, both {pair.both}, none {pair.neither}; exact "
-            f"McNemar p = {pair.p_value:.3g}; evidence {document['evidence']:.3g} (decided from {DECIDED:g} on, "
-            "however often one looks)"
+            f"  only A solved {pair.only_a}, only B {pair.only_b}, both {pair.both}, none {pair.neither}"
+            + ("" if comparison.sequential else f"; exact McNemar p = {pair.p_value:.3g}")
         )
-        if comparison.interval[0] <= 0 <= comparison.interval[1] and document["episodes_needed"] is not None:
-            lines.append(f"  about {document['episodes_needed']} episodes would tell such a difference in 4 of 5 cases")
+        lines.append(f"  evidence {document['evidence']:.3g}, decided from {DECIDED:g} on, however often one looks")
+        more = (document["episodes_needed"] or 0) - pair.total
+        if more > 0:
+            lines.append(f"  about {more} more episodes would tell such a difference in 4 of 5 cases")
     lines.append(f"  {comparison.verdict}")
     return "\n".join(lines)
 
@@ -278,6 +323,16 @@ def check_same_starts(first: Document, second: Document) -> None:
             raise DatasetError(
                 f"episode {episode['index']} of {first['env']} did not start from the same state in both evaluations: "
                 "another version of the simulator, or of this package; evaluate both anew"
+            )
+
+
+def _check_same_conditions(first: Document, second: Document) -> None:
+    """Raises DatasetError where two evaluations differ in more than the policy."""
+    for name in ("max_steps", "faults", "success_definition"):
+        if name in first and name in second and first[name] != second[name]:
+            raise DatasetError(
+                f"these evaluations of {first['env']} were made under other conditions ({name}: {first[name]} and "
+                f"{second[name]}): the policies cannot be told apart by them"
             )
 
 

@@ -38,12 +38,13 @@ def write_comparison(comparison: Comparison, path: Path, videos_a: Videos = {}, 
 
 def _headline(comparison: Comparison) -> str:
     low, high = (100 * bound for bound in comparison.interval)
+    bounds = "" if comparison.sequential else f"; 95 % interval {low:+.1f} to {high:+.1f} points"
     a, b = escape(comparison.name_a), escape(comparison.name_b)
     return (
         f"<header><h1>A: {a} <span class='muted'>against</span> B: {b} <span class='muted'>in</span> "
         f"{escape(comparison.environment)}</h1><div class='rate'>{100 * comparison.difference:+.1f} points</div>"
-        f"<p>A minus B over {counted(len(comparison.indices), 'start state')}; 95 % interval {low:+.1f} to {high:+.1f} "
-        f"points.</p><p>{escape(comparison.verdict)}</p></header>"
+        f"<p>A minus B over {counted(len(comparison.indices), 'start state')}{bounds}.</p>"
+        f"<p>{escape(comparison.verdict)}</p></header>"
     )
 
 
@@ -64,13 +65,20 @@ def _numbers(comparison: Comparison) -> str:
             )
         )
     table = html_table(rows, ("arm", "policy", "successes", "success, Wilson 95 %", "by seed"))
-    lines = [f"Interval of the difference: {document['interval_method']}."]
-    margin = 100 * document["margin"]
-    lines.append(f"Non-inferior (lower end above -{margin:g} points): {'yes' if document['non_inferior'] else 'no'}.")
+    lines = []
+    if not comparison.sequential:
+        lines.append(f"Interval of the difference: {document['interval_method']}.")
+        margin = 100 * document["margin"]
+        lines.append(
+            f"Non-inferior (lower end above -{margin:g} points): {'yes' if document['non_inferior'] else 'no'}."
+        )
+    if comparison.left_out:
+        lines.append(f"{counted(comparison.left_out, 'other episode')} not valid in all evaluations, and left out.")
     if pair := document["pair"]:
+        test = "" if pair["p_value"] is None else f"exact McNemar p = {pair['p_value']:.3g}; "
         lines.append(
             f"Both solved {pair['both']}, only A {pair['only_a']}, only B {pair['only_b']}, none {pair['neither']}; "
-            f"exact McNemar p = {pair['p_value']:.3g}; evidence {document['evidence']:.3g}."
+            f"{test}evidence {document['evidence']:.3g}."
         )
     if document["episodes_needed"] is not None:
         lines.append(

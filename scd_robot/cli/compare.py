@@ -52,9 +52,14 @@ def compare(
 
     if json is not None:
         check_target(json)
+    if episodes < 1 or sequential < 0:
+        raise ConfigError(f"episodes must be at least 1 and sequential 0 or more, got {episodes} and {sequential}")
+    for path in (first, second):
+        if not path.exists():
+            raise ConfigError(f"there is no {path}; name an evaluation, a folder of them, or a checkpoint")
     if out is not None:
         check_output_folder(out, overwrite)
-    arms = [find_evaluations(path) for path in (first, second)]
+    arms = [[] if env is not None and _is_checkpoint(path) else find_evaluations(path) for path in (first, second)]
     if not all(arms):
         if env is None:
             missing = first if not arms[0] else second
@@ -62,7 +67,8 @@ def compare(
         block = sequential or episodes
         paths = [None if found else path for path, found in zip((first, second), arms, strict=True)]
         arms = _evaluate(paths, arms, env, range(first_episode, first_episode + episodes), block, num_envs, out)
-    comparison = run([d for _, d in arms[0]], [d for _, d in arms[1]], str(first), str(second))
+    documents = [[document for _, document in arm] for arm in arms]
+    comparison = run(*documents, str(first), str(second), sequential=bool(sequential))
     if out is not None:
         videos = [find_videos(folders) for folders in arms]
         write_comparison(comparison, out / "comparison.html", *videos)
@@ -73,6 +79,13 @@ def compare(
             print(f"report: {out / 'comparison.html'}")
     if json is not None:
         write_json(json, comparison.to_json())
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint, or the run of a training, lies there."""
+    from scd_robot.checkpoint import list_checkpoints
+
+    return (path / "model.safetensors").is_file() or bool(list_checkpoints(path))
 
 
 def _evaluate(

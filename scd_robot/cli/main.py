@@ -38,7 +38,7 @@ a first run, about as 'scd demo' does it:
 
 exit codes:
   0 done, 2 bad usage or input (one sentence says what), 1 a bug of ours (with its traceback; from 'scd data validate':
-  something would spoil training), 130 interrupted"""
+  something would spoil training; from 'scd doctor': something does not work), 130 interrupted"""
 
 # What to do about the operating system's refusals; any other OSError is taken for a bug.
 FILE_HINTS = {

@@ -49,6 +49,7 @@ class TestPair:
             (document([1]), document([1], first=5), "no episode in common"),
             (document([1]), document([1], hashes={0: "other"}), "episode 0 of a/b did not start from the same state"),
             (document([1, 0], invalid=(0,)), document([1, 0], invalid=(1,)), "no episode in common"),
+            (document([1]) | {"faults": {"drop": 0.0}}, document([1]) | {"faults": {"drop": 0.5}}, "other conditions"),
         ],
     )
     def test_what_did_not_begin_alike_is_not_compared(self, first, second, message):
@@ -78,6 +79,27 @@ class TestVerdict:
         assert comparison.to_json()["non_inferior"] is non_inferior
         assert verdict in format_comparison(comparison)
         json.dumps(comparison.to_json(), allow_nan=False)
+
+
+class TestSequential:
+    def test_only_the_evidence_decides(self):
+        seven = compare([document([1] * 7)], [document([0] * 7)], "x", "y", sequential=True)
+        six = compare([document([1] * 6)], [document([0] * 6)], "x", "y", sequential=True)
+        assert "x is better than y: decided after 7 episodes" in seven.verdict
+        assert "do not tell them apart" in six.verdict
+        for comparison in (six, seven):
+            found = comparison.to_json()
+            assert (found["interval"], found["non_inferior"], found["pair"]["p_value"]) == (None, None, None)
+            assert "McNemar" not in format_comparison(comparison)
+            assert "evidence" in format_comparison(comparison)
+
+    def test_checkpoints_are_evaluated_until_it_is_decided(self, toy, tiny_run, tmp_path, capsys):
+        arguments = ["compare", str(tiny_run), str(tiny_run), "--env", "toy_environment:make_point"]
+        options = ["--episodes", "5", "--sequential", "2", "--out", str(tmp_path / "out"), "--json", "-"]
+        assert main([*arguments, *options]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["episodes"], found["sequential"], found["evidence"]) == (5, True, 1.0)
+        assert (tmp_path / "out" / "comparison.html").is_file()
 
 
 class TestBootstrap:
@@ -170,6 +192,9 @@ class TestCommand:
     def test_what_is_no_evaluation(self, folders, refused):
         (folders / "empty").mkdir()
         refused(["compare", folders / "good", folders / "empty"], "no evaluation of 'scd eval'", "--env")
+        refused(["compare", folders / "good", folders / "emtpy"], "there is no")
+        refused(["compare", folders / "good", folders / "bad", "--episodes", "0"], "at least 1")
+        refused(["compare", folders / "good", folders / "bad", "--sequential", "5"], "not for several seeds")
         (folders / "result.json").write_text("{}")
         refused(["compare", folders / "good", folders / "result.json"], "is not the result.json of an evaluation")
         (folders / "result.json").write_text('{"episodes_detail": [], "schema": 7}')
