@@ -1,6 +1,7 @@
 """Success against the delay of observations: one evaluation per delay, from the same start states."""
 
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -49,5 +50,6 @@ def write_delay_curve(document: dict[str, Any], out: Path) -> None:
         rows.append((link, f"{point['successes']} of {point['episodes'] - point['invalid']}", shown))
     title = f"{document['env']}: success against delay"
     table = html_table(rows, ("observations late by", "successes", "success, Wilson 95 %"))
-    body = f"<header><h1>{title}</h1></header><h2>Curve</h2><div class='card'>{delay_plot(document['curve'])}</div>"
+    plot = f"<h2>Curve</h2><div class='card'>{delay_plot(document['curve'])}</div>"
+    body = f"<header><h1>{escape(title)}</h1></header>{plot}"
     write_text(out / "latency.html", html_page(title, [body, f"<div class='card scroll'>{table}</div>"]))

@@ -11,8 +11,7 @@ A policy may ignore its history, need it, or copy the past instead of acting. Wh
 Shapes: T control steps, Ta chunk length, Da action width, W history length.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from numpy.typing import NDArray
 from scd_robot.analysis.streams import Stream, StreamRecorder, plans_after
 from scd_robot.errors import ConfigError
 from scd_robot.nn import window_mask
-from scd_robot.policies import load_policy
 from scd_robot.policies.scd import ScdPolicy
 from scd_robot.seeding import keyed_rng
 from scd_robot.sim_eval import evaluate
@@ -35,45 +33,65 @@ ALTERATIONS = ("shuffled", "reversed", "swapped")
 _KEY = 4711  # of shuffles
 _PROBES = 60  # plans that are compared
 _BATCH = 16
+_LOOKED_AT = 5  # episodes whose attention and contexts are looked at
 
 
 def diagnose_history(
-    checkpoint: Path | str,
+    load: Callable[[], ScdPolicy],
     environment: str,
     episodes: int = 20,
     *,
-    windows: Sequence[int] = (1, 4, 16, 64),
+    windows: Sequence[int] | None = None,
     demonstrations: NDArray[np.float32] | None = None,
     demonstration_ends: NDArray[np.int64] | None = None,
+    first_episode: int = 0,
+    max_steps: int | None = None,
+    num_envs: int | None = None,
     python: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Runs a policy, then again with histories that are not its own.
 
     Args:
-        checkpoint: as for `load_policy`.
+        load: loads the policy; called twice.
         environment: name.
         episodes: of each closed-loop run, from the start states of `scd eval`.
-        windows: control steps that a history is cut to.
+        windows: control steps that a history is cut to; None = 1, 4, 16, ... below the model's history length.
         demonstrations: (N, Da) actions of the demonstrations, for the copycat ratio; None = no ratio.
         demonstration_ends: (E,) of their episodes.
+        first_episode: see `evaluate`; likewise `max_steps`, `num_envs`, `python`.
+        max_steps: see `evaluate`.
+        num_envs: see `evaluate`.
         python: see `evaluate`.
         progress: show bars.
 
     Returns:
         Plain JSON types: `schema`, `env`, `episodes`, `history_length`, `plan_change` (by kind of history: mean over
         plans of the root mean square change, in standard deviations of the actions; `noise` is the change that other
-        noise makes), `success` (by kind, counts and Wilson intervals; `own` is the untouched one), `copycat`,
-        `attention_age` (by layer), `cache_parity`.
+        noise makes), `success` (by kind, counts and Wilson intervals; `own` is the untouched one, `control` its own
+        history as well, but planned as the altered ones are, with other noise), `copycat`, and `attention_age` (by
+        layer) and `cache_parity`, both None for models that read past actions.
 
     Raises:
-        ConfigError: fewer than two episodes, or no window.
+        ConfigError: fewer than two episodes, no window, or a model with a history stride.
     """
+    policy, second = load(), load()
+    if windows is None:
+        windows = [4**i for i in range(10) if 4**i < max(2, policy.spec.history_length)]
     if episodes < 2 or not windows or min(windows) < 1:
         raise ConfigError(f"episodes must be at least 2 and windows at least 1, got {episodes} and {list(windows)}")
-    policy, second = load_policy(checkpoint), load_policy(checkpoint)
+    if policy.model.config.history_stride != 1:
+        raise ConfigError("the history of a model with a history stride cannot be diagnosed")
+    reads_past = policy.model.config.past_action_input != "none"
     recorder = StreamRecorder(policy)
-    options: Any = {"num_videos": 0, "progress": progress, "python": python}
+    options: Any = {
+        "first_episode": first_episode,
+        "max_steps": max_steps,
+        "num_envs": num_envs,
+        "num_videos": 0,
+        "progress": progress,
+        "python": python,
+    }
     results = {"own": evaluate(recorder, environment, episodes, **options)}
     lengths = {record.index: record.steps for record in results["own"].valid}
     streams = [recorder.streams[index].cut(length) for index, length in lengths.items() if length > 1]
@@ -81,9 +99,10 @@ def diagnose_history(
         raise ConfigError(f"only {len(streams)} episodes of {environment} are longer than one step; evaluate more")
     kinds: list[tuple[str, int]] = [("cut", window) for window in windows]
     kinds += [(kind, 0) for kind in ALTERATIONS]
-    for kind, window in kinds:
+    for kind, window in [("own", 0), *kinds]:
         changed = AlteredHistory(second, kind, window, streams, policy.spec.num_executed)
-        results[_label(kind, window)] = evaluate(changed, environment, episodes, **options)
+        label = "control" if kind == "own" else _label(kind, window)
+        results[label] = evaluate(changed, environment, episodes, **options)
     return {
         "schema": SCHEMA,
         "env": results["own"].environment.name,
@@ -92,8 +111,8 @@ def diagnose_history(
         "plan_change": _plan_changes(policy, streams, kinds),
         "success": {name: _counts(result) for name, result in results.items()},
         "copycat": copycat(streams, demonstrations, demonstration_ends),
-        "attention_age": attention_age(policy, streams[0]),
-        "cache_parity": max(cache_parity(policy, stream) for stream in streams[:3]),
+        "attention_age": None if reads_past else attention_age(policy, streams[:_LOOKED_AT]),
+        "cache_parity": None if reads_past else max(cache_parity(policy, stream) for stream in streams[:_LOOKED_AT]),
     }
 
 
@@ -236,13 +255,25 @@ def _unexplained(actions: NDArray[np.float32], ends: NDArray[np.int64]) -> float
     return float((rest[:, moving].var(axis=0) / now[:, moving].var(axis=0)).mean())
 
 
-def attention_age(policy: ScdPolicy, stream: Stream) -> list[dict[str, Any]]:
-    """How old what the last context token attends to is, by layer, over the second half of an episode.
+def attention_age(policy: ScdPolicy, streams: Sequence[Stream]) -> list[dict[str, Any]]:
+    """How old what the last context token attends to is, by layer, over the second halves of episodes.
+
+    With a memory gate the present has weight 1 and the past tanh(gate), as in `nn.attention.attend`.
 
     Returns:
         For each layer `present` (share of attention on the control step itself), `mean_age` of the rest [control
         steps], and `by_age`: shares at ages 1, 2-3, 4-7, 8-15, ... (by their first age).
     """
+    shares: list[list[torch.Tensor]] = [[] for _ in policy.model.encoder.blocks]
+    ages = []
+    for stream in streams:
+        ages.append(_attended(policy, stream, shares))
+    age = torch.cat(ages)
+    return [_ages(torch.cat(layer), age) for layer in shares]
+
+
+def _attended(policy: ScdPolicy, stream: Stream, shares: list[list[torch.Tensor]]) -> torch.Tensor:
+    """Adds to `shares` of each layer those (n * T,) of attention of an episode; returns their ages (n * T,)."""
     model = policy.model
     tokens = _tokens(policy, stream)
     steps, group = tokens.shape[1:3]
@@ -252,30 +283,38 @@ def attention_age(policy: ScdPolicy, stream: Stream) -> list[dict[str, Any]]:
     rotary = encoder.rotary(positions.repeat_interleave(group)[None], tokens.dtype)
     x = tokens.flatten(1, 2)
     age = positions[:, None] - positions[None, :]
-    layers = []
     with torch.inference_mode():
-        for block in encoder.blocks:
+        for layer, block in enumerate(encoder.blocks):
             q, k, _ = block._project(x, rotary)  # type: ignore[operator,union-attr]
             scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
-            weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(dim=(0, 1))  # (L, L)
+            weights = _weights(scores, mask, own, block.memory_gate).mean(dim=(0, 1))  # type: ignore[arg-type]
             last = weights[group - 1 :: group]  # of each control step's last token
-            shares = last.unflatten(-1, (steps, group)).sum(-1)[steps // 2 :]
-            layers.append(_ages(shares, age[steps // 2 :]))
+            shares[layer].append(last.unflatten(-1, (steps, group)).sum(-1)[steps // 2 :].flatten())
             x = block(x, rotary, mask, own)
-    return layers
+    return age[steps // 2 :].flatten()
+
+
+def _weights(scores: torch.Tensor, mask: torch.Tensor, own: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """(B, N, L, L) that sum to 1 over the last axis."""
+    if gate is None:
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    present = scores.masked_fill(~(mask & own), -torch.inf).softmax(-1)
+    past = scores.masked_fill(~(mask & ~own), -torch.inf).softmax(-1).nan_to_num(0.0)
+    weights = present + torch.tanh(gate).abs()[:, None, None] * past
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def _ages(shares: torch.Tensor, age: torch.Tensor) -> dict[str, Any]:
-    present = float(shares[age == 0].sum() / len(shares))
+    """Of shares of attention (n,) at ages (n,)."""
+    total = float(shares[age >= 0].sum())
     by_age, first = {}, 1
     while first <= int(age.max()):
-        chosen = (age >= first) & (age < 2 * first)
-        by_age[str(first)] = float(shares[chosen].sum() / len(shares))
+        by_age[str(first)] = float(shares[(age >= first) & (age < 2 * first)].sum()) / total
         first *= 2
     past = shares[age > 0]
-    total = float(past.sum())
-    mean = float((past * age[age > 0]).sum() / total) if total > 0 else None
-    return {"present": present, "mean_age": mean, "by_age": by_age}
+    weight = float(past.sum())
+    mean = float((past * age[age > 0]).sum() / weight) if weight > 0 else None
+    return {"present": float(shares[age == 0].sum()) / total, "mean_age": mean, "by_age": by_age}
 
 
 def cache_parity(policy: ScdPolicy, stream: Stream) -> float:
@@ -292,8 +331,7 @@ def cache_parity(policy: ScdPolicy, stream: Stream) -> float:
 def _tokens(policy: ScdPolicy, stream: Stream) -> torch.Tensor:
     """(1, T, P, D) tokens of an episode."""
     config = policy.model.config
-    if config.past_action_input != "none" or config.history_stride != 1:
-        raise ConfigError("attention and parity are diagnosed for models without past-action input and history stride")
+    assert config.past_action_input == "none", "these models have no tokens without past actions"
     observed = {key: np.stack([step[key] for step in stream.observation])[None] for key in stream.observation[0]}
     converted = policy.transforms.observation(observed)
     with torch.inference_mode():

@@ -1,5 +1,6 @@
 """The page of a history diagnosis, and its lines for people."""
 
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def format_history(document: dict[str, Any]) -> str:
     if noise is not None:
         lines.append(f"  (other noise alone changes plans by {noise:.2f})")
     lines.append(f"  {_copycat(document['copycat'])}")
-    lines.append(f"  contexts from the cache differ from one pass by at most {document['cache_parity']:.1e}")
+    if document["cache_parity"] is not None:
+        lines.append(f"  contexts from the cache differ from one pass by at most {document['cache_parity']:.1e}")
     return "\n".join(lines)
 
 
@@ -47,17 +49,18 @@ def write_history(document: dict[str, Any], out: Path) -> None:
         for kind, counts in document["success"].items()
     ]
     table = html_table(rows, ("history", "successes", "change of plans [standard deviations]"))
-    cards = "".join(
-        f"<div class='card'><h3>{name}</h3>{svg}</div>"
-        for name, svg in (
-            ("Success with this history", bars_plot(success)),
-            ("Age of what is attended to", age_plot(document["attention_age"])),
+    drawn = [("Success with this history", bars_plot(success))]
+    parity = ""
+    if document["attention_age"] is not None:
+        drawn.append(("Age of what is attended to", age_plot(document["attention_age"])))
+        parity = (
+            "<p class='muted'>Contexts from the cache differ from one pass over the episode by at most "
+            f"{document['cache_parity']:.1e}.</p>"
         )
-    )
+    cards = "".join(f"<div class='card'><h3>{name}</h3>{svg}</div>" for name, svg in drawn)
     head = (
-        f"<header><h1>History of the policy in {document['env']}</h1><p>{_copycat(document['copycat'])}.</p>"
-        f"<p class='muted'>Contexts from the cache differ from one pass over the episode by at most "
-        f"{document['cache_parity']:.1e}.</p></header>"
+        f"<header><h1>History of the policy in {escape(document['env'])}</h1>"
+        f"<p>{_copycat(document['copycat'])}.</p>{parity}</header>"
     )
     body = [head, f"<h2>Plots</h2><div class='plots'>{cards}</div>", f"<div class='card scroll'>{table}</div>"]
     write_text(out / "history.html", html_page(f"History in {document['env']}", body))

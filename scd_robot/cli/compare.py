@@ -68,7 +68,7 @@ def compare(
         paths = [None if found else path for path, found in zip((first, second), arms, strict=True)]
         arms = _evaluate(paths, arms, env, range(first_episode, first_episode + episodes), block, num_envs, out)
     documents = [[document for _, document in arm] for arm in arms]
-    comparison = run(*documents, str(first), str(second), sequential=bool(sequential))
+    comparison = run(documents[0], documents[1], str(first), str(second), sequential=bool(sequential))
     if out is not None:
         videos = [find_videos(folders) for folders in arms]
         write_comparison(comparison, out / "comparison.html", *videos)

@@ -1,6 +1,6 @@
 """The verb `scd eval`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,15 +82,19 @@ def evaluate(
     if json is not None:
         check_target(json)
     torch.set_num_threads(1)  # small batches; the simulators have the other cores
-    policy = load_policy(
-        checkpoint,
-        device,
-        num_denoising_steps=num_denoising_steps,
-        num_executed=num_executed,
-        guidance_scale=guidance_scale,
-        num_samples=num_samples,
-        seed=seed,
-    )
+
+    def load() -> Any:
+        return load_policy(
+            checkpoint,
+            device,
+            num_denoising_steps=num_denoising_steps,
+            num_executed=num_executed,
+            guidance_scale=guidance_scale,
+            num_samples=num_samples,
+            seed=seed,
+        )
+
+    policy = load()
     if not latency_ms:
         raise ConfigError("--latency-ms needs at least one delay [ms]")
     documents = []
@@ -118,7 +122,8 @@ def evaluate(
             if folder is not None:
                 print(f"report: {folder / 'report.html'}")
     if diagnose_history:
-        documents[0]["history"] = _diagnose(checkpoint, env, diagnose_history, dataset, env_python, out, json)
+        where = {"first_episode": first_episode, "max_steps": max_steps, "num_envs": num_envs, "python": env_python}
+        documents[0]["history"] = _diagnose(load, env, diagnose_history, dataset, where, out, quiet=str(json) == "-")
     document = documents[0] if len(documents) == 1 else delay_curve(documents)
     if out is not None and len(documents) > 1:
         write_delay_curve(document, out)
@@ -127,31 +132,26 @@ def evaluate(
 
 
 def _diagnose(
-    checkpoint: Path,
+    load: Callable[[], Any],
     env: str,
     episodes: int,
     dataset: Path | None,
-    python: str | None,
+    where: Mapping[str, Any],
     out: Path | None,
-    json: Path | None,
+    quiet: bool,
 ) -> dict[str, Any]:
     from scd_robot.analysis.history import diagnose_history
     from scd_robot.analysis.history_report import format_history, write_history
     from scd_robot.datasets import open_dataset
 
-    data = None if dataset is None else open_dataset(dataset)
-    document = diagnose_history(
-        checkpoint,
-        env,
-        episodes,
-        demonstrations=None if data is None else data.arrays["action"][:],
-        demonstration_ends=None if data is None else data.episode_ends,
-        python=python,
-        progress=str(json) != "-",
-    )
+    demonstrations: dict[str, Any] = {}
+    if dataset is not None:
+        data = open_dataset(dataset)
+        demonstrations = {"demonstrations": data.arrays["action"][:], "demonstration_ends": data.episode_ends}
+    document = diagnose_history(load, env, episodes, **demonstrations, **where, progress=not quiet)
     if out is not None:
         write_history(document, out)
-    if str(json) != "-":
+    if not quiet:
         print(format_history(document))
     return document
 

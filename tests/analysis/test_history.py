@@ -109,7 +109,7 @@ def test_copycats_are_more_predictable_than_demonstrators():
 
 
 def test_attention_adds_up_and_contexts_agree(policy):
-    layers = attention_age(policy, stream(0, 20))
+    layers = attention_age(policy, [stream(0, 20), stream(1, 9)])
     assert len(layers) == policy.model.config.encoder_layers
     for layer in layers:
         assert layer["present"] + sum(layer["by_age"].values()) == pytest.approx(1, abs=1e-5)
@@ -118,8 +118,8 @@ def test_attention_adds_up_and_contexts_agree(policy):
 
 
 def test_diagnosis_from_checkpoint_to_page(tiny_run, tmp_path):
-    document = diagnose_history(tiny_run, POINT, 3, windows=(1, 1000), progress=False)
-    kinds = ["own", "cut to 1", "cut to 1000", "shuffled", "reversed", "swapped"]
+    document = diagnose_history(lambda: load_policy(tiny_run), POINT, 3, windows=(1, 1000), progress=False)
+    kinds = ["own", "control", "cut to 1", "cut to 1000", "shuffled", "reversed", "swapped"]
     assert list(document["success"]) == kinds
     assert document["plan_change"]["cut to 1000"] == pytest.approx(0, abs=1e-4)
     assert document["plan_change"]["noise"] > 0.01
@@ -133,7 +133,7 @@ def test_diagnosis_from_checkpoint_to_page(tiny_run, tmp_path):
 
 def test_too_little_to_diagnose(tiny_run):
     with pytest.raises(ConfigError, match="at least 2"):
-        diagnose_history(tiny_run, POINT, 1)
+        diagnose_history(lambda: load_policy(tiny_run), POINT, 1)
 
 
 def test_command(tiny_run, tiny_store, tmp_path, capsys):
