@@ -45,6 +45,18 @@ class SegmentBatch:
         last = self.lengths[:, None] - 1
         return self.start[:, None] + self.stride * np.minimum(number, last), number <= last
 
+    def step_valid(self) -> NDArray[np.bool_]:
+        """(B, T) the second result of `steps`, which costs less."""
+        lengths = self.lengths
+        return np.asarray(np.arange(lengths.max()) < lengths[:, None])
+
+    def inside(self, position: IntArray, before: int, after: int) -> NDArray[np.bool_]:
+        """(B, ..., before + after) the second result of `steps_around`, which costs less."""
+        axes = (slice(None),) + (None,) * position.ndim
+        base = (self.start[axes[:-1]] + self.stride * position)[..., None]
+        number = np.arange(-before, after)
+        return np.asarray((number >= self.episode_start[axes] - base) & (number < self.episode_stop[axes] - base))
+
     def before(self, steps: IntArray) -> IntArray:
         """Indices (B, T) of the steps before those at `steps` (B, T); the first of an episode stands for its own."""
         return np.maximum(steps - 1, self.episode_start[:, None])
@@ -103,6 +115,9 @@ class SegmentIndex:
         counts = -(-(self._ends - self._starts) // segment_length)
         self._episode = np.repeat(np.arange(len(chosen)), counts)
         self._is_first = np.diff(self._episode, prepend=-1) != 0
+        self._first, self._end = self._starts[self._episode], self._ends[self._episode]
+        self._slack = np.maximum(self._end - self._first - segment_length, 0)
+        self._moves = (self._slack > 0) & ~self._is_first  # starts that are drawn anew each epoch
         self._stride = stride
         self._epochs: dict[int, tuple[IntArray, NDArray[np.float64]]] = {}
         self._cumulative: NDArray[np.float64] | None = None
@@ -123,18 +138,18 @@ class SegmentIndex:
             batch_size: size of the global batch.
         """
         number = step * batch_size + np.arange(samples.start, samples.stop)
-        epoch, place = np.divmod(number, len(self))
-        segment, draw = np.empty_like(number), np.empty(len(number))
-        for present in range(int(epoch[0]), int(epoch[-1]) + 1):
-            rows = epoch == present
-            order, draws = self._epoch(present)
-            segment[rows], draw[rows] = order[place[rows]], draws[place[rows]]
-        episode = self._episode[segment]
-        first, end = self._starts[episode], self._ends[episode]
-        slack = np.maximum(end - first - self._segment_length, 0)
+        segments, draws = [], []
+        for epoch in range(int(number[0]) // len(self), int(number[-1]) // len(self) + 1):
+            low, high = max(int(number[0]), epoch * len(self)), min(int(number[-1]) + 1, (epoch + 1) * len(self))
+            order, drawn = self._epoch(epoch)
+            place = slice(low - epoch * len(self), high - epoch * len(self))
+            segments.append(order[place])
+            draws.append(drawn[place])
+        segment, draw = np.concatenate(segments), np.concatenate(draws)
+        first, end, slack = self._first[segment], self._end[segment], self._slack[segment]
+        start = (draw * np.minimum(self._stride, end - first)).astype(np.int64) if self._stride > 1 else 0
         inside = np.minimum(slack, (draw * (slack + self._segment_length // 2 + 1)).astype(np.int64))
-        phase = (draw * np.minimum(self._stride, end - first)).astype(np.int64)
-        start = first + np.where((slack > 0) & ~self._is_first[segment], inside, phase)
+        start = first + np.where(self._moves[segment], inside, start)
         return SegmentBatch(start, np.minimum(end, start + self._segment_length), first, end, self._stride)
 
     def ordered(self, samples: range) -> SegmentBatch:

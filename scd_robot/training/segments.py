@@ -4,7 +4,8 @@ Shapes: B segments, T encoder steps (longest segment), M positions, k past actio
 Da action width.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,8 @@ from scd_robot.datasets.windows import SegmentBatch
 from scd_robot.transforms import TransformConfig, relative_chunk
 
 __all__ = ["SegmentReader", "Segments"]
+
+Indices = Callable[[], NDArray[np.int64]]
 
 
 @dataclass
@@ -78,34 +81,38 @@ class SegmentReader:
             segments: where they lie.
             position: (B, M) encoder steps around which actions are wanted.
         """
-        steps, step_valid = segments.steps()
-        around, inside = segments.steps_around(position, self._before, self._after)
+        # Indices of single steps are made only where something asks for them: most windows are copied in one piece.
+        all_steps = functools.cache(lambda: segments.steps()[0])
+        around = functools.cache(lambda: segments.steps_around(position, self._before, self._after)[0])
         first, length = segments.start[:, None] + segments.stride * position - self._before, self._before + self._after
         label = take_windows(self._action, first, length, around)
         executed = label
         if self._executed is not self._action:
             executed = take_windows(self._executed, first, length, around)
-        past = gather(self._executed, segments.before(steps) if self._reads_past else steps[:0])
+        if self._reads_past:
+            past = gather(self._executed, segments.before(all_steps()))
+        else:
+            past = torch.empty((0, int(segments.lengths.max()), *self._executed.shape[1:]))
         if self._transforms.chunk_parts:
-            state = {key: value[steps] for key, value in self._states.items()}
+            state = {key: value[all_steps()] for key, value in self._states.items()}
             at = {key: np.take_along_axis(value, position[..., None], axis=1) for key, value in state.items()}
             label, executed = (self._relative(x, at) for x in (label, executed))
             if self._reads_past:
                 past = self._relative(past[:, :, None], state)[:, :, 0]
         return Segments(
-            observation={key: self._steps_of(value, segments, steps) for key, value in self._observation.items()},
-            present={key: torch.from_numpy(value[steps] != 0) for key, value in self._present.items()},
-            step_valid=torch.from_numpy(step_valid),
+            observation={key: self._steps_of(value, segments, all_steps) for key, value in self._observation.items()},
+            present={key: torch.from_numpy(value[all_steps()] != 0) for key, value in self._present.items()},
+            step_valid=torch.from_numpy(segments.step_valid()),
             label=label,
             executed=executed,
-            action_valid=torch.from_numpy(inside),
+            action_valid=torch.from_numpy(segments.inside(position, self._before, self._after)),
             past_action=past,
         )
 
-    def _steps_of(self, array: RowArray, segments: SegmentBatch, steps: NDArray[np.int64]) -> Tensor:
+    def _steps_of(self, array: RowArray, segments: SegmentBatch, steps: Indices) -> Tensor:
         if segments.stride > 1:
-            return gather(array, steps)
-        return take_windows(array, segments.start, steps.shape[1], steps)
+            return gather(array, steps())
+        return take_windows(array, segments.start, int(segments.lengths.max()), steps)
 
     def _relative(self, actions: Tensor, state: Mapping[str, NDArray[np.float32]]) -> Tensor:
         """Actions (..., L, Da) relative to the state (..., Do) by key."""
@@ -121,15 +128,15 @@ def gather(array: RowArray, index: NDArray[np.int64]) -> Tensor:
     return rows.reshape(*index.shape, *array.shape[1:])
 
 
-def take_windows(array: RowArray, start: NDArray[np.int64], length: int, index: NDArray[np.int64]) -> Tensor:
+def take_windows(array: RowArray, start: NDArray[np.int64], length: int, index: Indices) -> Tensor:
     """Rows (..., length, *) from each `start` (...) on.
 
-    In memory that is one copy per window. Rows at which `index` (..., length) says otherwise, because a window leaves
-    its episode, hold whatever lies there: they are no data. (Where a window leaves the array, `index` is followed.)
+    In memory that is one copy per window. Rows at which `index()` (..., length) says otherwise, because a window leaves
+    its episode, hold whatever lies there: they are no data. (Where a window leaves the array, `index()` is followed.)
     """
     inside = start.size and start.min() >= 0 and start.max() + length <= len(array)
     if isinstance(array, LazyArray) or not inside or not array.flags.c_contiguous:
-        return gather(array, index)
+        return gather(array, index())
     flat = torch.from_numpy(array).reshape(-1)
     width = flat.numel() // len(array)
     windows = flat.as_strided((len(array) - length + 1, length * width), (width, 1))
