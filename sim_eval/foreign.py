@@ -2,8 +2,6 @@
 
 That Python has an environment of its own with the simulator and scd_robot in it. The two processes talk over a socket
 pair that nobody else can reach, in the same messages as ordinary workers; numpy 1.26 and 2 read each other's arrays.
-
-    python -m scd_robot.sim_eval.foreign DESCRIPTOR        what the parent starts
 """
 
 import contextlib
@@ -15,7 +13,9 @@ from multiprocessing.connection import Connection
 
 from scd_robot.errors import ConfigError
 
-__all__ = ["ForeignProcess", "start_foreign"]
+__all__ = ["ForeignProcess", "main", "start_foreign"]
+
+_PROGRAM = "from scd_robot.sim_eval.foreign import main; main()"
 
 
 class ForeignProcess:
@@ -63,7 +63,7 @@ def start_foreign(python: str, source: str) -> tuple[ForeignProcess, Connection]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         try:
             process = subprocess.Popen(
-                [os.path.abspath(python), "-P", "-m", "scd_robot.sim_eval.foreign", str(descriptor)],
+                [os.path.abspath(python), "-P", "-c", _PROGRAM, str(descriptor)],
                 pass_fds=(descriptor,),
                 stdin=subprocess.DEVNULL,
                 env=environment,
@@ -76,13 +76,9 @@ def start_foreign(python: str, source: str) -> tuple[ForeignProcess, Connection]
     return ForeignProcess(process), connection
 
 
-def main(descriptor: int) -> None:
-    """The life of a worker under another Python."""
+def main() -> None:
+    """The life of a worker under another Python, which is told the number of its end of the socket pair."""
     from scd_robot.sim_eval.workers import serve
 
-    connection = Connection(descriptor)
+    connection = Connection(int(sys.argv[1]))
     serve(connection, connection.recv())
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -203,6 +203,8 @@ class EnvironmentWorker:
         except WorkerCrashError as error:
             died = isinstance(error.__cause__, (EOFError, ConnectionResetError))
             hint = "; a script that starts workers needs `if __name__ == '__main__':` around its main part"
+            if self._python is not None:
+                hint = f"; is scd_robot installed for {self._python}? See what it printed above"
             raise SimulatorError(f"environment {name!r} could not be started: {error}{hint if died else ''}") from error
         return spec
 

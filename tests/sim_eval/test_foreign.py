@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from scd_robot.errors import ConfigError, UnknownNameError
+from scd_robot.errors import ConfigError, SimulatorError, UnknownNameError
 from scd_robot.sim_eval.rollout import evaluate
 from scd_robot.sim_eval.workers import EnvironmentWorker, WorkerCrashError, start_workers
 
@@ -59,6 +59,14 @@ def test_a_relative_path_is_of_the_present_folder_whose_modules_do_not_count(tmp
 def test_errors_of_the_user_travel():
     with pytest.raises(UnknownNameError, match="did you mean 'scd_memory/cue-reach'"):
         start_workers("scd_memory/cue-rech", 1, python=sys.executable)
+
+
+def test_a_python_without_the_package(tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f"#!/bin/sh\nexec {sys.executable} -S -E -c 'raise SystemExit(1)'\n")
+    bare.chmod(0o755)
+    with pytest.raises(SimulatorError, match=r"is scd_robot installed for .*python\?"):
+        start_workers(NAME, 1, python=str(bare))
 
 
 @pytest.mark.parametrize(
