@@ -102,10 +102,12 @@ def _verdicts(done: Results) -> list[str]:
     """The aim at a delay of 50, and non-inferiority where nothing is hidden."""
     lines, number = [], DELAYS.index(AIM_DELAY)
     for task in MEMORY_TASKS:
-        hidden = [done[n] for seed in (0, 1, 2) if (n := _name(task, "hidden", "history", seed)) in done]
-        if hidden:
-            rates = [_documents(result)[number]["success_rate"] for result in hidden]
+        wanted = [_name(task, "hidden", "history", seed) for seed in SEEDS.get(task, (0,))]
+        hidden = [done[name] for name in wanted if name in done]
+        rates = [_documents(result)[number]["success_rate"] for result in hidden]
+        if rates and None not in rates:
             verdict = "reached" if np.mean(rates) >= AIM else "NOT reached"
+            verdict += f" ({len(hidden)} of {len(wanted)} seeds)" if len(hidden) < len(wanted) else ""
             shown = ", ".join(f"{100 * rate:.0f} %" for rate in rates)
             lines.append(f"- {task}, delay {AIM_DELAY}: {shown} by seed; aim {100 * AIM:.0f} % {verdict}")
         names = [_name(task, "visible", arm, 0) for arm in ("history", "twin")]

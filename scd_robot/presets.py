@@ -5,6 +5,7 @@ with `dataclasses.replace`.
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from scd_robot.types import DatasetSpec
 
 __all__ = ["PRESETS", "memory_state", "metaworld_state", "pusht_state", "resolve", "with_settings"]
 
+logger = logging.getLogger(__name__)
+
 
 def metaworld_state(dataset: DatasetSpec) -> ExperimentConfig:
     """State policy for any Meta-World task: 1.5 million parameters, under 15 minutes on two CPU cores.
@@ -31,6 +34,9 @@ def metaworld_state(dataset: DatasetSpec) -> ExperimentConfig:
     }
     if not vectors:
         raise DatasetError(f"preset metaworld_state needs vector observations, got {sorted(dataset.observation)}")
+    others = sorted(set(dataset.observation) - set(vectors))
+    if others:
+        logger.warning("%s are no vectors: this preset trains without them", ", ".join(others))
     return ExperimentConfig(
         preset="metaworld_state",
         model=ScdConfig(observation_shapes=vectors, action_dim=dataset.action_dim),

@@ -35,8 +35,9 @@ def test_preset_takes_its_widths_from_the_dataset_and_survives_json(name: str) -
     assert from_json(ExperimentConfig, json.loads(json.dumps(to_json(experiment)))) == experiment
 
 
-def test_state_preset_reads_vectors_only() -> None:
+def test_state_preset_reads_vectors_only_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     assert resolve("metaworld_state", SPEC).model.observation_shapes == {"proprio": (4,)}
+    assert "camera are no vectors" in caplog.text
     with pytest.raises(DatasetError, match=r"needs vector observations, got \['camera'\]"):
         resolve("metaworld_state", DatasetSpec({"camera": SPEC.observation["camera"]}, 3, 0.1))
 

@@ -81,6 +81,11 @@ def evaluate(
 
     if json is not None:
         check_target(json)
+    if not latency_ms or len(set(latency_ms)) < len(latency_ms):
+        raise ConfigError(f"--latency-ms needs different delays [ms], at least one, got {list(latency_ms)}")
+    troubles = [ObservationFaults(delay, jitter_ms, drop, freeze) for delay in latency_ms]
+    if diagnose_history and (len(troubles) > 1 or troubles[0].any):
+        raise ConfigError("--diagnose-history needs prompt observations; leave out --latency-ms, --drop and the like")
     torch.set_num_threads(1)  # small batches; the simulators have the other cores
 
     def load() -> Any:
@@ -95,12 +100,9 @@ def evaluate(
         )
 
     policy = load()
-    if not latency_ms:
-        raise ConfigError("--latency-ms needs at least one delay [ms]")
     documents = []
-    for delay in latency_ms:
-        faults = ObservationFaults(latency_ms=delay, jitter_ms=jitter_ms, drop=drop, freeze=freeze)
-        folder = out / f"latency_{delay:g}ms" if out is not None and len(latency_ms) > 1 else out
+    for faults in troubles:
+        folder = out / f"latency_{faults.latency_ms:g}ms" if out is not None and len(latency_ms) > 1 else out
         result = run(
             policy,
             env,

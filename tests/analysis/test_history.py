@@ -136,6 +136,11 @@ def test_too_little_to_diagnose(tiny_run):
         diagnose_history(lambda: load_policy(tiny_run), POINT, 1)
 
 
+def test_a_diagnosis_with_late_observations_is_refused(tiny_run, refused):
+    refused(["eval", tiny_run, "--env", POINT, "--diagnose-history", "2", "--drop", "0.5"], "prompt observations")
+    refused(["eval", tiny_run, "--env", POINT, "--latency-ms", "50", "50"], "different delays")
+
+
 def test_command(tiny_run, tiny_store, tmp_path, capsys):
     options = ["--episodes", "2", "--num-videos", "0", "--diagnose-history", "2", "--dataset", str(tiny_store)]
     arguments = ["eval", str(tiny_run), "--env", POINT, "--out", str(tmp_path / "out"), *options]
