@@ -9,23 +9,21 @@ its picture in every control step (about 0.3 s on a CPU) and offers no state of 
 there is "pixels.top" (480, 640, 3) beside "agent_pos".
 """
 
-import hashlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.errors import (
-    ActionError,
     ConfigError,
     MissingDependencyError,
-    ShapeError,
     SimulatorError,
     UnknownNameError,
 )
+from scd_robot.sim_eval.adapter import canonical_name, checked_action, digest, read_options
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
 __all__ = ["TAKES_WORDS", "TASKS", "GymnasiumEnvironment", "GymnasiumOptions", "make"]
@@ -75,11 +73,7 @@ def make(task: str, options: Mapping[str, Any]) -> "GymnasiumEnvironment":
         ConfigError: an option is out of range.
         MissingDependencyError: gymnasium-robotics or gym-aloha is not installed.
     """
-    valid = [field.name for field in fields(GymnasiumOptions)]
-    for key in options:
-        if key not in valid:
-            raise UnknownNameError(f"option of gymnasium/{task}", key, valid)
-    return GymnasiumEnvironment(task, GymnasiumOptions(**options))
+    return GymnasiumEnvironment(task, read_options(GymnasiumOptions, options, f"gymnasium/{task}"))
 
 
 class GymnasiumEnvironment:
@@ -104,7 +98,7 @@ class GymnasiumEnvironment:
         self._low, self._high = np.asarray(low, np.float32), np.asarray(high, np.float32)
         first, _ = self._reset(0)
         self.spec = EnvironmentSpec(
-            name=_canonical_name(task, self._options),
+            name=canonical_name(f"gymnasium/{task}", self._options),
             observation={key: ArraySpec(value.shape, str(value.dtype)) for key, value in first.items()},
             action_dim=len(self._low),
             action_low=tuple(map(float, self._low)),
@@ -138,15 +132,7 @@ class GymnasiumEnvironment:
             raise SimulatorError(
                 f"the episode of {self.spec.name} was truncated after {self._steps} control steps; call reset(seed)"
             )
-        values = np.asarray(action, np.float32)
-        if values.shape != self._low.shape:
-            raise ShapeError(f"the action must be {self._low.shape} for {self.spec.name}, got {values.shape}")
-        if not np.isfinite(values).all():
-            raise ActionError(
-                f"the action in control step {self._steps} of {self.spec.name} must be finite, got {values.tolist()}; "
-                "check the policy that made it"
-            )
-        executed = np.clip(values, self._low, self._high)
+        executed = checked_action(action, self.spec, self._steps)
         try:
             observation, reward, terminated, _, info = self._env.step(executed)
         except Exception as error:  # simulators raise many kinds
@@ -167,11 +153,8 @@ class GymnasiumEnvironment:
         """Hexadecimal SHA-256 of joint positions and velocities, and of the observation, which holds the goal."""
         self._check_running()
         data = self._physics()
-        digest = hashlib.sha256()
         parts = [data.qpos, data.qvel, data.mocap_pos, *(self._last[key] for key in sorted(self._last))]
-        for part in parts:
-            digest.update(np.ascontiguousarray(part, dtype="<f8").tobytes())
-        return digest.hexdigest()
+        return digest(parts)
 
     def expert_action(self) -> ActionArray:
         """There is none.
@@ -250,12 +233,6 @@ def _flat(observation: Any, prefix: str = "") -> dict[str, NDArray[Any]]:
     for key, value in observation.items():
         found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return found
-
-
-def _canonical_name(task: str, options: GymnasiumOptions) -> str:
-    default = asdict(GymnasiumOptions())
-    changed = [f"{key}={value}" for key, value in asdict(options).items() if value != default[key]]
-    return f"gymnasium/{task}" + (":" + ",".join(changed) if changed else "")
 
 
 def _load(task: str) -> Any:

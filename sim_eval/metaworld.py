@@ -10,10 +10,9 @@ Options in the environment's name: `goal_steps=K` shows the goal in the first K 
 afterwards (0 = never); `max_steps=N` truncates episodes after N control steps (500 as in the benchmark).
 """
 
-import hashlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,10 @@ from numpy.typing import NDArray
 from scd_robot.errors import (
     ConfigError,
     MissingDependencyError,
-    ScdRobotError,
-    ShapeError,
     SimulatorError,
     UnknownNameError,
 )
+from scd_robot.sim_eval.adapter import canonical_name, checked_action, digest, read_options
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
 __all__ = ["TASKS", "MetaworldEnvironment", "MetaworldOptions", "make"]
@@ -117,11 +115,7 @@ def make(task: str, options: Mapping[str, int]) -> "MetaworldEnvironment":
         ConfigError: an option is out of range.
         MissingDependencyError: Meta-World is not installed.
     """
-    valid = [field.name for field in fields(MetaworldOptions)]
-    for key in options:
-        if key not in valid:
-            raise UnknownNameError("option of Meta-World", key, valid)
-    return MetaworldEnvironment(task, MetaworldOptions(**options))
+    return MetaworldEnvironment(task, read_options(MetaworldOptions, options, "Meta-World"))
 
 
 class MetaworldEnvironment:
@@ -152,7 +146,7 @@ class MetaworldEnvironment:
         self._raw: NDArray[np.float64] | None = None  # None = no episode is running
         self._steps = 0
         self.spec = EnvironmentSpec(
-            name=_canonical_name(task, self._options),
+            name=canonical_name(f"metaworld/{task}", self._options),
             observation={"proprio": ArraySpec((4,)), "object": ArraySpec((14,)), "goal": ArraySpec((3,))},
             action_dim=_ACTION_DIM,
             action_low=(-1.0,) * _ACTION_DIM,
@@ -205,7 +199,7 @@ class MetaworldEnvironment:
             raise SimulatorError(
                 f"the episode of {self.spec.name} was truncated after {self._steps} control steps; call reset(seed)"
             )
-        executed = self._checked(action)
+        executed = checked_action(action, self.spec, self._steps)
         try:
             raw, reward, terminated, truncated, info = self._env.step(executed)
         except mujoco.FatalError as error:
@@ -227,10 +221,7 @@ class MetaworldEnvironment:
         """Hexadecimal SHA-256 of joint positions and velocities, motion target of the hand, and goal."""
         goal = self._present()[_GOAL]
         data = self._env.data
-        digest = hashlib.sha256()
-        for part in (data.qpos, data.qvel, data.mocap_pos, data.mocap_quat, goal):
-            digest.update(np.ascontiguousarray(part, dtype="<f8").tobytes())
-        return digest.hexdigest()
+        return digest((data.qpos, data.qvel, data.mocap_pos, data.mocap_quat, goal))
 
     def expert_action(self) -> ActionArray:
         """The benchmark's scripted action (4,) for the present state, clipped; it sees the goal at all times."""
@@ -263,17 +254,6 @@ class MetaworldEnvironment:
         goal = raw[_GOAL] if shown else np.zeros(3, np.float32)
         return {"proprio": raw[_PROPRIO], "object": raw[_OBJECT], "goal": goal}
 
-    def _checked(self, action: ActionArray) -> ActionArray:
-        values = np.asarray(action, dtype=np.float32)
-        if values.shape != (_ACTION_DIM,):
-            raise ShapeError(f"the action must be ({_ACTION_DIM},) for {self.spec.name}, got {values.shape}")
-        if not np.isfinite(values).all():
-            raise ScdRobotError(
-                f"the action in control step {self._steps} of {self.spec.name} must be finite, got {values.tolist()}; "
-                "check the policy that made it"
-            )
-        return np.clip(values, -1.0, 1.0)
-
     def _check_physics(self, where: str) -> None:
         """MuJoCo meets NaN and huge values by a warning and a silent reset of the state; here they are errors."""
         import mujoco
@@ -289,12 +269,6 @@ class MetaworldEnvironment:
             self._raw = None
             names = ", ".join(kind.name for kind in bad) or "a state that is not finite"
             raise SimulatorError(f"the physics of {self.spec.name} became unstable {where} ({names})")
-
-
-def _canonical_name(task: str, options: MetaworldOptions) -> str:
-    default = asdict(MetaworldOptions())
-    changed = [f"{key}={value}" for key, value in asdict(options).items() if value != default[key]]
-    return f"metaworld/{task}" + (":" + ",".join(changed) if changed else "")
 
 
 def _load(task: str) -> tuple[Any, Any]:

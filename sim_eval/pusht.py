@@ -23,14 +23,13 @@ import hashlib
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scd_robot.errors import (
-    ActionError,
     ConfigError,
     MissingDependencyError,
     ShapeError,
@@ -38,6 +37,7 @@ from scd_robot.errors import (
     UnknownNameError,
 )
 from scd_robot.seeding import EVALUATION, derive_seed
+from scd_robot.sim_eval.adapter import canonical_name, checked_action, read_options
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
 __all__ = ["TAKES_WORDS", "TASKS", "PushtEnvironment", "PushtOptions", "block_keypoints", "make", "state_difference"]
@@ -101,11 +101,7 @@ def make(task: str, options: Mapping[str, Any]) -> "PushtEnvironment":
         MissingDependencyError: gym-pusht is not installed.
     """
     assert task in TASKS
-    valid = [field.name for field in fields(PushtOptions)]
-    for key in options:
-        if key not in valid:
-            raise UnknownNameError("option of pusht", key, valid)
-    return PushtEnvironment(PushtOptions(**options))
+    return PushtEnvironment(read_options(PushtOptions, options, "pusht"))
 
 
 def block_keypoints(pose: ArrayLike) -> NDArray[np.float64]:
@@ -147,7 +143,7 @@ class PushtEnvironment:
         self._running = False
         self._steps = 0
         self.spec = EnvironmentSpec(
-            name=_canonical_name(self._options),
+            name=canonical_name("pusht", self._options),
             observation={key: _SPECS[key] for key in _KEYS[self._options.observation]},
             action_dim=2,
             action_low=(0.0, 0.0),
@@ -210,7 +206,7 @@ class PushtEnvironment:
             raise SimulatorError(
                 f"the episode of {self.spec.name} was truncated after {self._steps} control steps; call reset(seed)"
             )
-        executed = self._checked(action)
+        executed = checked_action(action, self.spec, self._steps)
         _, reward, _, _, info = self._env.step(executed.astype(np.float64))
         if not np.isfinite(self._state()).all():
             self._running = False
@@ -281,17 +277,6 @@ class PushtEnvironment:
         if not self._running:
             raise SimulatorError(f"no episode of {self.spec.name} is running; call reset(seed) first")
 
-    def _checked(self, action: ActionArray) -> ActionArray:
-        values = np.asarray(action, dtype=np.float32)
-        if values.shape != (2,):
-            raise ShapeError(f"the action must be (2,) for {self.spec.name}, got {values.shape}")
-        if not np.isfinite(values).all():
-            raise ActionError(
-                f"the action in control step {self._steps} of {self.spec.name} must be finite, got {values.tolist()}; "
-                "check the policy that made it"
-            )
-        return np.clip(values, 0.0, _SIZE)
-
 
 def draw_start(seed: int) -> NDArray[np.float64]:
     """State (5,) that diffusion_policy's `PushTEnv.reset` draws for a seed; the angle is not confined to one turn."""
@@ -304,12 +289,6 @@ def draw_start(seed: int) -> NDArray[np.float64]:
 def _benchmark_seeds() -> dict[int, int]:
     """The benchmark's seed by the seed that an evaluation gives to the same episode."""
     return {derive_seed(EVALUATION, i): _FIRST_BENCHMARK_SEED + i for i in range(_BENCHMARK_EPISODES)}
-
-
-def _canonical_name(options: PushtOptions) -> str:
-    default = asdict(PushtOptions())
-    changed = [f"{key}={value}" for key, value in asdict(options).items() if value != default[key]]
-    return "pusht" + (":" + ",".join(changed) if changed else "")
 
 
 def _load() -> Any:

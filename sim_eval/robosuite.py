@@ -11,11 +11,10 @@ Observations have robosuite's names, and "object" as robomimic calls "object-sta
 robosuite needs an environment of its own (docs/install.md): `scd eval ... --env-python .venv-robosuite/bin/python`.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.errors import (
-    ActionError,
     ConfigError,
     DatasetError,
     MissingDependencyError,
-    ShapeError,
     SimulatorError,
-    UnknownNameError,
 )
+from scd_robot.sim_eval.adapter import canonical_name, checked_action, digest, read_options
 from scd_robot.sim_eval.rendering import check_frame, select_gl_backend
 from scd_robot.sim_eval.robosuite_arguments import arguments_before_1_5, hold_orientation, is_before_1_5
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
@@ -42,6 +39,7 @@ __all__ = [
     "RobosuiteOptions",
     "import_robosuite",
     "make",
+    "observe",
     "recorded_env_args",
 ]
 
@@ -98,11 +96,7 @@ def make(task: str, options: Mapping[str, Any]) -> "RobosuiteEnvironment":
         DatasetError: the recording cannot be read, or does not tell its environment.
         MissingDependencyError: robosuite is not installed.
     """
-    valid = [field.name for field in fields(RobosuiteOptions)]
-    for key in options:
-        if key not in valid:
-            raise UnknownNameError("option of robosuite", key, valid)
-    return RobosuiteEnvironment(task, RobosuiteOptions(**options))
+    return RobosuiteEnvironment(task, read_options(RobosuiteOptions, options, "robosuite"))
 
 
 def recorded_env_args(path: str) -> dict[str, Any]:
@@ -146,7 +140,7 @@ class RobosuiteEnvironment:
         self._before_1_5 = False
         self._cameras = [name for name in self._options.cameras.split("+") if name]
         self._robosuite = import_robosuite(rendering=bool(self._cameras))
-        name = _canonical_name(task, self._options)
+        name = canonical_name(f"robosuite/{task}", self._options)
         arguments = self._arguments(task)
         try:
             self._env = self._robosuite.make(**arguments)
@@ -191,15 +185,7 @@ class RobosuiteEnvironment:
             raise SimulatorError(
                 f"the episode of {self.spec.name} was truncated after {self._steps} control steps; call reset(seed)"
             )
-        values = np.asarray(action, np.float32)
-        if values.shape != (self.spec.action_dim,):
-            raise ShapeError(f"the action must be ({self.spec.action_dim},) for {self.spec.name}, got {values.shape}")
-        if not np.isfinite(values).all():
-            raise ActionError(
-                f"the action in control step {self._steps} of {self.spec.name} must be finite, got {values.tolist()}; "
-                "check the policy that made it"
-            )
-        executed = np.clip(values, self.spec.action_low, self.spec.action_high).astype(np.float32)
+        executed = checked_action(action, self.spec, self._steps)
         try:
             _, reward, _, _ = self._env.step(executed.astype(np.float64))
         except Exception as error:  # robosuite and MuJoCo raise many kinds
@@ -222,10 +208,7 @@ class RobosuiteEnvironment:
         """Hexadecimal SHA-256 of joint positions and velocities, and of the bodies' places in the model."""
         self._check_running()
         sim = self._env.sim
-        digest = hashlib.sha256()
-        for part in (sim.data.qpos, sim.data.qvel, sim.model.body_pos, sim.model.body_quat):
-            digest.update(np.ascontiguousarray(part, dtype="<f8").tobytes())
-        return digest.hexdigest()
+        return digest((sim.data.qpos, sim.data.qvel, sim.model.body_pos, sim.model.body_quat))
 
     def expert_action(self) -> ActionArray:
         """There is none.
@@ -289,28 +272,30 @@ class RobosuiteEnvironment:
         return self._observation()
 
     def _observation(self) -> dict[str, NDArray[Any]]:
-        found: dict[str, NDArray[Any]] = {}
-        upside_down = self._robosuite.macros.IMAGE_CONVENTION == "opengl"
-        for key, value in self._env._get_observations(force_update=True).items():
-            array = np.atleast_1d(np.asarray(value))
-            if array.ndim == 3 and array.dtype == np.uint8:
-                check_frame(array)
-                found[key] = np.ascontiguousarray(array[::-1] if upside_down else array)
-            elif array.ndim == 1 and array.size and array.dtype.kind in "biuf":
-                found[key] = array.astype(np.float32)
-        if "object-state" in found:
-            found["object"] = found["object-state"]
-        return found
+        found = observe(self._env, self._robosuite)
+        return found | ({"object": found["object-state"]} if "object-state" in found else {})
 
     def _check_running(self) -> None:
         if not self._running:
             raise SimulatorError(f"no episode of {self.spec.name} is running; call reset(seed) first")
 
 
-def _canonical_name(task: str, options: RobosuiteOptions) -> str:
-    default = asdict(RobosuiteOptions())
-    changed = [f"{key}={value}" for key, value in asdict(options).items() if value != default[key]]
-    return f"robosuite/{task}" + (":" + ",".join(changed) if changed else "")
+def observe(environment: Any, module: Any) -> dict[str, NDArray[Any]]:
+    """All observations of a robosuite environment's state: vectors float32, images uint8 (H, W, 3) the right way up.
+
+    Raises:
+        RenderError: an image is blank.
+    """
+    found: dict[str, NDArray[Any]] = {}
+    upside_down = module.macros.IMAGE_CONVENTION == "opengl"
+    for key, value in environment._get_observations(force_update=True).items():
+        array = np.atleast_1d(np.asarray(value))
+        if array.ndim == 3 and array.dtype == np.uint8:
+            check_frame(array)
+            found[key] = np.ascontiguousarray(array[::-1] if upside_down else array)
+        elif array.ndim == 1 and array.size and array.dtype.kind in "biuf":
+            found[key] = array.astype(np.float32)
+    return found
 
 
 def import_robosuite(*, rendering: bool) -> Any:

@@ -28,8 +28,7 @@ from scd_robot.datasets.schema import SIM_STATE, EpisodeDataset
 from scd_robot.datasets.zarr.writer import ZarrWriter
 from scd_robot.errors import DatasetError, SimulatorError, UnknownNameError
 from scd_robot.recording.robosuite_models import recorded_arguments, recorded_version, upgraded
-from scd_robot.sim_eval.rendering import check_frame
-from scd_robot.sim_eval.robosuite import import_robosuite
+from scd_robot.sim_eval.robosuite import import_robosuite, observe
 from scd_robot.sim_eval.robosuite_arguments import arguments_before_1_5, hold_orientation, is_before_1_5
 from scd_robot.types import ActionArray, ArraySpec, DatasetSpec, StepResult
 
@@ -138,16 +137,7 @@ class RobosuiteSimulator:
         Raises:
             RenderError: an image is blank.
         """
-        observation: dict[str, NDArray[Any]] = {}
-        upside_down = self._robosuite.macros.IMAGE_CONVENTION == "opengl"
-        for key, value in self._env._get_observations(force_update=True).items():
-            array = np.atleast_1d(np.asarray(value))
-            if array.ndim == 3 and array.dtype == np.uint8:
-                check_frame(array)
-                observation[key] = np.ascontiguousarray(array[::-1] if upside_down else array)
-            elif array.ndim == 1 and array.size and array.dtype.kind in "biuf":
-                observation[key] = array.astype(np.float32)
-        return observation
+        return observe(self._env, self._robosuite)
 
     def template(self) -> dict[str, NDArray[Any]]:
         """Observations of the first recorded state, without those that depend on the controls as well."""

@@ -5,10 +5,9 @@ Each memory task shows something that matters, hides it for `delay` control step
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from scd_robot.errors import UnknownNameError
+from scd_robot.sim_eval.adapter import read_options
 from scd_robot.sim_eval.memory.count_press import CountPress
 from scd_robot.sim_eval.memory.cue_reach import CueReach
 from scd_robot.sim_eval.memory.dynamic import MovingTarget, TrayBalance
@@ -34,8 +33,4 @@ def make(task: str, options: Mapping[str, Any]) -> MemoryEnvironment:
         UnknownNameError: no such task or option.
         ConfigError: an option is out of range.
     """
-    valid = [field.name for field in fields(MemoryOptions)]
-    for key in options:
-        if key not in valid:
-            raise UnknownNameError("option of scd_memory", key, valid)
-    return (MEMORY_TASKS | _DYNAMIC)[task](MemoryOptions(**options))
+    return (MEMORY_TASKS | _DYNAMIC)[task](read_options(MemoryOptions, options, "scd_memory"))

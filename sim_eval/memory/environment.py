@@ -5,14 +5,14 @@ here. Lengths in m, angles in rad, times in s; the table's top is z = 0.
 """
 
 import abc
-import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scd_robot.errors import ActionError, ConfigError, ShapeError, SimulatorError, UnknownNameError
+from scd_robot.errors import ConfigError, SimulatorError, UnknownNameError
+from scd_robot.sim_eval.adapter import canonical_name, checked_action, digest
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
 __all__ = ["MemoryEnvironment", "MemoryOptions", "Verdict"]
@@ -105,7 +105,7 @@ class MemoryEnvironment(abc.ABC):
         if self.options.observation == "image":
             keys = {"proprio": keys["proprio"], "image": ArraySpec((_IMAGE, _IMAGE, 3), "uint8")}
         self.spec = EnvironmentSpec(
-            name=_canonical_name(self.task, self.options),
+            name=canonical_name(f"scd_memory/{self.task}", self.options),
             observation=keys,
             action_dim=self.action_dim,
             action_low=(-1.0,) * self.action_dim,
@@ -148,7 +148,7 @@ class MemoryEnvironment(abc.ABC):
             raise SimulatorError(
                 f"the episode of {self.spec.name} was truncated after {self.steps} control steps; call reset(seed)"
             )
-        executed = self._checked(action) * np.float32(self._is_free())
+        executed = checked_action(action, self.spec, self.steps) * np.float32(self._is_free())
         self._move(executed)
         self.steps += 1
         verdict = self._judge()
@@ -165,10 +165,7 @@ class MemoryEnvironment(abc.ABC):
     def state_hash(self) -> str:
         """Hexadecimal SHA-256 of joint positions and velocities, target, and everything hidden."""
         self._check_running()
-        digest = hashlib.sha256()
-        for part in (self.data.qpos, self.data.qvel, self.target, [self.delay], self._hidden()):
-            digest.update(np.ascontiguousarray(part, dtype="<f8").tobytes())
-        return digest.hexdigest()
+        return digest((self.data.qpos, self.data.qvel, self.target, [self.delay], self._hidden()))
 
     def expert_action(self) -> ActionArray:
         """The scripted expert's action (Da,) for the present state; which expert, the option `expert` says."""
@@ -240,17 +237,6 @@ class MemoryEnvironment(abc.ABC):
         exact = np.asarray(x, np.float64)
         return exact + SENSOR_NOISE * self._sensors.standard_normal(exact.shape)
 
-    def _checked(self, action: ActionArray) -> ActionArray:
-        values = np.asarray(action, dtype=np.float32)
-        if values.shape != (self.action_dim,):
-            raise ShapeError(f"the action must be ({self.action_dim},) for {self.spec.name}, got {values.shape}")
-        if not np.isfinite(values).all():
-            raise ActionError(
-                f"the action in control step {self.steps} of {self.spec.name} must be finite, got {values.tolist()}; "
-                "check the policy that made it"
-            )
-        return np.clip(values, -1.0, 1.0)
-
     def _check_running(self) -> None:
         if not self._running:
             raise SimulatorError(f"no episode of {self.spec.name} is running; call reset(seed) first")
@@ -305,9 +291,3 @@ class MemoryEnvironment(abc.ABC):
 
     def _paint(self) -> None:  # noqa: B027
         """Gives geoms the colours that show what is visible now."""
-
-
-def _canonical_name(task: str, options: MemoryOptions) -> str:
-    default = asdict(MemoryOptions())
-    changed = [f"{key}={value}" for key, value in asdict(options).items() if value != default[key]]
-    return f"scd_memory/{task}" + (":" + ",".join(changed) if changed else "")
