@@ -57,7 +57,8 @@ def checked_action(action: ArrayLike, spec: EnvironmentSpec, step: int) -> Actio
             f"the action in control step {step} of {spec.name} must be finite, got {values.tolist()}; check the policy "
             "that made it"
         )
-    return np.clip(values, np.float32(spec.action_low), np.float32(spec.action_high))
+    low, high = (np.asarray(bound, np.float32) for bound in (spec.action_low, spec.action_high))
+    return np.clip(values, low, high)
 
 
 def digest(parts: Iterable[ArrayLike]) -> str:
