@@ -48,7 +48,10 @@ class SegmentBatch:
     def step_valid(self) -> NDArray[np.bool_]:
         """(B, T) the second result of `steps`, which costs less."""
         lengths = self.lengths
-        return np.asarray(np.arange(lengths.max()) < lengths[:, None])
+        longest = lengths.max()
+        if lengths.min() == longest:
+            return np.ones((len(lengths), longest), np.bool_)
+        return np.asarray(np.arange(longest) < lengths[:, None])
 
     def inside(self, position: IntArray, before: int, after: int) -> NDArray[np.bool_]:
         """(B, ..., before + after) the second result of `steps_around`, which costs less."""
@@ -119,7 +122,7 @@ class SegmentIndex:
         self._slack = np.maximum(self._end - self._first - segment_length, 0)
         self._moves = (self._slack > 0) & ~self._is_first  # starts that are drawn anew each epoch
         self._stride = stride
-        self._epochs: dict[int, tuple[IntArray, NDArray[np.float64]]] = {}
+        self._epochs: dict[int, IntArray] = {}  # see `_epoch`
         self._cumulative: NDArray[np.float64] | None = None
         if weights is not None:
             steps = (self._ends - self._starts) / counts
@@ -137,20 +140,13 @@ class SegmentIndex:
             samples: which samples of the global batch, e.g. those of one device.
             batch_size: size of the global batch.
         """
-        number = step * batch_size + np.arange(samples.start, samples.stop)
-        segments, draws = [], []
-        for epoch in range(int(number[0]) // len(self), int(number[-1]) // len(self) + 1):
-            low, high = max(int(number[0]), epoch * len(self)), min(int(number[-1]) + 1, (epoch + 1) * len(self))
-            order, drawn = self._epoch(epoch)
-            place = slice(low - epoch * len(self), high - epoch * len(self))
-            segments.append(order[place])
-            draws.append(drawn[place])
-        segment, draw = np.concatenate(segments), np.concatenate(draws)
-        first, end, slack = self._first[segment], self._end[segment], self._slack[segment]
-        start = (draw * np.minimum(self._stride, end - first)).astype(np.int64) if self._stride > 1 else 0
-        inside = np.minimum(slack, (draw * (slack + self._segment_length // 2 + 1)).astype(np.int64))
-        start = first + np.where(self._moves[segment], inside, start)
-        return SegmentBatch(start, np.minimum(end, start + self._segment_length), first, end, self._stride)
+        low, high = step * batch_size + samples.start, step * batch_size + samples.stop
+        columns = []
+        for epoch in range(low // len(self), (high - 1) // len(self) + 1):
+            begin = epoch * len(self)
+            columns.append(self._epoch(epoch)[:, max(low - begin, 0) : high - begin])
+        start, stop, first, end = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
+        return SegmentBatch(start, stop, first, end, self._stride)
 
     def ordered(self, samples: range) -> SegmentBatch:
         """Segments in the order of the dataset, for validation; those of a long episode evenly spaced."""
@@ -163,17 +159,23 @@ class SegmentIndex:
         start = first + slack * place // np.maximum(count - 1, 1)
         return SegmentBatch(start, np.minimum(end, start + self._segment_length), first, end, self._stride)
 
-    def _epoch(self, epoch: int) -> tuple[IntArray, NDArray[np.float64]]:
-        """Of an epoch's samples the segments, and a number in [0, 1) each that its start follows from."""
+    def _epoch(self, epoch: int) -> IntArray:
+        """(4, N) start and stop of an epoch's segments, and of their episodes, in the order of the samples."""
         if epoch not in self._epochs:
             for old in [known for known in self._epochs if known < epoch - 1]:
                 del self._epochs[old]
             rng = keyed_rng(SEGMENT_ORDER, self._seed, epoch)
             if self._cumulative is None:
-                order = rng.permutation(len(self))
+                segment = rng.permutation(len(self))
             else:
-                order = np.searchsorted(self._cumulative, rng.random(len(self)), side="right")
-            self._epochs[epoch] = (order, keyed_rng(SEGMENT_START, self._seed, epoch).random(len(self)))
+                segment = np.searchsorted(self._cumulative, rng.random(len(self)), side="right")
+            draw = keyed_rng(SEGMENT_START, self._seed, epoch).random(len(self))
+            first, end, slack = self._first[segment], self._end[segment], self._slack[segment]
+            offset = (draw * np.minimum(self._stride, end - first)).astype(np.int64)  # 0 without a stride
+            inside = np.minimum(slack, (draw * (slack + self._segment_length // 2 + 1)).astype(np.int64))
+            start = first + np.where(self._moves[segment], inside, offset)
+            stop = np.minimum(end, start + self._segment_length)
+            self._epochs[epoch] = np.stack([start, stop, first, end])
         return self._epochs[epoch]
 
 

@@ -70,6 +70,10 @@ class SegmentReader:
         self._before, self._after, self._reads_past = num_past_actions, chunk_length, reads_past_action
         self._transforms, self._control_dt = transforms or TransformConfig(), data.spec.control_dt
         self._observation = {key: data.arrays[key] for key in keys}
+        vectors = {key: array for key, array in self._observation.items() if is_vector(array)}
+        self._widths = {key: array.shape[1] for key, array in vectors.items()}
+        # Side by side, so that a window of all vectors is one copy.
+        self._vectors = np.concatenate(list(vectors.values()), axis=1) if len(vectors) > 1 else None
         self._present = {key: data.arrays[PRESENT + key] for key in keys if PRESENT + key in data.arrays}
         self._states = {part.key: data.arrays[part.key] for part in self._transforms.chunk_parts}
         self._action, self._executed = data.arrays[ACTION], data.executed()
@@ -100,7 +104,7 @@ class SegmentReader:
             if self._reads_past:
                 past = self._relative(past[:, :, None], state)[:, :, 0]
         return Segments(
-            observation={key: self._steps_of(value, segments, all_steps) for key, value in self._observation.items()},
+            observation=self._observe(segments, all_steps),
             present={key: torch.from_numpy(value[all_steps()] != 0) for key, value in self._present.items()},
             step_valid=torch.from_numpy(segments.step_valid()),
             label=label,
@@ -108,6 +112,17 @@ class SegmentReader:
             action_valid=torch.from_numpy(segments.inside(position, self._before, self._after)),
             past_action=past,
         )
+
+    def _observe(self, segments: SegmentBatch, steps: Indices) -> dict[str, Tensor]:
+        """Observations (B, T, ...) by key: all vectors in one copy, as views of it."""
+        parts: dict[str, Tensor] = {}
+        if self._vectors is not None:
+            together = self._steps_of(self._vectors, segments, steps)
+            parts = dict(zip(self._widths, together.split(list(self._widths.values()), dim=-1), strict=True))
+        return {
+            key: parts[key] if key in parts else self._steps_of(array, segments, steps)
+            for key, array in self._observation.items()
+        }
 
     def _steps_of(self, array: RowArray, segments: SegmentBatch, steps: Indices) -> Tensor:
         if segments.stride > 1:
@@ -118,6 +133,11 @@ class SegmentReader:
         """Actions (..., L, Da) relative to the state (..., Do) by key."""
         relative = relative_chunk(actions.numpy(), state, self._transforms, self._control_dt)
         return torch.from_numpy(relative.astype(np.float32, copy=False))
+
+
+def is_vector(array: RowArray) -> bool:
+    """Rows of float32 numbers in memory."""
+    return isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype == np.float32
 
 
 def gather(array: RowArray, index: NDArray[np.int64]) -> Tensor:
