@@ -9,6 +9,7 @@ Shapes: R seeds (runs) of an arm, N start states.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -153,6 +154,16 @@ class Comparison:
         a, b = self.success_a[0], self.success_b[0]
         return PairedCounts(int((a & b).sum()), int((a & ~b).sum()), int((~a & b).sum()), int((~a & ~b).sum()))
 
+    def discordant(self, most: int) -> list[int]:
+        """Columns of start states that only one arm's first seed solved, A's losses and B's in turn.
+
+        Args:
+            most: of them.
+        """
+        a, b = self.success_a[0], self.success_b[0]
+        losses = itertools.zip_longest(np.flatnonzero(~a & b).tolist(), np.flatnonzero(a & ~b).tolist())
+        return [column for pair in losses for column in pair if column is not None][:most]
+
     @property
     def difference(self) -> float:
         """Success rate of A minus that of B."""
@@ -285,7 +296,7 @@ def format_comparison(comparison: Comparison) -> str:
         lines.append(f"  evidence {document['evidence']:.3g}, decided from {DECIDED:g} on, however often one looks")
         more = (document["episodes_needed"] or 0) - pair.total
         if more > 0:
-            lines.append(f"  about {more} more episodes would tell such a difference in 4 of 5 cases")
+            lines.append(f"  about {more} more episode{'s' * (more > 1)} would tell such a difference in 4 of 5 cases")
     lines.append(f"  {comparison.verdict}")
     return "\n".join(lines)
 

@@ -14,8 +14,6 @@ __all__ = ["Videos", "write_comparison"]
 
 Videos = Mapping[int, Path]  # by episode
 
-_SIDE_BY_SIDE = 8  # start states with videos of both arms
-
 
 def write_comparison(comparison: Comparison, path: Path, videos_a: Videos = {}, videos_b: Videos = {}) -> None:  # noqa: B006
     """Writes the report.
@@ -24,7 +22,7 @@ def write_comparison(comparison: Comparison, path: Path, videos_a: Videos = {}, 
         comparison: what to report.
         path: of the HTML file.
         videos_a: of arm A, by episode.
-        videos_b: of arm B; an episode is shown where both have one.
+        videos_b: of arm B; the discordant start states are shown where both have one.
 
     Raises:
         OutputError: it cannot be written, or a video cannot be read.
@@ -108,9 +106,9 @@ def _order(comparison: Comparison) -> list[int]:
 
 def _videos(comparison: Comparison, videos_a: Videos, videos_b: Videos) -> str:
     figures: list[str] = []
-    for column in _order(comparison):
+    for column in comparison.discordant(len(comparison.indices)):
         episode = int(comparison.indices[column])
-        if len(figures) == 2 * _SIDE_BY_SIDE or episode not in videos_a or episode not in videos_b:
+        if episode not in videos_a or episode not in videos_b:
             continue
         for name, videos, success in (
             ("A", videos_a, comparison.success_a),
@@ -118,7 +116,7 @@ def _videos(comparison: Comparison, videos_a: Videos, videos_b: Videos) -> str:
         ):
             caption = f"{_badge(bool(success[0, column]))} {name}, episode {episode}"
             figures.append(html_video(videos[episode], caption))
-    return f"<h2>Side by side</h2><div class='videos pairs'>{''.join(figures)}</div>" if figures else ""
+    return f"<h2>Where only one succeeds</h2><div class='videos pairs'>{''.join(figures)}</div>" if figures else ""
 
 
 def _episodes(comparison: Comparison) -> str:

@@ -3,15 +3,20 @@
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scd_robot.errors import OutputError
+import numpy as np
+
+from scd_robot.errors import DatasetError, OutputError
 from scd_robot.output import to_plain
+from scd_robot.types import ActionArray
 
-__all__ = ["EpisodeLog", "check_output_folder", "prepare_output_folder"]
+__all__ = ["EpisodeLog", "check_output_folder", "prepare_output_folder", "read_actions", "write_actions"]
 
-_OUR_FILES = ("result.json", "episodes.jsonl", "report.html", "videos/episode_*.mp4")
+_ACTIONS = "actions.safetensors"
+_OUR_FILES = ("result.json", "episodes.jsonl", "report.html", _ACTIONS, "videos/episode_*.mp4")
 
 
 def check_output_folder(out: Path, overwrite: bool) -> None:
@@ -42,6 +47,45 @@ def prepare_output_folder(out: Path) -> None:
                 path.unlink()
     except OSError as error:
         raise OutputError(f"cannot write to the output folder {out}: {error.strerror or error}") from error
+
+
+def write_actions(out: Path, actions: Mapping[int, ActionArray]) -> None:
+    """Keeps what was executed, so that any episode can be replayed.
+
+    Args:
+        out: the output folder.
+        actions: (steps, Da) by episode index.
+
+    Raises:
+        OutputError: no permission, or the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    beside = out / f"{_ACTIONS}.part"
+    try:
+        save_file({str(index): np.ascontiguousarray(array) for index, array in sorted(actions.items())}, beside)
+        beside.replace(out / _ACTIONS)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {out / _ACTIONS}: {error}") from error
+
+
+def read_actions(out: Path) -> dict[int, ActionArray]:
+    """What an evaluation executed, (steps, Da) by episode index; empty where it was not kept.
+
+    Raises:
+        DatasetError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return {int(index): array for index, array in load_file(out / _ACTIONS).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DatasetError(f"cannot read {out / _ACTIONS}: {error}; evaluate again") from error
 
 
 class EpisodeLog:

@@ -3,15 +3,16 @@
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import scd_robot
 from scd_robot.sim_eval.faults import ObservationFaults
 from scd_robot.sim_eval.metrics import mean_and_median, percentiles, wilson_interval
 from scd_robot.sim_eval.motion import MOTION_NAMES, mean_motion
-from scd_robot.types import EnvironmentSpec
+from scd_robot.types import ActionArray, EnvironmentSpec
 
 __all__ = ["SCHEMA", "EpisodeRecord", "EvaluationResult", "VideoRecord", "collect_versions"]
 
@@ -48,6 +49,14 @@ class EpisodeRecord:
     reason: str
     completed: bool | None = None
     motion: dict[str, float | None] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The record that `to_json` wrote."""
+        fields = {name: data[name] for name in ("index", "seed", "initial_state_hash", "success", "steps", "invalid")}
+        motion = {name: data.get(name) for name in MOTION_NAMES}
+        others = {name: data.get(name) for name in ("best_reward", "reason", "completed")}
+        return cls(**fields, **others, total_reward=data["return"], motion=motion)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -104,6 +113,7 @@ class EvaluationResult:
         videos: replays that were written.
         video_error: why videos are missing, in one line; None if none are.
         out: the output folder, if there is one.
+        actions: (steps, Da) float32 executed in each episode, by its index; they replay it.
     """
 
     environment: EnvironmentSpec
@@ -120,6 +130,7 @@ class EvaluationResult:
     videos: list[VideoRecord] = field(default_factory=list)
     video_error: str | None = None
     out: Path | None = None
+    actions: dict[int, ActionArray] = field(default_factory=dict, repr=False)
 
     @property
     def valid(self) -> list[EpisodeRecord]:

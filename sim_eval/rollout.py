@@ -24,7 +24,7 @@ from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.output import write_json
 from scd_robot.sim_eval.faults import FaultInjector, ObservationFaults, injector
 from scd_robot.sim_eval.motion import motion_quality
-from scd_robot.sim_eval.output import EpisodeLog, check_output_folder, prepare_output_folder
+from scd_robot.sim_eval.output import EpisodeLog, check_output_folder, prepare_output_folder, write_actions
 from scd_robot.sim_eval.policy_adapter import PolicyAdapter, PolicyError, check_policy_spec
 from scd_robot.sim_eval.result import EpisodeRecord, EvaluationResult, collect_versions
 from scd_robot.sim_eval.workers import (
@@ -127,9 +127,10 @@ def evaluate(
             versions=collect_versions(),
             faults=faults or ObservationFaults(),
             out=out,
+            actions=rollout.actions,
         )
         if out is not None:
-            _write_outputs(result, out, workers[0], rollout.actions, num_videos, video_size)
+            _write_outputs(result, out, workers[0], num_videos, video_size)
     finally:
         close_workers(workers)
     return result
@@ -139,7 +140,6 @@ def _write_outputs(
     result: EvaluationResult,
     out: Path,
     worker: EnvironmentWorker,
-    actions: dict[int, list[ActionArray]],
     num_videos: int,
     video_size: tuple[int, int],
 ) -> None:
@@ -147,8 +147,9 @@ def _write_outputs(
     from scd_robot.sim_eval.video import record_videos
 
     write_json(out / "result.json", result.to_json())  # before anything that could fail
+    write_actions(out, result.actions)
     if num_videos:
-        result.videos, result.video_error = record_videos(worker, result, actions, out, num_videos, video_size)
+        result.videos, result.video_error = record_videos(worker, result, out, num_videos, video_size)
         write_json(out / "result.json", result.to_json())
     write_report(result, out / "report.html")
 
@@ -231,7 +232,7 @@ class _Rollout:
 
     Attributes:
         records: outcome by episode index.
-        actions: executed actions (Da,) of every step, by episode index, for replays.
+        actions: (steps, Da) executed in each episode, by its index.
     """
 
     def __init__(
@@ -245,7 +246,7 @@ class _Rollout:
         faults: FaultInjector | None = None,
     ) -> None:
         self.records: dict[int, EpisodeRecord] = {}
-        self.actions: dict[int, list[ActionArray]] = {}
+        self.actions: dict[int, ActionArray] = {}
         self._policy = policy
         self._spec = workers[0].spec
         self._waiting = iter(indices)
@@ -383,7 +384,7 @@ class _Rollout:
             motion=motion_quality(row.actions, row.planned, row.hand, self._spec.control_dt),
         )
         self.records[row.episode] = record
-        self.actions[row.episode] = row.actions
+        self.actions[row.episode] = np.reshape(row.actions, (len(row.actions), self._spec.action_dim))
         row.episode = None
         self._observer(record)
 

@@ -1,14 +1,13 @@
 """Evaluations that were written to disk, found again."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from scd_robot.errors import DatasetError
 from scd_robot.sim_eval.result import SCHEMA
 
-__all__ = ["find_evaluations", "find_videos", "read_evaluation"]
+__all__ = ["find_evaluations", "read_evaluation"]
 
 _RESULT = "result.json"
 
@@ -43,11 +42,3 @@ def read_evaluation(file: Path) -> dict[str, Any]:
     if document.get("schema") != SCHEMA:
         raise DatasetError(f"{file} has schema {document.get('schema')!r}, this version reads {SCHEMA}; evaluate again")
     return document
-
-
-def find_videos(evaluations: Iterable[tuple[Path, dict[str, Any]]]) -> dict[int, Path]:
-    """Videos of the first evaluation, by episode."""
-    for folder, document in evaluations:
-        videos = {video["episode"]: folder / video["file"] for video in document.get("videos", [])}
-        return {episode: path for episode, path in videos.items() if path.is_file()}
-    return {}

@@ -5,7 +5,7 @@ Shapes: H height, W width in pixels.
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from scd_robot.sim_eval.result import EpisodeRecord, EvaluationResult, VideoReco
 from scd_robot.sim_eval.workers import EnvironmentWorker
 from scd_robot.types import ActionArray, StepResult
 
-__all__ = ["frame_stride", "record_videos", "write_video"]
+__all__ = ["ReplayError", "film", "frame_stride", "record_videos", "write_video"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +26,13 @@ _MAX_FPS = 30.0
 _HOLD_S = 0.7  # the end stays in view, as players loop
 
 
-class _ReplayError(SimulatorError):
+class ReplayError(SimulatorError):
     """A replay went another way than the episode: the simulator is not deterministic."""
 
 
 def record_videos(
     worker: EnvironmentWorker,
     result: EvaluationResult,
-    actions: dict[int, list[ActionArray]],
     out: Path,
     num_videos: int,
     size: tuple[int, int] = (256, 256),
@@ -43,7 +42,6 @@ def record_videos(
     Args:
         worker: an environment like those of the evaluation.
         result: whose episodes are replayed.
-        actions: by episode index, the executed action (Da,) of every step.
         out: the videos go into its folder `videos`.
         num_videos: of failures, and as many of successes.
         size: height and width.
@@ -53,17 +51,13 @@ def record_videos(
     """
     failures = [e for e in result.valid if not e.success][:num_videos]
     successes = [e for e in result.valid if e.success][:num_videos]
-    control_dt = result.environment.control_dt
-    stride = frame_stride(control_dt)
-    fps = Fraction(1 / (control_dt * stride)).limit_denominator(1000)
     videos: list[VideoRecord] = []
     problems: list[str] = []
     for episode in failures + successes:
         file = f"videos/episode_{episode.index:05d}_{'success' if episode.success else 'failure'}.mp4"
         try:
-            frames = _replay(worker, episode, actions[episode.index], stride, size)
-            write_video(out / file, _hold_last(frames, round(_HOLD_S * fps)), fps)
-        except _ReplayError as error:
+            film(worker, episode, result.actions[episode.index], out / file, size)
+        except ReplayError as error:
             problems.append(f"episode {episode.index} has no video: {error}")
         except ScdRobotError as error:  # will not be better for the next episode
             problems.append(f"rendering episode {episode.index} failed: {error}")
@@ -73,6 +67,30 @@ def record_videos(
     for problem in problems:
         logger.warning(problem)
     return videos, "; ".join(problems) or None
+
+
+def film(
+    worker: EnvironmentWorker, episode: EpisodeRecord, actions: ActionArray, path: Path, size: tuple[int, int]
+) -> None:
+    """Replays an episode into a video in real time.
+
+    Args:
+        worker: an environment like the episode's.
+        episode: which.
+        actions: (steps, Da) that were executed.
+        path: of the MP4.
+        size: height and width of the frames.
+
+    Raises:
+        ReplayError: it went another way this time.
+        RenderError: a frame is blank, or rendering does not work.
+        OutputError: the file cannot be written.
+    """
+    control_dt = worker.spec.control_dt
+    stride = frame_stride(control_dt)
+    fps = Fraction(1 / (control_dt * stride)).limit_denominator(1000)
+    frames = _replay(worker, episode, actions, stride, size)
+    write_video(path, _hold_last(frames, round(_HOLD_S * fps)), fps)
 
 
 def frame_stride(control_dt: float) -> int:
@@ -122,24 +140,24 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: Fraction) 
 def _replay(
     worker: EnvironmentWorker,
     episode: EpisodeRecord,
-    actions: Sequence[ActionArray],
+    actions: ActionArray,
     stride: int,
     size: tuple[int, int],
 ) -> Iterator[NDArray[np.uint8]]:
     """Frames (H, W, 3) of an episode: its start, every `stride`-th step, and its end.
 
     Raises:
-        _ReplayError: start state or outcome differ from the episode's.
+        ReplayError: start state or outcome differ from the episode's.
         RenderError: a frame is blank, or rendering does not work.
     """
     worker.call("reset", episode.seed)
     if worker.call("state_hash") != episode.initial_state_hash:
-        raise _ReplayError("its replay began in another state")
+        raise ReplayError("its replay began in another state")
     yield _render(worker, size)
     for step, action in enumerate(actions, 1):
         result: StepResult = worker.call("step", action)
         if result.success != (episode.success and step == len(actions)):
-            raise _ReplayError(f"its replay had another outcome, at control step {step}")
+            raise ReplayError(f"its replay had another outcome, at control step {step}")
         if step % stride == 0 or step == len(actions):
             yield _render(worker, size)
 

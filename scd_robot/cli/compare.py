@@ -1,11 +1,14 @@
 """The verb `scd compare`."""
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 __all__ = ["compare"]
+
+logger = logging.getLogger(__name__)
 
 
 def compare(
@@ -18,6 +21,8 @@ def compare(
     first_episode: int = 0,
     sequential: int = 0,
     num_envs: int | None = None,
+    env_python: str | None = None,
+    num_videos: int = 6,
     out: Path | None = None,
     overwrite: bool = False,
     json: Path | None = None,
@@ -32,13 +37,16 @@ def compare(
     Args:
         first: arm A.
         second: arm B.
-        env: environment in which checkpoints are evaluated.
+        env: environment in which checkpoints are evaluated, and evaluations replayed if they know it by another name.
         episodes: how many for checkpoints; with --sequential at most.
         first_episode: index of the first.
         sequential: evaluate checkpoints in blocks of so many episodes, and stop once the difference is decided; the
             error rate stays 5 % however often one looks. 0 = all episodes.
         num_envs: environments side by side for checkpoints.
-        out: folder for comparison.html, comparison.json and, for checkpoints, the evaluations.
+        env_python: python of another environment, with scd_robot and the simulator, as in 'scd eval'.
+        num_videos: start states that only one arm solved to show side by side in the report, from the actions that the
+            evaluations kept; 0 = none.
+        out: folder for comparison.html, comparison.json, videos/ and, for checkpoints, the evaluations.
         overwrite: replace an earlier comparison in OUT.
         json: write the comparison to this file too ("-": standard output).
     """
@@ -47,8 +55,9 @@ def compare(
     from scd_robot.sim_eval.comparison import compare as run
     from scd_robot.sim_eval.comparison import format_comparison
     from scd_robot.sim_eval.comparison_report import write_comparison
-    from scd_robot.sim_eval.output import check_output_folder
-    from scd_robot.sim_eval.saved import find_evaluations, find_videos
+    from scd_robot.sim_eval.output import check_output_folder, read_actions
+    from scd_robot.sim_eval.saved import find_evaluations
+    from scd_robot.sim_eval.side_by_side import film_pairs
 
     if json is not None:
         check_target(json)
@@ -66,13 +75,26 @@ def compare(
             raise ConfigError(f"{missing} holds no evaluation of 'scd eval'; give --env to evaluate a checkpoint there")
         block = sequential or episodes
         paths = [None if found else path for path, found in zip((first, second), arms, strict=True)]
-        arms = _evaluate(paths, arms, env, range(first_episode, first_episode + episodes), block, num_envs, out)
+        where = {"num_envs": num_envs, "python": env_python}
+        arms, played = _evaluate(paths, arms, env, range(first_episode, first_episode + episodes), block, where, out)
+    else:
+        played = [{}, {}]
     documents = [[document for _, document in arm] for arm in arms]
     comparison = run(documents[0], documents[1], str(first), str(second), sequential=bool(sequential))
     if out is not None:
-        videos = [find_videos(folders) for folders in arms]
+        write_json(out / "comparison.json", comparison.to_json())  # before anything that could fail
+        videos, problem = film_pairs(
+            comparison,
+            [arm[0] for arm in documents],
+            [made or read_actions(arm[0][0]) for made, arm in zip(played, arms, strict=True)],
+            out,
+            num_videos,
+            environment=env,
+            python=env_python,
+        )
+        if problem:
+            logger.warning("%s", problem)
         write_comparison(comparison, out / "comparison.html", *videos)
-        write_json(out / "comparison.json", comparison.to_json())
     if str(json) != "-":
         print(format_comparison(comparison))
         if out is not None:
@@ -94,10 +116,13 @@ def _evaluate(
     env: str,
     episodes: range,
     block: int,
-    num_envs: int | None,
+    where: dict[str, Any],
     out: Path | None,
-) -> list[list[tuple[Path, dict[str, Any]]]]:
-    """The arms' evaluations, with those of checkpoints made now, block by block until the difference is decided."""
+) -> tuple[list[list[tuple[Path, dict[str, Any]]]], list[dict[int, Any]]]:
+    """The arms' evaluations, with those of checkpoints made now, block by block until the difference is decided.
+
+    The second result has the actions of those made now, by episode.
+    """
     import torch
 
     from scd_robot.policies import load_policy
@@ -107,6 +132,7 @@ def _evaluate(
     torch.set_num_threads(1)  # small batches; the simulators have the other cores
     policies = [None if path is None else load_policy(path) for path in checkpoints]
     documents: list[dict[str, Any] | None] = [None, None]
+    played: list[dict[int, Any]] = [{}, {}]
     whole = block >= len(episodes)  # else there is no single evaluation to report
     for start in range(episodes.start, episodes.stop, block):
         count = min(block, episodes.stop - start)
@@ -114,16 +140,18 @@ def _evaluate(
             if policy is None:
                 continue
             folder = out / "ab"[arm] if out is not None and whole else None
-            options: dict[str, Any] = {"first_episode": start, "num_envs": num_envs, "out": folder, "overwrite": True}
-            result = run(policy, env, count, policy_name=str(checkpoints[arm]), **options).to_json()
-            documents[arm] = _joined(documents[arm], result)
+            options: dict[str, Any] = {"first_episode": start, "out": folder, "overwrite": True, **where}
+            result = run(policy, env, count, policy_name=str(checkpoints[arm]), **options)
+            played[arm].update(result.actions)
+            documents[arm] = _joined(documents[arm], result.to_json())
         counts = compare_pair(*(documents[arm] or found[arm][0][1] for arm in (0, 1)))
         if not whole and evidence(counts.only_a, counts.only_b) >= DECIDED:
             break
-    return [
+    arms = [
         found[arm] if document is None else [((out or Path()) / "ab"[arm], document)]
         for arm, document in enumerate(documents)
     ]
+    return arms, played
 
 
 def _joined(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 
 from scd_robot.cli.main import main
 from scd_robot.errors import ConfigError, DatasetError
+from scd_robot.sim_eval import evaluate
 from scd_robot.sim_eval.comparison import (
     PairedCounts,
     bootstrap_difference,
@@ -29,6 +30,20 @@ def document(successes, env="a/b", first=0, hashes=None, invalid=()):
         for i, success in enumerate(successes)
     ]
     return {"schema": 1, "env": env, "episodes_detail": detail, "videos": []}
+
+
+class Chaser:
+    """Goes straight to the goal of the toy environment, at part of its speed."""
+
+    def __init__(self, speed):
+        self._speed = speed
+
+    def reset(self, rows=None):
+        pass
+
+    def act(self, observation):
+        way = observation["goal"] - observation["position"]
+        return np.clip(way / 0.2, -1, 1).astype(np.float32) * self._speed
 
 
 class TestPair:
@@ -181,6 +196,22 @@ class TestCommand:
         page = (folders / "out" / "comparison.html").read_text()
         assert "is better than" in page
         assert page.count("<svg") == 2
+
+    def test_what_only_one_solved_is_shown_side_by_side(self, toy, tmp_path, caplog):
+        arms = []
+        for name, reach in (("far", 1.0), ("near", 0.2)):
+            evaluate(Chaser(reach), "toy_environment:make_point", 6, out=tmp_path / name, num_videos=0, progress=False)
+            arms.append(str(tmp_path / name))
+        out = tmp_path / "out"
+        options = ["--env", "toy_environment:make_point", "--num-videos", "2", "--out", str(out)]
+        assert main(["compare", *arms, *options, "--json", str(out / "c.json")]) == 0
+        only = json.loads((out / "c.json").read_text())["pair"]["only_a"]
+        assert only >= 2
+        assert len(list((out / "videos").glob("episode_*_[ab].mp4"))) == 4
+        assert (out / "comparison.html").read_text().count("<video") == 4
+        caplog.clear()
+        assert main(["compare", *arms, "--out", str(out), "--overwrite"]) == 0  # the name in the document is no source
+        assert "no (more) videos: unknown environment 'toy/point'" in caplog.text
 
     def test_several_seeds_each(self, folders, capsys):
         assert main(["compare", str(folders / "good"), str(folders / "bad"), "--json", "-"]) == 0
