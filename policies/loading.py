@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from scd_robot.checkpoint import read_checkpoint
+from scd_robot.checkpoint import Checkpoint, read_checkpoint
 from scd_robot.errors import ConfigError
 from scd_robot.policies.registry import policy_class
 
-__all__ = ["load_policy"]
+__all__ = ["load_policy", "policy_of"]
 
 
 def load_policy(path: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> Any:
@@ -29,7 +29,11 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu", **override
         UnknownNameError: a policy type that this version does not have.
         ConfigError: an override is unknown or out of range.
     """
-    checkpoint = read_checkpoint(path)
+    return policy_of(read_checkpoint(path), device, **overrides)
+
+
+def policy_of(checkpoint: Checkpoint, device: str | torch.device = "cpu", **overrides: Any) -> Any:
+    """The policy of a checkpoint that was read already; arguments and errors as for `load_policy`."""
     policy = policy_class(checkpoint.policy)
     try:
         return policy.from_parts(

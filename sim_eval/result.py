@@ -53,10 +53,10 @@ class EpisodeRecord:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The record that `to_json` wrote."""
-        fields = {name: data[name] for name in ("index", "seed", "initial_state_hash", "success", "steps", "invalid")}
+        names = ("index", "seed", "initial_state_hash", "success", "steps", "invalid", "best_reward", "reason")
+        fields: dict[str, Any] = {name: data[name] for name in (*names, "completed")}
         motion = {name: data.get(name) for name in MOTION_NAMES}
-        others = {name: data.get(name) for name in ("best_reward", "reason", "completed")}
-        return cls(**fields, **others, total_reward=data["return"], motion=motion)
+        return cls(**fields, total_reward=data["return"], motion=motion)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types."""

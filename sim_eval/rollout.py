@@ -36,7 +36,7 @@ from scd_robot.sim_eval.workers import (
 )
 from scd_robot.types import ActionArray, EnvironmentSpec, StepResult
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "write_outputs"]
 
 logger = logging.getLogger(__name__)
 
@@ -130,25 +130,37 @@ def evaluate(
             actions=rollout.actions,
         )
         if out is not None:
-            _write_outputs(result, out, workers[0], num_videos, video_size)
+            write_outputs(result, out, workers[0], num_videos, video_size)
     finally:
         close_workers(workers)
     return result
 
 
-def _write_outputs(
+def write_outputs(
     result: EvaluationResult,
     out: Path,
-    worker: EnvironmentWorker,
+    worker: EnvironmentWorker | None,
     num_videos: int,
-    video_size: tuple[int, int],
+    video_size: tuple[int, int] = (256, 256),
 ) -> None:
+    """Writes the documents, videos and report of an evaluation into a folder that was prepared for it.
+
+    Args:
+        result: its outcome; gets the list of videos.
+        out: the folder.
+        worker: an environment like the evaluation's, for the videos; None where there is none.
+        num_videos: of failures, and as many of successes.
+        video_size: height and width.
+
+    Raises:
+        OutputError: no permission, or the disk is full.
+    """
     from scd_robot.sim_eval.report import write_report
     from scd_robot.sim_eval.video import record_videos
 
     write_json(out / "result.json", result.to_json())  # before anything that could fail
     write_actions(out, result.actions)
-    if num_videos:
+    if num_videos and worker is not None:
         result.videos, result.video_error = record_videos(worker, result, out, num_videos, video_size)
         write_json(out / "result.json", result.to_json())
     write_report(result, out / "report.html")

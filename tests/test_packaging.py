@@ -95,5 +95,5 @@ def test_constraints_pin_every_direct_dependency() -> None:
     wanted = project["dependencies"] + [need for extra in project["optional-dependencies"].values() for need in extra]
     lines = (CHECKOUT / "constraints.txt").read_text().splitlines()
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
-    names = {need.replace("<", ">").partition(">")[0].lower().replace("_", "-") for need in wanted}
+    names = {need.replace("<", ">").partition(">")[0].partition("[")[0].lower().replace("_", "-") for need in wanted}
     assert names <= pinned

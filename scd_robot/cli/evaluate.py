@@ -1,12 +1,13 @@
 """The verb `scd eval`."""
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-__all__ = ["evaluate", "headline"]
+__all__ = ["evaluate", "headline", "make_policy"]
 
 
 def evaluate(
@@ -30,6 +31,7 @@ def evaluate(
     drop: float = 0.0,
     freeze: float = 0.0,
     env_python: str | None = None,
+    ray: str | None = None,
     diagnose_history: int = 0,
     dataset: Path | None = None,
     num_videos: int = 3,
@@ -63,6 +65,8 @@ def evaluate(
         freeze: share of control steps in which the sensors freeze for 20 control steps.
         env_python: python of another environment, with scd_robot and a simulator whose requirements clash with those of
             the policy (robosuite: docs/install.md).
+        ray: address of a running Ray cluster ("auto", "ray://host:10001") on whose nodes the episodes run; start states
+            and noise are those of one machine. They need scd_robot and the simulator; connect to clusters you trust.
         diagnose_history: evaluate so many episodes again for each kind of history that is not the policy's own (cut
             short, shuffled, reversed, another episode's), and tell how it uses its history; 0 = not.
         dataset: demonstrations, for the copycat ratio of that diagnosis.
@@ -70,14 +74,12 @@ def evaluate(
         overwrite: replace an earlier evaluation in OUT.
         json: write the result to this file too ("-": standard output).
     """
-    import torch
-
+    from scd_robot.checkpoint import read_checkpoint
     from scd_robot.errors import ConfigError
     from scd_robot.output import check_target, write_json
-    from scd_robot.policies import load_policy
-    from scd_robot.sim_eval import evaluate as run
     from scd_robot.sim_eval.delay_curve import delay_curve, write_delay_curve
     from scd_robot.sim_eval.faults import ObservationFaults
+    from scd_robot.sim_eval.jobs import EvaluationJob, run_jobs
 
     if json is not None:
         check_target(json)
@@ -86,43 +88,42 @@ def evaluate(
     troubles = [ObservationFaults(delay, jitter_ms, drop, freeze) for delay in latency_ms]
     if diagnose_history and (len(troubles) > 1 or troubles[0].any):
         raise ConfigError("--diagnose-history needs prompt observations; leave out --latency-ms, --drop and the like")
-    torch.set_num_threads(1)  # small batches; the simulators have the other cores
-
-    def load() -> Any:
-        return load_policy(
-            checkpoint,
-            device,
-            num_denoising_steps=num_denoising_steps,
-            num_executed=num_executed,
-            guidance_scale=guidance_scale,
-            num_samples=num_samples,
-            seed=seed,
-        )
-
-    policy = load()
-    documents = []
+    load = functools.partial(
+        make_policy,
+        read_checkpoint(checkpoint),
+        device,
+        num_denoising_steps=num_denoising_steps,
+        num_executed=num_executed,
+        guidance_scale=guidance_scale,
+        num_samples=num_samples,
+        seed=seed,
+    )
+    jobs = []
     for faults in troubles:
         folder = out / f"latency_{faults.latency_ms:g}ms" if out is not None and len(latency_ms) > 1 else out
-        result = run(
-            policy,
-            env,
-            episodes,
-            first_episode=first_episode,
-            num_envs=num_envs,
-            max_steps=max_steps,
-            out=folder,
-            overwrite=overwrite,
-            num_videos=num_videos,
-            policy_name=str(checkpoint),
-            faults=faults,
-            python=env_python,
-            progress=str(json) != "-",
+        jobs.append(
+            EvaluationJob(
+                load,
+                env,
+                episodes,
+                out=folder,
+                overwrite=overwrite,
+                first_episode=first_episode,
+                num_envs=num_envs,
+                max_steps=max_steps,
+                num_videos=num_videos,
+                policy_name=str(checkpoint),
+                faults=faults,
+            )
         )
+    documents = []
+    for job, result in run_jobs(jobs, ray=ray, python=env_python, progress=str(json) != "-"):
         documents.append(result.to_json())
         if str(json) != "-":  # before the file: a disk that is full by now must not take the result with it
             print(headline(documents[-1]))
-            if folder is not None:
-                print(f"report: {folder / 'report.html'}")
+            if job.out is not None:
+                print(f"report: {job.out / 'report.html'}")
+    documents.sort(key=lambda document: latency_ms.index(document["faults"]["latency_ms"]))
     if diagnose_history:
         where = {"first_episode": first_episode, "max_steps": max_steps, "num_envs": num_envs, "python": env_python}
         documents[0]["history"] = _diagnose(load, env, diagnose_history, dataset, where, out, quiet=str(json) == "-")
@@ -131,6 +132,16 @@ def evaluate(
         write_delay_curve(document, out)
     if json is not None:
         write_json(json, document)
+
+
+def make_policy(checkpoint: Any, device: str, **overrides: Any) -> Any:
+    """The policy of a checkpoint that was read already, on one thread: batches are small, simulators need the cores."""
+    import torch
+
+    from scd_robot.policies.loading import policy_of
+
+    torch.set_num_threads(1)
+    return policy_of(checkpoint, device, **overrides)
 
 
 def _diagnose(

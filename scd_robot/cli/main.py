@@ -80,6 +80,7 @@ VERBS = {
     "data filter": Verb("scd_robot.cli.data_edit", "filter_episodes", "copy episodes that meet conditions"),
     "train": Verb("scd_robot.cli.train", "train", "train a policy on a dataset, or continue an interrupted run"),
     "eval": Verb("scd_robot.cli.evaluate", "evaluate", "run a checkpoint in closed loop: success rate, times, report"),
+    "sweep": Verb("scd_robot.cli.sweep", "sweep", "evaluate checkpoints in environments, here or on a cluster"),
     "compare": Verb("scd_robot.cli.compare", "compare", "tell which of two policies is better"),
     "doctor": Verb("scd_robot.cli.doctor", "doctor", "what works here, which versions clash, what to install"),
     "info": Verb("scd_robot.cli.checkpoint_info", "info", "what a checkpoint holds: sizes, dataset, metrics, versions"),

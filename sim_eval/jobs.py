@@ -1,0 +1,117 @@
+"""Evaluations as values, so that one machine or a cluster can run them one after the other."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scd_robot.errors import ConfigError, ScdRobotError
+from scd_robot.sim_eval.faults import ObservationFaults
+from scd_robot.sim_eval.output import check_output_folder, prepare_output_folder
+from scd_robot.sim_eval.result import EvaluationResult
+from scd_robot.sim_eval.rollout import evaluate, write_outputs
+from scd_robot.sim_eval.workers import EnvironmentSource, close_workers, start_workers
+
+__all__ = ["EvaluationJob", "run_jobs"]
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """One evaluation: the arguments of `evaluate`.
+
+    Attributes:
+        make_policy: makes the policy where the evaluation runs; picklable for a cluster.
+        environment: which.
+        episodes: how many.
+        out: folder for the outputs; None = none.
+        overwrite: replace an earlier evaluation there.
+        first_episode: index of the first.
+        num_envs: environments side by side; None = depending on the cores.
+        max_steps: ends episodes earlier than the environment would.
+        num_videos: of failures, and as many of successes.
+        policy_name: for people.
+        faults: late, lost and frozen observations.
+    """
+
+    make_policy: Callable[[], Any]
+    environment: EnvironmentSource
+    episodes: int
+    out: Path | None = None
+    overwrite: bool = False
+    first_episode: int = 0
+    num_envs: int | None = None
+    max_steps: int | None = None
+    num_videos: int = 3
+    policy_name: str | None = None
+    faults: ObservationFaults | None = None
+
+
+def run_jobs(
+    jobs: Sequence[EvaluationJob], *, ray: str | None = None, python: str | None = None, progress: bool = True
+) -> Iterator[tuple[EvaluationJob, EvaluationResult]]:
+    """Evaluates, and writes the outputs of each job as it ends.
+
+    Args:
+        jobs: what to evaluate.
+        ray: address of a cluster, see `cluster.connect`; None = this machine.
+        python: as in `evaluate`, on this machine only.
+        progress: shows progress bars.
+
+    Yields:
+        Each job with its result: in their order on this machine, on a cluster as they end.
+
+    Raises:
+        ConfigError: `python` on a cluster.
+        OutputError: a folder is not empty, or cannot be written.
+        ScdRobotError: as `evaluate` does.
+    """
+    for job in jobs:
+        if job.out is not None:
+            check_output_folder(job.out, job.overwrite)
+    if ray is None:
+        for job in jobs:
+            yield job, _run_here(job, python, progress)
+        return
+    if python is not None:
+        raise ConfigError("a cluster's nodes run the simulators in their own environment; leave the other python out")
+    from scd_robot.sim_eval.cluster import evaluate_on_cluster
+
+    for number, result in evaluate_on_cluster(jobs, ray, progress):
+        job = jobs[number]
+        if job.out is not None:
+            result.out = job.out
+            prepare_output_folder(job.out)
+            _write(job, result, job.out)
+        yield job, result
+
+
+def _run_here(job: EvaluationJob, python: str | None, progress: bool) -> EvaluationResult:
+    return evaluate(
+        job.make_policy(),
+        job.environment,
+        job.episodes,
+        first_episode=job.first_episode,
+        num_envs=job.num_envs,
+        max_steps=job.max_steps,
+        out=job.out,
+        overwrite=job.overwrite,
+        num_videos=job.num_videos,
+        policy_name=job.policy_name,
+        faults=job.faults,
+        python=python,
+        progress=progress,
+    )
+
+
+def _write(job: EvaluationJob, result: EvaluationResult, out: Path) -> None:
+    """The outputs of what a cluster evaluated, with videos if the simulator is here as well."""
+    workers = []
+    try:
+        if job.num_videos:
+            workers = start_workers(job.environment, 1)
+    except ScdRobotError as error:  # which the report says
+        result.video_error = f"no simulator to replay episodes in: {error}"
+    try:
+        write_outputs(result, out, workers[0] if workers else None, job.num_videos)
+    finally:
+        close_workers(workers)

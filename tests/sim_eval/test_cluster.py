@@ -1,0 +1,115 @@
+"""Evaluations on a local Ray cluster: bitwise those of one machine, also when a node's process dies."""
+
+import functools
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scd_robot.cli.main import main
+from scd_robot.errors import SimulatorError, UnknownNameError
+from scd_robot.sim_eval import evaluate
+from scd_robot.sim_eval.cluster import evaluate_on_cluster
+from scd_robot.sim_eval.jobs import EvaluationJob, run_jobs
+
+ray = pytest.importorskip("ray")
+ENVIRONMENT = "toy_environment:make_point"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two workers on this machine, which find the test's modules."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 2**20,
+        runtime_env={"env_vars": {"PYTHONPATH": path}},
+    )
+    yield "auto"
+    ray.shutdown()
+
+
+def make_policy(run, death=None):
+    """The trained policy; the first process to ask dies if there is a file `death`."""
+    from scd_robot.policies import load_policy
+
+    if death is not None:
+        try:
+            os.remove(death)
+        except FileNotFoundError:
+            pass
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return load_policy(run)
+
+
+def plain(result):
+    return [episode.to_json() for episode in result.episodes_detail]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_outcome_is_bitwise_that_of_one_machine(cluster, toy, tiny_run, tmp_path, dies):
+    death = tmp_path / "death"
+    if dies:
+        death.touch()
+    local = evaluate(make_policy(tiny_run), ENVIRONMENT, 45, num_envs=3, num_videos=0, progress=False)
+    policy = functools.partial(make_policy, tiny_run, death)
+    jobs = [EvaluationJob(policy, ENVIRONMENT, 45, num_envs=3)]
+    [(number, result)] = list(evaluate_on_cluster(jobs, cluster, progress=False))
+    assert number == 0
+    assert not death.exists()
+    assert plain(result) == plain(local)
+    for index, actions in local.actions.items():
+        np.testing.assert_array_equal(result.actions[index], actions)
+    assert len(result.timings_ms["act"]) > 0
+
+
+def test_what_the_user_can_mend_is_told_from_the_node(cluster, toy, tiny_run):
+    jobs = [EvaluationJob(functools.partial(make_policy, tiny_run), "metaworld/pusch-v3", 2)]
+    with pytest.raises(UnknownNameError, match="push-v3"):
+        list(evaluate_on_cluster(jobs, cluster, progress=False))
+
+
+def test_outputs_are_written_here(cluster, toy, tiny_run, tmp_path):
+    job = EvaluationJob(functools.partial(make_policy, tiny_run), ENVIRONMENT, 4, tmp_path / "out", num_videos=1)
+    [(_, result)] = list(run_jobs([job], ray=cluster, progress=False))
+    document = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert document["episodes"] == 4
+    assert document["videos"]
+    assert document["video_error"] is None
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", "actions.safetensors", "videos"}
+    assert result.out == tmp_path / "out"
+
+
+def test_a_sweep_does_what_is_missing(cluster, toy, tiny_run, tmp_path, capsys):
+    arguments = ["sweep", str(tiny_run), "--env", ENVIRONMENT, "--seeds", "0", "1", "--out", str(tmp_path / "out")]
+    arguments += ["--episodes", "3", "--ray", "auto"]
+    assert main(arguments) == 0
+    files = sorted((tmp_path / "out").glob("**/result.json"))
+    assert [file.parent.name for file in files] == ["seed_0", "seed_1"]
+    assert capsys.readouterr().out.count("toy/point") == 2
+    before = [file.stat().st_mtime_ns for file in files]
+    files[0].unlink()
+    assert main([*arguments[:-2], "--json", "-"]) == 0  # the rest on this machine
+    assert len(json.loads(capsys.readouterr().out)["evaluations"]) == 2
+    assert files[1].stat().st_mtime_ns == before[1]
+    assert files[0].is_file()
+
+
+def test_no_cluster_there(refused, tiny_run, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", functools.partial(fail, ConnectionError("nobody answers\nat all")))
+    refused(["eval", tiny_run, "--env", ENVIRONMENT, "--ray", "auto"], "no Ray cluster answers at 'auto'", "ray start")
+    with pytest.raises(SimulatorError, match="nobody answers"):
+        list(evaluate_on_cluster([], "auto"))
+
+
+def fail(error, **_):
+    raise error
