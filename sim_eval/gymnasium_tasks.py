@@ -10,7 +10,7 @@ there is "pixels.top" (480, 640, 3) beside "agent_pos".
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ _FETCH = ("FetchPickAndPlace-v4", "FetchPush-v4", "FetchReach-v4", "FetchSlide-v
 _ADROIT = ("AdroitHandDoor-v1", "AdroitHandHammer-v1", "AdroitHandPen-v1", "AdroitHandRelocate-v1")
 _KITCHEN = ("FrankaKitchen-v1",)
 _ALOHA = ("AlohaInsertion-v0", "AlohaTransferCube-v0")
+_ALOHA_CAMERA = "top"
 TASKS = (*_FETCH, *_ADROIT, *_KITCHEN, *_ALOHA)
 TAKES_WORDS = True
 
@@ -93,6 +94,8 @@ class GymnasiumEnvironment:
         if self._options.observation == "image" and task not in _ALOHA:
             raise ConfigError(f"gymnasium/{task} observes its state only; leave out observation=image")
         self._env = _load(task)
+        if task in _ALOHA:
+            self._draw_only({_ALOHA_CAMERA} if self._options.observation == "image" else set())
         self._running, self._steps = False, 0
         low, high = self._env.action_space.low, self._env.action_space.high
         self._low, self._high = np.asarray(low, np.float32), np.asarray(high, np.float32)
@@ -168,7 +171,7 @@ class GymnasiumEnvironment:
         """An RGB frame (height, width, 3) of the present state."""
         self._check_running()
         if self._task in _ALOHA:
-            frame: NDArray[np.uint8] = self._env.unwrapped._env.physics.render(height, width, camera_id="top")
+            frame: NDArray[np.uint8] = self._draw(height=height, width=width, camera_id=_ALOHA_CAMERA)
             return np.ascontiguousarray(frame)
         from scd_robot.sim_eval.rendering import render_frame
 
@@ -204,6 +207,18 @@ class GymnasiumEnvironment:
         while not hasattr(simulator, "data"):
             simulator = simulator.robot_env
         return simulator.data
+
+    def _draw_only(self, cameras: Container[str]) -> None:
+        """gym-aloha draws three cameras in each control step, whatever it is to observe: most of its time."""
+        physics = self._env.unwrapped._env.physics
+        self._draw = physics.render
+
+        def render(height: int, width: int, camera_id: str) -> Any:
+            if camera_id in cameras:
+                return self._draw(height=height, width=width, camera_id=camera_id)
+            return np.zeros((height, width, 3), np.uint8)
+
+        physics.render = render
 
     def _control_dt(self) -> float:
         simulator = self._env.unwrapped

@@ -17,7 +17,7 @@ def _needs_the_packages():
     pytest.importorskip("gym_aloha", reason='pip install "scd_robot[robotics]"')
 
 
-@pytest.mark.parametrize("task", [*QUICK, pytest.param("AlohaTransferCube-v0", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", [*QUICK, "AlohaTransferCube-v0"])
 def test_an_episode_follows_from_its_seed(task):
     environment = make_environment(f"gymnasium/{task}:max_steps=3")
     found = []
@@ -42,7 +42,6 @@ def test_an_episode_follows_from_its_seed(task):
     environment.close()
 
 
-@pytest.mark.slow
 def test_aloha_has_a_picture_where_it_is_asked_for():
     environment = make_environment("gymnasium/AlohaInsertion-v0:observation=image")
     assert environment.reset(0)["pixels.top"].shape == (480, 640, 3)
