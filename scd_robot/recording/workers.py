@@ -59,7 +59,8 @@ def _in_order(pool: dict[Connection, BaseProcess], limit: int) -> Iterator[Attem
     for index in range(limit):
         while index not in waiting:
             while idle and given < min(limit, index + ahead):
-                _send(idle.pop(), given, pool)
+                with contextlib.suppress(OSError):  # a process that has ended may have said why: `_receive` tells
+                    idle.pop().send(given)
                 given += 1
             ready = wait(list(pool))
             for connection in (c for c in pool if c in ready):
@@ -69,29 +70,19 @@ def _in_order(pool: dict[Connection, BaseProcess], limit: int) -> Iterator[Attem
         yield waiting.pop(index)
 
 
-def _send(connection: Connection, index: int, pool: dict[Connection, BaseProcess]) -> None:
-    try:
-        connection.send(index)
-    except OSError as error:
-        raise _death(pool[connection]) from error
-
-
 def _receive(connection: Connection, pool: dict[Connection, BaseProcess]) -> Attempt:
     try:
         answer = connection.recv()
     except (EOFError, OSError) as error:
-        raise _death(pool[connection]) from error
+        process = pool[connection]
+        process.join(_JOIN_TIMEOUT_S)
+        raise SimulatorError(
+            f"a recording process died with exit code {process.exitcode} (negative: killed by that signal, for want of "
+            'memory perhaps); try workers=1, and call this under `if __name__ == "__main__":` where a script does it'
+        ) from error
     if isinstance(answer, str):
         raise SimulatorError(answer)
     return answer
-
-
-def _death(process: BaseProcess) -> SimulatorError:
-    process.join(_JOIN_TIMEOUT_S)
-    return SimulatorError(
-        f"a recording process died with exit code {process.exitcode} (negative: killed by that signal, for want of "
-        'memory perhaps); try workers=1, and call this under `if __name__ == "__main__":` where a script does it'
-    )
 
 
 def _start(config: RecordingConfig, workers: int) -> dict[Connection, BaseProcess]:

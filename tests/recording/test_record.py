@@ -15,6 +15,7 @@ import pytest
 from scd_robot.datasets.open import open_dataset
 from scd_robot.errors import ConfigError, DatasetError, OutputError, SimulatorError, UnknownNameError
 from scd_robot.recording import record_demonstrations
+from scd_robot.recording import workers as workers_module
 from scd_robot.recording.attempt import Attempt, RecordingConfig, run_attempt
 from scd_robot.recording.workers import _in_order, run_attempts
 from scd_robot.seeding import EVALUATION, RECORDING, derive_seed
@@ -200,6 +201,19 @@ class TestWithSimulator:
         with pytest.raises(SimulatorError, match="unknown environment 'metaworld/nothing-v3'"):
             list(run_attempts(make_environment(ENV), config, limit=4, workers=2))
         assert not multiprocessing.active_children()
+
+    def test_last_words_of_a_worker_that_has_ended_are_heard(self, monkeypatch):
+        start = workers_module._start
+
+        def start_and_wait(config, count):
+            pool = start(config, count)
+            for process in pool.values():
+                process.join(60)
+            return pool
+
+        monkeypatch.setattr(workers_module, "_start", start_and_wait)
+        with pytest.raises(SimulatorError, match="unknown environment 'metaworld/nothing-v3'"):
+            list(run_attempts(make_environment(ENV), RecordingConfig("metaworld/nothing-v3"), limit=4, workers=2))
 
     def test_killed_worker_is_an_error_and_the_others_end(self):
         attempts = run_attempts(make_environment(ENV), RecordingConfig(ENV), limit=10000, workers=2)
