@@ -1,0 +1,203 @@
+"""What every environment promises, asked of one or more of each simulator that is installed."""
+
+import gc
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from scd_robot.errors import ActionError, ShapeError, SimulatorError
+from scd_robot.sim_eval import make_environment
+
+pytestmark = pytest.mark.sim
+
+PACKAGES = {
+    "metaworld": "metaworld",
+    "pusht": "gym_pusht",
+    "gymnasium": "gymnasium_robotics",
+    "robosuite": "robosuite",
+    "scd_memory": "mujoco",
+}
+SLOW = ("robosuite/Door", "gymnasium/FrankaKitchen-v1")
+NAMES = (
+    "metaworld/push-v3",
+    "metaworld/assembly-v3",
+    "pusht",
+    "pusht:observation=image",
+    "gymnasium/FetchPush-v4",
+    "gymnasium/AdroitHandDoor-v1",
+    "gymnasium/FrankaKitchen-v1",
+    "gymnasium/AlohaTransferCube-v0",
+    "robosuite/Lift",
+    "robosuite/Door",
+    "scd_memory/cue-reach",
+    "scd_memory/place-back:observation=image",
+    "scd_memory/count-press",
+    "scd_memory/occluded-reach",
+    "scd_memory/hidden-friction",
+    "scd_memory/moving-target",
+    "scd_memory/tray-balance",
+)
+EVERY = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NAMES]
+RESETS = 200
+
+
+@pytest.fixture
+def make():
+    """Makes environments, if their simulator is here, and closes them."""
+    made = []
+
+    def build(name):
+        pytest.importorskip(PACKAGES[name.partition("/")[0].partition(":")[0]])
+        made.append(make_environment(name))
+        return made[-1]
+
+    yield build
+    for environment in made:
+        environment.close()
+
+
+def simulated_time(environment):
+    """Seconds of simulation since the reset; None where the simulator keeps no clock."""
+    aloha = "_env.unwrapped._env.physics.data.time"
+    for path in ("data.time", "_env.data.time", "_env.unwrapped.data.time", "_env.sim.data.time", aloha):
+        found = environment
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if found is not None:
+            return float(found)
+    return None
+
+
+def episode(environment, seed, steps=4):
+    """Observation, hash and outcome of the first control steps under fixed random actions."""
+    spec = environment.spec
+    observations, rewards = [environment.reset(seed)], []
+    hashed = environment.state_hash()
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        action = rng.uniform(spec.action_low, spec.action_high).astype(np.float32)
+        result = environment.step(action)
+        observations.append(result.observation)
+        rewards.append(result.reward)
+    return hashed, observations, rewards
+
+
+@pytest.mark.parametrize("name", EVERY)
+class TestContract:
+    def test_an_episode_follows_from_its_seed_and_actions(self, make, name):
+        first, second = make(name), make(name)
+        wanted = episode(first, 5)
+        assert episode(first, 6)[0] != wanted[0]
+        for found in (episode(first, 5), episode(second, 5)):  # after another episode, and in a fresh environment
+            assert found[0] == wanted[0]
+            assert found[2] == wanted[2]
+            for mine, theirs in zip(found[1], wanted[1], strict=True):
+                for key in theirs:
+                    np.testing.assert_array_equal(mine[key], theirs[key])
+
+    def test_observations_and_actions_are_as_specified(self, make, name):
+        environment = make(name)
+        spec = environment.spec
+        assert len(spec.success.split()) > 3
+        assert spec.max_steps > 1
+        low, high = np.array(spec.action_low), np.array(spec.action_high)
+        assert low.shape == high.shape == (spec.action_dim,)
+        assert (low < high).all()
+        environment.reset(1)
+        result = environment.step(np.full(spec.action_dim, 1e6, np.float32))
+        held = name.startswith("scd_memory") and not result.executed_action.any()  # until the signal to go
+        np.testing.assert_allclose(result.executed_action, 0 * high if held else high, rtol=1e-6)
+        assert result.executed_action.dtype == np.float32
+        for observation in (environment.reset(2), result.observation):
+            assert observation.keys() == spec.observation.keys()
+            for key, array in spec.observation.items():
+                assert (observation[key].shape, str(observation[key].dtype)) == (tuple(array.shape), array.dtype)
+                assert np.isfinite(observation[key]).all()
+        with pytest.raises(ActionError, match="must be finite"):
+            environment.step(np.full(spec.action_dim, np.nan, np.float32))
+        with pytest.raises(ShapeError, match="must be"):
+            environment.step(np.zeros(spec.action_dim + 1, np.float32))
+
+    def test_an_observation_is_not_changed_later(self, make, name):
+        environment = make(name)
+        first = environment.reset(1)
+        kept = {key: value.copy() for key, value in first.items()}
+        environment.step(np.array(environment.spec.action_high, np.float32))
+        environment.reset(2)
+        for key, value in kept.items():
+            np.testing.assert_array_equal(first[key], value)
+
+    def test_the_time_limit_truncates(self, make, name):
+        environment = make(f"{name}{',' if ':' in name else ':'}max_steps=3")
+        assert environment.spec.max_steps == 3
+        environment.reset(1)
+        middle = (np.array(environment.spec.action_low) + np.array(environment.spec.action_high)) / 2
+        results = [environment.step(middle.astype(np.float32)) for _ in range(3)]
+        assert [result.truncated for result in results] == [False, False, True]
+        assert not any(result.success or result.terminated for result in results)
+        with pytest.raises(SimulatorError, match="3"):
+            environment.step(middle.astype(np.float32))
+
+    def test_a_control_step_takes_its_time(self, make, name):
+        environment = make(name)
+        environment.reset(1)
+        before = simulated_time(environment)
+        if before is None:
+            pytest.skip("the simulator keeps no clock")
+        environment.step(np.zeros(environment.spec.action_dim, np.float32))
+        assert simulated_time(environment) - before == pytest.approx(environment.spec.control_dt, rel=1e-3)
+
+    def test_pictures_stay_whole_while_environments_come_and_go(self, make, name):
+        environment = make(name)
+        environment.reset(1)
+        wanted = environment.render(64, 96)
+        assert wanted.shape == (64, 96, 3)
+        assert wanted.dtype == np.uint8
+        assert np.ptp(wanted) > 30
+        other = make_environment(name)
+        other.reset(2)
+        other.render(48, 48)
+        other.close()
+        passing = make_environment("scd_memory/cue-reach")
+        passing.reset(0)
+        passing.render(32, 32)
+        passing.close()
+        np.testing.assert_array_equal(environment.render(64, 96), wanted)
+
+    @pytest.mark.slow
+    def test_resets_leave_nothing_behind(self, make, name):
+        environment = make(name)
+        marks = []
+        for number in range(RESETS):
+            environment.reset(number)
+            environment.step(np.zeros(environment.spec.action_dim, np.float32))
+            if number in (RESETS // 4, RESETS - 1):
+                gc.collect()
+                marks.append((resident_bytes(), threading.active_count(), len(os.listdir("/proc/self/fd"))))
+        (before, threads, files), after = marks
+        assert after[0] - before < 20e6
+        assert after[1:] == (threads, files)
+
+
+def resident_bytes():
+    """Memory of this process that is in use."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SLOW])
+def test_closed_environments_leave_nothing_behind(make, name):
+    pytest.importorskip(PACKAGES[name.partition("/")[0].partition(":")[0]])
+    marks = []
+    for number in range(12):
+        environment = make_environment(name)
+        environment.reset(number)
+        environment.render(64, 64)
+        environment.close()
+        del environment
+        gc.collect()
+        marks.append((resident_bytes(), threading.active_count(), len(os.listdir("/proc/self/fd"))))
+    assert marks[-1][1:] == marks[4][1:]
+    assert marks[-1][0] - marks[4][0] < 60e6
