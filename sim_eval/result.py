@@ -17,7 +17,18 @@ from scd_robot.types import ActionArray, EnvironmentSpec
 __all__ = ["SCHEMA", "EpisodeRecord", "EvaluationResult", "VideoRecord", "collect_versions"]
 
 SCHEMA = 1
-_PACKAGES = ("numpy", "mujoco", "metaworld", "gymnasium", "gym-pusht", "pymunk")
+_PACKAGES = (
+    "numpy",
+    "mujoco",
+    "metaworld",
+    "gymnasium",
+    "gymnasium-robotics",
+    "gym-aloha",
+    "dm-control",
+    "gym-pusht",
+    "pymunk",
+    "robosuite",
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class EvaluationResult:
         first_episode: index of the first episode.
         seed_domain: see `scd_robot.seeding`.
         wall_s: duration of the roll-outs, without videos and report.
-        versions: of the packages that matter.
+        versions: of the packages that matter; those of simulators under another Python as `simulator/NAME`.
         faults: what was done to the observations.
         videos: replays that were written.
         video_error: why videos are missing, in one line; None if none are.

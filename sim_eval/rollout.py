@@ -124,7 +124,7 @@ def evaluate(
             first_episode=first_episode,
             seed_domain=seed_domain,
             wall_s=time.perf_counter() - start,
-            versions=collect_versions(),
+            versions=_versions(workers[0], python),
             faults=faults or ObservationFaults(),
             out=out,
             actions=rollout.actions,
@@ -134,6 +134,13 @@ def evaluate(
     finally:
         close_workers(workers)
     return result
+
+
+def _versions(worker: EnvironmentWorker, python: str | None) -> dict[str, str]:
+    versions = collect_versions()
+    if python is not None:
+        versions |= {f"simulator/{name}": version for name, version in worker.call("versions").items()}
+    return versions
 
 
 def write_outputs(

@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from scd_robot.errors import ConfigError, RenderError, ScdRobotError, SimulatorError, UnknownNameError
 from scd_robot.sim_eval.foreign import start_foreign
+from scd_robot.sim_eval.result import collect_versions
 from scd_robot.types import Environment, EnvironmentSpec
 
 __all__ = [
@@ -44,7 +45,7 @@ EnvironmentSource = str | Callable[[], Environment]
 """A registry name ("metaworld/push-v3"), a dotted name ("package.module:callable"), or a picklable callable."""
 
 _DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-_COMMANDS = ("reset", "step", "state_hash", "render")
+_COMMANDS = ("reset", "step", "state_hash", "render", "versions")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -121,7 +122,10 @@ class EnvironmentWorker:
         return self._spec
 
     def send(self, command: str, *args: Any) -> None:
-        """Starts `reset(seed)`, `step(action)`, `state_hash()` or `render(height, width)`; `receive` has the result."""
+        """Starts `reset(seed)`, `step(action)`, `state_hash()`, `render(height, width)` or `versions()`.
+
+        `receive` has the result.
+        """
         assert command in _COMMANDS, command
         assert self._spec is not None, "the worker's spec has not been asked for"
         # A pipe that is broken already is reported by `receive`, like one that breaks later.
@@ -301,7 +305,8 @@ def serve(connection: Connection, source: EnvironmentSource) -> None:
             if command == "close":
                 return
             try:
-                connection.send(("ok", getattr(environment, command)(*args)))
+                answer = collect_versions() if command == "versions" else getattr(environment, command)(*args)
+                connection.send(("ok", answer))
             except BrokenPipeError:
                 return
             except Exception as error:

@@ -20,7 +20,8 @@ class Check:
 
     Attributes:
         name: of it.
-        state: "works", "broken" (installed, but of no use), or "missing".
+        state: "works", "broken" (installed, but of no use), "clash" (versions that do not want each other, whether or
+            not that shows), or "missing".
         needed: without it nothing works.
         found: version, or what went wrong, in one line.
         advice: what to do; "" = nothing.
@@ -65,19 +66,23 @@ _PACKAGES = (
     _Package("robomimic", "import robomimic.utils.dataset; print(robomimic.__version__)", _EXTRA.format("robomimic")),
     _Package("robosuite", "import robosuite; print(robosuite.__version__)",
              "it needs an environment of its own: docs/install.md"),
+    _Package("gymnasium-robotics", _RESET.format("gymnasium/FetchReach-v4"), _EXTRA.format("robotics")),
+    _Package("gym-aloha", _RESET.format("gymnasium/AlohaTransferCube-v0"), _EXTRA.format("robotics")),
+    _Package("ray", "import ray; print(ray.__version__)", _EXTRA.format("ray")),
     _Package("pyarrow", "import pyarrow.parquet", _EXTRA.format("formats")),
     _Package("fsspec", "import fsspec", _EXTRA.format("formats")),
     _Package("imagecodecs", "import imagecodecs.numcodecs", "pip install imagecodecs (JPEG 2000 in replay buffers)"),
 )  # fmt: skip
 
 
-def doctor(*, json: Path | None = None) -> int:
+def doctor(*, env_python: str | None = None, json: Path | None = None) -> int:
     """Tells what works on this machine, which versions clash, and what to install.
 
     Each package is tried in a process of its own; about half a minute. The exit code is 1 where something that is
     needed does not work, or something that is installed is broken.
 
     Args:
+        env_python: look at this python of another environment instead, one for 'scd eval --env-python' for example.
         json: write what was found to this file too ("-": standard output).
     """
     from tqdm import tqdm
@@ -86,6 +91,8 @@ def doctor(*, json: Path | None = None) -> int:
 
     if json is not None:
         check_target(json)
+    if env_python is not None:
+        return _elsewhere(env_python, json)
     backends = ("egl", "osmesa")
     checks = []
     with tqdm(total=len(_PACKAGES) + len(backends), unit="check", leave=False, disable=str(json) == "-") as bar:
@@ -98,11 +105,11 @@ def doctor(*, json: Path | None = None) -> int:
             bar.set_description(f"OpenGL {backend}")
             rendering.append(_try_rendering(backend))
             bar.update()
-    checks += _without_needless_advice(rendering)
+    checks += [*_without_needless_advice(rendering), _clashes()]
     machine = _machine()
     if str(json) != "-":
         for name, value in machine.items():
-            print(f"{name:<12} {value}")
+            print(f"{name:<28}{value}")
         print()
         for check in checks:
             print(_line(check))
@@ -131,6 +138,51 @@ def _advice(package: _Package, error: str) -> str:
     if package.name == "robomimic" and "torchvision" in error:
         return "pip uninstall torchvision, or install the one that fits this torch: docs/install.md"
     return f"{package.advice}; the versions that fit together are in constraints.txt"
+
+
+def _elsewhere(python: str, json: Path | None) -> int:
+    """The same under another Python, which has an installation of its own."""
+    from scd_robot.errors import ConfigError
+
+    target = [] if json is None else ["--json", str(json) if str(json) == "-" else os.path.abspath(json)]
+    command = [os.path.abspath(python), "-P", "-m", "scd_robot.cli.main", "doctor", *target]
+    try:
+        found = subprocess.run([*command[:2], "-c", "import scd_robot"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot start {python}: {error.strerror or error}; name the python of an environment"
+        ) from error
+    if found.returncode:
+        reason = found.stderr.strip().splitlines()[-1:]
+        raise ConfigError(f"{python} has no working scd_robot ({' '.join(reason)}); install it there: docs/install.md")
+    return subprocess.run(command, check=False).returncode
+
+
+def _clashes() -> Check:
+    """Versions that packages of ours, or what they need, do not want beside each other."""
+    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.utils import canonicalize_name
+
+    ours = {package.name for package in _PACKAGES} | {"scd-robot"}
+    versions = {canonicalize_name(d.metadata["Name"]): d.version for d in importlib.metadata.distributions()}
+    found = set()
+    for distribution in importlib.metadata.distributions():
+        name = canonicalize_name(distribution.metadata["Name"])
+        for text in distribution.requires or ():
+            try:
+                need = Requirement(text)
+            except InvalidRequirement:
+                continue
+            other = canonicalize_name(need.name)
+            if not {name, other} & ours or (need.marker and not need.marker.evaluate({"extra": ""})):
+                continue
+            if other in versions and not need.specifier.contains(versions[other], prereleases=True):
+                found.add(
+                    f"{name} {distribution.version} wants {need.name}{need.specifier}, there is {versions[other]}"
+                )
+    if not found:
+        return Check("versions", "works", False, "no package wants another version of one that is installed")
+    return Check("versions", "clash", False, "; ".join(sorted(found)), "constraints.txt has versions that fit together")
 
 
 def _try_rendering(backend: str) -> Check:
@@ -191,6 +243,8 @@ def _machine() -> dict[str, str]:
 
 
 def _line(check: Check) -> str:
-    mark = {"works": "ok", "broken": "BROKEN", "missing": "MISSING" if check.needed else "-"}[check.state]
-    advice = f"\n{'':21}-> {check.advice}" if check.advice else ""
-    return f"{mark:<8}{check.name:<13}{check.found}{advice}"
+    mark = {"works": "ok", "broken": "BROKEN", "clash": "CLASH", "missing": "MISSING" if check.needed else "-"}[
+        check.state
+    ]
+    advice = f"\n{'':28}-> {check.advice}" if check.advice else ""
+    return f"{mark:<8}{check.name:<20}{check.found}{advice}"

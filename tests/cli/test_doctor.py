@@ -1,6 +1,7 @@
 """scd doctor tells works from broken from missing, and what to do."""
 
 import json
+import sys
 
 import pytest
 
@@ -37,7 +38,7 @@ def test_exit_code_and_advice(quick, capsys, packages, code, told):
     assert main(["doctor"]) == code
     out = capsys.readouterr().out
     assert told in out
-    assert "ok      numpy        found" in out
+    assert "ok      numpy               found" in out
 
 
 def test_advice_is_not_given_twice_nor_needlessly(quick, tmp_path):
@@ -51,6 +52,31 @@ def test_advice_is_not_given_twice_nor_needlessly(quick, tmp_path):
     works = doctor.Check("OpenGL egl", "works", False, "1 ms")
     assert [check.advice for check in doctor._without_needless_advice([works, missing])] == ["", ""]
     assert [check.advice for check in doctor._without_needless_advice([missing])] == ["apt-get install libosmesa6"]
+
+
+def test_versions_that_clash_are_told(quick, tmp_path, monkeypatch, capsys):
+    quick(WORKS)
+    folder = tmp_path / "tool-1.0.dist-info"
+    folder.mkdir()
+    needs = ("numpy<1", "no-such-package>3", "numpy>=1; extra == 'more'", "tqdm<0")  # tqdm is none of our business
+    lines = "".join(f"Requires-Dist: {need}\n" for need in needs)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: tool\nVersion: 1.0\n{lines}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["doctor"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("CLASH")]
+    assert "tool 1.0 wants numpy<1, there is" in line
+    assert line.count("wants") == 1
+
+
+@pytest.mark.slow
+def test_another_python(tmp_path, refused):
+    assert main(["doctor", "--env-python", sys.executable, "--json", str(tmp_path / "d.json")]) == 0
+    assert sys.executable in json.loads((tmp_path / "d.json").read_text())["machine"]["python"]
+    refused(["doctor", "--env-python", tmp_path / "python"], "cannot start", "No such file")
+    bare = tmp_path / "bare"
+    bare.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'raise SystemExit(1)'\n")
+    bare.chmod(0o755)
+    refused(["doctor", "--env-python", bare], "no working scd_robot", "docs/install.md")
 
 
 @pytest.mark.slow

@@ -31,6 +31,8 @@ def test_episodes_are_the_same():
     ]
     assert results[0].episodes_detail == results[1].episodes_detail
     assert results[0].environment == results[1].environment
+    assert results[1].versions["simulator/mujoco"] == results[0].versions["mujoco"]
+    assert not any(name.startswith("simulator/") for name in results[0].versions)
 
 
 def test_a_dead_one_is_replaced():
