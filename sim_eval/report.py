@@ -70,7 +70,8 @@ def _headline(result: EvaluationResult) -> str:
 def _tiles(document: dict[str, Any]) -> str:
     tiles = []
     if time := document["time_to_success"]:
-        tiles.append((f"{time['steps']['median']:g} steps", f"median to success ({time['seconds']['median']:.2f} s)"))
+        median, seconds = time["steps"]["median"], time["seconds"]["median"]
+        tiles.append((f"{median:g} step{'s' * (median != 1)}", f"median to success ({seconds:.2f} s)"))
     for key, name in (("encoder_ms", "encoder step"), ("plan_ms", "plan"), ("act_ms", "policy call")):
         if found := document[key]:
             batch = document["timing_batch_size"]

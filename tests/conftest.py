@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "training"))  # makes `tiny` importable
+for _folder in ("training", "helpers"):  # makes `tiny` and `browser` importable
+    sys.path.insert(0, str(Path(__file__).parent / _folder))
 
 TINY_SETTINGS = (
     "training.validate_every=2",

@@ -57,12 +57,14 @@ def write_history(document: dict[str, Any], out: Path) -> None:
             "<p class='muted'>Contexts from the cache differ from one pass over the episode by at most "
             f"{document['cache_parity']:.1e}.</p>"
         )
+    copycat = _copycat(document["copycat"])
     cards = "".join(f"<div class='card'><h3>{name}</h3>{svg}</div>" for name, svg in drawn)
     head = (
         f"<header><h1>History of the policy in {escape(document['env'])}</h1>"
-        f"<p>{_copycat(document['copycat'])}.</p>{parity}</header>"
+        f"<p>{copycat[0].upper() + copycat[1:]}.</p>{parity}</header>"
     )
-    body = [head, f"<h2>Plots</h2><div class='plots'>{cards}</div>", f"<div class='card scroll'>{table}</div>"]
+    numbers = f"<h2>Numbers</h2><div class='card scroll'>{table}</div>"
+    body = [head, f"<h2>Plots</h2><div class='plots'>{cards}</div>", numbers]
     write_text(out / "history.html", html_page(f"History in {document['env']}", body))
 
 

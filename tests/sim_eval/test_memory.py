@@ -169,7 +169,10 @@ class TestExperts:
 
 
 def waiting_observations(task, episodes):
-    """(E, D) flat observations in the middle of the wait of noisy expert episodes, and (E, n) what is hidden."""
+    """(3, E, D) flat observations of noisy expert episodes, (E, n) what is hidden in them.
+
+    They are of the first control step in which all is hidden, of the middle and of the end of the wait.
+    """
     environment = make(task, "delay=20")
     rng = np.random.default_rng(0)
     seen, hidden = [], []
@@ -182,9 +185,9 @@ def waiting_observations(task, episodes):
             if result.observation["signal"][0] > 0 or result.terminated or result.truncated:
                 break
             rows.append(np.concatenate([np.ravel(value) for value in result.observation.values()]))
-        seen.append(rows[-10])
+        seen.append([rows[-19], rows[-10], rows[-1]])
         hidden.append(environment._hidden())
-    return np.array(seen), np.array(hidden)
+    return np.array(seen).swapaxes(0, 1), np.array(hidden)
 
 
 @pytest.mark.parametrize("task", MEMORY)
@@ -195,9 +198,12 @@ def test_nothing_that_is_seen_in_the_wait_tells_what_is_hidden(task):
     if task in ("cue-reach", "count-press"):
         hidden = (hidden == np.unique(hidden)).astype(float)
     hidden = hidden - hidden.mean(axis=0)
-    assert explained(np.concatenate([seen, seen**2], axis=1), hidden) < 0.08
+    for rows in seen:
+        assert explained(np.concatenate([rows, rows**2], axis=1), hidden) < 0.08
+        assert explained_by_neighbours(rows, hidden) < 0.08
     leak = hidden + 0.5 * hidden.std() * np.random.default_rng(1).standard_normal(hidden.shape)
-    assert explained(np.concatenate([seen, leak], axis=1), hidden) > 0.5  # the probe would have found one
+    assert explained(np.concatenate([rows, leak], axis=1), hidden) > 0.5  # the probes would have found one
+    assert explained_by_neighbours(leak, hidden) > 0.5
 
 
 def explained(features, hidden):
@@ -207,6 +213,17 @@ def explained(features, hidden):
     train, test = features[:-100], features[-100:]
     weights = np.linalg.solve(train.T @ train + 10 * np.eye(train.shape[1]), train.T @ hidden[:-100])
     return 1 - ((hidden[-100:] - test @ weights) ** 2).sum() / (hidden[-100:] ** 2).sum()
+
+
+def explained_by_neighbours(features, hidden, count=15):
+    """The same of the mean of the nearest neighbours among all others."""
+    features = features[:, features.std(axis=0) > 0]
+    if not features.shape[1]:
+        return 0.0
+    features = (features - features.mean(axis=0)) / features.std(axis=0)
+    distance = ((features[-100:, None] - features[None, :-100]) ** 2).sum(axis=2)
+    guess = hidden[:-100][np.argsort(distance, axis=1)[:, :count]].mean(axis=1)
+    return 1 - ((hidden[-100:] - guess) ** 2).sum() / (hidden[-100:] ** 2).sum()
 
 
 class TestJudgement:
