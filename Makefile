@@ -37,7 +37,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	cd build/typecheck && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/.mypy_cache -p scd_robot
 
-bench: $(VENV)/.sim  ## run benchmarks/latency.py, or another with BENCH=metaworld (ARGS for the benchmark)
+bench: $(VENV)/.sim  ## run benchmarks/latency.py, or another with BENCH=five_tasks (ARGS for the benchmark)
 	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 robosuite: $(VENV)-robosuite/.made  ## run the tests beside robosuite, with its older numpy and zarr

@@ -1,8 +1,8 @@
 """One job of a success benchmark, and the program of the process that carries it out.
 
-The queue starts it as `python -P job.py TASK ORDER`, with what to do as JSON in the file ORDER. Without `-P` this
-folder's metaworld.py would hide the simulator of that name. The process ends when its standard input does, so that
-nothing goes on when the queue is killed.
+The queue starts it as `python -P job.py TASK ORDER`, with what to do as JSON in the file ORDER; `-P` keeps the modules
+of this folder from hiding packages of their names. The process ends when its standard input does, so that nothing goes
+on when the queue is killed.
 """
 
 import json

@@ -71,6 +71,7 @@ class Bare:
         for _ in range(workers):
             ours, theirs = context.Pipe()
             context.Process(target=step_alone, args=(theirs, name, steps), daemon=True).start()
+            theirs.close()  # so that one that dies ends the pipe
             self._pipes.append(ours)
         for pipe in self._pipes:
             pipe.recv()

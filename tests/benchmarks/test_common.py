@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 def load(name: str) -> ModuleType:
-    """A module of the benchmarks, which are scripts; metaworld.py must not take the name of the simulator."""
+    """A module of the benchmarks, which are scripts."""
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -31,8 +31,8 @@ def load(name: str) -> ModuleType:
     return module
 
 
-common, reporting, metaworld, history, ablations = map(
-    load, ("common", "reporting", "metaworld", "history", "ablations")
+common, reporting, five_tasks, history, ablations = map(
+    load, ("common", "reporting", "five_tasks", "history", "ablations")
 )
 Job, Recording = common.Job, common.Recording
 job_module = sys.modules[Job.__module__]
@@ -141,17 +141,17 @@ def test_comparison_needs_both_arms() -> None:
 
 def metaworld_results(failures: int, wall_s: float = 60.0) -> dict[str, dict[str, Any]]:
     outcomes = [False] * failures + [True] * (100 - failures)
-    return {task: result(task, outcomes, wall_s=wall_s, env=task) for task in metaworld.TASKS}
+    return {task: result(task, outcomes, wall_s=wall_s, env=task) for task in five_tasks.TASKS}
 
 
 def test_metaworld_reports_the_mean_only_of_all_tasks() -> None:
     results = metaworld_results(5)
-    report = metaworld.make_report(results)
+    report = five_tasks.make_report(results)
     assert "Mean over tasks 95.0 %" in report
     assert "500 episodes" in report
     assert ": reached" in report
     del results["push-v3"]
-    report = metaworld.make_report(results)
+    report = five_tasks.make_report(results)
     assert "INCOMPLETE: 4 of 5" in report
     assert "Mean over" not in report
 
@@ -159,14 +159,14 @@ def test_metaworld_reports_the_mean_only_of_all_tasks() -> None:
 def test_metaworld_misses_its_aim_when_one_task_is_low() -> None:
     results = metaworld_results(0)
     results["push-v3"] = result("push-v3", [True] * 74 + [False] * 26, env="push-v3")
-    assert "NOT reached" in metaworld.make_report(results)
+    assert "NOT reached" in five_tasks.make_report(results)
 
 
 def test_metaworld_with_a_long_training_is_not_valid() -> None:
     results = metaworld_results(0)
-    assert "Valid: every training" in metaworld.make_report(results)
+    assert "Valid: every training" in five_tasks.make_report(results)
     results["push-v3"] = result("push-v3", [True] * 100, wall_s=901, env="push-v3")
-    assert "NOT VALID: the training of push-v3" in metaworld.make_report(results)
+    assert "NOT VALID: the training of push-v3" in five_tasks.make_report(results)
 
 
 def test_history_reports_the_ratio_and_unequal_controls() -> None:
@@ -193,7 +193,7 @@ def test_ablations_compare_each_seed_with_its_own_reference() -> None:
 
 def all_jobs() -> list[Any]:
     return [
-        *metaworld.make_jobs(),
+        *five_tasks.make_jobs(),
         *history.make_jobs([0, 1]),
         *ablations.make_jobs([0, 1]),
         *ablations.make_pilot_jobs([0]),
@@ -239,7 +239,7 @@ def test_every_ablation_differs_from_the_reference_in_one_factor() -> None:
 
 
 def test_jobs_are_selected_by_name_and_a_misspelt_one_is_suggested() -> None:
-    jobs = metaworld.make_jobs()
+    jobs = five_tasks.make_jobs()
     assert [job.name for job in common.select_jobs(jobs, ["door-open-v3", "push-v3"])] == ["push-v3", "door-open-v3"]
     assert common.select_jobs(jobs, None) == jobs
     with pytest.raises(UnknownNameError, match="push-v3"):
@@ -265,7 +265,7 @@ def store_result(out: Path, job: Any) -> None:
 
 
 def test_finished_jobs_are_skipped_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = metaworld.make_jobs()[0]
+    job = five_tasks.make_jobs()[0]
     store_result(tmp_path, job)
     assert common.run_benchmark(options(tmp_path), [job], lambda results: f"{len(results)} results") == 0
     assert "1 results" in capsys.readouterr().out
@@ -273,7 +273,7 @@ def test_finished_jobs_are_skipped_and_reported(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_result_with_other_settings_is_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = metaworld.make_jobs()[0]
+    job = five_tasks.make_jobs()[0]
     store_result(tmp_path, job)
     assert common.run_benchmark(options(tmp_path, "--max-steps", "3"), [job], lambda results: "") == 2
     assert "with other settings; choose another --out" in capsys.readouterr().err
@@ -285,16 +285,16 @@ def test_two_queues_never_share_a_folder(tmp_path: Path) -> None:
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another queue works"):
-            common.run_queue(tmp_path, metaworld.make_jobs(), 1, 1)
+            common.run_queue(tmp_path, five_tasks.make_jobs(), 1, 1)
 
 
 def test_numbers_below_one_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert common.run_benchmark(options(tmp_path, "--parallel", "0"), metaworld.make_jobs(), lambda results: "") == 2
+    assert common.run_benchmark(options(tmp_path, "--parallel", "0"), five_tasks.make_jobs(), lambda results: "") == 2
     assert "--parallel must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_shrunk_jobs_record_train_and_evaluate_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = metaworld.make_jobs()[0]
+    job = five_tasks.make_jobs()[0]
     given = options(tmp_path, "--max-steps", "3", "--set", "model.width=8", "--episodes", "2", "--demonstrations", "4")
     small = common._shrunk(job, given)
     assert (small.episodes, small.recording.episodes) == (2, 4)
@@ -310,7 +310,7 @@ def test_training_time_of_killed_sessions_counts_up_to_their_last_checkpoint() -
 
 
 def test_a_training_of_something_else_is_never_continued(tmp_path: Path) -> None:
-    job = metaworld.make_jobs()[0]
+    job = five_tasks.make_jobs()[0]
     path = tmp_path / "sessions.json"
     assert job_module._sessions(job, path) == []
     path.write_text(json.dumps({"trained": job.training_identity(), "starts": [1.5]}))

@@ -3,7 +3,7 @@
 100 demonstrations of the scripted expert and one training of at most 15 minutes per task, then 100 episodes from start
 states that no demonstration used.
 
-    python benchmarks/metaworld.py
+    python benchmarks/five_tasks.py
 """
 
 import sys
@@ -61,6 +61,6 @@ def _verdict(results: Mapping[str, dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = benchmark_parser(__doc__ or "", "metaworld")
+    parser = benchmark_parser(__doc__ or "", "five_tasks")
     parser.set_defaults(parallel=1, threads=2)  # the limit is for one training on two cores
     sys.exit(run_benchmark(parser.parse_args(), make_jobs(), make_report))
