@@ -28,6 +28,7 @@ DELAYS = (10, 50, 200)
 SEEDS = {"cue-reach": (0, 1, 2), "place-back": (0, 1, 2)}  # the others have one
 ARMS = {"history": (), "twin": ("model.history_length=1",)}
 VIEWS = {"hidden": "", "visible": ",cue_visible=1"}
+EPISODES = {"hidden": 100, "visible": 400}  # of an evaluation: 5 points of difference take more of them to exclude
 AIM, AIM_DELAY = 0.90, 50
 _RANDOM = 77  # keys the random actions
 
@@ -50,7 +51,8 @@ def _job(task: str, view: str, arm: str, seed: int) -> Job:
     first, *others = (f"scd_memory/{task}:delay={delay}{VIEWS[view]}" for delay in DELAYS)
     recording = Recording(f"scd_memory/{task}:delay=mixed{VIEWS[view]}", episodes=300)
     name = _name(task, view, arm, seed)
-    return Job(name, recording, first, ARMS[arm], seed, preset="memory_state", also=tuple(others))
+    options: dict[str, Any] = {"preset": "memory_state", "episodes": EPISODES[view], "also": tuple(others)}
+    return Job(name, recording, first, ARMS[arm], seed, **options)
 
 
 def _name(task: str, view: str, arm: str, seed: int) -> str:
@@ -110,6 +112,11 @@ def _verdicts(done: Results) -> list[str]:
             verdict += f" ({len(hidden)} of {len(wanted)} seeds)" if len(hidden) < len(wanted) else ""
             shown = ", ".join(f"{100 * rate:.0f} %" for rate in rates)
             lines.append(f"- {task}, delay {AIM_DELAY}: {shown} by seed; aim {100 * AIM:.0f} % {verdict}")
+        twins = [done[name] for seed in SEEDS.get(task, (0,)) if (name := _name(task, "hidden", "twin", seed)) in done]
+        if twins:
+            guess = make_environment(f"scd_memory/{task}:delay={AIM_DELAY},expert=memoryless")
+            floor = _floor(guess, EPISODES["hidden"], random=False)
+            lines.append(f"- {task}, delay {AIM_DELAY}: twin {_cell(twins, number)}; an expert that guesses {floor}")
         names = [_name(task, "visible", arm, 0) for arm in ("history", "twin")]
         if all(name in done for name in names):
             for delay, first, second in zip(DELAYS, *(_documents(done[name]) for name in names), strict=True):

@@ -302,13 +302,17 @@ def format_comparison(comparison: Comparison) -> str:
 
 
 def _arm_json(name: str, success: NDArray[np.bool_]) -> dict[str, Any]:
+    low, high = wilson_interval(int(success.sum()), int(success.size))
+    if len(success) > 1:  # seeds share start states, and differ as policies do: Wilson's alone is too narrow
+        drawn = bootstrap_difference(success, np.zeros((1, success.shape[1]), np.bool_)).interval
+        low, high = min(low, drawn[0]), max(high, drawn[1])
     return {
         "name": name,
         "seeds": [float(rate) for rate in success.mean(axis=1)],
         "successes": int(success.sum()),
         "episodes": int(success.size),
         "success_rate": float(success.mean()),
-        "interval": list(wilson_interval(int(success.sum()), int(success.size))),
+        "interval": [low, high],
     }
 
 

@@ -62,7 +62,7 @@ def _numbers(comparison: Comparison) -> str:
                 rates,
             )
         )
-    table = html_table(rows, ("arm", "policy", "successes", "success, Wilson 95 %", "by seed"))
+    table = html_table(rows, ("arm", "policy", "successes", "success, 95 %", "by seed"))
     lines = []
     if not comparison.sequential:
         lines.append(f"Interval of the difference: {document['interval_method']}.")

@@ -8,7 +8,7 @@ import pytest
 
 from scd_robot.cli.main import main
 from scd_robot.errors import ConfigError, DatasetError
-from scd_robot.sim_eval import evaluate
+from scd_robot.sim_eval import evaluate, wilson_interval
 from scd_robot.sim_eval.comparison import (
     PairedCounts,
     bootstrap_difference,
@@ -218,6 +218,9 @@ class TestCommand:
         found = json.loads(capsys.readouterr().out)
         assert len(found["a"]["seeds"]) == len(found["b"]["seeds"]) == 3
         assert found["interval_method"].startswith("bootstrap")
+        low, high = found["a"]["interval"]
+        assert low <= min(found["a"]["seeds"])  # Wilson's interval of 180 episodes would be narrower than the seeds are
+        assert high - low > np.ptp(wilson_interval(found["a"]["successes"], 180)) - 1e-9
         assert found["interval"][0] > 0.2
 
     def test_what_is_no_evaluation(self, folders, refused):
