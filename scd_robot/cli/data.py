@@ -1,7 +1,8 @@
 """The verbs `scd data record` and `scd data info`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -73,6 +74,7 @@ def info(
     *,
     read: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions(),  # noqa: B008 - frozen
     plot: Path | None = None,
+    env_args: Path | None = None,
     json: Path | None = None,
 ) -> None:
     """Checks a dataset and shows what it holds: episodes, lengths, keys, shapes, and the range of each dimension.
@@ -82,6 +84,8 @@ def info(
             as s3://bucket/name.zarr), robomimic or robosuite HDF5, LeRobot v2.0 to v3.0.
         read: what to read of it.
         plot: write pictures into this folder: traces of actions and states, histograms, episode lengths, frames.
+        env_args: write the robosuite environment it was recorded in to this JSON file, so that policies are evaluated
+            in the same: --env robosuite/TASK:recorded=FILE.
         json: write the description to this file too ("-": standard output).
     """
     from scd_robot.datasets.open import open_dataset
@@ -94,9 +98,24 @@ def info(
         from scd_robot.datasets.plots import plot_dataset
 
         description["pictures"] = [str(picture) for picture in plot_dataset(dataset, plot)]
+    if env_args is not None:
+        write_json(env_args, _recorded_environment(dataset.metadata, path))
     if json is not None:
         write_json(json, description)
     if str(json) != "-":
         print(format_description(description))
         if plot is not None:
             print(f"\n{len(description['pictures'])} pictures in {plot}")
+
+
+def _recorded_environment(metadata: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The notes of robomimic or robosuite about a recording's environment, as their files have them."""
+    from scd_robot.errors import DatasetError
+
+    notes = metadata.get("env_args")
+    if isinstance(notes, Mapping) and "env_name" in notes:
+        return dict(notes)
+    names = ("env", "env_info", "repository_version")
+    if "env" in metadata:
+        return {name: metadata[name] for name in names if name in metadata}
+    raise DatasetError(f"{path} does not tell a robosuite environment: it has neither env_args nor env")

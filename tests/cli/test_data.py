@@ -57,3 +57,15 @@ def test_record_then_info(tmp_path, capsys):
     assert main(arguments) == 2
     assert "exists already" in capsys.readouterr().err
     assert sorted(out.rglob("*")) == before
+
+
+def test_the_environment_of_a_recording_is_written_for_evaluations(store, recordings, tmp_path, refused):
+    from scd_robot.sim_eval.robosuite import recorded_env_args
+
+    file = next((recordings / "robosuite_human" / "v1.4.1").rglob("*.hdf5"))
+    assert main(["data", "info", str(file), "--env-args", str(tmp_path / "env.json")]) == 0
+    found = recorded_env_args(str(tmp_path / "env.json"))
+    assert found["env_name"]
+    assert "controller_configs" in found
+    refused(["data", "info", store, "--env-args", tmp_path / "no.json"], "does not tell a robosuite environment")
+    assert not (tmp_path / "no.json").exists()
