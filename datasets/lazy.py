@@ -4,7 +4,7 @@ A reader gives images and other large arrays in this form; whoever trains on the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Union
 
 import numpy as np
@@ -34,6 +34,10 @@ class LazyArray(ABC):
     @abstractmethod
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Rows `start` up to `stop`, 0 <= start < stop <= N."""
+
+    def read_into(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """The same into `out` (stop - start, ...); overridden where that saves a copy."""
+        out[:] = self.read(start, stop)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -80,12 +84,35 @@ class LazyArray(ABC):
         wanted = index.astype(np.int64, copy=False).reshape(-1)
         if not -len(self) <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} of an array with {len(self)} rows")
-        unique, inverse = np.unique(np.where(wanted < 0, wanted + len(self), wanted), return_inverse=True)
-        found = self._empty(len(unique))
-        begins = np.flatnonzero(np.diff(unique, prepend=-2) != 1)
-        for begin, end in zip(begins, [*begins[1:], len(unique)], strict=True):
-            found[begin:end] = self.read(int(unique[begin]), int(unique[end - 1]) + 1)
-        return found[inverse].reshape(*index.shape, *self.shape[1:])
+        wanted = np.where(wanted < 0, wanted + len(self), wanted)
+        out = self._empty(len(wanted))
+        begins = np.flatnonzero(np.diff(wanted, prepend=-2) != 1)  # of windows of successive rows
+        ends = np.append(begins[1:], len(wanted))
+        windows = sorted(zip(wanted[begins].tolist(), (wanted[ends - 1] + 1).tolist(), begins.tolist(), strict=True))
+        for start, stop, parts in _joined(windows):
+            if len(parts) == 1:
+                place = parts[0][2]
+                self.read_into(start, stop, out[place : place + stop - start])
+                continue
+            rows = self.read(start, stop)
+            for first, last, place in parts:
+                out[place : place + last - first] = rows[first - start : last - start]
+        return out.reshape(*index.shape, *self.shape[1:])
+
+
+Window = tuple[int, int, int]  # first row, last + 1, and where in the result they belong
+
+
+def _joined(windows: Sequence[Window]) -> Iterator[tuple[int, int, list[Window]]]:
+    """Windows in ascending order, those that touch or overlap together: first row, last + 1, and which they are."""
+    start, stop, parts = windows[0][0], windows[0][1], [windows[0]]
+    for window in windows[1:]:
+        if window[0] > stop:
+            yield start, stop, parts
+            start, stop, parts = window[0], window[1], []
+        stop = max(stop, window[1])
+        parts.append(window)
+    yield start, stop, parts
 
 
 RowArray = Union[NDArray[Any], LazyArray]  # noqa: UP007 - NDArray[Any] has no `|` with a class at run time

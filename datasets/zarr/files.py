@@ -234,13 +234,23 @@ class ZarrRows(LazyArray):
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """See `LazyArray.read`; raises DatasetError where the files are damaged."""
+        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        self.read_into(start, stop, out)
+        return out
+
+    def read_into(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """See `LazyArray.read_into`."""
         with read_errors(f"{self._files.address}/{self._name}"):
             if self._opened is None or self._opened[0] != os.getpid():
                 array = self._files.array(self._name)
                 folder = Path(self._files.address) / self._name
                 plain = PlainChunks.of(folder, array) if self._whole else None
                 self._opened = (os.getpid(), plain or array)
-            return np.asarray(self._opened[1][start:stop])
+            opened = self._opened[1]
+            if isinstance(opened, PlainChunks):
+                opened.read_into(start, stop, out)
+            else:
+                out[:] = opened[start:stop]
 
 
 @dataclass(frozen=True)
@@ -267,15 +277,14 @@ class PlainChunks:
             return None
         return cls(folder, array.chunks, array.dtype, metadata.compressor)
 
-    def __getitem__(self, rows: slice) -> NDArray[Any]:
+    def read_into(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Rows `start` up to `stop` into `out` (stop - start, ...)."""
         size = self.chunk_shape[0]
-        out = np.empty((rows.stop - rows.start, *self.chunk_shape[1:]), self.dtype)
-        for number in range(rows.start // size, -(-rows.stop // size)):
+        for number in range(start // size, -(-stop // size)):
             first = number * size
-            low, high = max(rows.start, first), min(rows.stop, first + size)
+            low, high = max(start, first), min(stop, first + size)
             file = self.folder / ".".join([str(number)] + ["0"] * (len(self.chunk_shape) - 1))
-            self._read(file, low - first, out[low - rows.start : high - rows.start])
-        return out
+            self._read(file, low - first, out[low - start : high - start])
 
     def _read(self, file: Path, skipped: int, out: NDArray[Any]) -> None:
         """Rows of a chunk into `out`, but for the first `skipped`; a file that holds too little is damaged."""
