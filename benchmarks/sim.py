@@ -2,16 +2,22 @@
 
     python benchmarks/sim.py                                       Meta-World, PushT and the memory suite
     python benchmarks/sim.py --env metaworld/push-v3 --workers 4
+    python benchmarks/sim.py --native                              physics of the memory suite by mujoco.rollout
 
 Both arms have the same number of worker processes and take turns within each round. `bare`: each process steps its
 environment with random actions in a loop of its own, and nobody looks. `evaluation`: `evaluate` with a policy that
 costs nothing (the same random actions). What is left is the price of lock-step, messages and bookkeeping.
+
+`--native` asks whether MuJoCo's own batched stepping would serve the memory suite: microseconds of one control step of
+physics, by calls of `mj_step` as the suite makes them and by `mujoco.rollout`, for one state and for 16 states on two
+threads, beside the whole step of the environment.
 """
 
 import argparse
 import datetime
 import multiprocessing
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,6 +31,7 @@ from scd_robot.sim_eval import evaluate, make_environment
 
 ENVIRONMENTS = ("metaworld/push-v3", "pusht", "scd_memory/cue-reach", "scd_memory/place-back")
 AIM = 0.90
+BATCH = 16  # states of a batched rollout
 
 
 class RandomActions:
@@ -97,6 +104,65 @@ def evaluation_rate(name: str, workers: int, steps: int) -> float:
     return sum(episode.steps for episode in result.episodes_detail) / result.wall_s
 
 
+def native_arms(environment: Any) -> dict[str, Callable[[], Any]]:
+    """One control step of physics in different ways, and the environment's whole step."""
+    import mujoco
+    from mujoco import rollout
+
+    kind, model, data = mujoco.mjtState.mjSTATE_FULLPHYSICS, environment.model, environment.data
+    environment.reset(derive_seed(EVALUATION, 0))
+    target, action = environment.target, np.zeros(environment.action_dim)
+    substeps = round(environment.control_dt / environment.sim_dt)
+    start = np.zeros((BATCH, mujoco.mj_stateSize(model, kind)))
+    mujoco.mj_getState(model, data, start[0], kind)
+    start[:] = start[0]
+    controls, models = np.tile(target, (BATCH, substeps, 1)), [model] * BATCH
+    one, two = rollout.Rollout(nthread=0), rollout.Rollout(nthread=2)
+    scratch = [mujoco.MjData(model) for _ in range(2)]
+
+    def by_steps() -> None:
+        for _ in range(substeps):
+            data.ctrl[:] = target
+            mujoco.mj_step(model, data)
+
+    def by_rollout() -> None:
+        mujoco.mj_getState(model, data, start[0], kind)
+        state, _ = one.rollout(model, data, start[:1], controls[:1])
+        mujoco.mj_setState(model, data, state[0, -1], kind)
+
+    def batched() -> None:
+        two.rollout(models, scratch, start, controls)
+
+    def whole() -> None:
+        if environment.steps >= environment.spec.max_steps - 1:
+            environment.reset(derive_seed(EVALUATION, 0))
+        environment.step(action)
+
+    return {"mj_step": by_steps, "rollout": by_rollout, "batched": batched, "step": whole}
+
+
+def native_stepping(rounds: int) -> dict[str, dict[str, float]]:
+    """Prints microseconds per control step and state, arms taking turns; medians over the rounds."""
+    from scd_robot.sim_eval.memory import TASKS
+
+    print(
+        f"| task | mj_step | mujoco.rollout | rollout, {BATCH} states, 2 threads | whole step |\n|---|---|---|---|---|"
+    )
+    results = {}
+    for name in TASKS:
+        arms = native_arms(make_environment(f"scd_memory/{name}"))
+        times: dict[str, list[float]] = {arm: [] for arm in arms}
+        for _ in range(rounds):
+            for arm, call in arms.items():
+                began = time.perf_counter()
+                for _ in range(100):
+                    call()
+                times[arm].append((time.perf_counter() - began) * 1e4 / (BATCH if arm == "batched" else 1))
+        results[name] = {arm: float(np.median(values)) for arm, values in times.items()}
+        print(f"| {name} | " + " | ".join(f"{value:.1f}" for value in results[name].values()) + " |", flush=True)
+    return results
+
+
 def main() -> None:
     """Measures, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,7 +171,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="control steps of each worker in a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/sim.json"))
+    parser.add_argument("--native", action="store_true", help="measure mujoco.rollout instead")
     options = parser.parse_args()
+    about = {"date": datetime.date.today().isoformat(), "machine": describe_machine(), "code": code_version()}
+    if options.native:
+        out = options.out.with_name("sim_native.json")
+        write_json(out, {**about, "rounds": options.rounds, "microseconds": native_stepping(options.rounds)})
+        print(f"\nwritten: {out}")
+        return
     results = {}
     print(f"| environment ({options.workers} workers) | bare steps/s | evaluation steps/s | ratio (rounds, min-max) |")
     print("|---|---|---|---|")
@@ -124,7 +197,6 @@ def main() -> None:
             flush=True,
         )
         results[name] = {"bare": alone, "evaluation": evaluated, "ratio": ratio.tolist()}
-    about = {"date": datetime.date.today().isoformat(), "machine": describe_machine(), "code": code_version()}
     write_json(options.out, {**about, "workers": options.workers, "rounds": options.rounds, **results})
     print(f"\nwritten: {options.out}")
 

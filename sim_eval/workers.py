@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import select
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from typing import Any, Self
 
 from scd_robot.errors import ConfigError, RenderError, ScdRobotError, SimulatorError, UnknownNameError
 from scd_robot.sim_eval.foreign import start_foreign
+from scd_robot.sim_eval.messages import StepCodec, receive_message
 from scd_robot.sim_eval.result import collect_versions
 from scd_robot.types import Environment, EnvironmentSpec
 
@@ -118,7 +120,8 @@ class EnvironmentWorker:
             ScdRobotError: the environment could not be made.
         """
         if self._spec is None:
-            self._spec = self._wait_until_ready()
+            self._set_spec(self._wait_until_ready())
+        assert self._spec is not None
         return self._spec
 
     def send(self, command: str, *args: Any) -> None:
@@ -128,9 +131,13 @@ class EnvironmentWorker:
         """
         assert command in _COMMANDS, command
         assert self._spec is not None, "the worker's spec has not been asked for"
+        message = self._codec.pack_action(*args) if command == "step" else None
         # A pipe that is broken already is reported by `receive`, like one that breaks later.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._connection.send((command, args))
+            if message is None:
+                self._connection.send((command, args))
+            else:
+                self._connection.send_bytes(message)
 
     def receive(self) -> Any:
         """The result of the command that was sent.
@@ -154,7 +161,7 @@ class EnvironmentWorker:
         """
         self._kill()
         self._start()
-        self._spec = self._wait_until_ready()
+        self._set_spec(self._wait_until_ready())
 
     def close(self) -> None:
         """Ends the process, kindly if it listens; may be called twice."""
@@ -179,7 +186,15 @@ class EnvironmentWorker:
     ) -> None:
         self.close()
 
+    def _set_spec(self, spec: EnvironmentSpec) -> None:
+        self._spec, self._codec = spec, StepCodec(spec)
+
     def _start(self) -> None:
+        self._start_process()
+        self._poll = select.poll()  # kept: Connection.poll makes one for every call
+        self._poll.register(self._connection.fileno(), select.POLLIN)
+
+    def _start_process(self) -> None:
         if self._python is not None:
             if not isinstance(self._source, str):
                 raise ConfigError(f"another python needs the environment's name, got {describe_source(self._source)}")
@@ -214,13 +229,16 @@ class EnvironmentWorker:
 
     def _receive(self, timeout_s: float) -> Any:
         try:
-            if not self._connection.poll(timeout_s):
+            if not self._poll.poll(1e3 * timeout_s):
                 self._process.kill()
                 raise WorkerCrashError(f"the simulator did not answer within {timeout_s:g} s")
-            kind, payload = self._connection.recv()
+            message = receive_message(self._connection)
         except (EOFError, ConnectionResetError) as error:
             self._process.join(_CLOSE_TIMEOUT_S)
             raise WorkerCrashError(f"the simulator's process died (exit code {self._process.exitcode})") from error
+        if isinstance(message, bytes):
+            return self._codec.unpack_result(message)
+        kind, payload = message
         if kind == "error":
             raise _rebuild_error(*payload)
         if kind == "crash":
@@ -292,6 +310,7 @@ def serve(connection: Connection, source: EnvironmentSource) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
         environment = load_environment(source)
+        codec = StepCodec(environment.spec)
         connection.send(("ok", environment.spec))
     except Exception as error:
         _send_error(connection, error, starting=True)
@@ -299,14 +318,19 @@ def serve(connection: Connection, source: EnvironmentSource) -> None:
     try:
         while True:
             try:
-                command, args = connection.recv()
+                message = receive_message(connection)
             except (EOFError, ConnectionResetError):  # the parent is gone
                 return
+            command, args = ("step", (codec.unpack_action(message),)) if isinstance(message, bytes) else message
             if command == "close":
                 return
             try:
                 answer = collect_versions() if command == "versions" else getattr(environment, command)(*args)
-                connection.send(("ok", answer))
+                packed = codec.pack_result(answer) if command == "step" else None
+                if packed is None:
+                    connection.send(("ok", answer))
+                else:
+                    connection.send_bytes(packed)
             except BrokenPipeError:
                 return
             except Exception as error:
