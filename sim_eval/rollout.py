@@ -1,17 +1,17 @@
 """Closed-loop evaluation: START HERE for how success rates come about.
 
-B worker processes step one environment each, in lock-step with one batched policy. Episode e starts from
+B environments, divided among worker processes, step in lock-step with one batched policy. Episode e starts from
 `environment.reset(derive_seed(seed_domain, e))`, so neither B nor the order of events changes an episode. Success ends
 an episode. A simulator that crashes or hangs is replaced and its episode repeated once; then the episode is invalid,
-which counts neither as success nor as failure. An exception of the policy ends the evaluation.
+which counts neither as success nor as failure. Episodes of other environments in the same process begin again, as if
+nothing had happened. An exception of the policy ends the evaluation.
 
 Shapes: B rows (environments), Da action width.
 """
 
 import logging
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot import seeding
-from scd_robot.errors import ConfigError, ShapeError
+from scd_robot.errors import ConfigError
 from scd_robot.output import write_json
 from scd_robot.sim_eval.faults import FaultInjector, ObservationFaults, injector
+from scd_robot.sim_eval.messages import Steps
 from scd_robot.sim_eval.motion import motion_quality
 from scd_robot.sim_eval.output import EpisodeLog, check_output_folder, prepare_output_folder, write_actions
 from scd_robot.sim_eval.policy_adapter import PolicyAdapter, PolicyError, check_policy_spec
@@ -33,8 +34,9 @@ from scd_robot.sim_eval.workers import (
     WorkerCrashError,
     close_workers,
     start_workers,
+    usable_cores,
 )
-from scd_robot.types import ActionArray, EnvironmentSpec, StepResult
+from scd_robot.types import ActionArray
 
 __all__ = ["evaluate", "write_outputs"]
 
@@ -49,6 +51,7 @@ def evaluate(
     first_episode: int = 0,
     seed_domain: int = seeding.EVALUATION,
     num_envs: int | None = None,
+    processes: int | None = None,
     max_steps: int | None = None,
     out: Path | None = None,
     overwrite: bool = False,
@@ -70,6 +73,8 @@ def evaluate(
         first_episode: index of the first; ranges that do not overlap have different start states.
         seed_domain: keeps start states of different purposes disjoint, see `scd_robot.seeding`.
         num_envs: B; None = at most 16, depending on the cores. Changes neither start states nor outcomes.
+        processes: worker processes among which the environments are divided; None = one per core (with `python`, which
+            has one environment per process, one per environment).
         max_steps: ends episodes earlier than the environment would.
         out: folder for `result.json`, `episodes.jsonl`, `report.html` and `videos/`; None writes nothing.
         overwrite: replace an earlier evaluation in `out`; files of others stay.
@@ -92,7 +97,7 @@ def evaluate(
         OutputError: `out` is not empty or cannot be written.
         ScdRobotError: the environment cannot be made, for a reason the user can mend.
     """
-    _check_numbers(episodes, first_episode, num_envs, max_steps, num_videos, video_size)
+    _check_numbers(episodes, first_episode, num_envs, processes, max_steps, num_videos, video_size)
     if out is not None:
         from scd_robot.sim_eval.plots import require_matplotlib
 
@@ -100,9 +105,10 @@ def evaluate(
         out = Path(out)
         check_output_folder(out, overwrite)
     adapter = PolicyAdapter(policy)
-    workers = start_workers(
-        environment, _choose_num_envs(adapter, num_envs, episodes), timeout_s=timeout_s, python=python
-    )
+    rows = _choose_num_envs(adapter, num_envs, episodes)
+    if processes is None:
+        processes = rows if python is not None else min(rows, len(usable_cores()))
+    workers = start_workers(environment, rows, processes=min(rows, processes), timeout_s=timeout_s, python=python)
     try:
         spec = workers[0].spec
         check_policy_spec(policy, spec)
@@ -119,7 +125,7 @@ def evaluate(
             policy=policy_name or type(policy).__name__,
             episodes_detail=[rollout.records[index] for index in indices],
             timings_ms=adapter.timings_ms(),
-            num_envs=len(workers),
+            num_envs=rows,
             max_steps=limit,
             first_episode=first_episode,
             seed_domain=seed_domain,
@@ -177,6 +183,7 @@ def _check_numbers(
     episodes: int,
     first_episode: int,
     num_envs: int | None,
+    processes: int | None,
     max_steps: int | None,
     num_videos: int,
     video_size: tuple[int, int],
@@ -185,6 +192,7 @@ def _check_numbers(
         "episodes": (episodes, 1),
         "first_episode": (first_episode, 0),
         "num_envs": (num_envs, 1),
+        "processes": (processes, 1),
         "max_steps": (max_steps, 1),
         "num_videos": (num_videos, 0),
         "video height": (video_size[0], 16),
@@ -204,7 +212,7 @@ def _choose_num_envs(policy: PolicyAdapter, num_envs: int | None, episodes: int)
             )
         return 1
     if num_envs is None:
-        num_envs = min(16, max(4, os.cpu_count() or 1))
+        num_envs = min(16, max(8, len(usable_cores())))
     return min(num_envs, episodes)
 
 
@@ -234,7 +242,7 @@ class _Row:
 
     number: int
     worker: EnvironmentWorker
-    observation: dict[str, NDArray[Any]]
+    slot: int  # in its worker
     episode: int | None = None
     repeated: bool = False
     seed: int = 0
@@ -273,8 +281,12 @@ class _Rollout:
         self._max_steps = max_steps
         self._observer = observer
         self._faults = faults
-        nothing = {key: np.zeros(array.shape, array.dtype) for key, array in self._spec.observation.items()}
-        self._rows = [_Row(number, worker, nothing) for number, worker in enumerate(workers)]
+        most = max(worker.count for worker in workers)
+        places = [(worker, slot) for slot in range(most) for worker in workers if slot < worker.count]
+        self._rows = [_Row(number, *place) for number, place in enumerate(places)]
+        self._observation = {
+            key: np.zeros((len(places), *array.shape), array.dtype) for key, array in self._spec.observation.items()
+        }  # (B, ...), a new array for each control step: the policy may keep what it was given
         self._executed: ActionArray | None = None
 
     def run(self) -> None:
@@ -289,66 +301,93 @@ class _Rollout:
 
     def _control_step(self) -> None:
         """One action in every row that has an episode; the others repeat their last observation to the policy."""
-        keys = self._spec.observation
-        seen = [self._seen(row) for row in self._rows]
-        observation = {key: np.stack([one[key] for one in seen]) for key in keys}
-        actions = self._policy.act(observation, self._executed, self._spec.action_dim)
+        actions = self._policy.act(self._seen(), self._executed, self._spec.action_dim)
         planned = self._policy.planned
         active = [row for row in self._rows if row.episode is not None]
-        for row in active:
-            _check_finite_action(actions[row.number], row)
-            if planned is not None:
+        if not np.isfinite(actions).all():
+            for row in active:
+                _check_finite_action(actions[row.number], row)
+        if planned is not None:
+            for row in active:
                 row.planned.append(bool(planned[row.number]))
-        for row in active:
-            row.worker.send("step", actions[row.number])
+        groups = _by_worker(active)
+        for rows in groups:
+            rows[0].worker.send_steps([row.slot for row in rows], actions[[row.number for row in rows]])
         self._executed = np.zeros_like(actions)
-        ended = [row for row in active if self._receive_step(row)]
+        self._observation = {key: array.copy() for key, array in self._observation.items()}
+        ended = [row for rows in groups for row in self._receive_steps(rows)]
         started = self._begin_episodes(ended)
         if started:
             episodes = [row.episode for row in started if row.episode is not None]
             self._policy.reset([row.number for row in started], episodes)
 
-    def _seen(self, row: _Row) -> dict[str, NDArray[Any]]:
-        """What the policy sees of a row's environment in this control step."""
-        if self._faults is None or row.episode is None:
-            return row.observation
-        return self._faults.deliver(row.number, row.observation)
+    def _seen(self) -> dict[str, NDArray[Any]]:
+        """What the policy sees of the environments in this control step: arrays (B, ...)."""
+        if self._faults is None:
+            return self._observation
+        seen = {key: array.copy() for key, array in self._observation.items()}
+        for row in self._rows:
+            if row.episode is not None:
+                for key, value in self._faults.deliver(row.number, self._observation_of(row)).items():
+                    seen[key][row.number] = value
+        return seen
+
+    def _observation_of(self, row: _Row) -> dict[str, NDArray[Any]]:
+        return {key: array[row.number] for key, array in self._observation.items()}
+
+    def _take_in(self, rows: Sequence[_Row], observation: Mapping[str, NDArray[Any]]) -> None:
+        """Puts the observations (n, ...) of some rows in their places.
+
+        Raises:
+            WorkerCrashError: there are NaN or infinite values.
+        """
+        numbers = [row.number for row in rows]
+        for key, values in observation.items():
+            if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
+                error = WorkerCrashError(f"the simulator returned NaN or infinite values in {key!r}")
+                error.slot = rows[int(np.argwhere(~finite)[0, 0])].slot
+                raise error
+            self._observation[key][numbers] = values
 
     def _hand(self, row: _Row) -> list[NDArray[Any]]:
         """Where the hand is, once; nothing where the environment does not tell."""
         if self._spec.hand is None:
             return []
         key, count = self._spec.hand
-        return [row.observation[key][:count]]
+        return [self._observation[key][row.number, :count].copy()]
 
-    def _receive_step(self, row: _Row) -> bool:
-        """Takes in the result of a step; True when the row needs a (new or repeated) episode."""
-        assert self._executed is not None
+    def _receive_steps(self, rows: Sequence[_Row]) -> list[_Row]:
+        """Takes in a worker's results; returns the rows that need a (new or repeated) episode."""
         try:
-            result: StepResult = row.worker.receive()
-            row.observation = _check_observation(result.observation, self._spec)
+            steps = rows[0].worker.receive_steps()
+            self._take_in(rows, steps.observation)
         except WorkerCrashError as error:
-            self._handle_crash(row, error)
-            return True
-        row.actions.append(result.executed_action)
-        row.rewards.append(float(result.reward))
-        row.hand += [result.info["hand"]] if "hand" in result.info else self._hand(row)
-        if "completed" in result.info:
-            row.completed = bool(row.completed or result.info["completed"])
-        if result.success:
+            return self._replace(rows[0].worker, error)
+        return [row for i, row in enumerate(rows) if self._has_ended(row, steps, i)]
+
+    def _has_ended(self, row: _Row, steps: Steps, i: int) -> bool:
+        """Notes the result of a row's step; True when it was the last of the episode."""
+        assert self._executed is not None
+        executed, info = steps.executed_action[i].copy(), steps.info[i]
+        row.actions.append(executed)
+        row.rewards.append(float(steps.reward[i]))
+        row.hand += [info["hand"]] if "hand" in info else self._hand(row)
+        if "completed" in info:
+            row.completed = bool(row.completed or info["completed"])
+        if steps.success[i]:
             self._end_episode(row, "success")
-        elif result.terminated:
+        elif steps.terminated[i]:
             self._end_episode(row, "terminated")
-        elif result.truncated or len(row.actions) >= self._max_steps:
+        elif steps.truncated[i] or len(row.actions) >= self._max_steps:
             self._end_episode(row, "time limit")
         else:
-            self._executed[row.number] = result.executed_action
+            self._executed[row.number] = executed
             return False
         return True
 
     def _begin_episodes(self, rows: Sequence[_Row]) -> list[_Row]:
         """Resets environments that need an episode until each runs one or no work is left; returns those that run."""
-        started: list[_Row] = []
+        started: dict[int, _Row] = {}
         pending = list(rows)
         while pending:
             for row in pending:
@@ -361,31 +400,42 @@ class _Rollout:
                 row.seed = seeding.derive_seed(self._seed_domain, row.episode)
                 row.initial_state_hash, row.rewards, row.actions = None, [], []
                 row.planned, row.hand, row.completed = [], [], None
-                row.worker.send("reset", row.seed)
-            begun = [row for row in pending if self._receive_reset(row)]
-            pending = [row for row in pending if row not in begun]
-            started += begun
-        return sorted(started, key=lambda row: row.number)
+                if self._executed is not None:
+                    self._executed[row.number] = 0
+                row.worker.send("begin", row.seed, slot=row.slot)
+            started |= {row.number: row for row in pending}
+            pending = [row for rows in _by_worker(pending) for row in self._receive_beginnings(rows)]
+            for row in pending:
+                started.pop(row.number, None)
+        return sorted(started.values(), key=lambda row: row.number)
 
-    def _receive_reset(self, row: _Row) -> bool:
+    def _receive_beginnings(self, rows: Sequence[_Row]) -> list[_Row]:
+        """Takes in the first observations of a worker's new episodes; returns the rows that have to begin again."""
         try:
-            row.observation = _check_observation(row.worker.receive(), self._spec)
-            row.initial_state_hash = row.worker.call("state_hash")
+            for row in rows:
+                observation, row.initial_state_hash = row.worker.receive()
+                self._take_in([row], {key: np.asarray(observation[key])[None] for key in self._spec.observation})
+        except WorkerCrashError as error:
+            return self._replace(rows[0].worker, error)
+        for row in rows:
             row.hand += self._hand(row)
             if self._faults is not None and row.episode is not None:
-                self._faults.begin(row.number, row.episode, row.observation)
-        except WorkerCrashError as error:
-            self._handle_crash(row, error)
-            return False
-        return True
+                self._faults.begin(row.number, row.episode, self._observation_of(row))
+        return []
 
-    def _handle_crash(self, row: _Row, error: WorkerCrashError) -> None:
-        """Replaces the simulator; the episode is repeated the first time and invalid the second time."""
-        logger.warning("episode %s, control step %d: %s", row.episode, len(row.actions), error)
-        row.worker.restart()
-        if row.repeated:
-            self._end_episode(row, f"crash: {error}", invalid=True)
-        row.repeated = True
+    def _replace(self, worker: EnvironmentWorker, error: WorkerCrashError) -> list[_Row]:
+        """Starts a worker anew after a crash; returns its rows, which all need a new or repeated episode.
+
+        The episode that crashed is repeated the first time and invalid the second time. The others were bystanders.
+        """
+        rows = [row for row in self._rows if row.worker is worker and row.episode is not None]
+        culprit = next((row for row in rows if row.slot == error.slot), rows[0])
+        logger.warning("episode %s, control step %d: %s", culprit.episode, len(culprit.actions), error)
+        worker.restart()
+        if culprit.repeated:
+            self._end_episode(culprit, f"crash: {error}", invalid=True)
+        culprit.repeated = True
+        return rows
 
     def _end_episode(self, row: _Row, reason: str, *, invalid: bool = False) -> None:
         assert row.episode is not None
@@ -416,15 +466,9 @@ def _check_finite_action(action: ActionArray, row: _Row) -> None:
         )
 
 
-def _check_observation(observation: dict[str, NDArray[Any]], spec: EnvironmentSpec) -> dict[str, NDArray[Any]]:
-    """Passes on an observation that keeps to the environment's own specification."""
-    for key, wanted in spec.observation.items():
-        if key not in observation or observation[key].shape != tuple(wanted.shape):
-            got = f"shape {observation[key].shape}" if key in observation else f"only {', '.join(sorted(observation))}"
-            raise ShapeError(
-                f"environment {spec.name!r} promises the observation {key!r} of shape {tuple(wanted.shape)} but gave "
-                f"{got}; mend its spec"
-            )
-        if not np.isfinite(observation[key]).all():
-            raise WorkerCrashError(f"the simulator returned NaN or infinite values in {key!r}")
-    return observation
+def _by_worker(rows: Sequence[_Row]) -> list[list[_Row]]:
+    """Rows of each worker."""
+    groups: dict[int, list[_Row]] = {}
+    for row in rows:
+        groups.setdefault(id(row.worker), []).append(row)
+    return list(groups.values())

@@ -1,4 +1,4 @@
-"""One environment in a process of its own, so that simulators run side by side and may crash or hang alone.
+"""Environments in processes of their own, so that simulators run side by side and may crash or hang alone.
 
 The worker is spawned, never forked (OpenGL and thread pools do not survive a fork), and answers over a pipe. What goes
 wrong in it comes back in one of two ways:
@@ -6,9 +6,13 @@ wrong in it comes back in one of two ways:
 - errors that the user can mend (`MissingDependencyError`, `UnknownNameError`, ...) are raised as themselves;
 - everything else that happens during an episode (an exception in the simulator, a dead process, no answer in time)
   raises `WorkerCrashError`; the worker is then only good for `restart` or `close`.
+
+A process may hold several environments, in slots: waking it up and talking to it costs more than many a simulator's
+control step. They crash together, but the error tells whose fault it was.
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import logging
@@ -26,9 +30,9 @@ from typing import Any, Self
 
 from scd_robot.errors import ConfigError, RenderError, ScdRobotError, SimulatorError, UnknownNameError
 from scd_robot.sim_eval.foreign import start_foreign
-from scd_robot.sim_eval.messages import StepCodec, receive_message
+from scd_robot.sim_eval.messages import StepCodec, Steps, checked_observation, receive_message
 from scd_robot.sim_eval.result import collect_versions
-from scd_robot.types import Environment, EnvironmentSpec
+from scd_robot.types import ActionArray, Environment, EnvironmentSpec
 
 __all__ = [
     "EnvironmentSource",
@@ -39,6 +43,7 @@ __all__ = [
     "load_environment",
     "serve",
     "start_workers",
+    "usable_cores",
 ]
 
 logger = logging.getLogger(__name__)
@@ -47,13 +52,19 @@ EnvironmentSource = str | Callable[[], Environment]
 """A registry name ("metaworld/push-v3"), a dotted name ("package.module:callable"), or a picklable callable."""
 
 _DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-_COMMANDS = ("reset", "step", "state_hash", "render", "versions")
+_COMMANDS = ("reset", "step", "state_hash", "render", "versions", "begin")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _CLOSE_TIMEOUT_S = 5.0
 
 
 class WorkerCrashError(SimulatorError):
-    """The simulator raised an exception, its process died, or it did not answer in time."""
+    """The simulator raised an exception, its process died, or it did not answer in time.
+
+    Attributes:
+        slot: which of the worker's environments was at work.
+    """
+
+    slot = 0
 
 
 def describe_source(source: EnvironmentSource) -> str:
@@ -85,13 +96,15 @@ def load_environment(source: EnvironmentSource) -> Environment:
 
 
 class EnvironmentWorker:
-    """An environment in a spawned process.
+    """One or more environments of one kind in a spawned process.
 
     Args:
         source: which environment.
+        count: so many of them, in slots 0 to count - 1.
         timeout_s: seconds within which a command must be answered; a worker that takes longer counts as hung.
         startup_timeout_s: the same for starting the process and making the environment.
         python: interpreter of another environment, in which the simulator is installed; None = this one.
+        core: the processor core it is to stay on; None = wherever the system puts it.
 
     Raises:
         ConfigError: the source cannot travel to the process, or there is no such interpreter.
@@ -100,14 +113,22 @@ class EnvironmentWorker:
     def __init__(
         self,
         source: EnvironmentSource,
+        count: int = 1,
         *,
         timeout_s: float = 60.0,
         startup_timeout_s: float = 180.0,
         python: str | None = None,
+        core: int | None = None,
     ) -> None:
-        self._source, self._python = source, python
+        if python is not None and count > 1:
+            raise ConfigError(f"a process of another python has one environment, got {count}")
+        self._source, self._python, self.count, self._core = source, python, count, core
+        self._at_work = multiprocessing.get_context("spawn").RawValue(
+            ctypes.c_int, 0
+        )  # the slot; written by the process
         self._timeout_s = timeout_s
         self._startup_timeout_s = startup_timeout_s
+        self._asked = 0  # steps
         self._spec: EnvironmentSpec | None = None
         self._closed = False
         self._start()
@@ -124,20 +145,35 @@ class EnvironmentWorker:
         assert self._spec is not None
         return self._spec
 
-    def send(self, command: str, *args: Any) -> None:
-        """Starts `reset(seed)`, `step(action)`, `state_hash()`, `render(height, width)` or `versions()`.
+    def send(self, command: str, *args: Any, slot: int = 0) -> None:
+        """Starts a command in the environment of a slot; `receive` has the result.
 
-        `receive` has the result.
+        Commands: `reset(seed)`, `step(action)`, `state_hash()`, `render(height, width)`, `versions()`, and
+        `begin(seed)`, which gives the results of `reset` and `state_hash`.
         """
         assert command in _COMMANDS, command
         assert self._spec is not None, "the worker's spec has not been asked for"
-        message = self._codec.pack_action(*args) if command == "step" else None
         # A pipe that is broken already is reported by `receive`, like one that breaks later.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            if message is None:
-                self._connection.send((command, args))
-            else:
-                self._connection.send_bytes(message)
+            self._connection.send((command, slot, args))
+
+    def send_steps(self, slots: Sequence[int], actions: ActionArray) -> None:
+        """Starts a control step in each of some slots (n), one after the other, with actions (n, Da).
+
+        `receive_steps` has the results.
+        """
+        self._asked = len(slots)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._connection.send_bytes(self._codec.pack_actions(slots, actions))
+
+    def receive_steps(self) -> Steps:
+        """The results of the steps that were sent, in their order.
+
+        Raises:
+            WorkerCrashError, ScdRobotError: see `receive`; the others' results are lost as well.
+        """
+        results: Steps = self._receive(self._timeout_s * self._asked)
+        return results
 
     def receive(self) -> Any:
         """The result of the command that was sent.
@@ -148,9 +184,9 @@ class EnvironmentWorker:
         """
         return self._receive(self._timeout_s)
 
-    def call(self, command: str, *args: Any) -> Any:
+    def call(self, command: str, *args: Any, slot: int = 0) -> Any:
         """`send`, then `receive`."""
-        self.send(command, *args)
+        self.send(command, *args, slot=slot)
         return self.receive()
 
     def restart(self) -> None:
@@ -176,7 +212,7 @@ class EnvironmentWorker:
         """Asks the process to end, without waiting for it; `close` has still to be called."""
         if not self._closed:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self._connection.send(("close", ()))
+                self._connection.send(("close", 0, ()))
 
     def __enter__(self) -> Self:
         return self
@@ -191,6 +227,8 @@ class EnvironmentWorker:
 
     def _start(self) -> None:
         self._start_process()
+        if self._core is not None:
+            _keep_on_core(self._process.pid, self._core)
         self._poll = select.poll()  # kept: Connection.poll makes one for every call
         self._poll.register(self._connection.fileno(), select.POLLIN)
 
@@ -204,7 +242,9 @@ class EnvironmentWorker:
             return
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, self._source), daemon=True)
+        self._process = context.Process(
+            target=serve, args=(theirs, self._source, self.count, self._at_work), daemon=True
+        )
         try:
             with _single_threaded_children():
                 self._process.start()
@@ -231,19 +271,24 @@ class EnvironmentWorker:
         try:
             if not self._poll.poll(1e3 * timeout_s):
                 self._process.kill()
-                raise WorkerCrashError(f"the simulator did not answer within {timeout_s:g} s")
+                raise self._crash(f"the simulator did not answer within {timeout_s:g} s")
             message = receive_message(self._connection)
         except (EOFError, ConnectionResetError) as error:
             self._process.join(_CLOSE_TIMEOUT_S)
-            raise WorkerCrashError(f"the simulator's process died (exit code {self._process.exitcode})") from error
+            raise self._crash(f"the simulator's process died (exit code {self._process.exitcode})") from error
         if isinstance(message, bytes):
-            return self._codec.unpack_result(message)
+            return self._codec.unpack_results(message)
         kind, payload = message
         if kind == "error":
             raise _rebuild_error(*payload)
         if kind == "crash":
-            raise WorkerCrashError(payload)
+            raise self._crash(payload)
         return payload
+
+    def _crash(self, message: str) -> WorkerCrashError:
+        error = WorkerCrashError(message)
+        error.slot = self._at_work.value
+        return error
 
     def _kill(self) -> None:
         if self._process.is_alive():
@@ -257,20 +302,32 @@ def start_workers(
     source: EnvironmentSource,
     count: int,
     *,
+    processes: int | None = None,
     timeout_s: float = 60.0,
     startup_timeout_s: float = 180.0,
     python: str | None = None,
 ) -> list[EnvironmentWorker]:
-    """Starts `count` workers at the same time and waits until all are ready; arguments as for one.
+    """Starts workers for `count` environments at the same time and waits until all are ready.
+
+    Args:
+        source: which environment.
+        count: environments in all; the first workers get one more where they cannot be divided evenly.
+        processes: workers; None = one per environment. As many as there are cores share these out among themselves.
+        timeout_s: see `EnvironmentWorker`.
+        startup_timeout_s: the same.
+        python: the same; one environment per process.
 
     Raises:
         ScdRobotError: the environment could not be made; no process is left behind.
     """
+    cores = usable_cores() if processes is not None and python is None else []
+    processes = count if processes is None else processes
     workers: list[EnvironmentWorker] = []
     try:
-        for _ in range(count):
+        for number in range(processes):
             options: Any = {"timeout_s": timeout_s, "startup_timeout_s": startup_timeout_s, "python": python}
-            workers.append(EnvironmentWorker(source, **options))
+            options["core"] = cores[number] if len(cores) == processes else None
+            workers.append(EnvironmentWorker(source, len(range(number, count, processes)), **options))
         for worker in workers:
             _ = worker.spec
     except BaseException:
@@ -285,6 +342,22 @@ def close_workers(workers: Sequence[EnvironmentWorker]) -> None:
         worker.begin_close()
     for worker in workers:
         worker.close()
+
+
+def usable_cores() -> list[int]:
+    """Numbers of the processor cores that this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _keep_on_core(pid: int, core: int) -> None:
+    """Ties a process to a core, and lets it wait there until the process that woke it has gone on.
+
+    Where there is a worker for every core, the system otherwise moves them about at every control step, and stops
+    their parent in the middle of waking them: two fifths of the time went that way on two cores.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # not on this system, or not allowed: it works without
+        os.sched_setaffinity(pid, {core})
+        os.sched_setscheduler(pid, os.SCHED_BATCH, os.sched_param(0))
 
 
 @contextlib.contextmanager
@@ -305,38 +378,59 @@ def _single_threaded_children() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def serve(connection: Connection, source: EnvironmentSource) -> None:
-    """The worker's whole life: make the environment, answer commands until told to stop or abandoned."""
+def serve(connection: Connection, source: EnvironmentSource, count: int = 1, at_work: Any = None) -> None:
+    """The worker's whole life: make the environments, answer commands until told to stop or abandoned.
+
+    Args:
+        connection: to the parent.
+        source: which environment.
+        count: so many of them.
+        at_work: a shared integer that tells the parent, should this process die, which of them was at work.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    environments: list[Environment] = []
+    at_work = at_work if at_work is not None else ctypes.c_int()
     try:
-        environment = load_environment(source)
-        codec = StepCodec(environment.spec)
-        connection.send(("ok", environment.spec))
-    except Exception as error:
-        _send_error(connection, error, starting=True)
-        return
-    try:
+        try:
+            environments += [load_environment(source) for _ in range(count)]
+            codec = StepCodec(environments[0].spec)
+            connection.send(("ok", environments[0].spec))
+        except Exception as error:
+            _send_error(connection, error, starting=True)
+            return
         while True:
             try:
                 message = receive_message(connection)
             except (EOFError, ConnectionResetError):  # the parent is gone
                 return
-            command, args = ("step", (codec.unpack_action(message),)) if isinstance(message, bytes) else message
-            if command == "close":
-                return
             try:
-                answer = collect_versions() if command == "versions" else getattr(environment, command)(*args)
-                packed = codec.pack_result(answer) if command == "step" else None
-                if packed is None:
-                    connection.send(("ok", answer))
-                else:
-                    connection.send_bytes(packed)
+                if isinstance(message, bytes):
+                    results = []
+                    for slot, action in zip(*codec.unpack_actions(message), strict=True):
+                        at_work.value = slot
+                        results.append(environments[slot].step(action))
+                    connection.send_bytes(codec.pack_results(results))
+                    continue
+                command, slot, args = message
+                if command == "close":
+                    return
+                at_work.value = slot
+                connection.send(("ok", _answer(environments[slot], command, args)))
             except BrokenPipeError:
                 return
             except Exception as error:
                 _send_error(connection, error, starting=False)
     finally:
-        environment.close()
+        for environment in environments:
+            environment.close()
+
+
+def _answer(environment: Environment, command: str, args: Sequence[Any]) -> Any:
+    if command == "versions":
+        return collect_versions()
+    if command == "begin":
+        return checked_observation(environment.reset(*args), environment.spec), environment.state_hash()
+    return getattr(environment, command)(*args)
 
 
 def _send_error(connection: Connection, error: Exception, *, starting: bool) -> None:

@@ -92,11 +92,12 @@ def test_policy_without_rows_runs_in_one_environment(toy):
         run(policy, num_envs=2)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("fault", ["raise", "die", "hang", "nan"])
-def test_crash_is_invalid_and_never_failed(toy, fault, caplog):
+def test_crash_is_invalid_and_never_failed(toy, fault, processes, caplog):
     source = functools.partial(toy.PointEnvironment, faults={seed_of(1): fault})
     with caplog.at_level(logging.ERROR):
-        result = run(toy.GoToGoal(), source, episodes=4, num_envs=2, timeout_s=1.0)
+        result = run(toy.GoToGoal(), source, episodes=4, num_envs=3, processes=processes, timeout_s=1.0)
     crashed = result.episodes_detail[1]
     assert crashed.invalid
     assert not crashed.success
@@ -108,11 +109,27 @@ def test_crash_is_invalid_and_never_failed(toy, fault, caplog):
     assert [e for e in result.episodes_detail if not e.invalid] == [healthy[i] for i in (0, 2, 3)]
 
 
-def test_crash_that_does_not_repeat_costs_nothing(toy, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_crash_that_does_not_repeat_costs_nothing(toy, tmp_path, processes):
     source = functools.partial(toy.PointEnvironment, faults={seed_of(1): "raise"}, fault_once=tmp_path / "happened")
-    result = run(toy.GoToGoal(), source, episodes=3, num_envs=2)
+    result = run(toy.GoToGoal(), source, episodes=3, num_envs=2, processes=processes)
     assert (tmp_path / "happened").exists()
     assert result.episodes_detail == run(toy.GoToGoal(), episodes=3).episodes_detail
+
+
+def test_bystanders_of_crashes_are_never_blamed(toy):
+    """Three of eight episodes crash twice each, and all share a process."""
+    source = functools.partial(toy.PointEnvironment, faults={seed_of(e): "die" for e in (0, 3, 5)})
+    policy = toy.GoToGoal()
+    result = run(policy, source, episodes=8, num_envs=4, processes=1)
+    assert [e.index for e in result.episodes_detail if e.invalid] == [0, 3, 5]
+    healthy = run(toy.GoToGoal(), episodes=8).episodes_detail
+    assert [e for e in result.episodes_detail if not e.invalid] == [healthy[i] for i in (1, 2, 4, 6, 7)]
+    for _, episodes in policy.resets[1:]:
+        assert len(set(episodes)) == len(episodes)
+    begun = [e for _, episodes in policy.resets for e in episodes]
+    assert begun.count(0) == 2
+    assert begun.count(1) >= 2  # with it
 
 
 def test_all_episodes_invalid_leaves_no_rate(toy):

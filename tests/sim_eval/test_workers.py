@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from scd_robot.errors import ConfigError, MissingDependencyError, SimulatorError, UnknownNameError
-from scd_robot.sim_eval.workers import EnvironmentWorker, WorkerCrashError, load_environment, start_workers
+from scd_robot.sim_eval.workers import (
+    EnvironmentWorker,
+    WorkerCrashError,
+    close_workers,
+    load_environment,
+    start_workers,
+    usable_cores,
+)
 
 POINT = "toy_environment:make_point"
 
@@ -24,6 +31,59 @@ def test_worker_answers_as_the_environment_itself_would(toy):
         np.testing.assert_array_equal(theirs.executed_action, [1.0, 0.5])
         np.testing.assert_array_equal(theirs.observation["position"], ours.observation["position"])
         np.testing.assert_array_equal(worker.call("render", 32, 48), local.render(32, 48))
+
+
+def test_environments_of_a_worker_are_separate(toy):
+    local = [toy.make_point() for _ in range(3)]
+    actions = np.array([[0.1, 0.2], [-0.3, 2.0]], np.float32)
+    with EnvironmentWorker(POINT, 3) as worker:
+        _ = worker.spec
+        for slot, environment in enumerate(local):
+            observation, digest = worker.call("begin", 5 + slot, slot=slot)
+            np.testing.assert_array_equal(observation["goal"], environment.reset(5 + slot)["goal"])
+            assert digest == environment.state_hash()
+        worker.send_steps([2, 0], actions)
+        steps = worker.receive_steps()
+        for i, slot in enumerate([2, 0]):
+            expected = local[slot].step(actions[i])
+            np.testing.assert_array_equal(steps.observation["position"][i], expected.observation["position"])
+            np.testing.assert_array_equal(steps.executed_action[i], expected.executed_action)
+        assert [worker.call("state_hash", slot=slot) for slot in range(3)] == [one.state_hash() for one in local]
+
+
+@pytest.mark.parametrize("fault", ["raise", "die", "hang"])
+def test_crash_tells_which_environment_was_at_work(toy, fault):
+    source = functools.partial(toy.PointEnvironment, faults={5: fault})
+    with EnvironmentWorker(source, 3, timeout_s=1.0) as worker:
+        _ = worker.spec
+        for slot, seed in enumerate((4, 5, 6)):
+            worker.call("begin", seed, slot=slot)
+        for _ in range(toy.FAULT_STEP):
+            worker.send_steps([0, 1, 2], np.zeros((3, 2), np.float32))
+            worker.receive_steps()
+        worker.send_steps([0, 1, 2], np.zeros((3, 2), np.float32))
+        with pytest.raises(WorkerCrashError) as crash:
+            worker.receive_steps()
+        assert crash.value.slot == 1
+
+
+@pytest.mark.parametrize(("count", "processes", "slots"), [(5, 2, [3, 2]), (3, None, [1, 1, 1]), (4, 4, [1, 1, 1, 1])])
+def test_environments_are_divided_among_processes(toy, count, processes, slots):
+    workers = start_workers(POINT, count, processes=processes)
+    close_workers(workers)
+    assert [worker.count for worker in workers] == slots
+
+
+def test_a_worker_for_every_core_stays_there(toy):
+    cores = usable_cores()
+    workers = start_workers(POINT, len(cores), processes=len(cores))
+    places = [os.sched_getaffinity(worker._process.pid) for worker in workers]
+    close_workers(workers)
+    assert places == [{core} for core in cores]
+    workers = start_workers(POINT, len(cores) + 1, processes=len(cores) + 1)
+    places = [os.sched_getaffinity(worker._process.pid) for worker in workers]
+    close_workers(workers)
+    assert places == [set(cores)] * (len(cores) + 1)
 
 
 def test_numerical_libraries_get_one_thread_in_the_worker_only(toy, monkeypatch):
