@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from scd_robot.datasets import EpisodeDataset
+from scd_robot.datasets import ACTION, EpisodeDataset
 from scd_robot.datasets.windows import SegmentBatch, SegmentIndex
 from scd_robot.diffusion import sample_flow_time
 from scd_robot.errors import ConfigError
@@ -99,6 +99,9 @@ class SegmentDataset(Dataset[TrainingBatch]):
             model.history_stride,
             None if validation else data.weights,
         )
+        self._idle = None
+        if training.idle_weight < 1 and not validation:
+            self._idle = idle_rows(data.arrays[ACTION], data.episode_ends, model.chunk_length)
         share = training.batch_size // world_size
         self._samples = range(rank * share, (rank + 1) * share)
         self._reader = SegmentReader(
@@ -151,7 +154,12 @@ class SegmentDataset(Dataset[TrainingBatch]):
             if cut < training.virtual_reset_probability and not self._validation:
                 stream[i, at:] = 1
             first = min(training.burn_in // model.history_stride, steps_here - 1) if begins_inside[i] else 0
-            eligible = first + rng.permutation(steps_here - first)[:positions]
+            if self._idle is None:
+                eligible = first + rng.permutation(steps_here - first)[:positions]
+            else:
+                idle = self._idle[segments.start[i] + model.history_stride * np.arange(first, steps_here)]
+                chances = rng.random(steps_here - first) ** np.where(idle, 1 / training.idle_weight, 1.0)
+                eligible = first + np.argsort(-chances)[:positions]
             position[i, : len(eligible)], position_valid[i, : len(eligible)] = eligible, True
             flow_time[i] = sample_flow_time(training.flow_time, (positions, copies), rng)
             rng.standard_normal(dtype=np.float32, out=noise[i])
@@ -163,6 +171,23 @@ class SegmentDataset(Dataset[TrainingBatch]):
                 past_noise[i, :steps_here] = rng.standard_normal((steps_here, model.action_dim), np.float32)
         fields = (stream, position, position_valid, flow_time, noise, corruption, past_noise, delay)
         return Draws(*(torch.from_numpy(x) for x in fields))
+
+
+def idle_rows(action: NDArray[np.float32], episode_ends: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
+    """(N,) where the next `length` actions, or all that are left of the episode, are the same.
+
+    Args:
+        action: (N, Da).
+        episode_ends: (E,).
+        length: control steps.
+    """
+    rows = np.arange(len(action))
+    changes = np.append((action[1:] != action[:-1]).any(axis=1), True)
+    changes[episode_ends - 1] = True  # the chunk ends there at the latest
+    next_change = np.minimum.accumulate(np.where(changes, rows, len(action))[::-1])[::-1]
+    last = np.minimum(rows + length, episode_ends[np.searchsorted(episode_ends, rows, side="right")]) - 1
+    idle: NDArray[np.bool_] = next_change >= last
+    return idle
 
 
 class EpochSampler(Sampler[int]):

@@ -25,6 +25,8 @@ class TrainingConfig:
         burn_in: control steps at the start of a segment that begins inside an episode which carry no loss; 0 treats
             the start of the segment as a virtual reset instead, which is trained as a cold start.
         positions_per_segment: control steps of each encoded segment whose chunks are denoised.
+        idle_weight: how often control steps are chosen whose whole chunk is one action that does not change (a robot
+            that waits), in units of the others'. They still are history; in validation all count alike.
         noise_draws: (noise, flow time) draws for each of them; the encoder's cost is shared by all.
         virtual_reset_probability: share of segments whose history is cut at a random step, in all layers (variable
             history, arXiv 2606.16447).
@@ -52,6 +54,7 @@ class TrainingConfig:
     segment_length: int = 128
     burn_in: int = 0
     positions_per_segment: int = 16
+    idle_weight: float = 1.0
     noise_draws: int = 1
     virtual_reset_probability: float = 0.2
     flow_time: FlowTimeConfig = field(default_factory=FlowTimeConfig)
@@ -82,6 +85,8 @@ class TrainingConfig:
         for name in ("learning_rate", "decoder_learning_rate_factor"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 < self.idle_weight <= 1:
+            raise ConfigError(f"idle_weight must be in (0, 1], got {self.idle_weight}")
         for name in ("virtual_reset_probability", "ema_decay", "final_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")

@@ -168,8 +168,13 @@ class MemoryEnvironment(abc.ABC):
         return digest((self.data.qpos, self.data.qvel, self.target, [self.delay], self._hidden()))
 
     def expert_action(self) -> ActionArray:
-        """The scripted expert's action (Da,) for the present state; which expert, the option `expert` says."""
+        """The scripted expert's action (Da,) for the present state; which expert, the option `expert` says.
+
+        It is zero while the robot holds still anyway.
+        """
         self._check_running()
+        if not self._is_free():
+            return np.zeros(self.action_dim, np.float32)
         return np.clip(self._expert(), -1.0, 1.0).astype(np.float32)
 
     def render(self, height: int, width: int) -> NDArray[np.uint8]:
