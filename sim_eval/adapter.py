@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from scd_robot.errors import ActionError, ShapeError, UnknownNameError
+from scd_robot.errors import ActionError, ShapeError, SimulatorError, UnknownNameError
 from scd_robot.types import ActionArray, EnvironmentSpec
 
-__all__ = ["canonical_name", "checked_action", "digest", "read_options"]
+__all__ = ["canonical_name", "check_physics", "checked_action", "digest", "read_options"]
 
 Options = TypeVar("Options")
 
@@ -59,6 +59,30 @@ def checked_action(action: ArrayLike, spec: EnvironmentSpec, step: int) -> Actio
         )
     low, high = (np.asarray(bound, np.float32) for bound in (spec.action_low, spec.action_high))
     return np.clip(values, low, high)
+
+
+def check_physics(data: Any, name: str, where: str) -> None:
+    """Makes errors of NaN and huge values, which MuJoCo meets by a warning and a silent reset of the state.
+
+    Args:
+        data: of MuJoCo; its warnings are cleared when they are told.
+        name: of the environment.
+        where: words for the message.
+
+    Raises:
+        SimulatorError: the physics became unstable.
+    """
+    import mujoco
+
+    kinds = mujoco.mjtWarning
+    bad = [
+        kind for kind in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC) if data.warning[kind].number
+    ]
+    if bad or not (np.isfinite(data.qpos).all() and np.isfinite(data.qvel).all()):
+        for kind in bad:
+            data.warning[kind].number = 0
+        names = ", ".join(kind.name for kind in bad) or "a state that is not finite"
+        raise SimulatorError(f"the physics of {name} became unstable {where} ({names})")
 
 
 def digest(parts: Iterable[ArrayLike]) -> str:

@@ -27,6 +27,7 @@ __all__ = [
     "Comparison",
     "PairedCounts",
     "SeededDifference",
+    "arm_interval",
     "bootstrap_difference",
     "check_same_starts",
     "compare",
@@ -88,21 +89,26 @@ class PairedCounts:
         Newcombe, "Improved confidence intervals for the difference between binomial proportions based on paired data",
         Statistics in Medicine 17 (1998): Wilson intervals of the two rates, joined with the correlation of outcomes.
         """
-        n, a, b, c, d = self.total, self.both, self.only_a, self.only_b, self.neither
-        rate_a, rate_b = (a + b) / n, (a + c) / n
-        low_a, high_a = wilson_interval(a + b, n)
-        low_b, high_b = wilson_interval(a + c, n)
-        margins = (a + b) * (c + d) * (a + c) * (b + d)
-        product = a * d - b * c
-        corrected = max(product - n / 2, 0.0) if product > 0 else float(product)
-        phi = corrected / math.sqrt(margins) if margins else 0.0
+        return _newcombe(self.both, self.only_a, self.only_b, self.neither)
 
-        def joined(x: float, y: float) -> float:
-            return math.sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
 
-        below = joined(rate_a - low_a, high_b - rate_b)
-        above = joined(high_a - rate_a, rate_b - low_b)
-        return self.difference - below, self.difference + above
+def _newcombe(a: float, b: float, c: float, d: float) -> tuple[float, float]:
+    """The interval of `PairedCounts`, of counts that need not be whole: both, only the first, only the second, none."""
+    n = a + b + c + d
+    rate_a, rate_b = (a + b) / n, (a + c) / n
+    low_a, high_a = wilson_interval(min(a + b, n), n)  # sums of fractions may be a hair off
+    low_b, high_b = wilson_interval(min(a + c, n), n)
+    margins = (a + b) * (c + d) * (a + c) * (b + d)
+    product = a * d - b * c
+    corrected = max(product - n / 2, 0.0) if product > 0 else float(product)
+    phi = corrected / math.sqrt(margins) if margins else 0.0
+
+    def joined(x: float, y: float) -> float:
+        return math.sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
+
+    below = joined(rate_a - low_a, high_b - rate_b)
+    above = joined(high_a - rate_a, rate_b - low_b)
+    return (b - c) / n - below, (b - c) / n + above
 
 
 @dataclass(frozen=True)
@@ -302,18 +308,30 @@ def format_comparison(comparison: Comparison) -> str:
 
 
 def _arm_json(name: str, success: NDArray[np.bool_]) -> dict[str, Any]:
-    low, high = wilson_interval(int(success.sum()), int(success.size))
-    if len(success) > 1:  # seeds share start states, and differ as policies do: Wilson's alone is too narrow
-        drawn = bootstrap_difference(success, np.zeros((1, success.shape[1]), np.bool_)).interval
-        low, high = min(low, drawn[0]), max(high, drawn[1])
     return {
         "name": name,
         "seeds": [float(rate) for rate in success.mean(axis=1)],
         "successes": int(success.sum()),
         "episodes": int(success.size),
         "success_rate": float(success.mean()),
-        "interval": [low, high],
+        "interval": list(arm_interval(success)),
     }
+
+
+def arm_interval(success: NDArray[np.bool_]) -> tuple[float, float]:
+    """95 % interval of the success rate of an arm: Wilson's, widened to the bootstrap over several seeds.
+
+    Seeds share start states, and differ as policies do: Wilson's alone is too narrow.
+
+    Args:
+        success: (R, N), seeds and start states.
+    """
+    low, high = wilson_interval(int(success.sum()), int(success.size))
+    if len(success) > 1:
+        arm = success.astype(np.float64)
+        drawn = np.percentile(_bootstrap(arm, np.zeros((1, arm.shape[1])), 10_000, seed=0), (2.5, 97.5))
+        low, high = min(low, float(drawn[0])), max(high, float(drawn[1]))
+    return low, high
 
 
 def outcomes(document: Document) -> dict[int, bool]:
@@ -372,7 +390,8 @@ def bootstrap_difference(
 
     Each draw takes seeds of either arm with replacement, and start states with replacement, the same ones for both arms
     (start states are paired, seeds are not). With fewer than about five seeds the interval is too narrow; it says at
-    least how much of the difference a few seeds explain.
+    least how much of the difference a few seeds explain. Where all outcomes are alike, a bootstrap sees no spread:
+    the interval is never narrower than Newcombe's of as many independent pairs as there are in all.
 
     Args:
         first: (R, N) success.
@@ -386,6 +405,17 @@ def bootstrap_difference(
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not a.size or not b.size:
         raise ConfigError(f"outcomes must be (seeds, start states), as many states in both, got {a.shape}, {b.shape}")
+    low, high = np.percentile(_bootstrap(a, b, draws, seed), (2.5, 97.5))
+    mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
+    cells = (mean_a * mean_b, mean_a * (1 - mean_b), (1 - mean_a) * mean_b, (1 - mean_a) * (1 - mean_b))
+    least = _newcombe(*(min(len(a), len(b)) * float(cell.sum()) for cell in cells))
+    low, high = min(low, least[0]), max(high, least[1])
+    rates = [tuple(float(rate) for rate in arm.mean(axis=1)) for arm in (a, b)]
+    return SeededDifference(float(a.mean() - b.mean()), (float(low), float(high)), rates[0], rates[1])
+
+
+def _bootstrap(a: NDArray[np.float64], b: NDArray[np.float64], draws: int, seed: int) -> NDArray[np.float64]:
+    """(draws,) differences of the means of (R, N) and (R', N)."""
     rng = np.random.default_rng(seed)
     differences = np.empty(draws)
     for i in range(draws):
@@ -393,9 +423,7 @@ def bootstrap_difference(
         mean_a = a[rng.integers(len(a), size=len(a))].mean(axis=0)
         mean_b = b[rng.integers(len(b), size=len(b))].mean(axis=0)
         differences[i] = (mean_a - mean_b)[states].mean()
-    low, high = np.percentile(differences, (2.5, 97.5))
-    rates = [tuple(float(rate) for rate in arm.mean(axis=1)) for arm in (a, b)]
-    return SeededDifference(float(a.mean() - b.mean()), (float(low), float(high)), rates[0], rates[1])
+    return differences
 
 
 def pairs_needed(counts: PairedCounts, power: float = 0.8, significance: float = 0.05) -> int | None:

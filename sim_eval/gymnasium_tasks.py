@@ -23,7 +23,7 @@ from scd_robot.errors import (
     SimulatorError,
     UnknownNameError,
 )
-from scd_robot.sim_eval.adapter import canonical_name, checked_action, digest, read_options
+from scd_robot.sim_eval.adapter import canonical_name, check_physics, checked_action, digest, read_options
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
 __all__ = ["TAKES_WORDS", "TASKS", "GymnasiumEnvironment", "GymnasiumOptions", "make"]
@@ -141,6 +141,12 @@ class GymnasiumEnvironment:
         except Exception as error:  # simulators raise many kinds
             self._running = False
             raise SimulatorError(f"{self.spec.name} crashed in control step {self._steps}: {error}") from error
+        if self._task not in _ALOHA:  # dm_control looks by itself
+            try:
+                check_physics(self._physics(), self.spec.name, f"in control step {self._steps}")
+            except SimulatorError:
+                self._running = False
+                raise
         self._steps += 1
         success = _succeeded(self._task, info)
         return StepResult(

@@ -7,7 +7,7 @@ from typing import Any
 
 from scd_robot.errors import ConfigError, ScdRobotError
 from scd_robot.sim_eval.faults import ObservationFaults
-from scd_robot.sim_eval.output import check_output_folder, prepare_output_folder
+from scd_robot.sim_eval.output import EpisodeLog, check_output_folder, prepare_output_folder
 from scd_robot.sim_eval.result import EvaluationResult
 from scd_robot.sim_eval.rollout import evaluate, write_outputs
 from scd_robot.sim_eval.workers import EnvironmentSource, close_workers, start_workers
@@ -81,6 +81,9 @@ def run_jobs(
         if job.out is not None:
             result.out = job.out
             prepare_output_folder(job.out)
+            log = EpisodeLog(job.out / "episodes.jsonl")
+            for record in result.episodes_detail:
+                log.append(record.to_json())
             _write(job, result, job.out)
         yield job, result
 

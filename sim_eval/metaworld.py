@@ -24,7 +24,7 @@ from scd_robot.errors import (
     SimulatorError,
     UnknownNameError,
 )
-from scd_robot.sim_eval.adapter import canonical_name, checked_action, digest, read_options
+from scd_robot.sim_eval.adapter import canonical_name, check_physics, checked_action, digest, read_options
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
 __all__ = ["TASKS", "MetaworldEnvironment", "MetaworldOptions", "make"]
@@ -255,20 +255,11 @@ class MetaworldEnvironment:
         return {"proprio": raw[_PROPRIO], "object": raw[_OBJECT], "goal": goal}
 
     def _check_physics(self, where: str) -> None:
-        """MuJoCo meets NaN and huge values by a warning and a silent reset of the state; here they are errors."""
-        import mujoco
-
-        data = self._env.data
-        kinds = mujoco.mjtWarning
-        bad = [
-            kind
-            for kind in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC)
-            if data.warning[kind].number
-        ]
-        if bad or not (np.isfinite(data.qpos).all() and np.isfinite(data.qvel).all()):
+        try:
+            check_physics(self._env.data, self.spec.name, where)
+        except SimulatorError:
             self._raw = None
-            names = ", ".join(kind.name for kind in bad) or "a state that is not finite"
-            raise SimulatorError(f"the physics of {self.spec.name} became unstable {where} ({names})")
+            raise
 
 
 def _load(task: str) -> tuple[Any, Any]:

@@ -12,11 +12,11 @@ from scd_robot.errors import ConfigError
 __all__ = ["mean_and_median", "percentiles", "wilson_interval"]
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
     """Score interval of a proportion (Wilson 1927); sensible for few episodes and for rates of 0 and 1.
 
     Args:
-        successes: number of successes, 0 <= successes <= n.
+        successes: number of successes, 0 <= successes <= n; need not be whole (expected counts).
         n: number of trials; 0 gives (0.0, 1.0), nothing is known.
         confidence: of the two-sided interval, between 0 and 1.
 

@@ -16,7 +16,10 @@ from scd_robot.types import ActionArray
 __all__ = ["EpisodeLog", "check_output_folder", "prepare_output_folder", "read_actions", "write_actions"]
 
 _ACTIONS = "actions.safetensors"
-_OUR_FILES = ("result.json", "episodes.jsonl", "report.html", _ACTIONS, "videos/episode_*.mp4")
+_OUR_FILES = (
+    *("result.json", "episodes.jsonl", "report.html", _ACTIONS, "videos/episode_*.mp4"),
+    *("history.json", "history.html", "latency.json", "latency.html"),
+)
 
 
 def check_output_folder(out: Path, overwrite: bool) -> None:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scd_robot.errors import MissingDependencyError
-from scd_robot.sim_eval.comparison import Comparison
-from scd_robot.sim_eval.metrics import wilson_interval
+from scd_robot.sim_eval.comparison import Comparison, arm_interval
 from scd_robot.sim_eval.result import EvaluationResult
 
 if TYPE_CHECKING:
@@ -116,6 +115,9 @@ def latency_plot(result: EvaluationResult) -> str:
     figure = _Figure(2.2)
     timings = {name: result.timings_ms.get(name, []) for name in ("encoder", "plan")}
     shown = {name: values for name, values in timings.items() if values} or {"act": result.timings_ms["act"]}
+    if not any(shown.values()):
+        figure.say("no calls")
+        return figure.svg("No calls of the policy")
     longest = max(float(np.percentile(values, 99.5)) for values in shown.values())
     shortest = max(1e-3, min(float(np.min(values)) for values in shown.values()))
     edges = np.geomspace(shortest, max(longest, 1.2 * shortest), 40)
@@ -155,7 +157,7 @@ def arms_plot(comparison: Comparison) -> str:
     figure = _Figure(2.2)
     axes = figure.axes
     for row, success in enumerate((comparison.success_a, comparison.success_b)):
-        low, high = (100 * bound for bound in wilson_interval(int(success.sum()), int(success.size)))
+        low, high = (100 * bound for bound in arm_interval(success))
         axes.barh(row, 100 * success.mean(), height=0.45, color=_COLOURS["accent"], alpha=0.75)
         axes.errorbar((low + high) / 2, row, xerr=(high - low) / 2, color=_COLOURS["ink"], capsize=6, linewidth=1.4)
         if len(success) > 1:

@@ -9,6 +9,7 @@ from typing import Any
 
 from scd_robot.output import write_text
 from scd_robot.sim_eval import plots
+from scd_robot.sim_eval.faults import describe
 from scd_robot.sim_eval.page import counted, html_page, html_table, html_video
 from scd_robot.sim_eval.result import EpisodeRecord, EvaluationResult
 
@@ -54,6 +55,8 @@ def _headline(result: EvaluationResult) -> str:
             f"{counted(result.invalid, 'episode')} invalid: the simulator crashed twice. They count neither as "
             "successes nor as failures."
         )
+    if result.faults.any:
+        notes.append(f"Disturbed on purpose: {describe(result.faults.to_json())}.")
     if result.video_error:
         notes.append(f"Videos are missing: {result.video_error}.")
     return (
@@ -76,6 +79,15 @@ def _tiles(document: dict[str, Any]) -> str:
         if found := document[key]:
             batch = document["timing_batch_size"]
             tiles.append((f"{found['p50']:.3g} ms", f"{name}, median at batch {batch} (p95 {found['p95']:.3g} ms)"))
+    motion = document["motion"]
+    for key, name in (("path_length", "path of the hand"), ("jerk", "jerk (root mean square)")):
+        if motion[key] is not None:
+            tiles.append((f"{motion[key]:.3g}", f"{name}, mean of episodes"))
+    if motion["boundary_jump"] is not None:
+        tiles.append((f"{motion['boundary_jump']:.2f}", "change of action between chunks over that within"))
+    if context := document["contextual_success"]:
+        words = f"of {counted(context['completed'], 'episode')} whose manipulation was completed succeeded"
+        tiles.append((str(context["successes"]), words))
     tiles.append((f"{document['wall_s']:.1f} s", f"for all episodes, {counted(document['num_envs'], 'environment')}"))
     cards = (f"<div class='card tile'><b>{value}</b><span>{name}</span></div>" for value, name in tiles)
     return f"<div class='tiles'>{''.join(cards)}</div>"

@@ -226,8 +226,10 @@ class EvaluationResult:
     def _contextual_success(self) -> dict[str, Any] | None:
         """Success where the manipulation was completed: memory apart from motor skill (arXiv 2606.16447)."""
         completed = [e for e in self.valid if e.completed]
-        if not completed:
+        if all(e.completed is None for e in self.valid):
             return None
+        if not completed:
+            return {"completed": 0, "successes": 0, "rate": None, "interval": [0.0, 1.0]}
         successes = sum(e.success for e in completed)
         return {
             "completed": len(completed),

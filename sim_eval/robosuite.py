@@ -27,7 +27,7 @@ from scd_robot.errors import (
     MissingDependencyError,
     SimulatorError,
 )
-from scd_robot.sim_eval.adapter import canonical_name, checked_action, digest, read_options
+from scd_robot.sim_eval.adapter import canonical_name, check_physics, checked_action, digest, read_options
 from scd_robot.sim_eval.rendering import check_frame, select_gl_backend
 from scd_robot.sim_eval.robosuite_arguments import arguments_before_1_5, hold_orientation, is_before_1_5
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
@@ -191,9 +191,11 @@ class RobosuiteEnvironment:
         except Exception as error:  # robosuite and MuJoCo raise many kinds
             self._running = False
             raise SimulatorError(f"{self.spec.name} crashed in control step {self._steps}: {error}") from error
-        if not np.isfinite(self._env.sim.data.qpos).all():
+        try:
+            check_physics(self._env.sim.data._data, self.spec.name, f"in control step {self._steps}")
+        except SimulatorError:
             self._running = False
-            raise SimulatorError(f"the physics of {self.spec.name} became unstable in control step {self._steps}")
+            raise
         self._steps += 1
         return StepResult(
             observation=self._observation(),

@@ -10,6 +10,7 @@ from scd_robot.sim_eval.result import SCHEMA
 __all__ = ["find_evaluations", "read_evaluation"]
 
 _RESULT = "result.json"
+_EPISODE = {"index", "initial_state_hash", "success", "invalid"}  # what a comparison reads
 
 
 def find_evaluations(path: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -41,4 +42,12 @@ def read_evaluation(file: Path) -> dict[str, Any]:
         raise DatasetError(f"{file} is not the result.json of an evaluation by 'scd eval'")
     if document.get("schema") != SCHEMA:
         raise DatasetError(f"{file} has schema {document.get('schema')!r}, this version reads {SCHEMA}; evaluate again")
+    lacks = sorted({"env"} - document.keys())
+    lacks += sorted({key for one in document["episodes_detail"] for key in _EPISODE - _keys(one)})
+    if lacks:
+        raise DatasetError(f"{file} lacks {', '.join(lacks)}; it is damaged, evaluate again")
     return document
+
+
+def _keys(value: Any) -> set[str]:
+    return set(value) if isinstance(value, dict) else set()

@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
-from scd_robot.errors import ConfigError, RenderError, ScdRobotError, SimulatorError, UnknownNameError
+from scd_robot.errors import ConfigError, ScdRobotError, SimulatorError, UnknownNameError
 from scd_robot.sim_eval.foreign import start_foreign
 from scd_robot.sim_eval.messages import StepCodec, Steps, checked_observation, receive_message
 from scd_robot.sim_eval.result import collect_versions
@@ -55,6 +55,7 @@ _DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _COMMANDS = ("reset", "step", "state_hash", "render", "versions", "begin")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _CLOSE_TIMEOUT_S = 5.0
+_RESTARTS = 3
 
 
 class WorkerCrashError(SimulatorError):
@@ -193,11 +194,19 @@ class EnvironmentWorker:
         """Replaces the process, which may be dead or hung, by a fresh one; returns when that is ready.
 
         Raises:
-            ScdRobotError: the environment could not be made this time.
+            ScdRobotError: the environment could not be made again, in several attempts.
         """
-        self._kill()
-        self._start()
-        self._set_spec(self._wait_until_ready())
+        for attempt in range(1, _RESTARTS + 1):
+            self._kill()
+            self._start()
+            try:
+                self._set_spec(self._wait_until_ready())
+            except SimulatorError as error:
+                if attempt == _RESTARTS:
+                    raise
+                logger.warning("attempt %d to start the environment again: %s", attempt, error)
+            else:
+                return
 
     def close(self) -> None:
         """Ends the process, kindly if it listens; may be called twice."""
@@ -396,7 +405,7 @@ def serve(connection: Connection, source: EnvironmentSource, count: int = 1, at_
             codec = StepCodec(environments[0].spec)
             connection.send(("ok", environments[0].spec))
         except Exception as error:
-            _send_error(connection, error, starting=True)
+            _send_error(connection, error, crash=False)
             return
         while True:
             try:
@@ -419,7 +428,8 @@ def serve(connection: Connection, source: EnvironmentSource, count: int = 1, at_
             except BrokenPipeError:
                 return
             except Exception as error:
-                _send_error(connection, error, starting=False)
+                drawn = not isinstance(message, bytes) and message[0] == "render"
+                _send_error(connection, error, crash=isinstance(error, SimulatorError) and not drawn)
     finally:
         for environment in environments:
             environment.close()
@@ -433,8 +443,7 @@ def _answer(environment: Environment, command: str, args: Sequence[Any]) -> Any:
     return getattr(environment, command)(*args)
 
 
-def _send_error(connection: Connection, error: Exception, *, starting: bool) -> None:
-    crash = isinstance(error, SimulatorError) and not isinstance(error, RenderError) and not starting
+def _send_error(connection: Connection, error: Exception, *, crash: bool) -> None:
     with contextlib.suppress(BrokenPipeError):
         if isinstance(error, ScdRobotError) and not crash:
             connection.send(("error", (type(error), str(error), vars(error))))

@@ -164,10 +164,11 @@ def _clashes() -> Check:
     from packaging.utils import canonicalize_name
 
     ours = {package.name for package in _PACKAGES} | {"scd-robot"}
-    versions = {canonicalize_name(d.metadata["Name"]): d.version for d in importlib.metadata.distributions()}
+    installed = list(importlib.metadata.distributions())
+    named = {canonicalize_name(one.metadata["Name"]): one for one in installed if one.metadata["Name"]}
+    versions = {name: one.version for name, one in named.items()}
     found = set()
-    for distribution in importlib.metadata.distributions():
-        name = canonicalize_name(distribution.metadata["Name"])
+    for name, distribution in named.items():
         for text in distribution.requires or ():
             try:
                 need = Requirement(text)

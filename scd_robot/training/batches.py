@@ -101,7 +101,7 @@ class SegmentDataset(Dataset[TrainingBatch]):
         )
         self._idle = None
         if training.idle_weight < 1 and not validation:
-            self._idle = idle_rows(data.arrays[ACTION], data.episode_ends, model.chunk_length)
+            self._idle = idle_rows(np.asarray(data.arrays[ACTION]), data.episode_ends, model.chunk_length)
         share = training.batch_size // world_size
         self._samples = range(rank * share, (rank + 1) * share)
         self._reader = SegmentReader(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scd_robot.errors import ConfigError, SimulatorError, UnknownNameError
-from scd_robot.sim_eval.adapter import canonical_name, checked_action, digest
+from scd_robot.sim_eval.adapter import canonical_name, check_physics, checked_action, digest
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
 __all__ = ["MemoryEnvironment", "MemoryOptions", "Verdict"]
@@ -223,9 +223,11 @@ class MemoryEnvironment(abc.ABC):
             self.data.ctrl[:] = self.target + (moved - self.target) * (i + 1) / physics_steps
             mujoco.mj_step(self.model, self.data)
         self.target = moved
-        if not (np.isfinite(self.data.qpos).all() and np.isfinite(self.data.qvel).all()):
+        try:
+            check_physics(self.data, self.spec.name, f"in control step {self.steps}")
+        except SimulatorError:
             self._running = False
-            raise SimulatorError(f"the physics of {self.spec.name} became unstable in control step {self.steps}")
+            raise
 
     def _observation(self) -> dict[str, NDArray[Any]]:
         proprio = self.hand + SENSOR_NOISE * self._sensors.standard_normal(self.model.nu)

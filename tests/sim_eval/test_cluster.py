@@ -85,6 +85,8 @@ def test_outputs_are_written_here(cluster, toy, tiny_run, tmp_path):
     assert document["videos"]
     assert document["video_error"] is None
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", "actions.safetensors", "videos"}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "episodes.jsonl").read_text().splitlines()]
+    assert lines == document["episodes_detail"]
     assert result.out == tmp_path / "out"
 
 

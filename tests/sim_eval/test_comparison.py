@@ -118,10 +118,17 @@ class TestSequential:
 
 
 class TestBootstrap:
-    def test_without_spread_it_is_a_point(self):
+    def test_without_spread_it_is_that_of_independent_pairs(self):
         found = bootstrap_difference(np.ones((3, 20), bool), np.zeros((2, 20), bool))
-        assert (found.difference, found.interval) == (1.0, (1.0, 1.0))
+        assert found.difference == 1.0
+        assert found.interval == pytest.approx(PairedCounts(0, 40, 0, 0).interval)
         assert (found.rates_a, found.rates_b) == ((1.0,) * 3, (0.0,) * 2)
+
+    @pytest.mark.parametrize(("seeds", "states", "told"), [(2, 1, False), (3, 3, False), (3, 100, True)])
+    def test_few_episodes_that_are_all_alike_show_nothing(self, seeds, states, told):
+        alike = np.ones((seeds, states), bool)
+        low, high = bootstrap_difference(alike, alike).interval
+        assert (low > -0.05) == (high < 0.05) == told
 
     def test_seeds_that_differ_widen_it(self):
         rng = np.random.default_rng(0)
@@ -233,3 +240,7 @@ class TestCommand:
         refused(["compare", folders / "good", folders / "result.json"], "is not the result.json of an evaluation")
         (folders / "result.json").write_text('{"episodes_detail": [], "schema": 7}')
         refused(["compare", folders / "good", folders / "result.json"], "has schema 7")
+        (folders / "result.json").write_text('{"episodes_detail": [{"index": 0}], "schema": 1}')
+        refused(
+            ["compare", folders / "good", folders / "result.json"], "lacks env, initial_state_hash, invalid, success"
+        )

@@ -201,3 +201,29 @@ def test_closed_environments_leave_nothing_behind(make, name):
         marks.append((resident_bytes(), threading.active_count(), len(os.listdir("/proc/self/fd"))))
     assert marks[-1][1:] == marks[4][1:]
     assert marks[-1][0] - marks[4][0] < 60e6
+
+
+def physics_of(environment):
+    """MuJoCo's data inside an environment."""
+    kind = type(environment).__name__
+    if kind == "RobosuiteEnvironment":
+        return environment._env.sim.data._data
+    if kind == "MetaworldEnvironment":
+        return environment._env.data
+    return environment._physics() if hasattr(environment, "_physics") else environment.data
+
+
+@pytest.mark.parametrize("name", [one for one in EVERY if "pusht" not in str(one.values)])
+def test_physics_that_explodes_is_a_crash_and_never_an_episode(make, name, tmp_path, monkeypatch):
+    """MuJoCo itself resets the state, warns in a file, and goes on as if nothing had been."""
+    monkeypatch.chdir(tmp_path)
+    environment = make(name)
+    environment.reset(3)
+    start, action = environment.state_hash(), np.zeros(environment.spec.action_dim, np.float32)
+    environment.step(action)
+    physics_of(environment).qvel[:] = 1e12
+    with pytest.raises(SimulatorError):
+        environment.step(action)
+    environment.reset(3)
+    assert environment.state_hash() == start
+    environment.step(action)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from scd_robot.errors import MissingDependencyError, OutputError
+from scd_robot.sim_eval.faults import ObservationFaults
 from scd_robot.sim_eval.report import render_report, write_report
 from scd_robot.sim_eval.result import EpisodeRecord, EvaluationResult, VideoRecord
 from scd_robot.sim_eval.rollout import evaluate
@@ -80,6 +81,19 @@ def test_report_states_the_result_and_escapes_what_it_was_given(tmp_path):
     assert "crash: &lt;bad&gt; asset" in text
     assert "script" not in Structure(text).tags
     assert "&lt;script&gt;alert(1)" in text
+
+
+def test_report_tells_what_was_done_to_the_observations_and_how_the_robot_moved(tmp_path):
+    plain = render_report(result_of(MIXED), tmp_path)
+    assert "Disturbed on purpose" not in plain
+    assert "jerk" not in plain
+    motion = {"path_length": 0.5, "jerk": 123.4, "boundary_jump": 1.25}
+    moved = [dataclasses.replace(one, motion=motion, completed=not one.invalid) for one in MIXED]
+    text = render_report(result_of(moved, faults=ObservationFaults(latency_ms=200.0, drop=0.5)), tmp_path)
+    assert "Disturbed on purpose: observations 200 ms late, 50 % lost." in text
+    assert "<b>123</b><span>jerk" in text
+    assert "<b>1.25</b>" in text
+    assert "<b>2</b><span>of 3 episodes whose manipulation was completed succeeded" in text
 
 
 def test_failures_come_first(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scd_robot import seeding
-from scd_robot.errors import ConfigError, MissingDependencyError, OutputError, ShapeError
+from scd_robot.errors import ConfigError, MissingDependencyError, OutputError, ShapeError, SimulatorError
 from scd_robot.sim_eval.policy_adapter import PolicyError
 from scd_robot.sim_eval.rollout import evaluate
 from scd_robot.types import ArraySpec, PolicySpec
@@ -93,7 +93,7 @@ def test_policy_without_rows_runs_in_one_environment(toy):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("fault", ["raise", "die", "hang", "nan"])
+@pytest.mark.parametrize("fault", ["raise", "die", "hang", "nan", "blank"])
 def test_crash_is_invalid_and_never_failed(toy, fault, processes, caplog):
     source = functools.partial(toy.PointEnvironment, faults={seed_of(1): fault})
     with caplog.at_level(logging.ERROR):
@@ -115,6 +115,23 @@ def test_crash_that_does_not_repeat_costs_nothing(toy, tmp_path, processes):
     result = run(toy.GoToGoal(), source, episodes=3, num_envs=2, processes=processes)
     assert (tmp_path / "happened").exists()
     assert result.episodes_detail == run(toy.GoToGoal(), episodes=3).episodes_detail
+
+
+def test_a_simulator_that_does_not_start_again_at_once_is_given_time(toy, tmp_path):
+    def late(failures):
+        counter = tmp_path / str(failures)
+        return functools.partial(toy.LateEnvironment, counter, failures, faults={seed_of(1): "die"})
+
+    result = run(toy.GoToGoal(), late(2), episodes=3)
+    assert [e.invalid for e in result.episodes_detail] == [False, True, False]
+    with pytest.raises(SimulatorError, match="licence server"):
+        run(toy.GoToGoal(), late(3), episodes=3)
+
+
+def test_the_report_of_episodes_that_never_began(toy, tmp_path):
+    result = run(toy.GoToGoal(), toy.NeverBegins, episodes=2, out=tmp_path / "out", num_videos=1)
+    assert result.invalid == 2
+    assert "no calls" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_bystanders_of_crashes_are_never_blamed(toy):

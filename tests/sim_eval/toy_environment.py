@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scd_robot.errors import MissingDependencyError
+from scd_robot.errors import MissingDependencyError, RenderError
 from scd_robot.types import ArraySpec, EnvironmentSpec, StepResult
 
 CONTROL_DT = 0.05
@@ -84,6 +84,8 @@ class PointEnvironment:
             threading.Event().wait()
         elif fault == "die":
             os._exit(3)
+        elif fault == "blank":
+            raise RenderError("the frame of the camera is blank")
         elif fault == "nan":
             self._position = self._position * np.nan
         else:
@@ -92,6 +94,25 @@ class PointEnvironment:
 
 def make_point():
     return PointEnvironment()
+
+
+class LateEnvironment(PointEnvironment):
+    """Cannot be made `failures` times after the first; `counter` is a file in which attempts are counted."""
+
+    def __init__(self, counter, failures, **options):
+        with Path(counter).open("a") as file:
+            file.write(".")
+        attempts = len(Path(counter).read_text())
+        if 1 < attempts <= 1 + failures:
+            raise ValueError("the licence server is busy")
+        super().__init__(**options)
+
+
+class NeverBegins(PointEnvironment):
+    """Raises in every reset."""
+
+    def reset(self, seed):
+        raise ValueError("no collision-free start state")
 
 
 def make_without_simulator():
