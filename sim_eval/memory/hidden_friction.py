@@ -20,6 +20,7 @@ _TRY_STEPS = 60  # control steps of the first push
 _RETURN_STEPS = 20  # more, in which the hand goes back
 _FIRST_SPEED = 0.4  # [m/s]
 _DECELERATION = (0.2, 1.0)  # [m/s^2]
+_BEST_GUESS = 0.75  # [m/s^2]: of all constant beliefs the one with which most second pushes succeed
 _NEAR = 0.04  # [m] of the goal
 _MASS = 0.2
 _LEFT_AT = _RELEASE + _HALF + _TIP  # [m], of the puck when it leaves the hand
@@ -71,7 +72,7 @@ class HiddenFriction(MemoryEnvironment):
         self._pushed = False
 
     def _guess(self, rng: np.random.Generator) -> None:
-        self._believed = float(rng.uniform(*_DECELERATION))
+        self._believed = _BEST_GUESS
 
     def _hidden(self) -> Vector:
         return np.array([self._deceleration, self._goal])
