@@ -4,8 +4,8 @@ Why not `mujoco.Renderer`: it frees its OpenGL context first and its OpenGL obje
 numbers) are deleted in whichever context happens to be current; a second renderer in the process then silently
 returns black or half-drawn frames. Gymnasium's viewers do the same. Here
 
-- the process has one OpenGL context of ours for its whole life; a change of model or of frame size replaces the
-  objects inside it, always while it is current;
+- the process has one OpenGL context of ours for its whole life; the objects of the models drawn last stay in it (the
+  environments of a process take turns), and are made and freed while it is current;
 - outside of a draw an empty second context is current (`parking`), so that whatever another library deletes at any
   other moment hits nothing of ours; the garbage collector rests during a draw.
 """
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +37,7 @@ __all__ = ["check_frame", "close_renderer", "render_frame", "select_gl_backend"]
 logger = logging.getLogger(__name__)
 
 _MAX_GEOMS = 10_000
+_MAX_MODELS = 16  # as many environments as an evaluation has at most
 _PROBE_TIMEOUT_S = 20.0  # two probes fit into the time a worker has for a command
 _WINDOW_BACKENDS = ("", "1", "enable", "enabled", "on", "true", "glfw", "glx", "wgl")
 _NO_BACKEND = ("0", "disable", "disabled", "off", "false")
@@ -180,8 +182,17 @@ def _process_renderer() -> "_ProcessRenderer":
     return renderer
 
 
+@dataclass(frozen=True, eq=False)
+class _Uploaded:
+    """A model (kept, so that its identity is not given to another one) and what draws it."""
+
+    model: "mujoco.MjModel"
+    objects: "mujoco.MjrContext"
+    scene: "mujoco.MjvScene"
+
+
 class _ProcessRenderer:
-    """The renderer of this process: one OpenGL context, and the objects of one model in it."""
+    """The renderer of this process: one OpenGL context, and the objects of the models drawn last in it."""
 
     def __init__(self, backend: str) -> None:
         try:
@@ -194,10 +205,7 @@ class _ProcessRenderer:
                 "or unset MUJOCO_GL to have another one tried"
             ) from error
         self._owner = (os.getpid(), threading.get_ident())
-        self._model: mujoco.MjModel | None = None
-        self._high_quality = False
-        self._objects: mujoco.MjrContext | None = None
-        self._scene: mujoco.MjvScene | None = None
+        self._kept: dict[tuple[int, bool], _Uploaded] = {}  # by the model's identity and the quality, oldest first
 
     def render(
         self,
@@ -216,8 +224,8 @@ class _ProcessRenderer:
         height, width = size
         frame = np.empty((height, width, 3), np.uint8)
         with self._current():
-            self._prepare(model, height, width, high_quality)
-            scene, objects = self._scene, self._objects
+            uploaded = self._prepare(model, height, width, high_quality)
+            scene, objects = uploaded.scene, uploaded.objects
             everything = mujoco.mjtCatBit.mjCAT_ALL.value
             mujoco.mjv_updateScene(model, data, mujoco.MjvOption(), None, view, everything, scene)
             viewport = mujoco.MjrRect(0, 0, width, height)
@@ -227,10 +235,11 @@ class _ProcessRenderer:
 
     def close(self) -> None:
         """Frees the objects while their context is current, then both contexts."""
-        if self._objects is not None:
+        if self._kept:
             with self._current():
-                self._objects.free()
-        self._model = self._objects = self._scene = None
+                for uploaded in self._kept.values():
+                    uploaded.objects.free()
+        self._kept.clear()
         self._context.free()
         self._parking.free()
 
@@ -247,28 +256,33 @@ class _ProcessRenderer:
             if collecting:
                 gc.enable()
 
-    def _prepare(self, model: "mujoco.MjModel", height: int, width: int, high_quality: bool) -> None:
-        """Uploads the model unless it is there already, at this quality and in a large enough buffer."""
+    def _prepare(self, model: "mujoco.MjModel", height: int, width: int, high_quality: bool) -> "_Uploaded":
+        """Uploads the model unless it is there already, at this quality and in a large enough buffer; binds that."""
         import mujoco
 
-        if self._objects is not None:
-            large_enough = self._objects.offHeight >= height and self._objects.offWidth >= width
-            if model is self._model and high_quality == self._high_quality and large_enough:
-                return
-            self._objects.free()
-            self._objects = self._model = None
+        offscreen = mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value
+        uploaded = self._kept.pop((id(model), high_quality), None)
+        if uploaded is not None:
+            if uploaded.objects.offHeight >= height and uploaded.objects.offWidth >= width:
+                self._kept[id(model), high_quality] = uploaded
+                mujoco.mjr_setBuffer(offscreen, uploaded.objects)
+                return uploaded
+            uploaded.objects.free()
+        while len(self._kept) >= _MAX_MODELS:
+            self._kept.pop(next(iter(self._kept))).objects.free()
         model.vis.quality.offsamples = 4 if high_quality else 0
         model.vis.quality.shadowsize = 4096 if high_quality else 0
         model.vis.global_.offheight = max(height, model.vis.global_.offheight)
         model.vis.global_.offwidth = max(width, model.vis.global_.offwidth)
         objects = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, objects)
-        if objects.currentBuffer != mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value:
+        mujoco.mjr_setBuffer(offscreen, objects)
+        if objects.currentBuffer != offscreen:
             raise RenderError(f"the OpenGL driver offers no {height}x{width} offscreen buffer; ask for smaller frames")
         scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
         scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = high_quality
         scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = high_quality
-        self._model, self._objects, self._scene, self._high_quality = model, objects, scene, high_quality
+        self._kept[id(model), high_quality] = _Uploaded(model, objects, scene)
+        return self._kept[id(model), high_quality]
 
 
 def _find_camera(model: "mujoco.MjModel", camera: "int | str | mujoco.MjvCamera") -> "mujoco.MjvCamera":
