@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -184,9 +185,9 @@ def _process_renderer() -> "_ProcessRenderer":
 
 @dataclass(frozen=True, eq=False)
 class _Uploaded:
-    """A model (kept, so that its identity is not given to another one) and what draws it."""
+    """What draws a model, which may be gone by now."""
 
-    model: "mujoco.MjModel"
+    model: "weakref.ref[mujoco.MjModel]"
     objects: "mujoco.MjrContext"
     scene: "mujoco.MjvScene"
 
@@ -261,6 +262,8 @@ class _ProcessRenderer:
         import mujoco
 
         offscreen = mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value
+        for key in [key for key, uploaded in self._kept.items() if uploaded.model() is None]:
+            self._kept.pop(key).objects.free()
         uploaded = self._kept.pop((id(model), high_quality), None)
         if uploaded is not None:
             if uploaded.objects.offHeight >= height and uploaded.objects.offWidth >= width:
@@ -281,7 +284,7 @@ class _ProcessRenderer:
         scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
         scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = high_quality
         scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = high_quality
-        self._kept[id(model), high_quality] = _Uploaded(model, objects, scene)
+        self._kept[id(model), high_quality] = _Uploaded(weakref.ref(model), objects, scene)
         return self._kept[id(model), high_quality]
 
 

@@ -96,6 +96,27 @@ def test_models_and_sizes_may_alternate():
     np.testing.assert_array_equal(render_frame(*white, 48, 64, "front"), small_white)
 
 
+def test_models_that_take_turns_are_uploaded_once_and_forgotten_when_they_are_gone():
+    close_renderer()
+    colours = [f"{0.1 * i:.1f} {1 - 0.1 * i:.1f} 0.5" for i in range(5)]
+    scenes = [make_scene(colour) for colour in colours]
+    first = [render_frame(*scene, 64, 64, "front") for scene in scenes]
+    kept = rendering._process_renderer()._kept
+    uploaded = list(kept.values())
+    for _ in range(3):
+        for scene, frame in zip(scenes, first, strict=True):
+            np.testing.assert_array_equal(render_frame(*scene, 64, 64, "front"), frame)
+    assert set(kept.values()) == set(uploaded)
+    del scene, scenes[1:]
+    gc.collect()
+    np.testing.assert_array_equal(render_frame(*scenes[0], 64, 64, "front"), first[0])
+    assert len(kept) == 1
+    more = [make_scene(colours[0]) for _ in range(rendering._MAX_MODELS + 3)]
+    for scene in more:
+        np.testing.assert_array_equal(render_frame(*scene, 64, 64, "front"), first[0])
+    assert len(kept) == rendering._MAX_MODELS
+
+
 def test_renderer_can_be_closed_and_made_again():
     scene = make_scene()
     before = render_frame(*scene, 48, 64, "front")
