@@ -16,7 +16,7 @@ _BUTTON, _PAD = np.array([-0.12, 0.0]), np.array([0.18, 0.0])
 _TOP = 0.05  # [m] of the button at rest
 _PRESSED, _RELEASED = 0.012, 0.004  # [m] of its travel
 _PAD_RADIUS = 0.05
-_ABOVE, _DOWN = 0.10, 0.035  # [m] heights between presses and in them
+_ABOVE, _DOWN = 0.10, 0.025  # [m] heights between presses and in them: 1.3 cm farther than they take
 
 
 class CountPress(MemoryEnvironment):

@@ -214,15 +214,15 @@ class MemoryEnvironment(abc.ABC):
         import mujoco
 
         self._before_physics(action)
-        moved = self.target.copy()
+        motion = np.zeros_like(self.target)
         joints = min(self.action_dim, self.model.nu)
-        moved[:joints] += self.reach_per_step * action[:joints]
-        moved = np.clip(moved, self.target_low[: self.model.nu], self.target_high[: self.model.nu])
+        motion[:joints] = self.reach_per_step * action[:joints]
+        low, high = self.target_low[: self.model.nu], self.target_high[: self.model.nu]
         physics_steps = round(self.control_dt / self.sim_dt)
-        for i in range(physics_steps):
-            self.data.ctrl[:] = self.target + (moved - self.target) * (i + 1) / physics_steps
+        for i in range(physics_steps):  # at full speed up to where it stops
+            self.data.ctrl[:] = np.clip(self.target + motion * (i + 1) / physics_steps, low, high)
             mujoco.mj_step(self.model, self.data)
-        self.target = moved
+        self.target = np.array(self.data.ctrl)
         try:
             check_physics(self.data, self.spec.name, f"in control step {self.steps}")
         except SimulatorError:

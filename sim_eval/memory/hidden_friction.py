@@ -12,19 +12,18 @@ from scd_robot.types import ArraySpec
 __all__ = ["HiddenFriction"]
 
 _START = -0.14  # [m] along the rail, of the puck
-_RELEASE = -0.03  # where the hand stops, and the puck slides on
-_LINE = _RELEASE + 0.012  # which the hand may not pass
+_RELEASE = -0.03  # at the white line, where a stop holds the hand, and the puck slides on
 _HALF = 0.03  # [m] half the puck's length along the rail
 _TIP = 0.015  # [m] radius of the hand's tip
 _TRY_STEPS = 60  # control steps of the first push
 _RETURN_STEPS = 20  # more, in which the hand goes back
 _FIRST_SPEED = 0.4  # [m/s]
 _DECELERATION = (0.2, 1.0)  # [m/s^2]
-_BEST_GUESS = 0.75  # [m/s^2]: of all constant beliefs the one with which most second pushes succeed
+_BEST_GUESS = 0.8  # [m/s^2]: of all constant beliefs the one with which most second pushes succeed
 _NEAR = 0.04  # [m] of the goal
 _MASS = 0.2
 _LEFT_AT = _RELEASE + _HALF + _TIP  # [m], of the puck when it leaves the hand
-_CARRIED = 1.0  # of the push's energy, as measured
+_LAG = 0.033  # [s] by which a moving hand trails its target, kv / kp of its servos
 _CONTACT = _START - _HALF - _TIP  # [m], of the hand when it touches the puck
 _HEIGHT = 0.03
 _BACK = np.array([-0.3, 0.0, _HEIGHT])
@@ -36,8 +35,8 @@ class HiddenFriction(MemoryEnvironment):
     `puck` (1) is its position along the rail [m], `goal` (1) where it is to stop, `friction` (1) 0, or with
     `cue_visible=1` its deceleration [m/s^2], `trial` (1) 1 in the first 60 control steps, in which the puck may be
     pushed once to see how far it goes. Then it is put back, the hand has 20 steps to go back as well, and both are held
-    for `delay` steps, until the signal. The second push counts. The hand may not pass the white line: it cannot carry
-    the puck to the goal.
+    for `delay` steps, until the signal. The second push counts. A stop holds the hand at the white line: it cannot
+    carry the puck to the goal, and how fast it arrives decides how far the puck goes.
     """
 
     task: ClassVar[str] = "hidden-friction"
@@ -45,6 +44,7 @@ class HiddenFriction(MemoryEnvironment):
         "pushed for the second time, up to the line, the puck comes to rest within 4 cm of the goal"
     )
     reach_per_step: ClassVar[float] = 0.035  # [m]: 0.7 m/s
+    target_high: ClassVar[tuple[float, ...]] = (_RELEASE, 0.35, 0.35)
     steps_to_act: int = _TRY_STEPS + _RETURN_STEPS + 80
 
     def _scene(self) -> str:
@@ -53,8 +53,9 @@ class HiddenFriction(MemoryEnvironment):
             f'<geom name="puck" type="box" size="{_HALF} 0.04 0.02" mass="{_MASS}" rgba="0.9 0.5 0.1 1"/></body>'
             '<body name="goal" mocap="true"><geom name="goal" type="box" size="0.004 0.08 0.002" '
             'rgba="0.1 0.7 0.2 1" contype="0" conaffinity="0"/></body>'
-            f'<geom name="line" type="box" pos="{_LINE} 0 0.001" size="0.002 0.08 0.001" rgba="1 1 1 1" contype="0" '
-            'conaffinity="0"/><geom name="gauge" type="box" pos="-0.36 0.36 0.01" size="0.02 0.02 0.01" '
+            f'<geom name="line" type="box" pos="{_RELEASE + _TIP} 0 0.001" size="0.002 0.08 0.001" '
+            'rgba="1 1 1 1" contype="0" conaffinity="0"/>'
+            '<geom name="gauge" type="box" pos="-0.36 0.36 0.01" size="0.02 0.02 0.01" '
             'rgba="0.9 0.9 0.1 1" contype="0" conaffinity="0"/>'
         )
         return hand_scene(puck + lamp("lamp", (0, 0.36, 0.12), 0.06))
@@ -92,8 +93,6 @@ class HiddenFriction(MemoryEnvironment):
         return self.steps < _TRY_STEPS + _RETURN_STEPS or self._signal()
 
     def _judge(self) -> Verdict:
-        if self.hand[0] > _LINE:
-            return "failure"
         if not self._signal():
             if self.steps >= _TRY_STEPS:
                 self.data.joint("puck").qpos[0], self.data.joint("puck").qvel[0] = _START, 0.0
@@ -119,12 +118,9 @@ class HiddenFriction(MemoryEnvironment):
         return np.array([step, *(np.array([0.0, _HEIGHT]) - self.target[1:])]) / self.reach_per_step
 
     def _speed_for_goal(self) -> float:
-        """[m/s] with which the hand has to go on, and stop after the last whole step before `_RELEASE`."""
-        speeds = np.linspace(0.15, self.reach_per_step / self.control_dt, 112)
-        steps = speeds * self.control_dt
-        stop = self.target[0] + np.floor((_RELEASE - self.target[0]) / steps) * steps
-        rest = stop + _HALF + _TIP + _CARRIED * speeds**2 / (2 * self._believed)
-        return float(speeds[np.argmin(np.abs(rest - self._goal))])
+        """[m/s] with which the hand has to arrive: v^2 / 2a = distance + v * lag, as it trails its target."""
+        lost = _LAG * self._believed
+        return float(lost + np.sqrt(lost**2 + 2 * self._believed * (self._goal - _LEFT_AT)))
 
     def _paint(self) -> None:
         height = 0.15 * self._deceleration if self.options.cue_visible else 0.001

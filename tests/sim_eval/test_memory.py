@@ -10,6 +10,7 @@ from scd_robot.seeding import EVALUATION, derive_seed
 from scd_robot.sim_eval import make_environment
 from scd_robot.sim_eval.memory import MEMORY_TASKS, TASKS
 from scd_robot.sim_eval.memory.environment import SENSOR_NOISE
+from scd_robot.sim_eval.memory.hidden_friction import _RELEASE
 
 MEMORY = sorted(MEMORY_TASKS)
 DYNAMIC = [task for task in TASKS if task not in MEMORY_TASKS]
@@ -245,15 +246,15 @@ class TestJudgement:
                 assert not result.executed_action.any()
         assert held >= 29
 
-    def test_carrying_the_puck_over_the_line_ends_the_episode(self):
+    @pytest.mark.parametrize("speed", [0.2, 1.0])
+    def test_the_puck_cannot_be_carried_to_the_goal(self, speed):
         environment = make("hidden-friction", "delay=0")
         environment.reset(0)
-        for _ in range(40):
-            result = environment.step(np.array([0.3, 0, 0], np.float32))
-            if result.terminated:
-                break
-        assert result.terminated
-        assert not result.info["completed"]
+        farthest = []
+        for _ in range(60):
+            farthest.append(environment.hand[0])
+            environment.step(np.array([speed, 0, 0], np.float32))
+        assert max(farthest) == pytest.approx(_RELEASE, abs=0.003)
 
     def test_another_pad_ends_the_episode(self):
         environment = make("cue-reach", "delay=10")
