@@ -9,9 +9,7 @@ import json
 import logging
 import math
 import os
-import platform
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +21,7 @@ from typing import Any
 
 from scd_robot.errors import ConfigError, OutputError
 from scd_robot.output import write_json
+from scd_robot.sim_eval import provenance
 
 __all__ = ["SCHEMA", "Job", "Recording", "Result", "failure", "read_json"]
 
@@ -41,12 +40,14 @@ class Recording:
     episodes: int = 100
     seed: int = 0
     action_noise: float = 0.1
+    disturbances: float = 0.0
 
     @property
     def name(self) -> str:
         """As the name of a file."""
         environment = re.sub(r"[^A-Za-z0-9.-]+", "_", self.environment)
-        return f"{environment}_{self.episodes}_noise{self.action_noise:g}_seed{self.seed}"
+        disturbed = f"_disturbed{self.disturbances:g}" if self.disturbances else ""
+        return f"{environment}_{self.episodes}_noise{self.action_noise:g}{disturbed}_seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -227,23 +228,12 @@ def useful_seconds(sessions: Sequence[float], checkpoints: Sequence[float]) -> f
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores this process may use, and the load beside it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    return {
-        "cpu": model[1] if model else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_1min": round(os.getloadavg()[0], 2),
-    }
+    return {**provenance.describe_machine(), "load_1min": round(os.getloadavg()[0], 2)}
 
 
 def code_version() -> str:
     """The commit of this checkout, "-dirty" with changes since; "unknown" outside of git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        logger.warning("the version of the code is unknown: %s", error)
-        return "unknown"
+    return provenance.code_version(Path(__file__).parents[1]) or "unknown"
 
 
 def _when() -> dict[str, str]:

@@ -91,7 +91,7 @@ def arms_table(results: Mapping[str, Result], names: Sequence[str]) -> str:
             str(training["steps"]),
             f"{training['wall_s'] / 60:.1f}",
             cpu,
-            "-" if plan is None else f"{plan['p50']:.1f} (batch {evaluation['timing_batch_size']})",
+            "-" if plan is None else f"{plan['p50']:.1f} (batch {evaluation['plan_batch_size']:.3g})",
             str(result["job"]["seed"]),
         )
         rows.append("| " + " | ".join(cells) + " |")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from scd_robot.checkpoint import Checkpoint, read_checkpoint
+from scd_robot.config import to_json
 from scd_robot.errors import ConfigError
 from scd_robot.policies.registry import policy_class
 
@@ -19,7 +20,7 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu", **override
         path: checkpoint folder, or a training run's folder (its newest checkpoint).
         device: torch device, e.g. "cpu" or "cuda".
         **overrides: settings of the policy that replace the checkpoint's, e.g. `num_denoising_steps=4`,
-            `num_executed=4`, `seed=1`; None leaves the checkpoint's.
+            `num_executed=4`, `seed=1`, None leaves the checkpoint's; and `reproducible=True`, see `ScdPolicy`.
 
     Returns:
         An object with `reset`, `observe`, `plan`, `act` and `spec`, see `scd_robot.policies.ScdPolicy`.
@@ -33,13 +34,29 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu", **override
 
 
 def policy_of(checkpoint: Checkpoint, device: str | torch.device = "cpu", **overrides: Any) -> Any:
-    """The policy of a checkpoint that was read already; arguments and errors as for `load_policy`."""
-    policy = policy_class(checkpoint.policy)
+    """The policy of a checkpoint that was read already; arguments and errors as for `load_policy`.
+
+    Its attribute `provenance` tells, as plain JSON types, what it was made of.
+    """
+    kind = policy_class(checkpoint.policy)
     try:
-        return policy.from_parts(
+        policy = kind.from_parts(
             checkpoint.config, checkpoint.weights, checkpoint.normalizer, checkpoint.dataset, device, **overrides
         )
     except (RuntimeError, AssertionError) as error:
         if "CUDA" in str(error) or "device" in str(error).lower():
             raise ConfigError(f"cannot use device {str(device)!r}: {str(error).splitlines()[0]}") from error
         raise
+    policy.provenance = {
+        "type": checkpoint.policy,
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.step,
+        "weights_sha256": checkpoint.weights_sha256,
+        "preset": checkpoint.config["preset"],
+        "trained_from": checkpoint.origin,
+        "trained_with": checkpoint.versions,
+        "device": str(device),
+        "settings": to_json(policy.config),
+        "reproducible": policy.reproducible,
+    }
+    return policy

@@ -87,6 +87,8 @@ class ScdPolicy:
         config: how to run it.
         device: torch device.
         transforms: between the recording and the model; what they did to actions is undone.
+        reproducible: `act` computes plans for all rows whenever one is due, so that every computation has the same
+            shape and a row's actions are bitwise the same whatever the others do; takes more time.
 
     Attributes:
         planned: (B,) which rows the last `act` planned for; None before.
@@ -100,8 +102,10 @@ class ScdPolicy:
         config: ScdPolicyConfig | None = None,
         device: str | torch.device = "cpu",
         transforms: TransformConfig | None = None,
+        reproducible: bool = False,
     ) -> None:
         self.config = config or ScdPolicyConfig()
+        self.reproducible = reproducible
         self.transforms = Transforms(transforms or TransformConfig(), dataset)
         self.model = model.to(device).eval()
         self.normalizer = normalizer.to(device)
@@ -134,6 +138,7 @@ class ScdPolicy:
         normalizer: Normalizer,
         dataset: DatasetSpec,
         device: str | torch.device = "cpu",
+        reproducible: bool = False,
         **overrides: Any,
     ) -> "ScdPolicy":
         """Builds a policy from a checkpoint's contents; `overrides` replace fields of `ScdPolicyConfig`.
@@ -152,7 +157,8 @@ class ScdPolicy:
             settings["sampler"] = {**settings["sampler"], "num_denoising_steps": steps}
         settings.update({name: value for name, value in overrides.items() if value is not None})
         transforms = from_json(TransformConfig, config["transforms"], "transforms")
-        return cls(model, normalizer, dataset, from_json(ScdPolicyConfig, settings, "policy"), device, transforms)
+        how = from_json(ScdPolicyConfig, settings, "policy")
+        return cls(model, normalizer, dataset, how, device, transforms, reproducible)
 
     def reset(self, rows: Sequence[int] | None = None, episodes: Sequence[int] | None = None) -> None:
         """Begins new episodes; see `types.Policy.reset`. Without `episodes` they are counted on, from 0."""
@@ -265,7 +271,10 @@ class ScdPolicy:
         elif prefix is not None:
             count = delay_steps or (np.shape(prefix)[1] if np.ndim(prefix) == 3 else 0)
             prefix = self._checked_action("prefix", prefix, (rows.batch_size, count, self.spec.action_dim))
-        return self._plan_rows(np.arange(rows.batch_size), prefix)
+        everyone = np.arange(rows.batch_size)
+        chunk = self._sample_chunks(everyone, prefix)
+        rows.follow(everyone, chunk)
+        return chunk
 
     def act(self, observation: Observation, executed_action: ActionArray | None = None) -> ActionArray:
         """Observes, plans for the rows whose plan is used up, and returns each row's next action (B, Da)."""
@@ -273,20 +282,22 @@ class ScdPolicy:
         rows = self._observed("act")
         self.planned = rows.age >= self.spec.num_executed
         due = np.flatnonzero(self.planned)
-        if len(due):
-            self._plan_rows(due, None)
+        if self.reproducible and len(due):
+            rows.follow(due, self._sample_chunks(np.arange(rows.batch_size), None)[due])
+        elif len(due):
+            rows.follow(due, self._sample_chunks(due, None))
         return rows.current_action()
 
     def drain_timings(self) -> dict[str, list[float]]:
-        """Wall times [ms] of encoder steps and plans since the last call, as {"encoder_ms", "plan_ms"}.
+        """Wall times [ms] of encoder steps and plans since the last call, and how many rows each plan was for.
 
-        No more than the latest 100,000 of each are kept.
+        They are {"encoder_ms", "plan_ms", "plan_rows"}, of each the latest 100,000 at most.
         """
         drained, self._timings = self._timings, _empty_timings()
         return {name: list(values) for name, values in drained.items()}
 
-    def _plan_rows(self, chosen: NDArray[np.int64], prefix: ActionArray | None) -> ActionArray:
-        """Plans for some rows, follows the new chunks (rows, Ta, Da) and returns them."""
+    def _sample_chunks(self, chosen: NDArray[np.int64], prefix: ActionArray | None) -> ActionArray:
+        """New chunks (rows, Ta, Da) for some rows."""
         rows, config = self._observed("plan"), self.config
         copies, with_past = config.num_samples, config.num_samples > 1
         started = time.perf_counter()
@@ -324,7 +335,7 @@ class ScdPolicy:
         if prefix is not None:
             chunk[:, : prefix.shape[1]] = prefix
         self._timings["plan_ms"].append(1e3 * (time.perf_counter() - started))
-        rows.follow(chosen, chunk)
+        self._timings["plan_rows"].append(len(chosen))
         return chunk
 
     def _noise(self, rows: Rows, chosen: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -432,7 +443,7 @@ def _check_widths(config: ScdConfig, normalizer: Normalizer, dataset: DatasetSpe
 
 
 def _empty_timings() -> dict[str, deque[float]]:
-    return {name: deque(maxlen=_MOST_TIMINGS) for name in ("encoder_ms", "plan_ms")}
+    return {name: deque(maxlen=_MOST_TIMINGS) for name in ("encoder_ms", "plan_ms", "plan_rows")}
 
 
 def _as_float32(values: Any, name: str) -> ActionArray:

@@ -69,6 +69,7 @@ class Checkpoint:
         origin: what it was trained from.
         metrics: numbers by name.
         versions: of python and packages, when it was written.
+        weights_sha256: of the file of the weights; tells checkpoints apart.
     """
 
     path: Path
@@ -81,6 +82,7 @@ class Checkpoint:
     origin: dict[str, Any]
     metrics: dict[str, Any]
     versions: dict[str, str]
+    weights_sha256: str
 
 
 def write_checkpoint(
@@ -223,6 +225,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             origin=origin,
             metrics=metrics,
             versions=_field(manifest, "versions", dict, folder / "manifest.json"),
+            weights_sha256=manifest["sha256"]["model.safetensors"],
         )
     except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder} is damaged or foreign: {error}") from error

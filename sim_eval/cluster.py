@@ -6,18 +6,16 @@ environments side by side and the same kind of CPU the outcome is bitwise that o
 is run again elsewhere. Ray sends Python objects between its own processes by pickle: connect to clusters you trust.
 """
 
-import functools
 import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import scd_robot
 from scd_robot.errors import ConfigError, MissingDependencyError, ScdRobotError, SimulatorError
 from scd_robot.sim_eval.jobs import EvaluationJob
-from scd_robot.sim_eval.result import EvaluationResult
+from scd_robot.sim_eval.result import EvaluationResult, join_results
 from scd_robot.sim_eval.rollout import evaluate
 
 __all__ = ["connect", "evaluate_on_cluster"]
@@ -60,8 +58,10 @@ def connect(address: str) -> Any:
 
 def evaluate_on_cluster(
     jobs: Sequence[EvaluationJob], address: str, progress: bool = True
-) -> Iterator[tuple[int, EvaluationResult]]:
+) -> Iterator[tuple[int, EvaluationResult | ScdRobotError]]:
     """Evaluates in closed loop on the nodes of a cluster.
+
+    A shard asks for one CPU and uses it: its simulators, in one process, wait while its policy works, and the reverse.
 
     Args:
         jobs: what to evaluate; all shards of all jobs are handed out at once. Their outputs are not written.
@@ -69,11 +69,12 @@ def evaluate_on_cluster(
         progress: shows a progress bar over episodes.
 
     Yields:
-        Number and result of each job, as they are finished. Of a result `wall_s` is the time since the beginning.
+        Number and result of each job, as they are finished. Of a result `wall_s` is the time since the beginning. A job
+        that failed has an error in the place of a result: what `evaluate` raised on a node, or SimulatorError where a
+        shard's process died several times over. The others go on.
 
     Raises:
         MissingDependencyError, SimulatorError: see `connect`.
-        ScdRobotError: as `evaluate` does, from a node; or a shard's process died several times over.
     """
     from tqdm import tqdm
 
@@ -85,18 +86,23 @@ def evaluate_on_cluster(
     for number, job in enumerate(jobs):
         shared = ray.put(job)
         for episodes in _shards(job):
-            places[
-                task.options(num_cpus=1, max_retries=_ATTEMPTS - 1).remote(shared, episodes, scd_robot.__version__)
-            ] = number, episodes
+            shard = task.options(num_cpus=1, max_retries=_ATTEMPTS - 1).remote(shared, episodes, scd_robot.__version__)
+            places[shard] = number, episodes
     try:
         with tqdm(total=sum(job.episodes for job in jobs), unit="episode", disable=not progress) as bar:
             while places:
                 ready, _ = ray.wait(list(places), num_returns=1)
                 number, episodes = places.pop(ready[0])
-                done[number].append(_fetch(ray, ready[0], episodes))
                 bar.update(len(episodes))
+                try:
+                    done[number].append(_fetch(ray, ready[0], episodes))
+                except ScdRobotError as error:
+                    for shard in [shard for shard, (other, _) in places.items() if other == number]:
+                        ray.cancel(shard, force=True)
+                        bar.update(len(places.pop(shard)[1]))
+                    yield number, error
                 if len(done[number]) == len(_shards(jobs[number])):
-                    yield number, _joined(done[number], time.perf_counter() - started)
+                    yield number, join_results(done[number], time.perf_counter() - started)
                     done[number] = []  # a sweep need not hold them all
     finally:
         for shard in places:
@@ -122,6 +128,7 @@ def _evaluate_shard(job: EvaluationJob, episodes: range, version: str) -> Evalua
         len(episodes),
         first_episode=episodes.start,
         num_envs=job.num_envs or _NUM_ENVS,
+        processes=1,
         max_steps=job.max_steps,
         policy_name=job.policy_name,
         faults=job.faults,
@@ -142,31 +149,3 @@ def _fetch(ray: Any, reference: Any, episodes: range) -> EvaluationResult:
     except ray.exceptions.RayError as error:
         raise SimulatorError(f"{where} were lost {_ATTEMPTS} times: {str(error).splitlines()[0]}") from error
     return result
-
-
-def _joined(shards: Sequence[EvaluationResult], wall_s: float) -> EvaluationResult:
-    """One result of all shards of a job."""
-    shards = sorted(shards, key=lambda shard: shard.first_episode)
-    versions = functools.reduce(_both_versions, (shard.versions for shard in shards))
-    times: dict[str, list[float]] = {}
-    for shard in shards:
-        for name, values in shard.timings_ms.items():
-            times.setdefault(name, []).extend(values)
-    return replace(
-        shards[0],
-        episodes_detail=[episode for shard in shards for episode in shard.episodes_detail],
-        timings_ms=times,
-        wall_s=wall_s,
-        versions=versions,
-        actions={index: actions for shard in shards for index, actions in shard.actions.items()},
-    )
-
-
-def _both_versions(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
-    """Versions of two nodes; where they differ, both, and a warning."""
-    both = dict(first)
-    for name, version in second.items():
-        if both.setdefault(name, version) != version and version not in both[name].split(" and "):
-            logger.warning("nodes have different versions of %s: %s and %s", name, both[name], version)
-            both[name] += f" and {version}"
-    return both

@@ -36,6 +36,7 @@ __all__ = [
     "format_comparison",
     "outcomes",
     "pairs_needed",
+    "states_needed",
 ]
 
 SCHEMA = 1  # of a comparison's JSON
@@ -44,6 +45,7 @@ SIGNIFICANCE = 0.05  # of the exact test, without which a pair is not told apart
 DECIDED = 20.0  # of `evidence`: an error rate of 1 / 20
 _LARGEST_LOG = 700.0  # beyond which there is no float
 _FEW_SEEDS = 5
+_FEWEST_DISCORDANT = 6  # 2 / 2^6 < 0.05 < 2 / 2^5
 _PRIOR = 0.5  # of the beta mixture of `evidence` (Jeffreys')
 
 Document = Mapping[str, Any]
@@ -141,6 +143,7 @@ class Comparison:
         success_b: (R', N).
         left_out: episodes of some of the evaluations that are not valid in all.
         sequential: the outcomes decided how many episodes there are: only `evidence` tells the arms apart then.
+        notes: what a reader has to know before believing the numbers, one sentence each.
     """
 
     environment: str
@@ -151,6 +154,7 @@ class Comparison:
     success_b: NDArray[np.bool_]
     left_out: int = 0
     sequential: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def pair(self) -> PairedCounts | None:
@@ -210,6 +214,12 @@ class Comparison:
         better, worse = (self.name_a, self.name_b) if pair.only_a > pair.only_b else (self.name_b, self.name_a)
         return f"{better} is better than {worse}: decided after {pair.total} episodes, with an error rate of 5 %."
 
+    @property
+    def episodes_needed(self) -> int | None:
+        """Start states in all that tell such a difference in 4 of 5 cases; None where no number of them does."""
+        pair = self.pair
+        return states_needed(self.success_a, self.success_b) if pair is None else pairs_needed(pair)
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types; `docs/evaluation.md` describes them."""
         pair = self.pair
@@ -230,8 +240,9 @@ class Comparison:
             "margin": NON_INFERIORITY_MARGIN,
             "pair": counted,
             "evidence": None if pair is None else evidence(pair.only_a, pair.only_b),
-            "episodes_needed": None if pair is None else pairs_needed(pair),
+            "episodes_needed": self.episodes_needed,
             "verdict": self.verdict,
+            "notes": list(self.notes),
         }
 
 
@@ -272,7 +283,26 @@ def compare(
     table = np.array([[successes[index] for index in indices] for successes in found], bool)
     seen = {e["index"] for document in (*first, *second) for e in document["episodes_detail"]}
     arms = table[: len(first)], table[len(first) :]
-    return Comparison(first[0]["env"], name_a, name_b, np.array(indices), *arms, len(seen) - len(indices), sequential)
+    left_out, notes = len(seen) - len(indices), tuple(_notes(first, second, name_a, name_b))
+    return Comparison(first[0]["env"], name_a, name_b, np.array(indices), *arms, left_out, sequential, notes)
+
+
+def _notes(first: Sequence[Document], second: Sequence[Document], name_a: str, name_b: str) -> list[str]:
+    """What a reader has to know before believing the numbers."""
+    notes = []
+    several = len(first) + len(second) > 2
+    if several and min(len(first), len(second)) < _FEW_SEEDS:
+        notes.append(f"With fewer than {_FEW_SEEDS} seeds in each arm, intervals over seeds are too narrow.")
+    for name, arm in ((name_a, first), (name_b, second)):
+        weights = [document.get("provenance", {}).get("policy", {}).get("weights_sha256") for document in arm]
+        if len(arm) > 1 and weights[0] is not None and len(set(weights)) < len(arm):
+            notes.append(f"{name}: several evaluations are of the same training, so its seeds are those of the noise.")
+    versions = [document["versions"] for document in (*first, *second) if "versions" in document]
+    for package in sorted(set.union(set(), *versions)):
+        found = sorted({version[package] for version in versions if package in version})
+        if len(found) > 1:
+            notes.append(f"The evaluations were made with different versions of {package}: {', '.join(found)}.")
+    return notes
 
 
 def format_comparison(comparison: Comparison) -> str:
@@ -291,8 +321,6 @@ def format_comparison(comparison: Comparison) -> str:
         "" if comparison.sequential else f", 95 % interval {low:+.1f} to {high:+.1f} ({document['interval_method']})"
     )
     lines.append(f"  A - B: {100 * comparison.difference:+.1f} points{bounds}")
-    if len(document["a"]["seeds"]) + len(document["b"]["seeds"]) < 2 * _FEW_SEEDS and comparison.pair is None:
-        lines.append(f"  with fewer than {_FEW_SEEDS} seeds each, such an interval is too narrow")
     pair = comparison.pair
     if pair is not None:
         lines.append(
@@ -300,9 +328,14 @@ def format_comparison(comparison: Comparison) -> str:
             + ("" if comparison.sequential else f"; exact McNemar p = {pair.p_value:.3g}")
         )
         lines.append(f"  evidence {document['evidence']:.3g}, decided from {DECIDED:g} on, however often one looks")
-        more = (document["episodes_needed"] or 0) - pair.total
-        if more > 0:
-            lines.append(f"  about {more} more episode{'s' * (more > 1)} would tell such a difference in 4 of 5 cases")
+    more = (document["episodes_needed"] or 0) - document["episodes"]
+    if more > 0:
+        lines.append(f"  about {more} more episode{'s' * (more > 1)} would tell such a difference in 4 of 5 cases")
+    elif pair is None and document["episodes_needed"] is None and comparison.difference:
+        lines.append(
+            "  no number of episodes would tell such a difference: the seeds differ too much, train more of them"
+        )
+    lines += [f"  {note}" for note in comparison.notes]
     lines.append(f"  {comparison.verdict}")
     return "\n".join(lines)
 
@@ -429,7 +462,8 @@ def _bootstrap(a: NDArray[np.float64], b: NDArray[np.float64], draws: int, seed:
 def pairs_needed(counts: PairedCounts, power: float = 0.8, significance: float = 0.05) -> int | None:
     """Start states that would tell the two arms apart if the shares of discordant pairs are those seen.
 
-    Connor, "Sample size for testing differences in proportions for the paired-sample design", Biometrics 43 (1987).
+    Connor, "Sample size for testing differences in proportions for the paired-sample design", Biometrics 43 (1987); at
+    least as many as are expected to hold 6 discordant pairs, without which no outcome of the exact test is significant.
 
     Args:
         counts: what was seen.
@@ -444,7 +478,38 @@ def pairs_needed(counts: PairedCounts, power: float = 0.8, significance: float =
         return None
     z_level, z_power = NormalDist().inv_cdf(1 - significance / 2), NormalDist().inv_cdf(power)
     root = z_level * math.sqrt(discordant) + z_power * math.sqrt(max(discordant - difference**2, 0.0))
-    return math.ceil((root / difference) ** 2)
+    return math.ceil(max((root / difference) ** 2, _FEWEST_DISCORDANT / discordant))
+
+
+def states_needed(
+    first: NDArray[np.bool_], second: NDArray[np.bool_], power: float = 0.8, significance: float = 0.05
+) -> int | None:
+    """Start states that would tell two arms of several seeds apart, by the spread of seeds and of start states seen.
+
+    The variance of the bootstrap is that of the seeds, which more start states do not lower, and, over the number of
+    start states, that of their paired differences and of what each seed happens to solve; normal approximation.
+
+    Args:
+        first: (R, N) success.
+        second: (R', N) success from the same start states.
+        power: wanted probability of an interval without 0.
+        significance: its level, two-sided.
+
+    Returns:
+        Start states in all, those seen included; None where no difference was seen, or the seeds alone hide it.
+    """
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    by_state = a.mean(axis=0) - b.mean(axis=0)
+    of_states = float(by_state.var(ddof=1)) if len(by_state) > 1 else 0.0
+    of_seeds = 0.0
+    for arm in (a, b):
+        if len(arm) > 1:  # what the start states add to the spread of the seeds' rates is told from it
+            within = float(arm.var(axis=0, ddof=1).mean())
+            of_states += within / len(arm)
+            of_seeds += max(float(arm.mean(axis=1).var(ddof=1)) - within / arm.shape[1], 0.0) / len(arm)
+    wanted = NormalDist().inv_cdf(1 - significance / 2) + NormalDist().inv_cdf(power)
+    left = (float(by_state.mean()) / wanted) ** 2 - of_seeds
+    return math.ceil(of_states / left) if left > 0 else None
 
 
 def evidence(only_a: int, only_b: int) -> float:

@@ -43,6 +43,7 @@ def _headline(comparison: Comparison) -> str:
         f"{escape(comparison.environment)}</h1><div class='rate'>{100 * comparison.difference:+.1f} points</div>"
         f"<p>A minus B over {counted(len(comparison.indices), 'start state')}{bounds}.</p>"
         f"<p>{escape(comparison.verdict)}</p></header>"
+        + "".join(f"<p class='note'>{escape(note)}</p>" for note in comparison.notes)
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scd_robot.errors import ConfigError, ScdRobotError
+from scd_robot.errors import ConfigError, OutputError, ScdRobotError
 from scd_robot.sim_eval.faults import ObservationFaults
 from scd_robot.sim_eval.output import EpisodeLog, check_output_folder, prepare_output_folder
 from scd_robot.sim_eval.result import EvaluationResult
@@ -47,7 +47,12 @@ class EvaluationJob:
 
 
 def run_jobs(
-    jobs: Sequence[EvaluationJob], *, ray: str | None = None, python: str | None = None, progress: bool = True
+    jobs: Sequence[EvaluationJob],
+    *,
+    ray: str | None = None,
+    python: str | None = None,
+    progress: bool = True,
+    on_failure: Callable[[EvaluationJob, ScdRobotError], None] | None = None,
 ) -> Iterator[tuple[EvaluationJob, EvaluationResult]]:
     """Evaluates, and writes the outputs of each job as it ends.
 
@@ -56,6 +61,8 @@ def run_jobs(
         ray: address of a cluster, see `cluster.connect`; None = this machine.
         python: as in `evaluate`, on this machine only.
         progress: shows progress bars.
+        on_failure: told of a job that failed, after which the others go on, unless nothing can be written any more;
+            None = the error is raised.
 
     Yields:
         Each job with its result: in their order on this machine, on a cluster as they end.
@@ -68,27 +75,45 @@ def run_jobs(
     for job in jobs:
         if job.out is not None:
             check_output_folder(job.out, job.overwrite)
-    if ray is None:
-        for job in jobs:
-            yield job, _run_here(job, python, progress)
-        return
-    if python is not None:
+    if ray is not None and python is not None:
         raise ConfigError("a cluster's nodes run the simulators in their own environment; leave the other python out")
+    for job, result in _run_here(jobs, python, progress) if ray is None else _run_there(jobs, ray, progress):
+        if isinstance(result, EvaluationResult):
+            yield job, result
+        elif on_failure is None or isinstance(result, OutputError):
+            raise result
+        else:
+            on_failure(job, result)
+
+
+_Outcomes = Iterator[tuple[EvaluationJob, EvaluationResult | ScdRobotError]]
+
+
+def _run_there(jobs: Sequence[EvaluationJob], ray: str, progress: bool) -> _Outcomes:
     from scd_robot.sim_eval.cluster import evaluate_on_cluster
 
     for number, result in evaluate_on_cluster(jobs, ray, progress):
         job = jobs[number]
-        if job.out is not None:
+        if job.out is not None and isinstance(result, EvaluationResult):
             result.out = job.out
             prepare_output_folder(job.out)
-            log = EpisodeLog(job.out / "episodes.jsonl")
+            log = EpisodeLog(job.out / "episodes.jsonl", result.versions)
             for record in result.episodes_detail:
                 log.append(record.to_json())
             _write(job, result, job.out)
         yield job, result
 
 
-def _run_here(job: EvaluationJob, python: str | None, progress: bool) -> EvaluationResult:
+def _run_here(jobs: Sequence[EvaluationJob], python: str | None, progress: bool) -> _Outcomes:
+    for job in jobs:
+        try:
+            result: EvaluationResult | ScdRobotError = _evaluate(job, python, progress)
+        except ScdRobotError as error:
+            result = error
+        yield job, result
+
+
+def _evaluate(job: EvaluationJob, python: str | None, progress: bool) -> EvaluationResult:
     return evaluate(
         job.make_policy(),
         job.environment,

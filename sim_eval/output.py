@@ -96,19 +96,20 @@ class EpisodeLog:
 
     Args:
         path: of the file; None writes nothing.
+        versions: of the packages that matter, for every line: lines are read without the rest.
 
     Raises:
         OutputError: no permission, or the disk is full.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, versions: Mapping[str, str]) -> None:
+        self._path, self._versions = path, dict(versions)
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds one line and hands it to the operating system; a line that does not fit is taken back."""
         if self._path is None:
             return
-        line = json.dumps(to_plain(record), allow_nan=False) + "\n"
+        line = json.dumps(to_plain({**record, "versions": self._versions}), allow_nan=False) + "\n"
         size = 0
         try:
             size = self._path.stat().st_size if self._path.exists() else 0

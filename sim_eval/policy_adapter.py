@@ -27,7 +27,8 @@ class PolicyAdapter:
     Args:
         policy: has `reset()`, optionally with `rows` and `episodes`; `act(observation)`, optionally with
             `executed_action`; optionally `drain_timings()`: the wall milliseconds per call since it was last asked,
-            under "encoder_ms" and "plan_ms"; and optionally `planned` (B,): for which rows the last `act` planned.
+            under "encoder_ms" and "plan_ms", and the rows of each plan under "plan_rows"; and optionally `planned`
+            (B,): for which rows the last `act` planned.
     """
 
     def __init__(self, policy: Any) -> None:
@@ -99,10 +100,17 @@ class PolicyAdapter:
         """(B,) which rows' last action is the first of a new chunk; None where the policy does not tell."""
         return getattr(self._policy, "planned", None)
 
-    def timings_ms(self) -> dict[str, list[float]]:
-        """Wall milliseconds per call: "act", and "encoder" and "plan" where the policy measures them."""
-        own = {key.removesuffix("_ms"): [float(v) for v in values] for key, values in self._drain().items()}
-        return {**own, "act": list(self.act_ms)}
+    def timings(self) -> tuple[dict[str, list[float]], float | None]:
+        """Wall milliseconds per call, and the mean number of rows in a plan (None where the policy does not tell).
+
+        Calls are "act", and "encoder" and "plan" where the policy measures them. The first of each is left out, which
+        allocates and compiles, unless it is the only one.
+        """
+        own = dict(self._drain())
+        rows = own.pop("plan_rows", [])
+        times = {name.removesuffix("_ms"): [float(v) for v in values] for name, values in own.items()}
+        times["act"] = self.act_ms
+        return {name: values[1:] or values for name, values in times.items()}, float(np.mean(rows)) if rows else None
 
     def _drain(self) -> Mapping[str, Sequence[float]]:
         drain = getattr(self._policy, "drain_timings", None)

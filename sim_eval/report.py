@@ -77,8 +77,9 @@ def _tiles(document: dict[str, Any]) -> str:
         tiles.append((f"{median:g} step{'s' * (median != 1)}", f"median to success ({seconds:.2f} s)"))
     for key, name in (("encoder_ms", "encoder step"), ("plan_ms", "plan"), ("act_ms", "policy call")):
         if found := document[key]:
-            batch = document["timing_batch_size"]
-            tiles.append((f"{found['p50']:.3g} ms", f"{name}, median at batch {batch} (p95 {found['p95']:.3g} ms)"))
+            batch = document["plan_batch_size" if key == "plan_ms" else "timing_batch_size"]
+            rows = "" if batch is None else f" at batch {batch:.3g}"
+            tiles.append((f"{found['p50']:.3g} ms", f"{name}, median{rows} (p95 {found['p95']:.3g} ms)"))
     motion = document["motion"]
     for key, name in (("path_length", "path of the hand"), ("jerk", "jerk (root mean square)")):
         if motion[key] is not None:
@@ -140,7 +141,7 @@ def _episodes(result: EvaluationResult) -> str:
 
 
 def _settings(document: dict[str, Any]) -> str:
-    seeds = document["seeds"]
+    seeds, made = document["seeds"], document["provenance"]
     settings = {
         "environment": document["env"],
         "policy": document["policy"],
@@ -148,10 +149,21 @@ def _settings(document: dict[str, Any]) -> str:
         "seed domain": seeds["domain"],
         "environments side by side": document["num_envs"],
         "longest episode": f"{counted(document['max_steps'], 'control step')} of {document['control_dt']:g} s",
+        **{name: made[name] for name in ("created", "commit") if made.get(name)},
+        **made.get("machine", {}),
+        **_flat(made.get("policy", {}), "policy"),
         **document["versions"],
     }
     rows = ((escape(str(name)), escape(str(value))) for name, value in settings.items())
     return f"<h2>Settings and versions</h2><div class='card scroll'>{html_table(rows)}</div>"
+
+
+def _flat(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """A tree's leaves by their whole names."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flat(value, f"{name} {key}") if isinstance(value, dict) else {f"{name} {key}": value}
+    return leaves
 
 
 def _badge(record: EpisodeRecord) -> str:

@@ -1,34 +1,22 @@
 """What an evaluation found, and the JSON that other programs read."""
 
-import importlib.metadata
-import platform
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import scd_robot
 from scd_robot.sim_eval.faults import ObservationFaults
 from scd_robot.sim_eval.metrics import mean_and_median, percentiles, wilson_interval
 from scd_robot.sim_eval.motion import MOTION_NAMES, mean_motion
 from scd_robot.types import ActionArray, EnvironmentSpec
 
-__all__ = ["SCHEMA", "EpisodeRecord", "EvaluationResult", "VideoRecord", "collect_versions"]
+__all__ = ["SCHEMA", "EpisodeRecord", "EvaluationResult", "VideoRecord", "join_results"]
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
-_PACKAGES = (
-    "numpy",
-    "mujoco",
-    "metaworld",
-    "gymnasium",
-    "gymnasium-robotics",
-    "gym-aloha",
-    "dm-control",
-    "gym-pusht",
-    "pymunk",
-    "robosuite",
-)
 
 
 @dataclass(frozen=True)
@@ -113,13 +101,16 @@ class EvaluationResult:
         environment: what was evaluated in.
         policy: name of the policy, for people.
         episodes_detail: one record per episode, in the order of their indices.
-        timings_ms: wall milliseconds per call: "act" always, "encoder" and "plan" where the policy tells.
-        num_envs: rows stepped side by side, which is the batch size of the timings.
+        timings_ms: wall milliseconds per call, without the first: "act" always, "encoder" and "plan" where the policy
+            tells.
+        num_envs: rows stepped side by side, which is the batch size of these calls but for plans.
+        plan_batch_size: mean number of rows in a plan (those whose last one is used up); None where it does not tell.
         max_steps: control steps after which an episode was ended.
         first_episode: index of the first episode.
         seed_domain: see `scd_robot.seeding`.
         wall_s: duration of the roll-outs, without videos and report.
         versions: of the packages that matter; those of simulators under another Python as `simulator/NAME`.
+        provenance: see `provenance.collect_provenance`.
         faults: what was done to the observations.
         videos: replays that were written.
         video_error: why videos are missing, in one line; None if none are.
@@ -137,6 +128,8 @@ class EvaluationResult:
     seed_domain: int
     wall_s: float
     versions: dict[str, str]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    plan_batch_size: float | None = None
     faults: ObservationFaults = field(default_factory=ObservationFaults)
     videos: list[VideoRecord] = field(default_factory=list)
     video_error: str | None = None
@@ -171,16 +164,7 @@ class EvaluationResult:
     def to_json(self) -> dict[str, Any]:
         """The document of `result.json`, schema 1, as plain JSON types.
 
-        Keys: `schema`, `env`, `policy`, `episodes`, `successes`, `invalid`, `success_rate` (null without valid
-        episodes), `interval` ([low, high], Wilson 95 %), `encoder_ms`, `plan_ms`, `act_ms` ({p50, p95, p99, count} of
-        wall milliseconds per call, or null), `timing_batch_size`, `time_to_success` ({steps, seconds}, each {mean,
-        median}, or null without a success), `mean_steps` (valid episodes), `terminate_on_success`, `max_steps`,
-        `control_dt` [s], `success_definition`, `score_definition` ("" where the best reward is no published score),
-        `seeds` ({domain, first_episode}), `num_envs`, `wall_s`, `versions`, `faults` (of
-        `ObservationFaults`), `videos`
-        (list of {episode, success, file}), `video_error` (one line or null), and `episodes_detail` (list of {index,
-        seed, initial_state_hash, success, steps, invalid, return, best_reward, reason}), and the mean `best_reward`
-        over valid episodes.
+        `docs/evaluation.md` describes its keys.
         """
         rate = self.success_rate
         steps = mean_and_median([e.steps for e in self.valid])
@@ -197,6 +181,7 @@ class EvaluationResult:
             "plan_ms": percentiles(self.timings_ms.get("plan", [])),
             "act_ms": percentiles(self.timings_ms.get("act", [])),
             "timing_batch_size": self.num_envs,
+            "plan_batch_size": self.plan_batch_size,
             "time_to_success": self._time_to_success(),
             "mean_steps": steps["mean"] if steps else None,
             "best_reward": self.mean_best_reward,
@@ -209,6 +194,7 @@ class EvaluationResult:
             "num_envs": self.num_envs,
             "wall_s": self.wall_s,
             "versions": self.versions,
+            "provenance": self.provenance,
             "faults": self.faults.to_json(),
             "motion": mean_motion([e.motion for e in self.valid]),
             "contextual_success": self._contextual_success(),
@@ -245,16 +231,40 @@ class EvaluationResult:
         return {"steps": steps, "seconds": {k: v * self.environment.control_dt for k, v in steps.items()}}
 
 
-def collect_versions() -> dict[str, str]:
-    """Versions of Python, this package, torch if loaded, and of the simulators that are installed."""
-    versions = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "scd_robot": scd_robot.__version__,
-    }
-    for name in _PACKAGES + (("torch",) if "torch" in sys.modules else ()):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+def join_results(parts: Sequence[EvaluationResult], wall_s: float) -> EvaluationResult:
+    """One result of parts with consecutive episodes.
+
+    Args:
+        parts: in any order.
+        wall_s: of them all.
+    """
+    parts = sorted(parts, key=lambda part: part.first_episode)
+    versions = functools.reduce(_both_versions, (part.versions for part in parts))
+    times: dict[str, list[float]] = {}
+    for part in parts:
+        for name, values in part.timings_ms.items():
+            times.setdefault(name, []).extend(values)
+    return replace(
+        parts[0],
+        episodes_detail=[episode for part in parts for episode in part.episodes_detail],
+        timings_ms=times,
+        wall_s=wall_s,
+        versions=versions,
+        actions={index: actions for part in parts for index, actions in part.actions.items()},
+        plan_batch_size=_mean([part.plan_batch_size for part in parts]),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _both_versions(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
+    """Versions of two nodes; where they differ, both, and a warning."""
+    both = dict(first)
+    for name, version in second.items():
+        if both.setdefault(name, version) != version and version not in both[name].split(" and "):
+            logger.warning("nodes have different versions of %s: %s and %s", name, both[name], version)
+            both[name] += f" and {version}"
+    return both

@@ -27,14 +27,14 @@ from scd_robot.sim_eval.messages import Steps
 from scd_robot.sim_eval.motion import motion_quality
 from scd_robot.sim_eval.output import EpisodeLog, check_output_folder, prepare_output_folder, write_actions
 from scd_robot.sim_eval.policy_adapter import PolicyAdapter, PolicyError, check_policy_spec
-from scd_robot.sim_eval.result import EpisodeRecord, EvaluationResult, collect_versions
+from scd_robot.sim_eval.provenance import collect_provenance, collect_versions, usable_cores
+from scd_robot.sim_eval.result import EpisodeRecord, EvaluationResult
 from scd_robot.sim_eval.workers import (
     EnvironmentSource,
     EnvironmentWorker,
     WorkerCrashError,
     close_workers,
     start_workers,
-    usable_cores,
 )
 from scd_robot.types import ActionArray
 
@@ -117,20 +117,25 @@ def evaluate(
         limit = spec.max_steps if max_steps is None else min(max_steps, spec.max_steps)
         indices = range(first_episode, first_episode + episodes)
         faulty = injector(faults, spec.control_dt)
-        rollout = _Rollout(adapter, workers, indices, seed_domain, limit, _Observer(out, episodes, progress), faulty)
+        versions = _versions(workers[0], python)
+        observer = _Observer(out, episodes, progress, versions)
+        rollout = _Rollout(adapter, workers, indices, seed_domain, limit, observer, faulty)
         start = time.perf_counter()
         rollout.run()
+        times, plan_rows = adapter.timings()
         result = EvaluationResult(
             environment=spec,
             policy=policy_name or type(policy).__name__,
             episodes_detail=[rollout.records[index] for index in indices],
-            timings_ms=adapter.timings_ms(),
+            timings_ms=times,
             num_envs=rows,
             max_steps=limit,
             first_episode=first_episode,
             seed_domain=seed_domain,
             wall_s=time.perf_counter() - start,
-            versions=_versions(workers[0], python),
+            versions=versions,
+            provenance=collect_provenance(policy),
+            plan_batch_size=plan_rows,
             faults=faults or ObservationFaults(),
             out=out,
             actions=rollout.actions,
@@ -219,10 +224,10 @@ def _choose_num_envs(policy: PolicyAdapter, num_envs: int | None, episodes: int)
 class _Observer:
     """Told of every finished episode: the log on disk and the progress bar."""
 
-    def __init__(self, out: Path | None, episodes: int, progress: bool) -> None:
+    def __init__(self, out: Path | None, episodes: int, progress: bool, versions: dict[str, str]) -> None:
         from tqdm import tqdm
 
-        self._log = EpisodeLog(out / "episodes.jsonl" if out else None)
+        self._log = EpisodeLog(out / "episodes.jsonl" if out else None, versions)
         self._bar = tqdm(total=episodes, unit="episode", disable=not progress, dynamic_ncols=True)
         self._counts = {"successes": 0, "failures": 0, "invalid": 0}
 

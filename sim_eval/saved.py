@@ -1,5 +1,6 @@
 """Evaluations that were written to disk, found again."""
 
+import glob
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ _EPISODE = {"index", "initial_state_hash", "success", "invalid"}  # what a compa
 
 
 def find_evaluations(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Folder and document of each evaluation at a path: a result.json, its folder, or a folder of such folders.
+    """Folder and document of each evaluation at a path.
+
+    Args:
+        path: a result.json, its folder, or a folder of such folders; or, if there is no such path, a pattern of such
+            ("runs/a_seed*").
 
     Returns:
         In the order of their names; empty where there is none.
@@ -22,6 +27,8 @@ def find_evaluations(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     Raises:
         DatasetError: one of them cannot be read.
     """
+    if not path.exists() and glob.has_magic(str(path)):
+        return [found for one in sorted(glob.glob(str(path))) for found in find_evaluations(Path(one))]
     if path.is_file():
         return [(path.parent, read_evaluation(path))]
     files = [path / _RESULT] if (path / _RESULT).is_file() else sorted(path.glob(f"*/{_RESULT}"))

@@ -31,7 +31,7 @@ from typing import Any, Self
 from scd_robot.errors import ConfigError, ScdRobotError, SimulatorError, UnknownNameError
 from scd_robot.sim_eval.foreign import start_foreign
 from scd_robot.sim_eval.messages import StepCodec, Steps, checked_observation, receive_message
-from scd_robot.sim_eval.result import collect_versions
+from scd_robot.sim_eval.provenance import collect_versions, usable_cores
 from scd_robot.types import ActionArray, Environment, EnvironmentSpec
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "load_environment",
     "serve",
     "start_workers",
-    "usable_cores",
 ]
 
 logger = logging.getLogger(__name__)
@@ -351,11 +350,6 @@ def close_workers(workers: Sequence[EnvironmentWorker]) -> None:
         worker.begin_close()
     for worker in workers:
         worker.close()
-
-
-def usable_cores() -> list[int]:
-    """Numbers of the processor cores that this process may run on."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def _keep_on_core(pid: int, core: int) -> None:

@@ -353,7 +353,7 @@ class TestFullDisk:
         from scd_robot.errors import OutputError
         from scd_robot.sim_eval.output import EpisodeLog
 
-        log = EpisodeLog(tmp_path / "episodes.jsonl")
+        log = EpisodeLog(tmp_path / "episodes.jsonl", {"numpy": "2"})
         log.append({"index": 0})
         original = Path.open
 
@@ -371,7 +371,7 @@ class TestFullDisk:
         monkeypatch.setattr(Path, "open", half)
         with pytest.raises(OutputError, match="No space left"):
             log.append({"index": 1})
-        assert (tmp_path / "episodes.jsonl").read_bytes() == b'{"index": 0}\n'
+        assert (tmp_path / "episodes.jsonl").read_bytes() == b'{"index": 0, "versions": {"numpy": "2"}}\n'
 
     def test_json_of_a_finished_evaluation_does_not_take_the_result_with_it(
         self, tiny_run, tmp_path, point_world, monkeypatch, capsys

@@ -1,6 +1,7 @@
 """The verb `scd compare`."""
 
 import logging
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,10 +30,11 @@ def compare(
 ) -> None:
     """Tells which of two policies is better, from the same start states.
 
-    FIRST (A) and SECOND (B) are each an evaluation of 'scd eval' (its folder or result.json), a folder of such
-    evaluations, one per training seed, or, with --env, a checkpoint (or run), which is evaluated now. One evaluation
-    each gives the exact McNemar test and a paired interval; several give a bootstrap over seeds and start states. A is
-    non-inferior to B where the lower end of the 95 % interval of A - B is above -5 points.
+    FIRST (A) and SECOND (B) are each an evaluation of 'scd eval' (its folder or result.json), several, one per training
+    seed (a folder of them, or a quoted pattern like 'sweep/push/a_seed*'), or, with --env, a checkpoint (or run), which
+    is evaluated now. One evaluation each gives the exact McNemar test and a paired interval; several give a bootstrap
+    over seeds and start states. A is non-inferior to B where the lower end of the 95 % interval of A - B is above -5
+    points.
 
     Args:
         first: arm A.
@@ -41,7 +43,7 @@ def compare(
         episodes: how many for checkpoints; with --sequential at most.
         first_episode: index of the first.
         sequential: evaluate checkpoints in blocks of so many episodes, and stop once the difference is decided; the
-            error rate stays 5 % however often one looks. 0 = all episodes.
+            error rate stays 5 % however often one looks. 0 = all episodes at once.
         num_envs: environments side by side for checkpoints.
         env_python: python of another environment, with scd_robot and the simulator, as in 'scd eval'.
         num_videos: start states that only one arm solved to show side by side in the report, from the actions that the
@@ -64,21 +66,25 @@ def compare(
     if episodes < 1 or sequential < 0:
         raise ConfigError(f"episodes must be at least 1 and sequential 0 or more, got {episodes} and {sequential}")
     for path in (first, second):
-        if not path.exists():
+        if not path.exists() and not has_magic(str(path)):
             raise ConfigError(f"there is no {path}; name an evaluation, a folder of them, or a checkpoint")
     if out is not None:
         check_output_folder(out, overwrite)
     arms = [[] if env is not None and _is_checkpoint(path) else find_evaluations(path) for path in (first, second)]
+    played: list[dict[int, Any]] = [{}, {}]
     if not all(arms):
         if env is None:
             missing = first if not arms[0] else second
             raise ConfigError(f"{missing} holds no evaluation of 'scd eval'; give --env to evaluate a checkpoint there")
-        block = sequential or episodes
         paths = [None if found else path for path, found in zip((first, second), arms, strict=True)]
         where = {"num_envs": num_envs, "python": env_python}
-        arms, played = _evaluate(paths, arms, env, range(first_episode, first_episode + episodes), block, where, out)
-    else:
-        played = [{}, {}]
+        _check_found(arms, env, range(first_episode, first_episode + episodes), sequential, env_python)
+        results = _evaluate(paths, arms, env, range(first_episode, first_episode + episodes), sequential, where, out)
+        for arm, result in enumerate(results):
+            if result is not None:
+                arms[arm], played[arm] = [((out or Path()) / "ab"[arm], result.to_json())], result.actions
+    elif sequential:
+        raise ConfigError("--sequential decides how much is evaluated, and both arms are evaluations already")
     documents = [[document for _, document in arm] for arm in arms]
     comparison = run(documents[0], documents[1], str(first), str(second), sequential=bool(sequential))
     if out is not None:
@@ -110,52 +116,78 @@ def _is_checkpoint(path: Path) -> bool:
     return (path / "model.safetensors").is_file() or bool(list_checkpoints(path))
 
 
+def _check_found(
+    arms: list[list[tuple[Path, dict[str, Any]]]], env: str, episodes: range, sequential: int, python: str | None
+) -> None:
+    """Raises ConfigError where an arm that is evaluated already cannot be compared with what would be evaluated now."""
+    from scd_robot.errors import ConfigError
+    from scd_robot.sim_eval.workers import close_workers, start_workers
+
+    found = [evaluation for arm in arms for evaluation in arm]
+    if not found:
+        return
+    if sequential and len(found) > 1:
+        raise ConfigError(f"--sequential is for one evaluation of each arm, and {len(found)} were found")
+    workers = start_workers(env, 1, python=python)
+    close_workers(workers)
+    for folder, document in found:
+        if document["env"] != workers[0].spec.name:
+            raise ConfigError(f"{folder} is an evaluation in {document['env']}, and --env is {workers[0].spec.name}")
+        if not set(episodes) & {episode["index"] for episode in document["episodes_detail"]}:
+            raise ConfigError(f"{folder} has none of the episodes {episodes.start} to {episodes.stop - 1}")
+
+
 def _evaluate(
     checkpoints: list[Path | None],
     found: list[list[tuple[Path, dict[str, Any]]]],
     env: str,
     episodes: range,
-    block: int,
+    sequential: int,
     where: dict[str, Any],
     out: Path | None,
-) -> tuple[list[list[tuple[Path, dict[str, Any]]]], list[dict[int, Any]]]:
-    """The arms' evaluations, with those of checkpoints made now, block by block until the difference is decided.
+) -> list[Any]:
+    """An `EvaluationResult` for each checkpoint, made block by block until the difference is decided; None for others.
 
-    The second result has the actions of those made now, by episode.
+    With `out` they are in its folders a and b, also where it was decided early.
     """
+    import time
+
     import torch
 
     from scd_robot.policies import load_policy
     from scd_robot.sim_eval import evaluate as run
     from scd_robot.sim_eval.comparison import DECIDED, compare_pair, evidence
+    from scd_robot.sim_eval.output import EpisodeLog
+    from scd_robot.sim_eval.result import join_results
+    from scd_robot.sim_eval.rollout import write_outputs
 
     torch.set_num_threads(1)  # small batches; the simulators have the other cores
     policies = [None if path is None else load_policy(path) for path in checkpoints]
-    documents: list[dict[str, Any] | None] = [None, None]
-    played: list[dict[int, Any]] = [{}, {}]
-    whole = block >= len(episodes)  # else there is no single evaluation to report
+    results: list[Any] = [None, None]
+    block, started = sequential or len(episodes), time.perf_counter()
     for start in range(episodes.start, episodes.stop, block):
         count = min(block, episodes.stop - start)
         for arm, policy in enumerate(policies):
             if policy is None:
                 continue
-            folder = out / "ab"[arm] if out is not None and whole else None
-            options: dict[str, Any] = {"first_episode": start, "out": folder, "overwrite": True, **where}
-            result = run(policy, env, count, policy_name=str(checkpoints[arm]), **options)
-            played[arm].update(result.actions)
-            documents[arm] = _joined(documents[arm], result.to_json())
-        counts = compare_pair(*(documents[arm] or found[arm][0][1] for arm in (0, 1)))
-        if not whole and evidence(counts.only_a, counts.only_b) >= DECIDED:
-            break
-    arms = [
-        found[arm] if document is None else [((out or Path()) / "ab"[arm], document)]
-        for arm, document in enumerate(documents)
-    ]
-    return arms, played
-
-
-def _joined(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, Any]:
-    """Two evaluations of different episodes, as far as a comparison needs them."""
-    if first is None:
-        return second
-    return {**second, "episodes_detail": first["episodes_detail"] + second["episodes_detail"]}
+            folder = out / "ab"[arm] if out is not None else None
+            options: dict[str, Any] = {
+                "policy_name": str(checkpoints[arm]),
+                "num_videos": 0,
+                "overwrite": True,
+                **where,
+            }
+            first = results[arm] is None
+            new = run(policy, env, count, first_episode=start, out=folder if first else None, **options)
+            results[arm] = new if first else join_results([results[arm], new], time.perf_counter() - started)
+            if folder is not None and not first:
+                log = EpisodeLog(folder / "episodes.jsonl", new.versions)
+                for record in new.episodes_detail:
+                    log.append(record.to_json())
+                write_outputs(results[arm], folder, None, 0)
+        if sequential:
+            documents = [found[arm][0][1] if results[arm] is None else results[arm].to_json() for arm in (0, 1)]
+            counts = compare_pair(documents[0], documents[1])
+            if evidence(counts.only_a, counts.only_b) >= DECIDED:
+                break
+    return results

@@ -20,6 +20,7 @@ def record(
     seed: int = 0,
     action_noise: float = 0.0,
     steps_after_success: int = 10,
+    disturbances: float = 0.0,
     workers: int | None = None,
     overwrite: bool = False,
     json: Path | None = None,
@@ -39,6 +40,8 @@ def record(
         action_noise: standard deviation of normal noise on the executed actions, in their units (0.1 is usual for
             Meta-World); the stored labels are the expert's clean actions.
         steps_after_success: control steps recorded after the first success.
+        disturbances: probability that in a control step a disturbance begins: for 3 to 8 steps one random action is
+            executed in the place of the expert's, whose labels then show how to mend that (0.03 for tasks of memory).
         workers: simulator processes; by default one per CPU, fewer for few episodes.
         overwrite: replace a store that exists at OUT, once the new one is complete.
         json: write the summary to this file too ("-": standard output).
@@ -55,6 +58,7 @@ def record(
         seed=seed,
         action_noise=action_noise,
         steps_after_success=steps_after_success,
+        disturbances=disturbances,
         workers=workers,
         overwrite=overwrite,
     )

@@ -26,6 +26,7 @@ def evaluate(
     num_samples: int | None = None,
     seed: int | None = None,
     device: str = "cpu",
+    reproducible: bool = False,
     latency_ms: tuple[float, ...] = (0.0,),
     jitter_ms: float = 0.0,
     drop: float = 0.0,
@@ -58,6 +59,8 @@ def evaluate(
             the checkpoint's (1 = off).
         seed: of the policy's noise; replaces the checkpoint's.
         device: torch device of the policy.
+        reproducible: plan for all environments whenever one is due: with the same --num-envs and kind of CPU an episode
+            is then bitwise the same however episodes are divided (first_episode, --ray); takes more time.
         latency_ms: the policy sees every observation so late; several values give a curve of success against delay,
             over the same start states, and an evaluation in a folder of its own for each.
         jitter_ms: and up to so much later, evenly distributed.
@@ -97,6 +100,7 @@ def evaluate(
         guidance_scale=guidance_scale,
         num_samples=num_samples,
         seed=seed,
+        reproducible=reproducible,
     )
     jobs = []
     for faults in troubles:
@@ -178,10 +182,14 @@ def headline(result: Mapping[str, Any]) -> str:
     valid = result["episodes"] - result["invalid"]
     rate = "no valid episode" if result["success_rate"] is None else f"{100 * result['success_rate']:.1f} %"
     score = f"; score {result['best_reward']:.3f} ({result['score_definition']})" if result["score_definition"] else ""
-    times = [f"{name} {result[f'{name}_ms']['p50']:.1f} ms" for name in ("encoder", "plan") if result[f"{name}_ms"]]
+    batches = {"encoder": result["timing_batch_size"], "plan": result["plan_batch_size"]}
+    times = [
+        f"{name} {result[f'{name}_ms']['p50']:.1f} ms" + (f" (p50, batch {batch:.3g})" if batch else " (p50)")
+        for name, batch in batches.items()
+        if result[f"{name}_ms"]
+    ]
     return (
         f"{result['env']}{troubles}: {result['successes']}/{valid} successes, {rate} "
         f"(95 % interval {100 * low:.1f}-{100 * high:.1f} %), {result['invalid']} invalid{score}; "
         + ", ".join(times)
-        + f" (p50, batch {result['timing_batch_size']})"
     )

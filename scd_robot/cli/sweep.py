@@ -1,6 +1,7 @@
 """The verb `scd sweep`."""
 
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,13 +23,15 @@ def sweep(
     num_envs: int | None = None,
     num_videos: int = 0,
     device: str = "cpu",
+    reproducible: bool = False,
     ray: str | None = None,
     json: Path | None = None,
-) -> None:
+) -> int:
     """Evaluates every checkpoint in every environment, from the same start states, on one machine or a cluster.
 
     OUT gets an evaluation for each in OUT/ENVIRONMENT/CHECKPOINT, with a further folder for each of --seeds, and
-    sweep.json. Started again, it does what is missing. 'scd compare' takes two of these folders.
+    sweep.json. Started again, it does what is missing. Where one fails the others go on, and the exit code is 2.
+    'scd compare' takes these folders, also as patterns: 'OUT/ENVIRONMENT/a_seed*' is an arm of several trainings.
 
     Args:
         checkpoints: folders of checkpoints, or of training runs (their newest checkpoints).
@@ -40,12 +43,13 @@ def sweep(
         num_envs: environments side by side.
         num_videos: successes and failures to replay into videos, so many of each; 0 = none.
         device: torch device of the policies.
+        reproducible: see 'scd eval --help'.
         ray: address of a running Ray cluster ("auto", "ray://host:10001"), see 'scd eval --help'.
         json: write the table to this file too ("-": standard output).
     """
     from scd_robot.checkpoint import find_checkpoint, read_checkpoint
     from scd_robot.cli.evaluate import make_policy
-    from scd_robot.errors import ConfigError
+    from scd_robot.errors import ConfigError, OutputError, ScdRobotError
     from scd_robot.output import check_target, write_json
     from scd_robot.sim_eval.jobs import EvaluationJob, run_jobs
     from scd_robot.sim_eval.saved import find_evaluations
@@ -54,41 +58,52 @@ def sweep(
         check_target(json)
     if not checkpoints or not env:
         raise ConfigError("a sweep needs at least one checkpoint and one --env")
+    loaded = [read_checkpoint(find_checkpoint(path)) for path in checkpoints]
     jobs: list[EvaluationJob] = []
-    labels = short_names([str(path) for path in checkpoints])
-    for name, place in zip(env, short_names(env), strict=True):
-        for path, label in zip(checkpoints, labels, strict=True):
-            folder = find_checkpoint(path)
-            checkpoint = read_checkpoint(folder)
+    documents: dict[Path | None, dict[str, Any]] = {}
+    for name, place in zip(env, _folder_names(env), strict=True):
+        for checkpoint, label in zip(loaded, short_names([str(path) for path in checkpoints]), strict=True):
             for seed in seeds or (None,):
                 target = out / place / label / (f"seed_{seed}" if seed is not None else "")
-                policy = functools.partial(make_policy, checkpoint, device, seed=seed)
-                options: dict[str, Any] = {
-                    "first_episode": first_episode,
-                    "num_envs": num_envs,
-                    "num_videos": num_videos,
-                }
-                jobs.append(EvaluationJob(policy, name, episodes, target, True, policy_name=str(folder), **options))
-    documents: dict[Path | None, dict[str, Any]] = {}
-    for job in jobs:
-        there = find_evaluations(job.out) if job.out is not None else []
-        if there and _is_of(there[0][1], job):
-            documents[job.out] = there[0][1]
+                policy = functools.partial(make_policy, checkpoint, device, seed=seed, reproducible=reproducible)
+                options: dict[str, Any] = {"first_episode": first_episode, "num_envs": num_envs}
+                options |= {"num_videos": num_videos, "overwrite": True, "policy_name": str(checkpoint.path)}
+                jobs.append(EvaluationJob(policy, name, episodes, target, **options))
+                there = find_evaluations(target)
+                if there and there[0][0] == target:
+                    wanted = checkpoint.weights_sha256, seed, range(first_episode, first_episode + episodes)
+                    if difference := _difference(there[0][1], *wanted):
+                        raise OutputError(f"{target} holds another evaluation ({difference}); choose another --out")
+                    documents[target] = there[0][1]
+    failures: dict[Path | None, str] = {}
+
+    def note_failure(job: EvaluationJob, error: ScdRobotError) -> None:
+        failures[job.out] = f"{type(error).__name__}: {error}"
+
     missing = [job for job in jobs if job.out not in documents]
-    for job, result in run_jobs(missing, ray=ray, progress=str(json) != "-"):
+    for job, result in run_jobs(missing, ray=ray, progress=str(json) != "-", on_failure=note_failure):
         documents[job.out] = result.to_json()
-    rows = [_row(job.out, documents[job.out]) for job in jobs if job.out is not None]
-    table = {"schema": 1, "episodes": episodes, "first_episode": first_episode, "evaluations": rows}
+    rows = [_row(job.out, documents[job.out]) for job in jobs if job.out in documents and job.out is not None]
+    lost = [
+        {"env": job.environment, "policy": job.policy_name, "folder": str(job.out), "error": failures[job.out]}
+        for job in jobs
+        if job.out in failures
+    ]
+    table = {"schema": 1, "episodes": episodes, "first_episode": first_episode, "evaluations": rows, "failed": lost}
     write_json(out / "sweep.json", table)
     if str(json) != "-":
-        print("| environment | policy | successes | success, Wilson 95 % |\n|---|---|---|---|")
+        print("| environment | policy | seed of noise | successes | success, Wilson 95 % |\n|---|---|---|---|---|")
         for row in rows:
             low, high = (100 * bound for bound in row["interval"])
             rate = "-" if row["success_rate"] is None else f"{100 * row['success_rate']:.1f} % [{low:.1f}, {high:.1f}]"
-            print(f"| {row['env']} | {row['policy']} | {row['successes']}/{row['valid']} | {rate} |")
+            seed = "-" if row["seed"] is None else row["seed"]
+            print(f"| {row['env']} | {row['policy']} | {seed} | {row['successes']}/{row['valid']} | {rate} |")
+        for one in lost:
+            print(f"FAILED {one['policy']} in {one['env']}: {one['error']}")
         print(f"evaluations: {out}")
     if json is not None:
         write_json(json, table)
+    return 2 if lost else 0
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -99,7 +114,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
     """
     from scd_robot.errors import ConfigError
 
-    parts = [[part for part in path.replace(":", "/").split("/") if part not in ("", ".", "..")] for path in paths]
+    parts = [[part for part in path.split("/") if part not in ("", ".", "..")] for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["-".join(part[-count:]) for part in parts]
         if len(set(names)) == len(names):
@@ -107,13 +122,31 @@ def short_names(paths: Sequence[str]) -> list[str]:
     raise ConfigError(f"each must be named once, got {', '.join(paths)}")
 
 
-def _is_of(document: dict[str, Any], job: Any) -> bool:
-    """Whether an evaluation is the one that a job asks for: same checkpoint, same episodes."""
-    found = document["policy"], document["episodes"], document["seeds"]["first_episode"]
-    return found == (job.policy_name, job.episodes, job.first_episode)
+def _folder_names(environments: Sequence[str]) -> list[str]:
+    """Whole names, so that a later sweep with other environments beside them finds the same folders."""
+    from scd_robot.errors import ConfigError
+
+    names = [re.sub(r"[^A-Za-z0-9.,=+-]+", "_", name) for name in environments]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"each must be named once, got {', '.join(environments)}")
+    return names
+
+
+def _difference(document: dict[str, Any], weights: str, seed: int | None, episodes: range) -> str | None:
+    """In what an evaluation differs from the one that is asked for; None = in nothing."""
+    policy = document.get("provenance", {}).get("policy", {})
+    if policy.get("weights_sha256") != weights:
+        return f"of other weights, {document['policy']}"
+    if seed is not None and policy["settings"].get("seed") != seed:
+        return f"with seed {policy['settings'].get('seed')}"
+    first, count = document["seeds"]["first_episode"], document["episodes"]
+    if range(first, first + count) != episodes:
+        return f"of episodes {first} to {first + count - 1}"
+    return None
 
 
 def _row(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
     names = ("env", "policy", "successes", "invalid", "success_rate", "interval", "best_reward")
     row = {name: document[name] for name in names}
-    return {**row, "valid": document["episodes"] - document["invalid"], "folder": str(folder)}
+    seed = document["provenance"]["policy"].get("settings", {}).get("seed")
+    return {**row, "seed": seed, "valid": document["episodes"] - document["invalid"], "folder": str(folder)}

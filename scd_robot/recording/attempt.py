@@ -12,7 +12,8 @@ from scd_robot.types import Environment
 
 __all__ = ["Attempt", "RecordingConfig", "run_attempt"]
 
-_NOISE = 1  # keeps the noise's key apart from that of the start state
+_NOISE, _DISTURBANCE = 1, 2  # keep their keys apart from that of the start state
+_DISTURBED_STEPS = (3, 8)  # control steps of a disturbance, both included
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,23 @@ class RecordingConfig:
         seed: of the recording; attempts are numbered below it.
         action_noise: standard deviation of the normal noise on executed actions, in units of the action.
         steps_after_success: control steps recorded after the first success, so that the goal is held.
+        disturbances: probability that a disturbance begins in a control step: for 3 to 8 steps one random action is
+            executed in the place of the expert's.
     """
 
     environment: str
     seed: int = 0
     action_noise: float = 0.0
     steps_after_success: int = 10
+    disturbances: float = 0.0
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed must be 0 or more, got {self.seed}")
         if not 0 <= self.action_noise < np.inf:
             raise ConfigError(f"action_noise must be a finite number of 0 or more, got {self.action_noise}")
+        if not 0 <= self.disturbances < 1:
+            raise ConfigError(f"disturbances must be a probability of less than 1, got {self.disturbances}")
         if self.steps_after_success < 0:
             raise ConfigError(f"steps_after_success must be 0 or more, got {self.steps_after_success}")
 
@@ -62,27 +68,38 @@ def run_attempt(environment: Environment, config: RecordingConfig, index: int) -
 
     At each control step are kept: the observation, the expert's action as the label, and what was executed, which is
     the label plus noise, clipped. The noise takes the robot off the expert's path, where the labels show the way back
-    (Laskey et al., "DART: noise injection for robust imitation learning", 2017).
+    (Laskey et al., "DART: noise injection for robust imitation learning", 2017). Disturbances undo what was done
+    before: a policy that sees its history cannot go by the time that has passed, but has to look what it has achieved.
     """
     start_seed = derive_seed(RECORDING, config.seed, index)
-    noise = keyed_rng(RECORDING, config.seed, index, _NOISE)
+    noise, disturbance = (keyed_rng(RECORDING, config.seed, index, key) for key in (_NOISE, _DISTURBANCE))
     try:
-        episode = _run(environment, config, start_seed, noise)
+        episode = _run(environment, config, start_seed, noise, disturbance)
     except SimulatorError as error:
         return Attempt(index, start_seed, None, crash=str(error))
     return Attempt(index, start_seed, episode)
 
 
 def _run(
-    environment: Environment, config: RecordingConfig, start_seed: int, noise: np.random.Generator
+    environment: Environment,
+    config: RecordingConfig,
+    start_seed: int,
+    noise: np.random.Generator,
+    disturbance: np.random.Generator,
 ) -> dict[str, NDArray[Any]] | None:
     rows: list[dict[str, NDArray[Any]]] = []
     observation = environment.reset(start_seed)
     last_step: int | None = None  # known from the first success on
+    left = 0  # control steps of the running disturbance
     while last_step is None or len(rows) <= last_step:
         label = environment.expert_action()
-        disturbed = label + config.action_noise * noise.standard_normal(label.shape)
-        result = environment.step(disturbed.astype(np.float32))
+        wanted = label + config.action_noise * noise.standard_normal(label.shape)
+        if left == 0 and disturbance.random() < config.disturbances:
+            left = int(disturbance.integers(*_DISTURBED_STEPS, endpoint=True))
+            pushed = disturbance.uniform(environment.spec.action_low, environment.spec.action_high)
+        if left:
+            left, wanted = left - 1, pushed
+        result = environment.step(wanted.astype(np.float32))
         rows.append({**observation, "action": label, "executed_action": result.executed_action})
         observation = result.observation
         if result.success and last_step is None:

@@ -32,6 +32,7 @@ def record_demonstrations(
     seed: int = 0,
     action_noise: float = 0.0,
     steps_after_success: int = 10,
+    disturbances: float = 0.0,
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -48,13 +49,14 @@ def record_demonstrations(
         seed: of the recording.
         action_noise: standard deviation of the noise on executed actions; the labels stay clean.
         steps_after_success: control steps recorded after the first success.
+        disturbances: probability that in a control step a disturbance begins, see `RecordingConfig`.
         workers: processes; None = one per CPU, but no more than pay.
         overwrite: replace a store at `out`.
         progress: show a progress bar.
 
     Returns:
-        environment, episodes, attempts, failures, steps, mean_length [steps], seconds, path, seed, action_noise; plain
-        JSON types.
+        environment, episodes, attempts, failures, steps, mean_length [steps], seconds, path, seed, action_noise,
+        disturbances; plain JSON types.
 
     Raises:
         ConfigError: a number is out of range.
@@ -69,7 +71,7 @@ def record_demonstrations(
         workers = max(1, min(available_cpus(), episodes // _EPISODES_PER_WORKER))
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
-    config = RecordingConfig(environment, seed, action_noise, steps_after_success)
+    config = RecordingConfig(environment, seed, action_noise, steps_after_success, disturbances)
     limit = 10 * episodes + 20
     attempts = 0
     with contextlib.closing(make_environment(environment)) as simulator:
@@ -93,8 +95,9 @@ def record_demonstrations(
             writer.update_metadata({"attempts": attempts, "failures": failures})
             if writer.num_episodes < episodes:
                 raise SimulatorError(
-                    f"the expert of {spec.name} succeeded in {writer.num_episodes} of {attempts} attempts, "
-                    f"{episodes} were wanted; lower action_noise ({action_noise}) or raise max_steps ({spec.max_steps})"
+                    f"the expert of {spec.name} succeeded in {writer.num_episodes} of {attempts} attempts, {episodes} "
+                    f"were wanted; lower action_noise ({action_noise}) and disturbances ({disturbances}), or raise "
+                    f"max_steps ({spec.max_steps})"
                 )
     return {
         "environment": spec.name,
@@ -107,6 +110,7 @@ def record_demonstrations(
         "path": str(out),
         "seed": seed,
         "action_noise": action_noise,
+        "disturbances": disturbances,
     }
 
 
@@ -125,6 +129,7 @@ def _metadata(spec: EnvironmentSpec, config: RecordingConfig) -> dict[str, Any]:
         "success": spec.success,
         "seed": config.seed,
         "action_noise": config.action_noise,
+        "disturbances": config.disturbances,
         "steps_after_success": config.steps_after_success,
         "versions": versions,
     }

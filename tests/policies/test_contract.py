@@ -177,9 +177,9 @@ def test_timings_are_handed_over_once(make, stream) -> None:
     policy = make(num_executed=2)
     act_all(policy, stream(1, 5))
     timings = policy.drain_timings()
-    assert {name: len(values) for name, values in timings.items()} == {"encoder_ms": 5, "plan_ms": 3}
+    assert {name: len(values) for name, values in timings.items()} == {"encoder_ms": 5, "plan_ms": 3, "plan_rows": 3}
     assert all(value > 0 for values in timings.values() for value in values)
-    assert policy.drain_timings() == {"encoder_ms": [], "plan_ms": []}
+    assert policy.drain_timings() == {"encoder_ms": [], "plan_ms": [], "plan_rows": []}
 
 
 def test_unknown_type_suggests_the_nearest() -> None:

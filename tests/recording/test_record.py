@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -102,6 +103,27 @@ def test_labels_are_clean_and_executed_actions_are_noisy_and_clipped():
     np.testing.assert_array_equal(noisy["executed_action"], again["executed_action"])
 
 
+def test_disturbances_replace_whole_stretches_of_the_expert():
+    config = RecordingConfig("toy", steps_after_success=60, disturbances=0.3)
+
+    class Endless(ToyEnvironment):
+        def step(self, action):
+            result = super().step(action)
+            return dataclasses.replace(result, success=self.steps > 60, truncated=False)
+
+    index = next(i for i, seed in enumerate(start_seeds(100)) if seed % 3 != 0)
+    episode = run_attempt(Endless(), config, index).episode
+    replaced = (episode["executed_action"] != episode["action"]).any(axis=1)
+    assert 0.3 < replaced.mean() < 0.95
+    changes = np.flatnonzero((np.diff(episode["executed_action"], axis=0) != 0).any(axis=1))
+    stretches = np.diff(changes)[replaced[changes[:-1] + 1]]
+    assert len(stretches) > 3
+    assert stretches.min() >= 3
+    assert stretches.max() <= 8
+    plain = run_attempt(Endless(), dataclasses.replace(config, disturbances=0.0), index).episode
+    np.testing.assert_array_equal(plain["executed_action"], plain["action"])
+
+
 def test_hopeless_expert_is_given_up_and_leaves_nothing(toy, tmp_path, monkeypatch):
     monkeypatch.setattr("scd_robot.recording.attempt.derive_seed", lambda *keys: 1)
     with pytest.raises(SimulatorError, match="succeeded in 0 of 40 attempts, 2 were wanted"):
@@ -116,6 +138,7 @@ def test_hopeless_expert_is_given_up_and_leaves_nothing(toy, tmp_path, monkeypat
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
         ({"action_noise": float("nan")}, "action_noise must be a finite number"),
+        ({"disturbances": 1.0}, "disturbances must be a probability"),
         ({"steps_after_success": -1}, "steps_after_success must be 0 or more"),
     ],
 )

@@ -50,6 +50,33 @@ def make_policy(run, death=None):
     return load_policy(run)
 
 
+@pytest.fixture(scope="module")
+def wide_run(tiny_store, tmp_path_factory):
+    """A run of the preset's full width: the numbers of its matrix products depend on how many rows they have."""
+    out = tmp_path_factory.mktemp("wide") / "run"
+    options = ["--dataset", str(tiny_store), "--out", str(out), "--max-steps", "1", "--accelerator", "cpu"]
+    assert main(["train", "metaworld_state", *options]) == 0
+    return out
+
+
+class Steered:
+    """Goes to the goal, so that episodes end at different times, and a little where the trained policy wants to."""
+
+    def __init__(self, policy):
+        self._policy = policy
+        self.reset = policy.reset
+
+    def act(self, observation, executed_action=None):
+        wanted = self._policy.act(observation, executed_action)
+        return np.clip((observation["goal"] - observation["position"]) / 0.2, -1, 1) + 0.2 * wanted
+
+
+def make_steered(run):
+    from scd_robot.policies import load_policy
+
+    return Steered(load_policy(run, reproducible=True, num_executed=4))
+
+
 def plain(result):
     return [episode.to_json() for episode in result.episodes_detail]
 
@@ -71,10 +98,25 @@ def test_outcome_is_bitwise_that_of_one_machine(cluster, toy, tiny_run, tmp_path
     assert len(result.timings_ms["act"]) > 0
 
 
+def test_a_wide_policy_is_reproducible_too(cluster, toy, wide_run):
+    local = evaluate(make_steered(wide_run), ENVIRONMENT, 45, num_envs=3, num_videos=0, progress=False)
+    assert len({episode.steps for episode in local.valid}) > 5
+    jobs = [EvaluationJob(functools.partial(make_steered, wide_run), ENVIRONMENT, 45, num_envs=3)]
+    [(_, result)] = list(run_jobs(jobs, ray=cluster, progress=False))
+    assert plain(result) == plain(local)
+    for index, actions in local.actions.items():
+        np.testing.assert_array_equal(result.actions[index], actions)
+
+
 def test_what_the_user_can_mend_is_told_from_the_node(cluster, toy, tiny_run):
-    jobs = [EvaluationJob(functools.partial(make_policy, tiny_run), "metaworld/pusch-v3", 2)]
+    policy = functools.partial(make_policy, tiny_run)
+    jobs = [EvaluationJob(policy, "metaworld/pusch-v3", 60), EvaluationJob(policy, ENVIRONMENT, 2)]
     with pytest.raises(UnknownNameError, match="push-v3"):
-        list(evaluate_on_cluster(jobs, cluster, progress=False))
+        list(run_jobs(jobs, ray=cluster, progress=False))
+    failed = []
+    done = list(run_jobs(jobs, ray=cluster, progress=False, on_failure=lambda *one: failed.append(one)))
+    assert [job for job, _ in done] == jobs[1:]
+    assert [(job, type(error)) for job, error in failed] == [(jobs[0], UnknownNameError)]
 
 
 def test_outputs_are_written_here(cluster, toy, tiny_run, tmp_path):
@@ -86,6 +128,7 @@ def test_outputs_are_written_here(cluster, toy, tiny_run, tmp_path):
     assert document["video_error"] is None
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", "actions.safetensors", "videos"}
     lines = [json.loads(line) for line in (tmp_path / "out" / "episodes.jsonl").read_text().splitlines()]
+    assert [line.pop("versions") for line in lines] == [document["versions"]] * 4
     assert lines == document["episodes_detail"]
     assert result.out == tmp_path / "out"
 
@@ -103,6 +146,30 @@ def test_a_sweep_does_what_is_missing(cluster, toy, tiny_run, tmp_path, capsys):
     assert len(json.loads(capsys.readouterr().out)["evaluations"]) == 2
     assert files[1].stat().st_mtime_ns == before[1]
     assert files[0].is_file()
+
+
+def test_a_sweep_goes_on_beside_what_fails(toy, tiny_run, tmp_path, capsys):
+    arguments = ["sweep", str(tiny_run), "--env", "metaworld/pusch-v3", ENVIRONMENT, "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--episodes", "2"]) == 2
+    assert "FAILED" in capsys.readouterr().out
+    table = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [row["env"] for row in table["evaluations"]] == ["toy/point"]
+    assert [row["env"] for row in table["failed"]] == ["metaworld/pusch-v3"]
+    assert "push-v3" in table["failed"][0]["error"]
+
+
+@pytest.mark.parametrize("change", [["--episodes", "3"], ["--first-episode", "1"]])
+def test_a_sweep_keeps_what_is_another_evaluation(toy, tiny_run, tmp_path, refused, change):
+    arguments = ["sweep", str(tiny_run), "--env", ENVIRONMENT, "--out", str(tmp_path / "out"), "--episodes", "2"]
+    assert main(arguments) == 0
+    refused([*arguments, *change], "holds another evaluation", "choose another --out")
+
+
+def test_a_sweep_tells_checkpoints_apart_by_their_weights(toy, tiny_run, wide_run, tmp_path, refused):
+    """Both folders are called `run`."""
+    arguments = ["--env", ENVIRONMENT, "--out", str(tmp_path / "out"), "--episodes", "2"]
+    assert main(["sweep", str(tiny_run), *arguments]) == 0
+    refused(["sweep", str(wide_run), *arguments], "of other weights")
 
 
 def test_no_cluster_there(refused, tiny_run, monkeypatch):

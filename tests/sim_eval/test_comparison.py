@@ -16,7 +16,9 @@ from scd_robot.sim_eval.comparison import (
     evidence,
     format_comparison,
     pairs_needed,
+    states_needed,
 )
+from scd_robot.sim_eval.output import read_actions
 
 
 def document(successes, env="a/b", first=0, hashes=None, invalid=()):
@@ -235,7 +237,9 @@ class TestCommand:
         refused(["compare", folders / "good", folders / "empty"], "no evaluation of 'scd eval'", "--env")
         refused(["compare", folders / "good", folders / "emtpy"], "there is no")
         refused(["compare", folders / "good", folders / "bad", "--episodes", "0"], "at least 1")
-        refused(["compare", folders / "good", folders / "bad", "--sequential", "5"], "not for several seeds")
+        refused(
+            ["compare", folders / "good", folders / "bad", "--sequential", "5"], "both arms are evaluations already"
+        )
         (folders / "result.json").write_text("{}")
         refused(["compare", folders / "good", folders / "result.json"], "is not the result.json of an evaluation")
         (folders / "result.json").write_text('{"episodes_detail": [], "schema": 7}')
@@ -244,3 +248,70 @@ class TestCommand:
         refused(
             ["compare", folders / "good", folders / "result.json"], "lacks env, initial_state_hash, invalid, success"
         )
+
+    def test_seeds_by_a_pattern(self, folders, capsys):
+        (folders / "good" / "seed_2" / "result.json").unlink()
+        arms = [str(folders / "good" / "seed_*"), str(folders / "bad" / "seed_[01]")]
+        assert main(["compare", *arms, "--json", "-"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert len(found["a"]["seeds"]) == len(found["b"]["seeds"]) == 2
+        assert "fewer than 5 seeds" in found["notes"][0]
+
+    def test_arms_that_do_not_fit_are_refused_before_anything_is_evaluated(self, toy, folders, tiny_run, refused):
+        evaluated = folders / "good" / "seed_0"
+        env = ["--env", "toy_environment:make_point"]
+        refused(["compare", evaluated, tiny_run, *env], "is an evaluation in", "toy/point")
+        document = json.loads((evaluated / "result.json").read_text())
+        (evaluated / "result.json").write_text(json.dumps({**document, "env": "toy/point"}))
+        refused(["compare", evaluated, tiny_run, *env, "--first-episode", "70"], "none of the episodes 70 to 169")
+        refused(["compare", folders / "bad", tiny_run, *env, "--sequential", "5"], "and 3 were found")
+
+    def test_sequential_evaluations_are_kept(self, toy, tiny_run, tmp_path):
+        options = ["--env", "toy_environment:make_point", "--episodes", "6", "--sequential", "4", "--num-videos", "0"]
+        assert main(["compare", str(tiny_run), str(tiny_run), *options, "--out", str(tmp_path / "out")]) == 0
+        for arm in "ab":
+            found = json.loads((tmp_path / "out" / arm / "result.json").read_text())
+            assert [episode["index"] for episode in found["episodes_detail"]] == list(range(6))
+            assert found["provenance"]["policy"]["step"] == 4
+            lines = (tmp_path / "out" / arm / "episodes.jsonl").read_text().splitlines()
+            assert sorted(json.loads(line)["index"] for line in lines) == list(range(6))
+            assert len(read_actions(tmp_path / "out" / arm)) == 6
+
+
+class TestNotes:
+    def test_what_a_reader_has_to_know(self):
+        def made(package, weights):
+            provenance = {"policy": {"weights_sha256": weights}}
+            return {**document([True, False]), "versions": {"mujoco": package}, "provenance": provenance}
+
+        notes = compare([made("3.3.0", "x"), made("3.3.0", "x")], [made("3.4.0", "y"), made("3.4.0", "z")]).notes
+        assert any("fewer than 5 seeds" in note for note in notes)
+        assert any(note.startswith("A: ") and "same training" in note for note in notes)
+        assert not any(note.startswith("B: ") for note in notes)
+        assert any("different versions of mujoco: 3.3.0, 3.4.0" in note for note in notes)
+        assert compare([made("3.3.0", "x")], [made("3.3.0", "y")]).notes == ()
+
+
+def test_as_many_states_as_have_the_wanted_power_with_several_seeds():
+    """Arms whose seeds do not differ but by the start states that each happens to solve."""
+    rng = np.random.default_rng(0)
+
+    def draw(states):
+        chance = rng.random(states)
+        return rng.random((4, states)) < np.minimum(chance + 0.1, 1), rng.random((4, states)) < chance
+
+    needed = states_needed(*draw(2000))
+    hits = 0
+    for _ in range(200):
+        low, high = bootstrap_difference(*draw(needed), draws=200).interval
+        hits += low > 0 or high < 0
+    assert 0.6 < hits / 200 < 0.97
+    everything, nothing = np.ones((1, 50), bool), np.zeros((1, 50), bool)
+    swinging = np.concatenate([everything, nothing, everything])
+    assert states_needed(swinging, swinging[[0, 1]]) is None  # the seeds hide it
+    assert states_needed(everything, everything) is None
+
+
+def test_the_exact_test_needs_six_discordant_pairs():
+    assert pairs_needed(PairedCounts(both=99, only_a=1, only_b=0, neither=0)) >= 600
+    assert pairs_needed(PairedCounts(both=0, only_a=10, only_b=0, neither=0)) == 6

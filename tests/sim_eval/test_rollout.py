@@ -60,7 +60,7 @@ def test_policy_is_told_which_rows_begin_which_episodes(toy):
     assert policy.resets[0] == (None, [0, 1])  # the whole batch first: a policy does not know its size before
     assert all(len(rows) == len(episodes) for rows, episodes in policy.resets[1:])
     assert sorted(e for _, episodes in policy.resets for e in episodes) == [0, 1, 2, 3, 4]
-    assert len(policy.executed) == result.to_json()["act_ms"]["count"]
+    assert len(policy.executed) - 1 == result.to_json()["act_ms"]["count"]  # the first is not counted
     assert result.to_json()["timing_batch_size"] == 2
 
 
@@ -207,10 +207,12 @@ def test_timings_of_the_policy_are_summarised(toy):
     class Timed(toy.GoToGoal):
         def drain_timings(self):
             count = len(self.executed)
-            return {"encoder_ms": [1.0] * count, "plan_ms": [4.0, 6.0] if count else []}
+            rows = {"plan_rows": [2, 1]} if count else {}
+            return {"encoder_ms": [1.0] * count, "plan_ms": [99.0, 4.0, 6.0] if count else [], **rows}
 
     document = run(Timed(), episodes=2).to_json()
-    assert document["plan_ms"] == {"p50": 5.0, "p95": 5.9, "p99": 5.98, "count": 2}
+    assert document["plan_ms"] == {"p50": 5.0, "p95": 5.9, "p99": 5.98, "count": 2}  # the first warms up
+    assert document["plan_batch_size"] == 1.5
     assert document["encoder_ms"]["p99"] == 1.0
     assert run(toy.GoToGoal(), episodes=1).to_json()["plan_ms"] is None
 
@@ -225,7 +227,9 @@ def test_output_folder_holds_the_whole_evaluation(toy, tmp_path):
     assert document["terminate_on_success"] is True
     assert document["time_to_success"]["seconds"]["mean"] == pytest.approx(document["mean_steps"] * toy.CONTROL_DT)
     lines = [json.loads(line) for line in (tmp_path / "out/episodes.jsonl").read_text().splitlines()]
+    assert [line.pop("versions") for line in lines] == [document["versions"]] * 4
     assert sorted(lines, key=lambda line: line["index"]) == document["episodes_detail"]
+    assert document["provenance"]["machine"]["cores"] >= 1
     assert document["videos"] == [{"episode": 0, "success": True, "file": "videos/episode_00000_success.mp4"}]
     assert (tmp_path / "out" / document["videos"][0]["file"]).stat().st_size > 500
     assert document["video_error"] is None
