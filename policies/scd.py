@@ -288,6 +288,17 @@ class ScdPolicy:
             rows.follow(due, self._sample_chunks(due, None))
         return rows.current_action()
 
+    @property
+    def context(self) -> Tensor:
+        """(B, K, D) what the encoder made of each row's history when it ran last; plans are made from it.
+
+        Raises:
+            ConfigError: there was no observation yet.
+        """
+        if self._context is None:
+            raise ConfigError("there is no context before the first observation: call observe(observation)")
+        return self._context
+
     def drain_timings(self) -> dict[str, list[float]]:
         """Wall times [ms] of encoder steps and plans since the last call, and how many rows each plan was for.
 

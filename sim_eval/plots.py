@@ -22,6 +22,7 @@ __all__ = [
     "age_plot",
     "arms_plot",
     "bars_plot",
+    "cuts_plot",
     "delay_plot",
     "latency_plot",
     "pairs_plot",
@@ -179,6 +180,7 @@ def age_plot(layers: Sequence[Mapping[str, Any]]) -> str:
         figure.axes.plot(range(len(ages)), shares, marker="o", markersize=3, color=_COLOURS["accent"], alpha=strength,
                          label=f"layer {number}")  # fmt: skip
         figure.axes.set_xticks(range(len(ages)), [str(age) for age in ages])
+    figure.axes.set_ylim(bottom=0)
     figure.legend()
     figure.label("age from ... on [control steps]", "attention [%]")
     return figure.svg("Attention by age")
@@ -198,6 +200,35 @@ def bars_plot(rates: Mapping[str, tuple[float | None, Sequence[float]]]) -> str:
     figure.axes.set_xlim(0, 100.5)
     figure.label("success [%], with 95 % interval", "")
     return figure.svg("Success by kind")
+
+
+def cuts_plot(cuts: Sequence[Mapping[str, Any]], whole: Mapping[str, Any]) -> str:
+    """SVG of success against the control steps of history that a policy plans with.
+
+    Args:
+        cuts: evaluations with a history cut to `window` control steps, each with `rate` and `interval`.
+        whole: the same of the evaluation with all of its history, for a line with its interval as a band.
+    """
+    figure = _Figure(2.4)
+    axes = figure.axes
+    known = sorted((cut for cut in cuts if cut["rate"] is not None), key=lambda cut: cut["window"])
+    steps = [cut["window"] for cut in known]
+    rates = np.array([100 * cut["rate"] for cut in known])
+    spread = np.abs(100 * np.array([cut["interval"] for cut in known]).reshape(-1, 2).T - rates)
+    axes.errorbar(
+        steps, rates, yerr=spread, color=_COLOURS["accent"], marker="o", capsize=4, linewidth=1.6, label="cut"
+    )
+    if whole["rate"] is not None:
+        low, high = (100 * bound for bound in whole["interval"])
+        axes.axhspan(low, high, color=_COLOURS["success"], alpha=0.18, linewidth=0)
+        axes.axhline(100 * whole["rate"], color=_COLOURS["success"], linewidth=1.6, linestyle="--", label="whole")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(steps, [str(count) for count in steps])
+    axes.set_xticks([], minor=True)
+    axes.set_ylim(-3, 103)
+    figure.legend()
+    figure.label("control steps of history", "success [%], with 95 % interval")
+    return figure.svg("Success against the length of the history")
 
 
 def delay_plot(curve: Sequence[Mapping[str, Any]]) -> str:

@@ -37,7 +37,7 @@ ALLOWED = {
     "training": TRAINED | {"datasets", "policies"},
     "recording": BASE | {"datasets", "sim_eval", "control"},
     "export": TRAINED | {"policies"},
-    "analysis": TRAINED | {"datasets", "policies", "sim_eval", "control"},
+    "analysis": TRAINED | {"datasets", "policies", "sim_eval", "control", "training"},
     "presets": EVERYTHING,
     "cli": EVERYTHING | {"presets"},
     "__init__": {"policies"},

@@ -1,6 +1,6 @@
 """Streams of observations that a policy saw, and plans it makes after histories of any kind.
 
-Shapes: T control steps of an episode, R histories, Ta chunk length, Da action width.
+Shapes: T control steps of an episode, B rows, R histories, Ta chunk length, Da action width, K context tokens, D width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,16 +25,24 @@ class Stream:
         observation: T observations, arrays by key.
         action: T actions (Da,) that it asked for.
         executed: T actions (Da,) executed one control step before each observation; zeros before the first.
+        context: T contexts (K, D) that the policy had after each observation; empty where nobody noted them.
     """
 
     episode: int
     observation: list[dict[str, NDArray[Any]]] = field(default_factory=list)
     action: list[NDArray[np.float32]] = field(default_factory=list)
     executed: list[NDArray[np.float32]] = field(default_factory=list)
+    context: list[NDArray[np.float32]] = field(default_factory=list)
+
+    def see(self, row: int, observation: Observation, executed: ActionArray) -> None:
+        """Adds what a row of a batch saw (B, ...) and what was executed (B, Da) before."""
+        self.observation.append({key: np.array(value[row]) for key, value in observation.items()})
+        self.executed.append(executed[row].copy())
 
     def cut(self, length: int) -> "Stream":
         """Its first control steps: rows without work go on repeating their last observation."""
-        return Stream(self.episode, self.observation[:length], self.action[:length], self.executed[:length])
+        observation, action = self.observation[:length], self.action[:length]
+        return Stream(self.episode, observation, action, self.executed[:length], self.context[:length])
 
     def __len__(self) -> int:
         return len(self.observation)
@@ -63,11 +71,11 @@ class StreamRecorder:
     def act(self, observation: Observation, executed_action: ActionArray | None = None) -> ActionArray:
         """As the policy's."""
         action = self._policy.act(observation, executed_action)
+        context = self._policy.context.cpu().numpy()
         for row, stream in self._present.items():
-            stream.observation.append({key: np.array(value[row]) for key, value in observation.items()})
+            stream.see(row, observation, np.zeros_like(action) if executed_action is None else executed_action)
             stream.action.append(action[row].copy())
-            executed = np.zeros_like(action[row]) if executed_action is None else executed_action[row].copy()
-            stream.executed.append(executed)
+            stream.context.append(context[row].copy())
         return action
 
 

@@ -224,6 +224,8 @@ class TestCommittedActions:
         with pytest.raises(ConfigError, match="needs an observation first"):
             policy.plan()
         with pytest.raises(ConfigError, match="before the first observation"):
+            policy.context  # noqa: B018
+        with pytest.raises(ConfigError, match="before the first observation"):
             policy.reset(rows=[0])
 
 

@@ -61,7 +61,7 @@ def test_delays(toy, tiny_run, tmp_path):
 def test_history(toy, tiny_run, tiny_store, tmp_path):
     arguments = ["eval", str(tiny_run), "--env", ENVIRONMENT, "--episodes", "4", "--out", str(tmp_path / "out")]
     assert main([*arguments, "--num-videos", "0", "--diagnose-history", "4", "--dataset", str(tiny_store)]) == 0
-    text = check(tmp_path / "out" / "history.html", videos=0, pictures=2)
+    text = check(tmp_path / "out" / "history.html", videos=0, pictures=3)
     assert "shuffled" in text
 
 
