@@ -19,7 +19,7 @@ from reporting import percent, provenance, start_state_line
 
 from scd_robot.seeding import EVALUATION, derive_seed, keyed_rng
 from scd_robot.sim_eval import make_environment
-from scd_robot.sim_eval.comparison import NON_INFERIORITY_MARGIN, compare
+from scd_robot.sim_eval.comparison import NON_INFERIORITY_MARGIN, arm_interval, compare, outcomes
 from scd_robot.sim_eval.memory import MEMORY_TASKS, TASKS
 from scd_robot.sim_eval.metrics import wilson_interval
 from scd_robot.types import Environment
@@ -91,13 +91,15 @@ def _documents(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _cell(results: list[dict[str, Any]], number: int) -> str:
-    """Successes of all seeds together with their interval."""
+    """Successes of all seeds together, over the start states that are valid in all, with their interval."""
     if not results:
         return "-"
-    documents = [_documents(result)[number] for result in results]
-    successes = sum(document["successes"] for document in documents)
-    valid = sum(document["episodes"] - document["invalid"] for document in documents)
-    return f"{successes}/{valid}, {percent(successes / valid, wilson_interval(successes, valid))}"
+    found = [outcomes(_documents(result)[number]) for result in results]
+    indices = sorted(set.intersection(*(set(successes) for successes in found)))
+    if not indices:
+        return "no valid episode"
+    table = np.array([[successes[index] for index in indices] for successes in found], bool)
+    return f"{table.sum()}/{table.size}, {percent(float(table.mean()), arm_interval(table))}"
 
 
 def _verdicts(done: Results) -> list[str]:

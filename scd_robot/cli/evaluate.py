@@ -190,6 +190,5 @@ def headline(result: Mapping[str, Any]) -> str:
     ]
     return (
         f"{result['env']}{troubles}: {result['successes']}/{valid} successes, {rate} "
-        f"(95 % interval {100 * low:.1f}-{100 * high:.1f} %), {result['invalid']} invalid{score}; "
-        + ", ".join(times)
+        f"(95 % interval {100 * low:.1f}-{100 * high:.1f} %), {result['invalid']} invalid{score}; " + ", ".join(times)
     )

@@ -96,8 +96,8 @@ def sweep(
         for row in rows:
             low, high = (100 * bound for bound in row["interval"])
             rate = "-" if row["success_rate"] is None else f"{100 * row['success_rate']:.1f} % [{low:.1f}, {high:.1f}]"
-            seed = "-" if row["seed"] is None else row["seed"]
-            print(f"| {row['env']} | {row['policy']} | {seed} | {row['successes']}/{row['valid']} | {rate} |")
+            noise = "-" if row["seed"] is None else row["seed"]
+            print(f"| {row['env']} | {row['policy']} | {noise} | {row['successes']}/{row['valid']} | {rate} |")
         for one in lost:
             print(f"FAILED {one['policy']} in {one['env']}: {one['error']}")
         print(f"evaluations: {out}")

@@ -111,6 +111,7 @@ class SegmentDataset(Dataset[TrainingBatch]):
             model.chunk_length,
             model.past_action_input != "none",
             experiment.transforms,
+            training.disturbance_threshold,
         )
 
     def __len__(self) -> int:

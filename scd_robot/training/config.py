@@ -27,6 +27,9 @@ class TrainingConfig:
         positions_per_segment: control steps of each encoded segment whose chunks are denoised.
         idle_weight: how often control steps are chosen whose whole chunk is one action that does not change (a robot
             that waits), in units of the others'. They still are history; in validation all count alike.
+        disturbance_threshold: where the executed action differs from its label by more than this in any dimension, in
+            units of the action, the rest of a chunk carries no loss: it answers a disturbance that no one could
+            foresee. 0 = off.
         noise_draws: (noise, flow time) draws for each of them; the encoder's cost is shared by all.
         virtual_reset_probability: share of segments whose history is cut at a random step, in all layers (variable
             history, arXiv 2606.16447).
@@ -55,6 +58,7 @@ class TrainingConfig:
     burn_in: int = 0
     positions_per_segment: int = 16
     idle_weight: float = 1.0
+    disturbance_threshold: float = 0.0
     noise_draws: int = 1
     virtual_reset_probability: float = 0.2
     flow_time: FlowTimeConfig = field(default_factory=FlowTimeConfig)
@@ -79,7 +83,8 @@ class TrainingConfig:
         for name in (*positive, "validate_every", "validation_segments"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "burn_in", "warmup_steps", "weight_decay", "gradient_clip", "num_workers"):
+        not_negative = ("seed", "burn_in", "warmup_steps", "weight_decay", "gradient_clip", "num_workers")
+        for name in (*not_negative, "disturbance_threshold"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("learning_rate", "decoder_learning_rate_factor"):

@@ -33,7 +33,7 @@ class Segments:
         step_valid: (B, T) bool, False past a segment's end.
         label: (B, M, L, Da) actions around each position, as the chunk has them.
         executed: (B, M, L, Da) what was really executed then.
-        action_valid: (B, M, L) bool, False outside the episode: no data.
+        action_valid: (B, M, L) bool, False outside the episode and after a disturbance in the chunk: no data.
         past_action: (B, T, Da) executed one control step before each, or (0, T, Da) where the model does not read it.
     """
 
@@ -56,6 +56,7 @@ class SegmentReader:
         chunk_length: Ta.
         reads_past_action: the model takes the action before each control step.
         transforms: of which those of chunks are done here.
+        disturbance_threshold: chunks end where executed actions deviate more from their labels; 0 = they do not.
     """
 
     def __init__(
@@ -66,7 +67,9 @@ class SegmentReader:
         chunk_length: int,
         reads_past_action: bool = False,
         transforms: TransformConfig | None = None,
+        disturbance_threshold: float = 0.0,
     ) -> None:
+        self._threshold = disturbance_threshold
         self._before, self._after, self._reads_past = num_past_actions, chunk_length, reads_past_action
         self._transforms, self._control_dt = transforms or TransformConfig(), data.spec.control_dt
         self._observation = {key: data.arrays[key] for key in keys}
@@ -93,6 +96,11 @@ class SegmentReader:
         executed = label
         if self._executed is not self._action:
             executed = take_windows(self._executed, first, length, around)
+        valid = torch.from_numpy(segments.inside(position, self._before, self._after))
+        if self._threshold:
+            disturbed = (executed - label).abs().amax(dim=-1) > self._threshold
+            disturbed[..., : self._before] = False
+            valid &= disturbed.cumsum(dim=-1) - disturbed.int() == 0
         if self._reads_past:
             past = gather(self._executed, segments.before(all_steps()))
         else:
@@ -109,7 +117,7 @@ class SegmentReader:
             step_valid=torch.from_numpy(segments.step_valid()),
             label=label,
             executed=executed,
-            action_valid=torch.from_numpy(segments.inside(position, self._before, self._after)),
+            action_valid=valid,
             past_action=past,
         )
 

@@ -169,10 +169,11 @@ class TestExperts:
         assert successes(environment, 30, late) <= 3
 
 
-def waiting_observations(task, episodes):
+def waiting_observations(task, episodes, kind):
     """(3, E, D) flat observations of noisy expert episodes, (E, n) what is hidden in them.
 
-    They are of the first control step in which all is hidden, of the middle and of the end of the wait.
+    They are of the first control step in which all is hidden, of the middle and of the end of the wait. Pictures are
+    reduced to 16x16 pixels.
     """
     environment = make(task, "delay=20")
     rng = np.random.default_rng(0)
@@ -183,24 +184,33 @@ def waiting_observations(task, episodes):
         while True:
             noise = 0.1 * rng.standard_normal(environment.spec.action_dim)
             result = environment.step((environment.expert_action() + noise).astype(np.float32))
-            if result.observation["signal"][0] > 0 or result.terminated or result.truncated:
+            if environment._signal() or result.terminated or result.truncated:
                 break
-            rows.append(np.concatenate([np.ravel(value) for value in result.observation.values()]))
-        seen.append([rows[-19], rows[-10], rows[-1]])
+            row = result.observation
+            if kind == "image":
+                row = {"image": environment.render(64, 64)} if not environment._is_free() else {}
+            rows.append(row)
+        seen.append([np.concatenate([np.ravel(small(value)) for value in rows[i].values()]) for i in (-19, -10, -1)])
         hidden.append(environment._hidden())
     return np.array(seen).swapaxes(0, 1), np.array(hidden)
 
 
+def small(value):
+    """(16, 16, 3) of a picture, a vector as it is."""
+    return value.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3)) if value.ndim == 3 else value
+
+
+@pytest.mark.parametrize("kind", ["state", pytest.param("image", marks=pytest.mark.sim)])
 @pytest.mark.parametrize("task", MEMORY)
-def test_nothing_that_is_seen_in_the_wait_tells_what_is_hidden(task):
-    seen, hidden = waiting_observations(task, 400)
+def test_nothing_that_is_seen_in_the_wait_tells_what_is_hidden(task, kind):
+    seen, hidden = waiting_observations(task, 400, kind)
     if task == "hidden-friction":
         hidden = hidden[:, :1]  # the goal is in view
     if task in ("cue-reach", "count-press"):
         hidden = (hidden == np.unique(hidden)).astype(float)
     hidden = hidden - hidden.mean(axis=0)
     for rows in seen:
-        assert explained(np.concatenate([rows, rows**2], axis=1), hidden) < 0.08
+        assert explained(rows if kind == "image" else np.concatenate([rows, rows**2], axis=1), hidden) < 0.08
         assert explained_by_neighbours(rows, hidden) < 0.08
     leak = hidden + 0.5 * hidden.std() * np.random.default_rng(1).standard_normal(hidden.shape)
     assert explained(np.concatenate([rows, leak], axis=1), hidden) > 0.5  # the probes would have found one

@@ -51,6 +51,29 @@ def test_windows_are_the_rows_of_their_segments(stride, lazy):
         np.testing.assert_array_equal(read.past_action, data.arrays["executed_action"][before])
 
 
+def test_chunks_end_after_a_disturbance():
+    data = tiny_data()
+    executed = data.arrays["action"].copy()
+    executed[5, 1] += 0.4
+    executed[20] += 0.2  # less than the threshold
+    data = replace(data, arrays={**data.arrays, "executed_action": executed})
+    index = SegmentIndex(data.episode_ends, 12)
+    reader = SegmentReader(data, ["position"], 2, 4, disturbance_threshold=0.3)
+    undisturbed = SegmentReader(data, ["position"], 2, 4)
+    cut = set()
+    for step in range(20):
+        segments = index.batch(step, range(4), 4)
+        position = np.tile(np.arange(segments.lengths.min()), (4, 1))
+        valid = reader.read(segments, position).action_valid.numpy()
+        around, inside = segments.steps_around(position, 2, 4)
+        begins = around[..., 2:3]
+        foreseen = (around <= 5) | (begins > 5)  # the answer to it comes one step later
+        np.testing.assert_array_equal(valid, inside & foreseen)
+        np.testing.assert_array_equal(undisturbed.read(segments, position).action_valid, inside)
+        cut |= set(begins[(inside & ~foreseen).any(axis=-1)].ravel().tolist())
+    assert cut == {3, 4, 5}
+
+
 def silent_goal():
     """The goal is there in every third control step only; elsewhere the array holds rubbish."""
     data = tiny_data()
