@@ -142,6 +142,15 @@ def test_mixed_delays_are_drawn_for_each_episode():
     assert set(drawn) == {10, 50, 200}
 
 
+IN_VIEW = {
+    "cue-reach": lambda seen, _: int(np.argmax(seen["cue"])),
+    "place-back": lambda seen, _: seen["origin"][:2],
+    "count-press": lambda seen, now: now._presses + (int(np.argmax(seen["cue"])) + 1) % seen["cue"].size,
+    "occluded-reach": lambda seen, _: seen["puck"][:2],
+    "hidden-friction": lambda seen, _: float(seen["friction"][0]),
+}
+
+
 class TestExperts:
     @pytest.mark.parametrize("task", MEMORY)
     @pytest.mark.parametrize("delay", [0, 10, 50])
@@ -151,6 +160,21 @@ class TestExperts:
     @pytest.mark.parametrize("task", MEMORY)
     def test_do_the_same_where_nothing_is_hidden(self, task):
         assert successes(make(task, "delay=10,cue_visible=1,expert=memoryless"), 50) >= 49
+
+    @pytest.mark.parametrize("task", MEMORY)
+    def test_need_no_memory_where_the_cue_stays_in_view(self, task):
+        """What they believe is read anew from every observation, so all that they need is in it."""
+        environment, succeeded = make(task, "delay=10,cue_visible=1"), 0
+        for episode in range(50):
+            observation = environment.reset(derive_seed(EVALUATION, episode))
+            while True:
+                environment._believed = IN_VIEW[task](observation, environment)
+                result = environment.step(environment.expert_action())
+                observation = result.observation
+                if result.success or result.terminated or result.truncated:
+                    break
+            succeeded += result.success
+        assert succeeded >= 49
 
     @pytest.mark.parametrize("task", MEMORY)
     def test_without_memory_only_guess(self, task):
