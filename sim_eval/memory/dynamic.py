@@ -1,6 +1,6 @@
 """Two tasks that do not wait: acting on what was seen 200 ms ago fails in them."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -40,6 +40,7 @@ class MovingTarget(_Dynamic):
 
     task: ClassVar[str] = "moving-target"
     success: ClassVar[str] = "the hand stays within 3 cm of the moving ball for 60 control steps on end"
+    control: ClassVar[Literal["position", "velocity"]] = "velocity"
     reach_per_step: ClassVar[float] = 0.02
     target_low: ClassVar[tuple[float, ...]] = (-0.4, -0.4, 0.03)
     target_high: ClassVar[tuple[float, ...]] = (0.4, 0.4, 0.4)
@@ -95,6 +96,7 @@ class TrayBalance(_Dynamic):
     task: ClassVar[str] = "tray-balance"
     success: ClassVar[str] = "the ball stays within 4 cm of the middle for 60 control steps on end, and never falls off"
     action_dim: ClassVar[int] = 2
+    control: ClassVar[Literal["position", "velocity"]] = "velocity"
     reach_per_step: ClassVar[float] = 0.03  # [rad]
     target_low: ClassVar[tuple[float, ...]] = (-0.25, -0.25)
     target_high: ClassVar[tuple[float, ...]] = (0.25, 0.25)

@@ -70,13 +70,17 @@ class MemoryEnvironment(abc.ABC):
     or mrad, so that a cue cannot survive in the last digits of a position. With `observation=image` there are
     `proprio` and `image` (64, 64, 3) uint8, in which everything else can be seen.
 
-    An action is one of -1..1 per joint: how far its target moves in one control step, 1 = `reach_per_step`. While a cue
-    is shown and in the wait the robot holds still, whatever it is asked for: it cannot keep the cue in its pose.
+    An action has a number in -1..1 for each joint. With `control` "position" it is where the joint's target is to go,
+    -1 and 1 being `target_low` and `target_high`; the targets move there together, in a straight line, by at most
+    `reach_per_step` in a control step. With "velocity" it is how far the joint's target moves in one control step, 1
+    being `reach_per_step`. While a cue is shown and in the wait the robot holds still, whatever it is asked for: it
+    cannot keep the cue in its pose.
     """
 
     task: ClassVar[str]
     success: ClassVar[str]
     action_dim: ClassVar[int] = 3
+    control: ClassVar[Literal["position", "velocity"]] = "position"
     control_dt: ClassVar[float] = 0.05
     sim_dt: ClassVar[float] = 0.005
     reach_per_step: ClassVar[float] = 0.025  # [m]
@@ -148,7 +152,9 @@ class MemoryEnvironment(abc.ABC):
             raise SimulatorError(
                 f"the episode of {self.spec.name} was truncated after {self.steps} control steps; call reset(seed)"
             )
-        executed = checked_action(action, self.spec, self.steps) * np.float32(self._is_free())
+        executed = checked_action(action, self.spec, self.steps)
+        if not self._is_free():
+            executed = self._standstill()
         self._move(executed)
         self.steps += 1
         verdict = self._judge()
@@ -170,11 +176,11 @@ class MemoryEnvironment(abc.ABC):
     def expert_action(self) -> ActionArray:
         """The scripted expert's action (Da,) for the present state; which expert, the option `expert` says.
 
-        It is zero while the robot holds still anyway.
+        While the robot holds still anyway, that is what it asks for.
         """
         self._check_running()
         if not self._is_free():
-            return np.zeros(self.action_dim, np.float32)
+            return self._standstill()
         return np.clip(self._expert(), -1.0, 1.0).astype(np.float32)
 
     def render(self, height: int, width: int) -> NDArray[np.uint8]:
@@ -198,10 +204,21 @@ class MemoryEnvironment(abc.ABC):
         position: Vector = self.data.qpos[: self.model.nu]
         return position
 
-    def towards(self, place: ArrayLike, speed: float = 1.0) -> Vector:
-        """Action (3,) that moves the target of the hand to a place in a straight line, at `speed` in 0..1."""
-        offset = (np.asarray(place, np.float64) - self.target[:3]) / self.reach_per_step
-        return offset / max(1.0, float(np.linalg.norm(offset)) / speed)
+    def towards(self, place: ArrayLike) -> Vector:
+        """Action (3,) that moves the target of the hand to a place in a straight line."""
+        goal = np.asarray(place, np.float64)
+        if self.control == "position":
+            low, high = np.array(self.target_low), np.array(self.target_high)
+            return np.asarray(2 * (goal - low) / (high - low) - 1)
+        offset = (goal - self.target[:3]) / self.reach_per_step
+        return offset / max(1.0, float(np.linalg.norm(offset)))
+
+    def _standstill(self) -> ActionArray:
+        """The action (Da,) that moves nothing."""
+        action = np.zeros(self.action_dim, np.float32)
+        if self.control == "position":
+            action[:3] = self.towards(self.target)
+        return action
 
     def paint(self, geom: str, colour: ArrayLike) -> None:
         """Gives a geom a colour (3,) or (4,)."""
@@ -216,8 +233,12 @@ class MemoryEnvironment(abc.ABC):
         self._before_physics(action)
         motion = np.zeros_like(self.target)
         joints = min(self.action_dim, self.model.nu)
-        motion[:joints] = self.reach_per_step * action[:joints]
-        low, high = self.target_low[: self.model.nu], self.target_high[: self.model.nu]
+        low, high = (np.array(bound[: self.model.nu]) for bound in (self.target_low, self.target_high))
+        if self.control == "velocity":
+            motion[:joints] = self.reach_per_step * action[:joints]
+        elif self._is_free():  # else it would go where rounding puts its target
+            motion = low + (high - low) * (action[:joints].astype(np.float64) + 1) / 2 - self.target
+            motion *= min(1.0, self.reach_per_step / max(float(np.linalg.norm(motion)), 1e-12))
         physics_steps = round(self.control_dt / self.sim_dt)
         for i in range(physics_steps):  # at full speed up to where it stops
             self.data.ctrl[:] = np.clip(self.target + motion * (i + 1) / physics_steps, low, high)

@@ -1,6 +1,6 @@
 """Hidden friction: how far a puck slides is to be learned from one push, and used after a while in the next."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -43,6 +43,7 @@ class HiddenFriction(MemoryEnvironment):
     success: ClassVar[str] = (
         "pushed for the second time, up to the line, the puck comes to rest within 4 cm of the goal"
     )
+    control: ClassVar[Literal["position", "velocity"]] = "velocity"
     reach_per_step: ClassVar[float] = 0.035  # [m]: 0.7 m/s
     target_high: ClassVar[tuple[float, ...]] = (_RELEASE, 0.35, 0.35)
     steps_to_act: int = _TRY_STEPS + _RETURN_STEPS + 80

@@ -111,16 +111,15 @@ class PlaceBack(MemoryEnvironment):
         if waiting:
             return np.append(self.towards((0, 0, _HIGH)), -1.0)
         goal = np.zeros(2) if self._ready_at is None else self._believed
-        there = np.hypot(*(block[:2] - goal)) < 0.012
+        there = np.hypot(*(block[:2] - goal)) < 0.02
         if self._held():
-            over = np.hypot(*(self.target[:2] - goal)) < 0.005
-            settled = over and there
+            settled = there and np.hypot(*(self.target[:2] - goal)) < 0.02
             if settled and block[2] < _LOW + 0.006:
-                return np.append(np.zeros(3), -1.0)
+                return np.append(self.towards((*goal, _LOW)), -1.0)
             return np.append(self.towards((*goal, _LOW if settled else _HIGH)), 1.0)
         if there:  # put down
             return np.append(self.towards((*goal, _HIGH)), -1.0)
-        near = np.hypot(*(self.hand[:2] - block[:2])) < 0.012
+        near = np.hypot(*(self.hand[:2] - block[:2])) < 0.02
         return np.append(self.towards((*block[:2], _LOW if near else _HIGH)), 1.0 if near else -1.0)
 
     def _before_physics(self, action: ActionArray) -> None:

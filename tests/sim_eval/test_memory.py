@@ -68,7 +68,8 @@ class TestContract:
         action, free = np.full(environment.spec.action_dim, 9, np.float32), environment._is_free()
         results = [environment.step(action) for _ in range(3)]
         assert [result.truncated for result in results] == [False, False, True]
-        np.testing.assert_array_equal(results[0].executed_action, np.full_like(action, free))
+        executed = np.ones_like(action) if free else environment._standstill()
+        np.testing.assert_array_equal(results[0].executed_action, executed)
         with pytest.raises(SimulatorError, match="truncated after 3"):
             environment.step(action)
         environment.reset(0)
@@ -277,8 +278,29 @@ class TestJudgement:
             if not free:
                 held += 1
                 np.testing.assert_array_equal(environment.target, before)
-                assert not result.executed_action.any()
+                # What was executed would have moved nothing either, had the robot been free.
+                environment._is_free = lambda: True
+                environment._move(result.executed_action)
+                np.testing.assert_allclose(environment.target, before, atol=1e-6)
+                environment.target = before
+                del environment._is_free
         assert held >= 29
+
+    def test_targets_move_together_to_the_place_that_is_asked_for(self):
+        environment = make("cue-reach", "delay=0")
+        environment.reset(0)
+        while not environment._signal():
+            environment.step(environment.expert_action())
+        start, goal = environment.target.copy(), np.array([0.1, -0.2, 0.3])
+        action = environment.towards(goal).astype(np.float32)
+        for step in range(1, 8):
+            environment.step(action)
+            offset = goal - start
+            np.testing.assert_allclose(environment.target, start + offset * step * 0.025 / np.linalg.norm(offset))
+        for _ in range(20):
+            environment.step(action)
+        np.testing.assert_allclose(environment.target, goal, atol=1e-6)
+        np.testing.assert_allclose(environment.hand, goal, atol=0.002)
 
     @pytest.mark.parametrize("speed", [0.2, 1.0])
     def test_the_puck_cannot_be_carried_to_the_goal(self, speed):
