@@ -19,14 +19,14 @@ _TRY_STEPS = 60  # control steps of the first push
 _RETURN_STEPS = 20  # more, in which the hand goes back
 _FIRST_SPEED = 0.4  # [m/s]
 _DECELERATION = (0.2, 1.0)  # [m/s^2]
-_BEST_GUESS = 0.8  # [m/s^2]: of all constant beliefs the one with which most second pushes succeed
+_BEST_GUESS = 0.75  # [m/s^2]: of all constant beliefs the one with which most second pushes succeed
 _NEAR = 0.04  # [m] of the goal
 _MASS = 0.2
 _LEFT_AT = _RELEASE + _HALF + _TIP  # [m], of the puck when it leaves the hand
 _LAG = 0.033  # [s] by which a moving hand trails its target, kv / kp of its servos
 _CONTACT = _START - _HALF - _TIP  # [m], of the hand when it touches the puck
 _HEIGHT = 0.03
-_BACK = np.array([-0.3, 0.0, _HEIGHT])
+_BACK = np.array([_CONTACT - 0.01, 0.0, _HEIGHT])
 
 
 class HiddenFriction(MemoryEnvironment):
@@ -69,9 +69,10 @@ class HiddenFriction(MemoryEnvironment):
         self._goal = float(_LEFT_AT + rng.uniform(0.12, 0.24))
         self.model.joint("puck").frictionloss = _MASS * self._deceleration
         self.data.mocap_pos[0] = (self._goal, 0, 0.002)
-        self.target = _BACK + rng.uniform(-0.01, 0.01, 3)
+        self.target = _BACK + rng.uniform(-0.005, 0.005, 3)
         self.data.joint("puck").qpos[0] = _START
         self._pushed = False
+        self._arrived = False  # of the hand at the stop, in this push
 
     def _guess(self, rng: np.random.Generator) -> None:
         self._believed = _BEST_GUESS
@@ -94,9 +95,11 @@ class HiddenFriction(MemoryEnvironment):
         return self.steps < _TRY_STEPS + _RETURN_STEPS or self._signal()
 
     def _judge(self) -> Verdict:
+        self._arrived |= self.target[0] >= _RELEASE - 1e-6
         if not self._signal():
             if self.steps >= _TRY_STEPS:
                 self.data.joint("puck").qpos[0], self.data.joint("puck").qvel[0] = _START, 0.0
+                self._arrived = False
             self._pushed = False
             return None
         self._pushed |= self._puck() > _START + 0.02
@@ -109,12 +112,11 @@ class HiddenFriction(MemoryEnvironment):
         trying = self.steps < _TRY_STEPS
         if not trying and not self._signal():
             return self.towards(_BACK)
-        if self._puck() > _LEFT_AT - 0.01 or self.target[0] >= _RELEASE - 1e-6:  # let go
-            return self.towards(_BACK) if self.target[0] > _RELEASE - 0.05 else np.zeros(3)
+        if self._arrived:
+            return self.towards(_BACK)
         speed = _FIRST_SPEED if trying else self._speed_for_goal()
-        # Gently up to the puck, which would bounce off, and then to the full speed along 6 cm.
-        near = self.target[0] > _CONTACT - 0.04
-        gain = np.clip(0.35 + 0.65 * (self.target[0] - _CONTACT) / 0.06, 0.35, 1.0) if near else 1.0
+        # Gently at first: struck, the puck would run ahead of the hand.
+        gain = np.clip(0.4 + 0.6 * (self.target[0] - _BACK[0]) / 0.06, 0.4, 1.0)
         step = speed * self.control_dt * gain
         return np.array([step, *(np.array([0.0, _HEIGHT]) - self.target[1:])]) / self.reach_per_step
 
