@@ -78,7 +78,9 @@ def memory_state(dataset: DatasetSpec) -> ExperimentConfig:
     """State policy for tasks of the memory suite: its history covers an episode of 500 control steps.
 
     The robot waits most of the time; the decoder is trained on a tenth of these control steps only. No history is cut:
-    without the cue there is nothing to be learned from what follows.
+    without the cue there is nothing to be learned from what follows. Chunks end where a disturbance begins, which
+    recordings should have: else a policy with all its history in view goes by the time that has passed. For the same
+    reason plans are short: what has been achieved is looked at every 4 control steps.
     """
     base = metaworld_state(dataset)
     return replace(
@@ -86,8 +88,15 @@ def memory_state(dataset: DatasetSpec) -> ExperimentConfig:
         preset="memory_state",
         model=replace(base.model, history_length=512),
         training=replace(
-            base.training, max_steps=3000, segment_length=512, idle_weight=0.1, virtual_reset_probability=0.0
+            base.training,
+            max_steps=1000,
+            segment_length=512,
+            positions_per_segment=32,
+            idle_weight=0.1,
+            disturbance_threshold=0.5,
+            virtual_reset_probability=0.0,
         ),
+        policy=replace(base.policy, num_executed=4),
     )
 
 

@@ -41,7 +41,7 @@ def record(
             Meta-World); the stored labels are the expert's clean actions.
         steps_after_success: control steps recorded after the first success.
         disturbances: probability that in a control step a disturbance begins: for 3 to 8 steps one random action is
-            executed in the place of the expert's, whose labels then show how to mend that (0.03 for tasks of memory).
+            executed in the place of the expert's, whose labels then show how to mend that (0.02 for tasks of memory).
         workers: simulator processes; by default one per CPU, fewer for few episodes.
         overwrite: replace a store that exists at OUT, once the new one is complete.
         json: write the summary to this file too ("-": standard output).

@@ -32,7 +32,7 @@ class CountPress(MemoryEnvironment):
     success: ClassVar[str] = "after the signal the button is pressed as often as was shown, and then the pad touched"
 
     def _scene(self) -> str:
-        self.steps_to_act = _CUE_STEPS + 30 + 12 * self.options.choices
+        self.steps_to_act = _CUE_STEPS + 40 + 16 * self.options.choices
         x, y = _BUTTON
         button = (
             f'<body name="button" pos="{x} {y} 0"><joint name="button" type="slide" axis="0 0 -1" range="0 0.025" '
@@ -49,6 +49,7 @@ class CountPress(MemoryEnvironment):
     def _begin(self, rng: np.random.Generator) -> None:
         self._count = self._believed = int(rng.integers(1, self.options.choices + 1))
         self._presses, self._down = 0, False
+        self._lifting = False  # after a press, until the hand is up again
         self.target = np.asarray(HOME) + rng.uniform(-0.03, 0.03, 3)
 
     def _guess(self, rng: np.random.Generator) -> None:
@@ -75,12 +76,13 @@ class CountPress(MemoryEnvironment):
     def _judge(self) -> Verdict:
         travel = float(self.data.joint("button").qpos[0])
         if not self._down and travel > _PRESSED:
-            self._down = True
+            self._down = self._lifting = True
             self._presses += 1
             if self._presses > self._count:
                 return "wrong"
         elif self._down and travel < _RELEASED:
             self._down = False
+        self._lifting &= self.hand[2] < _ABOVE - 0.01
         if self.hand[2] < 0.03 and np.hypot(*(self.hand[:2] - _PAD)) < _PAD_RADIUS:
             return "success" if self._presses == self._count else "wrong"
         return None
@@ -88,11 +90,11 @@ class CountPress(MemoryEnvironment):
     def _expert(self) -> Vector:
         if not self._signal():
             return self.towards(HOME)
-        if self._presses >= self._believed and not self._down:
+        if self._presses >= self._believed and not self._lifting:
             near = np.hypot(*(self.target[:2] - _PAD)) < 0.02
             return self.towards((*_PAD, 0.02 if near else 0.12))
-        near = np.hypot(*(self.target[:2] - _BUTTON)) < 0.01
-        lower = near and not self._down
+        near = np.hypot(*(self.target[:2] - _BUTTON)) < 0.02
+        lower = near and not self._lifting
         return self.towards((*_BUTTON, _DOWN if lower else _ABOVE))
 
     def _paint(self) -> None:
