@@ -46,6 +46,12 @@ _SUCCESS = {
     "FrankaKitchen-v1": "all four default subtasks are completed: microwave, kettle, light switch, slide cabinet",
     **dict.fromkeys(_ALOHA, "the reward reaches its largest value, 4 (info['is_success'])"),
 }
+_HANDS = {
+    **dict.fromkeys(_FETCH, "robot0:grip"),
+    **dict.fromkeys(_ADROIT, "S_grasp"),
+    "FrankaKitchen-v1": "end_effector",
+}  # names of sites
+_ALOHA_HANDS = ("vx300s_left/gripper_link", "vx300s_right/gripper_link")  # names of bodies
 _KITCHEN_TASKS = ("microwave", "kettle", "light switch", "slide cabinet")
 
 
@@ -111,6 +117,15 @@ class GymnasiumEnvironment:
             max_steps=self._options.max_steps or _LIMITS[task],
             success=_SUCCESS[task],
         )
+
+    @property
+    def hand(self) -> NDArray[np.float64]:
+        """(3,) position of the hand, (2, 3) of aloha's two grippers [m], as the last physics step placed them."""
+        self._check_running()
+        data = self._physics()  # which is only looked at: Fetch begins its next step from the bodies' places
+        if self._task in _ALOHA:
+            return np.stack([data.body(name).xpos for name in _ALOHA_HANDS])
+        return np.array(data.site(_HANDS[self._task]).xpos)
 
     def reset(self, seed: int) -> dict[str, NDArray[Any]]:
         """Starts an episode whose initial state is a function of `seed` alone; returns its first observation.

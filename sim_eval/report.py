@@ -79,8 +79,8 @@ def _tiles(document: dict[str, Any]) -> str:
         if found := document[key]:
             batch = document["timing_batch_size"]
             tiles.append((f"{found['p50']:.3g} ms", f"{name}, median at batch {batch} (p95 {found['p95']:.3g} ms)"))
-    motion = document["motion"]
-    for key, name in (("path_length", "path of the hand"), ("jerk", "jerk (root mean square)")):
+    motion, unit = document["motion"], document["hand_unit"]
+    for key, name in (("path_length", f"{unit} path of the hand"), ("jerk", f"{unit}/s³ jerk (root mean square)")):
         if motion[key] is not None:
             tiles.append((f"{motion[key]:.3g}", f"{name}, mean of episodes"))
     if motion["boundary_jump"] is not None:

@@ -96,6 +96,7 @@ class TrayBalance(_Dynamic):
     success: ClassVar[str] = "the ball stays within 4 cm of the middle for 60 control steps on end, and never falls off"
     action_dim: ClassVar[int] = 2
     reach_per_step: ClassVar[float] = 0.03  # [rad]
+    hand_unit: ClassVar[str] = "rad"
     target_low: ClassVar[tuple[float, ...]] = (-0.25, -0.25)
     target_high: ClassVar[tuple[float, ...]] = (0.25, 0.25)
     steps_to_act: int = 250

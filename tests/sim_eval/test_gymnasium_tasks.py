@@ -61,6 +61,19 @@ def test_aloha_can_be_held_where_episodes_begin_and_moved_as_in_demonstrations(t
     assert np.column_stack([low, high])[grippers].tolist() == [[0, 1], [0, 1]]
 
 
+@pytest.mark.parametrize(
+    ("task", "key", "place"),
+    [("FetchReach-v4", "achieved_goal", slice(0, 3)), ("AdroitHandDoor-v1", "state", slice(29, 32))],
+)
+def test_the_hand_is_where_the_benchmark_sees_it(task, key, place):
+    environment = make_environment(f"gymnasium/{task}")
+    first = environment.reset(0)
+    np.testing.assert_allclose(environment.hand, first[key][place], atol=1e-6)
+    for _ in range(3):
+        result = environment.step(np.array(environment.spec.action_high, np.float32))
+        np.testing.assert_allclose(environment.hand, result.observation[key][place], atol=1e-6)
+
+
 def test_bad_actions_and_options():
     environment = make_environment("gymnasium/FetchReach-v4")
     with pytest.raises(SimulatorError, match=r"call reset\(seed\) first"):
