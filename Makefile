@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
-# What robomimic needs for its datasets, without torchvision (docs/install.md).
+# What robomimic needs for its datasets and environments, without torchvision (docs/install.md).
 ROBOMIMIC_NEEDS := imageio psutil six tensorboardX termcolor
 
 .DEFAULT_GOAL := help
@@ -80,7 +80,9 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
 
 $(VENV)-robosuite/.made: $(VENV)-robosuite/.venv pyproject.toml constraints/robosuite.txt
 	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
-	    --constraint constraints/robosuite.txt --editable ".[sim,formats,dev]" robosuite
+	    --constraint constraints/robosuite.txt --editable ".[sim,formats,dev]" robosuite $(ROBOMIMIC_NEEDS)
+	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
+	    --constraint constraints/robosuite.txt --no-deps "robomimic>=0.3,<0.4"
 	@touch $@
 
 # LeRobot's own requirements exclude this torch: only what its datasets need is installed, at fixed versions.

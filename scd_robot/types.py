@@ -159,7 +159,7 @@ class EnvironmentSpec:
         success: one sentence that defines success.
         score: what the mean over episodes of the best reward is, where that is the score that is published; "" = it is
             not.
-        hand: observation key whose first numbers are the position of the hand, and how many they are; None = none.
+        hand_unit: of the numbers of the environment's `hand`.
     """
 
     name: str
@@ -171,7 +171,7 @@ class EnvironmentSpec:
     max_steps: int
     success: str
     score: str = ""
-    hand: tuple[str, int] | None = None
+    hand_unit: str = "m"
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ class StepResult:
         terminated: the task ended by itself (a failure state, say); success alone does not set it.
         truncated: the time limit was reached.
         executed_action: (Da,) what was applied after clipping.
-        info: what else the environment tells: "completed", whether the manipulation was completed, rightly or not;
-            "hand", the hand's exact position, where observations of it are noisy.
+        info: what else the environment tells, "completed" for one: whether the manipulation was completed, rightly or
+            not.
     """
 
     observation: dict[str, NDArray[Any]]
@@ -199,7 +199,11 @@ class StepResult:
 
 
 class Environment(Protocol):
-    """One simulated robot with a task. Unbatched; one lives in each worker process."""
+    """One simulated robot with a task. Unbatched; one lives in each worker process.
+
+    It may have a property `hand`: where the hand is in the present state, (n,), or (hands, n) of several, exactly and
+    in `spec.hand_unit`. How smoothly the robot moves is measured there, and nowhere without it.
+    """
 
     spec: EnvironmentSpec
 

@@ -6,7 +6,9 @@ Observations are flattened: a dictionary's arrays keep their names, joined by do
 "achieved_goal.kettle"); a single array is called `state`. Actions are clipped to the environment's bounds. Options in
 the name: `max_steps=N` truncates episodes after N control steps (the benchmark's own number otherwise). gym-aloha draws
 its picture in every control step (about 0.3 s on a CPU) and offers no state of the objects: with `observation=image`
-there is "pixels.top" (480, 640, 3) beside "agent_pos".
+there is "pixels.top" (480, 640, 3) beside "agent_pos". Its actions are joint angles [rad] and openings of the grippers
+(0..1): their bounds are those of the actuators, since the -1..1 that gym-aloha claims (and does not apply) would keep
+the arms out of poses that demonstrations use, and that episodes begin in.
 """
 
 import warnings
@@ -44,6 +46,12 @@ _SUCCESS = {
     "FrankaKitchen-v1": "all four default subtasks are completed: microwave, kettle, light switch, slide cabinet",
     **dict.fromkeys(_ALOHA, "the reward reaches its largest value, 4 (info['is_success'])"),
 }
+_HANDS = {
+    **dict.fromkeys(_FETCH, "robot0:grip"),
+    **dict.fromkeys(_ADROIT, "S_grasp"),
+    "FrankaKitchen-v1": "end_effector",
+}  # names of sites
+_ALOHA_HANDS = ("vx300s_left/gripper_link", "vx300s_right/gripper_link")  # names of bodies
 _KITCHEN_TASKS = ("microwave", "kettle", "light switch", "slide cabinet")
 
 
@@ -97,19 +105,27 @@ class GymnasiumEnvironment:
         if task in _ALOHA:
             self._draw_only({_ALOHA_CAMERA} if self._options.observation == "image" else set())
         self._running, self._steps = False, 0
-        low, high = self._env.action_space.low, self._env.action_space.high
-        self._low, self._high = np.asarray(low, np.float32), np.asarray(high, np.float32)
-        first, _ = self._reset(0)
+        low, high = self._action_bounds()
+        first = self._reset(0)
         self.spec = EnvironmentSpec(
             name=canonical_name(f"gymnasium/{task}", self._options),
             observation={key: ArraySpec(value.shape, str(value.dtype)) for key, value in first.items()},
-            action_dim=len(self._low),
-            action_low=tuple(map(float, self._low)),
-            action_high=tuple(map(float, self._high)),
+            action_dim=len(low),
+            action_low=tuple(map(float, low)),
+            action_high=tuple(map(float, high)),
             control_dt=self._control_dt(),
             max_steps=self._options.max_steps or _LIMITS[task],
             success=_SUCCESS[task],
         )
+
+    @property
+    def hand(self) -> NDArray[np.float64]:
+        """(3,) position of the hand, (2, 3) of aloha's two grippers [m], as the last physics step placed them."""
+        self._check_running()
+        data = self._physics()  # which is only looked at: Fetch begins its next step from the bodies' places
+        if self._task in _ALOHA:
+            return np.stack([data.body(name).xpos for name in _ALOHA_HANDS])
+        return np.array(data.site(_HANDS[self._task]).xpos)
 
     def reset(self, seed: int) -> dict[str, NDArray[Any]]:
         """Starts an episode whose initial state is a function of `seed` alone; returns its first observation.
@@ -118,7 +134,7 @@ class GymnasiumEnvironment:
             SimulatorError: the simulator crashed.
         """
         self._running = False
-        observation, _ = self._reset(seed)
+        observation = self._reset(seed)
         self._running, self._steps = True, 0
         return observation
 
@@ -159,10 +175,10 @@ class GymnasiumEnvironment:
         )
 
     def state_hash(self) -> str:
-        """Hexadecimal SHA-256 of joint positions and velocities, and of the observation, which holds the goal."""
+        """Hexadecimal SHA-256 of joint positions and velocities, and of the first observation, which holds the goal."""
         self._check_running()
         data = self._physics()
-        parts = [data.qpos, data.qvel, data.mocap_pos, *(self._last[key] for key in sorted(self._last))]
+        parts = [data.qpos, data.qvel, data.mocap_pos, *(self._first[key] for key in sorted(self._first))]
         return digest(parts)
 
     def expert_action(self) -> ActionArray:
@@ -181,10 +197,7 @@ class GymnasiumEnvironment:
             return np.ascontiguousarray(frame)
         from scd_robot.sim_eval.rendering import render_frame
 
-        simulator = self._env.unwrapped
-        while not hasattr(simulator, "model"):
-            simulator = simulator.robot_env
-        return render_frame(simulator.model, simulator.data, height, width)
+        return render_frame(self._model(), self._physics(), height, width)
 
     def close(self) -> None:
         """Releases the simulator; may be called twice."""
@@ -197,22 +210,36 @@ class GymnasiumEnvironment:
             return {key: value for key, value in found.items() if value.dtype != np.uint8}
         return found
 
-    def _reset(self, seed: int) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    def _reset(self, seed: int) -> dict[str, NDArray[Any]]:
         try:
-            observation, info = self._env.reset(seed=int(seed))
+            observation, _ = self._env.reset(seed=int(seed))
         except Exception as error:  # simulators raise many kinds
             raise SimulatorError(f"gymnasium/{self._task} crashed in reset({seed}): {error}") from error
-        self._last = self._observed(observation)
-        return self._last, info
+        self._first = self._observed(observation)
+        return self._first
+
+    def _simulator(self) -> Any:
+        """What holds MuJoCo's model and data, somewhere inside the task."""
+        simulator = self._env.unwrapped
+        while not hasattr(simulator, "model"):
+            simulator = simulator._env.physics if self._task in _ALOHA else simulator.robot_env
+        return simulator
+
+    def _model(self) -> Any:
+        model = self._simulator().model
+        return model.ptr if self._task in _ALOHA else model  # dm_control's is wrapped
 
     def _physics(self) -> Any:
-        """MuJoCo's data."""
-        simulator = self._env.unwrapped
-        if self._task in _ALOHA:
-            return simulator._env.physics.data
-        while not hasattr(simulator, "data"):
-            simulator = simulator.robot_env
-        return simulator.data
+        data = self._simulator().data
+        return data.ptr if self._task in _ALOHA else data
+
+    def _action_bounds(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Lowest and highest action, each (Da,)."""
+        if self._task not in _ALOHA:
+            return self._env.action_space.low, self._env.action_space.high
+        ranges = self._model().actuator_ctrlrange.reshape(2, 8, 2)  # arms; 6 joints and 2 fingers; low and high
+        arms = np.concatenate([ranges[:, :6], np.broadcast_to([[0.0, 1.0]], (2, 1, 2))], axis=1).reshape(-1, 2)
+        return arms[:, 0], arms[:, 1]
 
     def _draw_only(self, cameras: Container[str]) -> None:
         """gym-aloha draws three cameras in each control step, whatever it is to observe: most of its time."""

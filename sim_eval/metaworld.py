@@ -154,13 +154,17 @@ class MetaworldEnvironment:
             control_dt=float(self._env.dt),
             max_steps=self._options.max_steps,
             success=f"Meta-World's own success flag of {task} is set in at least one control step",
-            hand=("proprio", 3),
         )
 
     @property
     def raw_observation(self) -> NDArray[np.float64]:
         """(39,) copy of the benchmark's own vector for the present state, goal always included."""
         return self._present().copy()
+
+    @property
+    def hand(self) -> NDArray[np.float64]:
+        """(3,) position of the hand [m]."""
+        return self._present()[:3].copy()
 
     def reset(self, seed: int) -> dict[str, NDArray[np.float32]]:
         """Starts an episode whose initial state is a function of `seed` alone; returns its first observation.

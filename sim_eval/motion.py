@@ -1,6 +1,6 @@
 """How an episode moved: length and jerk of the hand's path, and jumps where one chunk of actions follows another.
 
-Shapes: T control steps, Da action width, n numbers of the hand's position.
+Shapes: T control steps, Da action width, n numbers of a hand's position.
 """
 
 from collections.abc import Sequence
@@ -23,21 +23,21 @@ def motion_quality(
     Args:
         actions: T executed actions (Da,).
         planned: whether each is the first of a new chunk; empty where the policy does not tell.
-        hand: T + 1 positions (n,), in the environment's unit of length; empty where it does not tell.
+        hand: T + 1 positions, (n,) or (hands, n) of several, in the environment's unit; empty where it does not tell.
         control_dt: seconds per control step.
 
     Returns:
-        `path_length` [unit of length]; `jerk`, the root mean square of the third derivative of the hand's position
-        [unit / s^3]; `boundary_jump`, the mean change of the action from the last of a chunk to the first of the next
-        over the mean change within chunks (1 = seams cannot be told). None where there is too little to tell.
+        `path_length` [unit], of all hands together; `jerk`, the root mean square of the third derivative of a hand's
+        position [unit / s^3]; `boundary_jump`, the mean change of the action from the last of a chunk to the first of
+        the next over the mean change within chunks (1 = seams cannot be told). None where there is too little to tell.
     """
     found: dict[str, float | None] = dict.fromkeys(MOTION_NAMES)
     if len(hand) > 1:
         path = np.asarray(hand, np.float64)
-        found["path_length"] = float(np.linalg.norm(np.diff(path, axis=0), axis=1).sum())
+        found["path_length"] = float(np.linalg.norm(np.diff(path, axis=0), axis=-1).sum())
         if len(path) > _DERIVATIVES:
             jerk = np.diff(path, _DERIVATIVES, axis=0) / control_dt**_DERIVATIVES
-            found["jerk"] = float(np.sqrt((jerk**2).sum(axis=1).mean()))
+            found["jerk"] = float(np.sqrt((jerk**2).sum(axis=-1).mean()))
     if len(planned) == len(actions) > 1:
         change = np.linalg.norm(np.diff(np.asarray(actions, np.float64), axis=0), axis=1)
         seam = np.asarray(planned[1:], bool)

@@ -152,8 +152,14 @@ class PushtEnvironment:
             max_steps=self._options.max_steps,
             success="the block covers more than 95 % of its mark at the end of at least one control step",
             score="PushT's score: largest share of the mark covered in an episode / 0.95, at most 1",
-            hand=("state", 2),
+            hand_unit="px",
         )
+
+    @property
+    def hand(self) -> NDArray[np.float64]:
+        """(2,) position of the pusher [px]."""
+        self._check_running()
+        return np.asarray(self._env.agent.position, np.float64)
 
     def reset(self, seed: int) -> dict[str, NDArray[Any]]:
         """Starts an episode whose initial state is a function of `seed` alone; returns its first observation.

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,7 @@ def render_frame(
     camera: "int | str | mujoco.MjvCamera" = -1,
     *,
     high_quality: bool = False,
+    hidden_groups: Sequence[int] = (),
 ) -> NDArray[np.uint8]:
     """Draws the present state.
 
@@ -107,6 +108,7 @@ def render_frame(
         width: of the frame, in pixels.
         camera: name or number of a camera of the model, -1 for the free camera, or an `MjvCamera`.
         high_quality: shadows, reflections and 4 samples per pixel; 10 to 100 times slower in software.
+        hidden_groups: groups of geoms that are left out, beside those from 3 on.
 
     Returns:
         (height, width, 3) RGB frame.
@@ -115,7 +117,7 @@ def render_frame(
         RenderError: OpenGL cannot be set up here, or the frame is blank.
         UnknownNameError: the model has no such camera.
     """
-    frame = _process_renderer().render(model, data, (height, width), camera, high_quality)
+    frame = _process_renderer().render(model, data, (height, width), camera, high_quality, hidden_groups)
     check_frame(frame)
     return frame
 
@@ -215,6 +217,7 @@ class _ProcessRenderer:
         size: tuple[int, int],
         camera: "int | str | mujoco.MjvCamera",
         high_quality: bool,
+        hidden_groups: Sequence[int],
     ) -> NDArray[np.uint8]:
         """One frame (H, W, 3), unchecked."""
         import mujoco
@@ -222,13 +225,15 @@ class _ProcessRenderer:
         if self._owner != (os.getpid(), threading.get_ident()):
             raise RenderError("frames must all be rendered in the process and thread that rendered the first one")
         view = _find_camera(model, camera)
+        shown = mujoco.MjvOption()
+        shown.geomgroup[list(hidden_groups)] = 0
         height, width = size
         frame = np.empty((height, width, 3), np.uint8)
         with self._current():
             uploaded = self._prepare(model, height, width, high_quality)
             scene, objects = uploaded.scene, uploaded.objects
             everything = mujoco.mjtCatBit.mjCAT_ALL.value
-            mujoco.mjv_updateScene(model, data, mujoco.MjvOption(), None, view, everything, scene)
+            mujoco.mjv_updateScene(model, data, shown, None, view, everything, scene)
             viewport = mujoco.MjrRect(0, 0, width, height)
             mujoco.mjr_render(viewport, scene, objects)
             mujoco.mjr_readPixels(frame, None, viewport, objects)

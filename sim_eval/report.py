@@ -80,8 +80,8 @@ def _tiles(document: dict[str, Any]) -> str:
             batch = document["plan_batch_size" if key == "plan_ms" else "timing_batch_size"]
             rows = "" if batch is None else f" at batch {batch:.3g}"
             tiles.append((f"{found['p50']:.3g} ms", f"{name}, median{rows} (p95 {found['p95']:.3g} ms)"))
-    motion = document["motion"]
-    for key, name in (("path_length", "path of the hand"), ("jerk", "jerk (root mean square)")):
+    motion, unit = document["motion"], document["hand_unit"]
+    for key, name in (("path_length", f"{unit} path of the hand"), ("jerk", f"{unit}/s³ jerk (root mean square)")):
         if motion[key] is not None:
             tiles.append((f"{motion[key]:.3g}", f"{name}, mean of episodes"))
     if motion["boundary_jump"] is not None:

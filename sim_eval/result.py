@@ -197,6 +197,7 @@ class EvaluationResult:
             "provenance": self.provenance,
             "faults": self.faults.to_json(),
             "motion": mean_motion([e.motion for e in self.valid]),
+            "hand_unit": self.environment.hand_unit,
             "contextual_success": self._contextual_success(),
             "videos": [v.to_json() for v in self.videos],
             "video_error": self.video_error,

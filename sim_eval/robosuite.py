@@ -3,16 +3,23 @@
 Observations have robosuite's names, and "object" as robomimic calls "object-state"; vectors float32, images uint8
 (H, W, 3), the right way up: what our readers give of recordings. Options in the environment's name:
 
-- `robots=Panda` (two arms: `robots=Panda+Panda`), `control_freq=20`, `max_steps=400`;
+- `robots=Panda` (two arms: `robots=Panda+Panda`), `control_freq=20` (a divisor of 500), `max_steps=400`;
 - `cameras=agentview+robot0_eye_in_hand`, `image_size=84`: images are slow, 20 to 100 ms each;
-- `recorded=FILE.json`: robots, controller and rate as the `env_args` of a recording tell them, older controllers in
-  today's form.
+- `recorded=FILE.json`: robots, controller, rate and cameras as the `env_args` of a recording tell them, older
+  controllers in today's form. Other robots, rates or sizes of images are then refused; `cameras` chooses among those
+  of the recording (`none`: no images, for a policy that takes none), or names them where the recording has no images.
+
+robomimic's own wrapper of robosuite is not used, even where robomimic is installed: it gives the same observations,
+rewards and successes (tests/sim_eval/test_robomimic_wrapper.py compares them), but needs mujoco_py, refuses
+controllers from before robosuite 1.5 (and, given them in today's form, does not hold the orientation as they did), and
+draws the start states of a process in one sequence, not from seeds.
 
 robosuite needs an environment of its own (docs/install.md): `scd eval ... --env-python .venv-robosuite/bin/python`.
 """
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +33,22 @@ from scd_robot.errors import (
     DatasetError,
     MissingDependencyError,
     SimulatorError,
+    UnknownNameError,
 )
 from scd_robot.sim_eval.adapter import canonical_name, check_physics, checked_action, digest, read_options
-from scd_robot.sim_eval.rendering import check_frame, select_gl_backend
-from scd_robot.sim_eval.robosuite_arguments import arguments_before_1_5, hold_orientation, is_before_1_5
+from scd_robot.sim_eval.rendering import render_frame
+from scd_robot.sim_eval.robosuite_arguments import (
+    arguments_before_1_5,
+    hold_orientation,
+    is_before_1_5,
+    recorded_cameras,
+)
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
 __all__ = [
     "TAKES_WORDS",
     "TASKS",
+    "WITHOUT_RENDERER",
     "RobosuiteEnvironment",
     "RobosuiteOptions",
     "import_robosuite",
@@ -67,6 +81,9 @@ TASKS = (
 TAKES_WORDS = True
 
 _VIDEO_CAMERA = "frontview"
+WITHOUT_RENDERER = {"has_renderer": False, "has_offscreen_renderer": False, "use_camera_obs": False}
+_COLLISION = (0,)  # group of the geoms that only collide
+_PHYSICS_RATE = 500  # [Hz] of robosuite
 
 
 @dataclass(frozen=True)
@@ -85,18 +102,30 @@ class RobosuiteOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value}")
+        if _PHYSICS_RATE % self.control_freq:
+            raise ConfigError(
+                f"control_freq must divide {_PHYSICS_RATE} [Hz], the rate of robosuite's physics, got "
+                f"{self.control_freq}: control steps would be shorter than asked for"
+            )
 
 
 def make(task: str, options: Mapping[str, Any]) -> "RobosuiteEnvironment":
     """The environment for `robosuite/TASK:OPTIONS`.
 
     Raises:
-        UnknownNameError: no such option.
-        ConfigError: an option is out of range, or the recording is of another task.
+        UnknownNameError: no such option, or no such camera in the recording.
+        ConfigError: an option is out of range or contradicts the recording, or the recording is of another task.
         DatasetError: the recording cannot be read, or does not tell its environment.
         MissingDependencyError: robosuite is not installed.
     """
-    return RobosuiteEnvironment(task, read_options(RobosuiteOptions, options, "robosuite"))
+    read = read_options(RobosuiteOptions, options, "robosuite")
+    if read.recorded:
+        fixed = {"robots", "control_freq"}
+        if recorded_cameras(recorded_env_args(read.recorded)):
+            fixed.add("image_size")
+        if given := sorted(fixed & options.keys()):
+            raise ConfigError(f"{read.recorded} tells {' and '.join(given)}; leave that out beside recorded=")
+    return RobosuiteEnvironment(task, read)
 
 
 def recorded_env_args(path: str) -> dict[str, Any]:
@@ -133,19 +162,19 @@ class RobosuiteEnvironment:
             options: None = the defaults.
 
         Raises:
+            ConfigError, DatasetError, UnknownNameError: the recording is not one of this task, see `make`.
             MissingDependencyError: robosuite is not installed.
             SimulatorError: robosuite cannot make this environment.
         """
         self._options = options or RobosuiteOptions()
-        self._before_1_5 = False
-        self._cameras = [name for name in self._options.cameras.split("+") if name]
-        self._robosuite = import_robosuite(rendering=bool(self._cameras))
+        told = self._told(task)
+        robosuite = import_robosuite()
         name = canonical_name(f"robosuite/{task}", self._options)
-        arguments = self._arguments(task)
+        self._before_1_5 = is_before_1_5(told.pop("env_version", ""), told)
         try:
-            self._env = self._robosuite.make(**arguments)
+            self._env = robosuite.make(**(arguments_before_1_5(told) if self._before_1_5 else told))
         except Exception as error:  # robosuite raises many kinds
-            raise SimulatorError(f"robosuite {self._robosuite.__version__} cannot make {name}: {error}") from error
+            raise SimulatorError(f"robosuite {robosuite.__version__} cannot make {name}: {error}") from error
         self._running, self._steps = False, 0
         low, high = self._env.action_spec
         first = self._reset(0)
@@ -158,8 +187,15 @@ class RobosuiteEnvironment:
             control_dt=1.0 / float(self._env.control_freq),
             max_steps=self._options.max_steps,
             success=f"robosuite's own check of {task} is met at the end of at least one control step",
-            hand=("robot0_eef_pos", 3) if "robot0_eef_pos" in first else None,
         )
+
+    @property
+    def hand(self) -> NDArray[np.float64]:
+        """(3,) position of the hand [m]; (hands, 3) of two arms, the right one of a robot first."""
+        self._check_running()
+        places = self._env.sim.data.site_xpos
+        hands = [places[robot.eef_site_id[arm]] for robot in self._env.robots for arm in robot.arms]
+        return np.array(hands[0] if len(hands) == 1 else hands)
 
     def reset(self, seed: int) -> dict[str, NDArray[Any]]:
         """Starts an episode whose initial state is a function of `seed` alone; returns its first observation.
@@ -187,7 +223,7 @@ class RobosuiteEnvironment:
             )
         executed = checked_action(action, self.spec, self._steps)
         try:
-            _, reward, _, _ = self._env.step(executed.astype(np.float64))
+            _, reward, done, _ = self._env.step(executed.astype(np.float64))
         except Exception as error:  # robosuite and MuJoCo raise many kinds
             self._running = False
             raise SimulatorError(f"{self.spec.name} crashed in control step {self._steps}: {error}") from error
@@ -197,11 +233,12 @@ class RobosuiteEnvironment:
             self._running = False
             raise
         self._steps += 1
+        success = bool(self._env._check_success())
         return StepResult(
             observation=self._observation(),
             reward=float(reward),
-            success=bool(self._env._check_success()),
-            terminated=False,
+            success=success,
+            terminated=bool(done) and not success,  # Wipe ends when the arm collides or reaches a joint's limit
             truncated=self._steps >= self.spec.max_steps,
             executed_action=executed,
         )
@@ -222,12 +259,11 @@ class RobosuiteEnvironment:
 
     def render(self, height: int, width: int) -> NDArray[np.uint8]:
         """An RGB frame (height, width, 3) of the present state."""
-        from scd_robot.sim_eval.rendering import render_frame
-
         self._check_running()
         model, data = self._env.sim.model._model, self._env.sim.data._data
         names = [model.camera(i).name for i in range(model.ncam)]
-        return render_frame(model, data, height, width, camera=_VIDEO_CAMERA if _VIDEO_CAMERA in names else -1)
+        camera = _VIDEO_CAMERA if _VIDEO_CAMERA in names else -1
+        return render_frame(model, data, height, width, camera, hidden_groups=_COLLISION)
 
     def close(self) -> None:
         """Releases the simulator; may be called twice."""
@@ -236,28 +272,29 @@ class RobosuiteEnvironment:
             self._env.close()
             self._env = None
 
-    def _arguments(self, task: str) -> dict[str, Any]:
-        """What `robosuite.make` is called with."""
+    def _told(self, task: str) -> dict[str, Any]:
+        """What `robosuite.make` is to be called with, and a recording's `env_version`; notes the cameras."""
         options = self._options
-        ours: dict[str, Any] = {
-            "has_renderer": False,
-            "has_offscreen_renderer": bool(self._cameras),
-            "use_camera_obs": bool(self._cameras),
-            "ignore_done": True,
-            "seed": 0,
-        }
-        if self._cameras:
-            size = options.image_size
-            ours |= {"camera_names": self._cameras, "camera_heights": size, "camera_widths": size}
-        if not options.recorded:
-            robots: Any = options.robots.split("+")
-            robots = robots[0] if len(robots) == 1 else robots
-            return {"env_name": task, "robots": robots, "control_freq": options.control_freq, **ours}
-        told = recorded_env_args(options.recorded)
-        if told["env_name"] != task:
-            raise ConfigError(f"{options.recorded} was recorded in {told['env_name']}, not in {task}")
-        self._before_1_5 = is_before_1_5(told.pop("env_version"), told)
-        return {**(arguments_before_1_5(told) if self._before_1_5 else told), **ours}
+        wanted = [name for name in options.cameras.split("+") if name not in ("", "none")]
+        if options.recorded:
+            told = recorded_env_args(options.recorded)
+            if told["env_name"] != task:
+                raise ConfigError(f"{options.recorded} was recorded in {told['env_name']}, not in {task}")
+        else:
+            robots = options.robots.split("+")
+            told = {
+                "env_name": task,
+                "robots": robots[0] if len(robots) == 1 else robots,
+                "control_freq": options.control_freq,
+            }
+        self._cameras = recorded_cameras(told)
+        for name in wanted if self._cameras else ():
+            if name not in self._cameras:
+                raise UnknownNameError(f"camera of {options.recorded}", name, self._cameras)
+        if options.cameras:
+            size = options.image_size, options.image_size
+            self._cameras = {name: self._cameras.get(name, size) for name in wanted}
+        return told | WITHOUT_RENDERER | {"use_object_obs": True, "ignore_done": True, "seed": 0}
 
     def _reset(self, seed: int) -> dict[str, NDArray[Any]]:
         # Samplers of objects hold this generator itself: its state is set, not another one put in its place.
@@ -274,7 +311,7 @@ class RobosuiteEnvironment:
         return self._observation()
 
     def _observation(self) -> dict[str, NDArray[Any]]:
-        found = observe(self._env, self._robosuite)
+        found = observe(self._env, self._cameras)
         return found | ({"object": found["object-state"]} if "object-state" in found else {})
 
     def _check_running(self) -> None:
@@ -282,32 +319,41 @@ class RobosuiteEnvironment:
             raise SimulatorError(f"no episode of {self.spec.name} is running; call reset(seed) first")
 
 
-def observe(environment: Any, module: Any) -> dict[str, NDArray[Any]]:
-    """All observations of a robosuite environment's state: vectors float32, images uint8 (H, W, 3) the right way up.
+def observe(environment: Any, cameras: Mapping[str, tuple[int, int]]) -> dict[str, NDArray[Any]]:
+    """All observations of a robosuite environment's state.
+
+    robosuite would draw the same images (compared, pixel by pixel, in tests/sim_eval/test_robomimic_wrapper.py), but in
+    whichever OpenGL context is current: wrong ones as soon as something else in the process draws as well.
+
+    Args:
+        environment: made with `WITHOUT_RENDERER`.
+        cameras: height and width of images, by the camera.
+
+    Returns:
+        Vectors float32; "agentview_image" and so on uint8 (H, W, 3), the right way up.
 
     Raises:
-        RenderError: an image is blank.
+        RenderError: OpenGL cannot be set up here, or an image is blank.
+        UnknownNameError: there is no such camera.
     """
     found: dict[str, NDArray[Any]] = {}
-    upside_down = module.macros.IMAGE_CONVENTION == "opengl"
     for key, value in environment._get_observations(force_update=True).items():
         array = np.atleast_1d(np.asarray(value))
-        if array.ndim == 3 and array.dtype == np.uint8:
-            check_frame(array)
-            found[key] = np.ascontiguousarray(array[::-1] if upside_down else array)
-        elif array.ndim == 1 and array.size and array.dtype.kind in "biuf":
+        if array.ndim == 1 and array.size and array.dtype.kind in "biuf":
             found[key] = array.astype(np.float32)
+    model, data = environment.sim.model._model, environment.sim.data._data
+    for name, size in cameras.items():
+        found[f"{name}_image"] = render_frame(model, data, *size, name, high_quality=True, hidden_groups=_COLLISION)
     return found
 
 
-def import_robosuite(*, rendering: bool) -> Any:
-    """The module, quietly; `rendering`: an OpenGL backend is chosen first.
+def import_robosuite() -> Any:
+    """The module, quietly, and without its choice of an OpenGL backend.
 
     Raises:
         MissingDependencyError: it is not installed.
     """
-    if rendering:
-        select_gl_backend()  # MuJoCo reads the choice when it is imported
+    backend = os.environ.get("MUJOCO_GL")
     quiet = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it warns about settings that nobody needs
     try:
@@ -320,5 +366,7 @@ def import_robosuite(*, rendering: bool) -> Any:
         ) from error
     finally:
         logging.disable(quiet)
+        if backend is None:
+            os.environ.pop("MUJOCO_GL", None)
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     return robosuite

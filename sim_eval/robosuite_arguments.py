@@ -1,4 +1,4 @@
-"""What older versions of robosuite were called with, for robosuite 1.5."""
+"""What robosuite was called with for a recording: its cameras, and what older versions took, for robosuite 1.5."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["arguments_before_1_5", "hold_orientation", "is_before_1_5"]
+__all__ = ["arguments_before_1_5", "hold_orientation", "is_before_1_5", "recorded_cameras"]
+
+_CAMERA, _SIZE = "agentview", 256  # robosuite's defaults
 
 
 def is_before_1_5(version: str, arguments: Mapping[str, Any]) -> bool:
@@ -33,6 +35,16 @@ def arguments_before_1_5(arguments: Mapping[str, Any]) -> dict[str, Any]:
         for robot, config in zip(robots, configs, strict=True)
     ]
     return {**arguments, "controller_configs": converted, "lite_physics": False}
+
+
+def recorded_cameras(arguments: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Height and width of the images that a recording observed, by the camera; empty where it observed none."""
+    if not arguments.get("use_camera_obs", False):
+        return {}
+    names = _as_list(arguments.get("camera_names", _CAMERA))
+    sizes = [_as_list(arguments.get(f"camera_{side}s", _SIZE)) for side in ("height", "width")]
+    heights, widths = (one * len(names) if len(one) == 1 else one for one in sizes)
+    return {name: (int(height), int(width)) for name, height, width in zip(names, heights, widths, strict=True)}
 
 
 def _as_list(value: Any) -> list[Any]:

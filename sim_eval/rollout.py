@@ -354,13 +354,6 @@ class _Rollout:
                 raise error
             self._observation[key][numbers] = values
 
-    def _hand(self, row: _Row) -> list[NDArray[Any]]:
-        """Where the hand is, once; nothing where the environment does not tell."""
-        if self._spec.hand is None:
-            return []
-        key, count = self._spec.hand
-        return [self._observation[key][row.number, :count].copy()]
-
     def _receive_steps(self, rows: Sequence[_Row]) -> list[_Row]:
         """Takes in a worker's results; returns the rows that need a (new or repeated) episode."""
         try:
@@ -376,7 +369,7 @@ class _Rollout:
         executed, info = steps.executed_action[i].copy(), steps.info[i]
         row.actions.append(executed)
         row.rewards.append(float(steps.reward[i]))
-        row.hand += [info["hand"]] if "hand" in info else self._hand(row)
+        row.hand += [info["hand"]] if "hand" in info else []
         if "completed" in info:
             row.completed = bool(row.completed or info["completed"])
         if steps.success[i]:
@@ -404,7 +397,7 @@ class _Rollout:
                 assert row.episode is not None
                 row.seed = seeding.derive_seed(self._seed_domain, row.episode)
                 row.initial_state_hash, row.rewards, row.actions = None, [], []
-                row.planned, row.hand, row.completed = [], [], None
+                row.planned, row.completed = [], None
                 if self._executed is not None:
                     self._executed[row.number] = 0
                 row.worker.send("begin", row.seed, slot=row.slot)
@@ -418,12 +411,12 @@ class _Rollout:
         """Takes in the first observations of a worker's new episodes; returns the rows that have to begin again."""
         try:
             for row in rows:
-                observation, row.initial_state_hash = row.worker.receive()
+                observation, row.initial_state_hash, hand = row.worker.receive()
+                row.hand = [] if hand is None else [hand]
                 self._take_in([row], {key: np.asarray(observation[key])[None] for key in self._spec.observation})
         except WorkerCrashError as error:
             return self._replace(rows[0].worker, error)
         for row in rows:
-            row.hand += self._hand(row)
             if self._faults is not None and row.episode is not None:
                 self._faults.begin(row.number, row.episode, self._observation_of(row))
         return []

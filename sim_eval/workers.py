@@ -13,6 +13,7 @@ control step. They crash together, but the error tells whose fault it was.
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import importlib
 import logging
@@ -28,11 +29,14 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from scd_robot.errors import ConfigError, ScdRobotError, SimulatorError, UnknownNameError
 from scd_robot.sim_eval.foreign import start_foreign
 from scd_robot.sim_eval.messages import StepCodec, Steps, checked_observation, receive_message
 from scd_robot.sim_eval.provenance import collect_versions, usable_cores
-from scd_robot.types import ActionArray, Environment, EnvironmentSpec
+from scd_robot.types import ActionArray, Environment, EnvironmentSpec, StepResult
 
 __all__ = [
     "EnvironmentSource",
@@ -149,7 +153,8 @@ class EnvironmentWorker:
         """Starts a command in the environment of a slot; `receive` has the result.
 
         Commands: `reset(seed)`, `step(action)`, `state_hash()`, `render(height, width)`, `versions()`, and
-        `begin(seed)`, which gives the results of `reset` and `state_hash`.
+        `begin(seed)`, which gives the results of `reset` and `state_hash`, and where the hand is (None = not told).
+        Steps tell that as "hand" of their `info`.
         """
         assert command in _COMMANDS, command
         assert self._spec is not None, "the worker's spec has not been asked for"
@@ -411,7 +416,7 @@ def serve(connection: Connection, source: EnvironmentSource, count: int = 1, at_
                     results = []
                     for slot, action in zip(*codec.unpack_actions(message), strict=True):
                         at_work.value = slot
-                        results.append(environments[slot].step(action))
+                        results.append(_step(environments[slot], action))
                     connection.send_bytes(codec.pack_results(results))
                     continue
                 command, slot, args = message
@@ -433,8 +438,19 @@ def _answer(environment: Environment, command: str, args: Sequence[Any]) -> Any:
     if command == "versions":
         return collect_versions()
     if command == "begin":
-        return checked_observation(environment.reset(*args), environment.spec), environment.state_hash()
+        observation = checked_observation(environment.reset(*args), environment.spec)
+        return observation, environment.state_hash(), _hand(environment)
     return getattr(environment, command)(*args)
+
+
+def _step(environment: Environment, action: ActionArray) -> StepResult:
+    result, hand = environment.step(action), _hand(environment)
+    return result if hand is None else dataclasses.replace(result, info={**result.info, "hand": hand})
+
+
+def _hand(environment: Environment) -> NDArray[np.float64] | None:
+    hand = getattr(environment, "hand", None)
+    return None if hand is None else np.array(hand, np.float64)
 
 
 def _send_error(connection: Connection, error: Exception, *, crash: bool) -> None:

@@ -28,7 +28,7 @@ from scd_robot.datasets.schema import SIM_STATE, EpisodeDataset
 from scd_robot.datasets.zarr.writer import ZarrWriter
 from scd_robot.errors import DatasetError, SimulatorError, UnknownNameError
 from scd_robot.recording.robosuite_models import recorded_arguments, recorded_version, upgraded
-from scd_robot.sim_eval.robosuite import import_robosuite, observe
+from scd_robot.sim_eval.robosuite import WITHOUT_RENDERER, import_robosuite, observe
 from scd_robot.sim_eval.robosuite_arguments import arguments_before_1_5, hold_orientation, is_before_1_5
 from scd_robot.types import ActionArray, ArraySpec, DatasetSpec, StepResult
 
@@ -74,26 +74,19 @@ class RobosuiteSimulator:
             )
         arguments = recorded_arguments(dataset)
         self._dataset = dataset
-        self._cameras = tuple(cameras)
+        self._cameras = dict.fromkeys(cameras, (height, width))
         self._check_model(0)
-        self._robosuite = import_robosuite(rendering=bool(cameras))
-        self.version = str(self._robosuite.__version__)
+        robosuite = import_robosuite()
+        self.version = str(robosuite.__version__)
         self.name = f"robosuite/{arguments['env_name']}"
         self.recorded_version = recorded_version(dataset.metadata)
         self.before_1_5 = is_before_1_5(self.recorded_version, arguments) and not is_before_1_5(self.version, {})
-        images = {"camera_names": list(cameras), "camera_heights": height, "camera_widths": width} if cameras else {}
-        ours = {
-            "has_renderer": False,
-            "has_offscreen_renderer": bool(cameras),
-            "use_camera_obs": bool(cameras),
-            "ignore_done": True,
-            **images,
-        }
+        ours = {**WITHOUT_RENDERER, "ignore_done": True}
         with self._loading(f"make the environment {arguments['env_name']}"):
             if self.before_1_5:
                 arguments = arguments_before_1_5(arguments)
             rate = {"control_freq": round(1 / dataset.spec.control_dt)}
-            self._env: Any = self._robosuite.make(**{**rate, **arguments, **ours})
+            self._env: Any = robosuite.make(**{**rate, **arguments, **ours})
             self._installed_model: str = self._env.sim.model.get_xml()
         self.action_dim = int(self._env.action_dim)
         self.control_dt = 1.0 / float(self._env.control_freq)
@@ -137,7 +130,7 @@ class RobosuiteSimulator:
         Raises:
             RenderError: an image is blank.
         """
-        return observe(self._env, self._robosuite)
+        return observe(self._env, self._cameras)
 
     def template(self) -> dict[str, NDArray[Any]]:
         """Observations of the first recorded state, without those that depend on the controls as well."""

@@ -98,6 +98,7 @@ class TrayBalance(_Dynamic):
     action_dim: ClassVar[int] = 2
     control: ClassVar[Literal["position", "velocity"]] = "velocity"
     reach_per_step: ClassVar[float] = 0.03  # [rad]
+    hand_unit: ClassVar[str] = "rad"
     target_low: ClassVar[tuple[float, ...]] = (-0.25, -0.25)
     target_high: ClassVar[tuple[float, ...]] = (0.25, 0.25)
     steps_to_act: int = 250

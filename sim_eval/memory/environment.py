@@ -84,6 +84,7 @@ class MemoryEnvironment(abc.ABC):
     control_dt: ClassVar[float] = 0.05
     sim_dt: ClassVar[float] = 0.005
     reach_per_step: ClassVar[float] = 0.025  # [m]
+    hand_unit: ClassVar[str] = "m"
     target_low: ClassVar[tuple[float, ...]] = (-0.35, -0.35, 0.015)
     target_high: ClassVar[tuple[float, ...]] = (0.35, 0.35, 0.35)
     steps_to_act: int = 80  # control steps an episode needs beside the delay, with a good margin
@@ -117,6 +118,7 @@ class MemoryEnvironment(abc.ABC):
             control_dt=self.control_dt,
             max_steps=self.options.max_steps or max(self._delays) + self.steps_to_act,
             success=self.success,
+            hand_unit=self.hand_unit,
         )
 
     def reset(self, seed: int) -> dict[str, NDArray[Any]]:
@@ -165,7 +167,7 @@ class MemoryEnvironment(abc.ABC):
             terminated=verdict in ("wrong", "failure"),
             truncated=self.steps >= self.spec.max_steps,
             executed_action=executed,
-            info={"hand": self.hand.copy()} | self._completion(verdict),
+            info=self._completion(verdict),
         )
 
     def state_hash(self) -> str:

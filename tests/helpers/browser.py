@@ -1,6 +1,7 @@
 """Pages in a real headless Chromium, over its DevTools protocol."""
 
 import asyncio
+import os
 import re
 import shutil
 import subprocess
@@ -56,10 +57,14 @@ class Page:
 
 
 def look_at(path: Path, width: int = 1100, height: int = 1400) -> Page:
-    """Opens a file in a browser of its own, which has no network; skips the test where there is no browser."""
+    """Opens a file in a browser of its own, which has no network.
+
+    Where there is no browser, the test is skipped; with SCD_REQUIRE_BROWSER it fails.
+    """
     program = next((found for name in _NAMES if (found := shutil.which(name))), None)
     if program is None:
-        pytest.skip("no Chromium: apt-get install chromium")
+        give_up = pytest.fail if os.environ.get("SCD_REQUIRE_BROWSER") else pytest.skip
+        give_up("no Chromium: apt-get install chromium")
     with tempfile.TemporaryDirectory() as profile:
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--mute-audio"]
         options += ["--remote-debugging-port=0", f"--user-data-dir={profile}", f"--window-size={width},{height}"]

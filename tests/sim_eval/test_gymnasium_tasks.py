@@ -48,6 +48,32 @@ def test_aloha_has_a_picture_where_it_is_asked_for():
     assert environment.spec.observation["pixels.top"].dtype == "uint8"
 
 
+@pytest.mark.parametrize("task", ["AlohaInsertion-v0", "AlohaTransferCube-v0"])
+def test_aloha_can_be_held_where_episodes_begin_and_moved_as_in_demonstrations(task):
+    environment = make_environment(f"gymnasium/{task}")
+    start = environment.reset(0)["agent_pos"]
+    results = [environment.step(start) for _ in range(50)]
+    np.testing.assert_array_equal(results[-1].executed_action, start)
+    np.testing.assert_allclose(results[-1].observation["agent_pos"], start, atol=0.02)
+    low, high = np.array(environment.spec.action_low), np.array(environment.spec.action_high)
+    elbows, grippers = [2, 9], [6, 13]
+    assert (high[elbows] > 1.18).all()  # a human's, in the published demonstrations
+    assert np.column_stack([low, high])[grippers].tolist() == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "place"),
+    [("FetchReach-v4", "achieved_goal", slice(0, 3)), ("AdroitHandDoor-v1", "state", slice(29, 32))],
+)
+def test_the_hand_is_where_the_benchmark_sees_it(task, key, place):
+    environment = make_environment(f"gymnasium/{task}")
+    first = environment.reset(0)
+    np.testing.assert_allclose(environment.hand, first[key][place], atol=1e-6)
+    for _ in range(3):
+        result = environment.step(np.array(environment.spec.action_high, np.float32))
+        np.testing.assert_allclose(environment.hand, result.observation[key][place], atol=1e-6)
+
+
 def test_bad_actions_and_options():
     environment = make_environment("gymnasium/FetchReach-v4")
     with pytest.raises(SimulatorError, match=r"call reset\(seed\) first"):

@@ -37,6 +37,15 @@ def check(path, videos, pictures):
     return page.seen["text"]
 
 
+@pytest.mark.parametrize(("required", "outcome"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_a_missing_browser_is_a_failure_where_one_is_required(monkeypatch, tmp_path, required, outcome):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SCD_REQUIRE_BROWSER", required)
+    with pytest.raises((pytest.fail.Exception, pytest.skip.Exception), match="no Chromium") as caught:
+        look_at(tmp_path / "report.html")
+    assert caught.type is outcome
+
+
 @pytest.mark.slow
 def test_evaluation_and_comparison(toy, tmp_path):
     arms = []

@@ -91,7 +91,8 @@ def test_report_tells_what_was_done_to_the_observations_and_how_the_robot_moved(
     moved = [dataclasses.replace(one, motion=motion, completed=not one.invalid) for one in MIXED]
     text = render_report(result_of(moved, faults=ObservationFaults(latency_ms=200.0, drop=0.5)), tmp_path)
     assert "Disturbed on purpose: observations 200 ms late, 50 % lost." in text
-    assert "<b>123</b><span>jerk" in text
+    assert "<b>0.5</b><span>m path of the hand" in text
+    assert "<b>123</b><span>m/s³ jerk" in text
     assert "<b>1.25</b>" in text
     assert "<b>2</b><span>of 3 episodes whose manipulation was completed succeeded" in text
 

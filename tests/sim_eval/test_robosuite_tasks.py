@@ -1,13 +1,20 @@
 """robosuite behind the door of evaluation; needs the environment that `make robosuite` makes."""
 
 import json
+import os
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
 
-from scd_robot.errors import ConfigError, DatasetError, UnknownNameError
+from scd_robot.errors import ConfigError, DatasetError, ShapeError, UnknownNameError
 from scd_robot.sim_eval import known_environments, make_environment
+from scd_robot.sim_eval.policy_adapter import check_policy_spec
 from scd_robot.sim_eval.robosuite import recorded_env_args
+from scd_robot.sim_eval.robosuite_arguments import recorded_cameras
+from scd_robot.types import ArraySpec, PolicySpec
 
 
 def recording(path, **document):
@@ -36,6 +43,44 @@ class TestWithoutRobosuite:
             recorded_env_args(str(tmp_path / "a.json"))
         with pytest.raises(DatasetError, match="cannot read"):
             recorded_env_args(str(tmp_path / "missing.json"))
+
+    @pytest.mark.parametrize(
+        ("arguments", "wanted"),
+        [
+            ({}, {}),
+            ({"use_camera_obs": False, "camera_names": ["agentview"], "camera_heights": 84}, {}),
+            ({"use_camera_obs": True}, {"agentview": (256, 256)}),
+            (
+                {"use_camera_obs": True, "camera_names": ["a", "b"], "camera_heights": 84, "camera_widths": [96, 48]},
+                {"a": (84, 96), "b": (84, 48)},
+            ),
+            ({"use_camera_obs": True, "camera_names": "a", "camera_heights": [8], "camera_widths": 9}, {"a": (8, 9)}),
+        ],
+    )
+    def test_cameras_of_recordings(self, arguments, wanted):
+        assert recorded_cameras(arguments) == wanted
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ("robots=Sawyer", ConfigError, "tells robots; leave that out"),
+            ("control_freq=20,robots=Panda", ConfigError, "tells control_freq and robots"),
+            ("image_size=84", ConfigError, "tells image_size"),
+            ("cameras=frontview", UnknownNameError, "'frontview'"),
+            ("control_freq=30", ConfigError, "must divide 500"),
+        ],
+    )
+    def test_options_that_contradict_a_recording_are_refused(self, tmp_path, options, error, message):
+        path = recording(tmp_path / "a.json", env_name="Lift", env_version="1.5.1", env_kwargs=RECORDED)
+        with pytest.raises(error, match=message):
+            make_environment(f"robosuite/Lift:recorded={path},{options}")
+
+
+RECORDED = {
+    "robots": "Panda", "control_freq": 20, "has_renderer": True, "use_camera_obs": True, "use_object_obs": False,
+    "camera_names": ["agentview", "robot0_eye_in_hand"], "camera_heights": 84, "camera_widths": [84, 48],
+    "camera_depths": True, "ignore_done": False, "render_gpu_device_id": 7,
+}  # fmt: skip
 
 
 class TestWithRobosuite:
@@ -80,14 +125,78 @@ class TestWithRobosuite:
         up = np.array([0, 0, 1, 0, 0, 0, 0], np.float32)
         moved = [environment.step(up) for _ in range(5)][-1].observation["robot0_eef_pos"]
         assert 0.03 < moved[2] - first[2] < 0.3
+        environment.step(np.array([0, 0, 0, 0, 0, 1, 0], np.float32))
+        controller = environment._env.robots[0].part_controllers["right"]
+        asked = controller.goal_ori.copy()
+        environment.step(up)
+        np.testing.assert_array_equal(controller.goal_ori, asked)  # which robosuite 1.5 would give up
         environment.close()
         with pytest.raises(ConfigError, match="was recorded in Lift, not in Door"):
             make_environment(f"robosuite/Door:recorded={path}")
 
-    @pytest.mark.slow
-    def test_pictures_are_the_right_way_up(self):
-        environment = make_environment("robosuite/Lift:cameras=agentview,image_size=48")
-        image = environment.reset(0)["agentview_image"]
-        assert image.shape == (48, 48, 3)
-        assert environment.spec.observation["agentview_image"].dtype == "uint8"
+    def test_a_policy_of_recorded_images_finds_them(self, tmp_path):
+        path = recording(tmp_path / "a.json", env_name="Lift", env_version="1.5.1", env_kwargs=RECORDED)
+        name = f"robosuite/Lift:recorded={path}"
+        keys = {"agentview_image": ArraySpec((84, 84, 3), "uint8"), "robot0_eef_pos": ArraySpec((3,))}
+        policy = types.SimpleNamespace(spec=PolicySpec(keys, 7, 0.05, 4, 2, 1))
+        images = {}
+        for cameras, wanted in (
+            ("", {"agentview_image": (84, 84, 3), "robot0_eye_in_hand_image": (84, 48, 3)}),
+            (",cameras=agentview", {"agentview_image": (84, 84, 3)}),
+            (",cameras=none", {}),
+        ):
+            environment = make_environment(name + cameras)
+            first = environment.reset(3)
+            images[cameras] = first.get("agentview_image")
+            assert {key: value.shape for key, value in first.items() if value.ndim == 3} == wanted
+            assert environment.spec.observation["object"] == ArraySpec((10,))
+            if wanted:
+                check_policy_spec(policy, environment.spec)
+            else:
+                with pytest.raises(ShapeError, match="agentview_image"):
+                    check_policy_spec(policy, environment.spec)
+            environment.close()
+        np.testing.assert_array_equal(images[""], images[",cameras=agentview"])
+
+    def test_images_are_the_right_way_up_and_do_not_depend_on_what_else_is_drawn(self):
+        name = "robosuite/Lift:cameras=agentview,image_size=64"
+        alone, action = make_environment(name), np.ones(7, np.float32)
+        wanted = [alone.reset(1)["agentview_image"], alone.step(action).observation["agentview_image"]]
+        red = wanted[0][..., 0].astype(int) - wanted[0][..., 1] > 80  # the cube, on the table below the arm
+        assert 4 < red.sum() < 300
+        assert np.argwhere(red)[:, 0].mean() > 32
+        other = make_environment("robosuite/Door:cameras=frontview,image_size=32")
+        found = [alone.reset(1)["agentview_image"]]
+        other.reset(2)
+        alone.render(48, 48)
+        found.append(alone.step(action).observation["agentview_image"])
+        np.testing.assert_array_equal(found, wanted)
+        other.close()
+        alone.render(48, 48)
+        alone.reset(1)
+        np.testing.assert_array_equal(alone.step(action).observation["agentview_image"], wanted[1])
+        alone.close()
+
+    def test_wiping_ends_when_the_arm_collides_or_reaches_a_limit(self):
+        environment = make_environment("robosuite/Wipe")
+        environment.reset(0)
+        down = np.array([0, 0, -1, 0, 1, 0], np.float32)
+        results = []
+        while not results or not (results[-1].terminated or results[-1].truncated):
+            results.append(environment.step(down))
+        assert results[-1].terminated
+        assert not results[-1].success
+        environment.close()
+
+    def test_the_opengl_backend_is_still_to_be_chosen_after_the_import(self):
+        code = "import os; from scd_robot.sim_eval.robosuite import import_robosuite; import_robosuite(); "
+        code += "raise SystemExit(os.environ.get('MUJOCO_GL'))"
+        environment = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+    def test_two_arms_have_two_hands(self):
+        environment = make_environment("robosuite/TwoArmLift:robots=Panda+Panda")
+        first = environment.reset(0)
+        wanted = [first["robot0_eef_pos"], first["robot1_eef_pos"]]
+        np.testing.assert_allclose(environment.hand, wanted, atol=1e-6)
         environment.close()

@@ -39,7 +39,8 @@ def test_environments_of_a_worker_are_separate(toy):
     with EnvironmentWorker(POINT, 3) as worker:
         _ = worker.spec
         for slot, environment in enumerate(local):
-            observation, digest = worker.call("begin", 5 + slot, slot=slot)
+            observation, digest, hand = worker.call("begin", 5 + slot, slot=slot)
+            assert hand is None
             np.testing.assert_array_equal(observation["goal"], environment.reset(5 + slot)["goal"])
             assert digest == environment.state_hash()
         worker.send_steps([2, 0], actions)
