@@ -51,7 +51,7 @@ def _job(task: str, view: str, arm: str, seed: int) -> Job:
     first, *others = (f"scd_memory/{task}:delay={delay}{VIEWS[view]}" for delay in DELAYS)
     disturbances = 0.0 if task == "hidden-friction" else 0.02  # a push that is disturbed cannot be mended
     where = f"scd_memory/{task}:delay=mixed{VIEWS[view]}"
-    recording = Recording(where, episodes=300, action_noise=0.03, disturbances=disturbances)
+    recording = Recording(where, episodes=300, action_noise=0.015, disturbances=disturbances)
     name = _name(task, view, arm, seed)
     options: dict[str, Any] = {"preset": "memory_state", "episodes": EPISODES[view], "also": tuple(others)}
     return Job(name, recording, first, ARMS[arm], seed, **options)

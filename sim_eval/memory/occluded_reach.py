@@ -78,7 +78,7 @@ class OccludedReach(MemoryEnvironment):
     def _expert(self) -> Vector:
         if not self._signal():
             return self.towards(HOME)
-        near = np.hypot(*(self.target[:2] - self._believed)) < 0.01
+        near = np.hypot(*(self.target[:2] - self._believed)) < 0.02
         return self.towards((*self._believed, 0.02 if near else 0.12))
 
     def _paint(self) -> None:
