@@ -96,6 +96,8 @@ class SegmentIndex:
             `stride` steps they could.
         weights: (E,) how often control steps of each episode are drawn relative to those of others, with replacement;
             None = every segment once per epoch, in shuffled order.
+        group_size: size of the batches that are to hold segments of like length, so that little of them is padding; 0 =
+            lengths are mixed.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class SegmentIndex:
         seed: int = 0,
         stride: int = 1,
         weights: NDArray[np.float64] | None = None,
+        group_size: int = 0,
     ) -> None:
         if segment_length < 1:
             raise ConfigError(f"segment_length must be at least 1, got {segment_length}")
@@ -121,7 +124,7 @@ class SegmentIndex:
         self._first, self._end = self._starts[self._episode], self._ends[self._episode]
         self._slack = np.maximum(self._end - self._first - segment_length, 0)
         self._moves = (self._slack > 0) & ~self._is_first  # starts that are drawn anew each epoch
-        self._stride = stride
+        self._stride, self._group_size = stride, group_size
         self._epochs: dict[int, IntArray] = {}  # see `_epoch`
         self._cumulative: NDArray[np.float64] | None = None
         if weights is not None:
@@ -175,8 +178,30 @@ class SegmentIndex:
             inside = np.minimum(slack, (draw * (slack + self._segment_length // 2 + 1)).astype(np.int64))
             start = first + np.where(self._moves[segment], inside, offset)
             stop = np.minimum(end, start + self._segment_length)
-            self._epochs[epoch] = np.stack([start, stop, first, end])
+            rows = np.stack([start, stop, first, end])
+            if self._group_size:
+                rows = rows[:, group_by_length(stop - start, self._group_size, -epoch * len(self), rng)]
+            self._epochs[epoch] = rows
         return self._epochs[epoch]
+
+
+def group_by_length(lengths: IntArray, size: int, offset: int, rng: np.random.Generator) -> IntArray:
+    """(N,) an order in which groups of `size` have like lengths, and which is random otherwise.
+
+    Groups are cut from what 16 of them hold, sorted, and then shuffled.
+
+    Args:
+        lengths: (N,) in random order.
+        size: of a group.
+        offset: the first group begins at this place, modulo `size`; what lies before it is left as it is.
+        rng: shuffles the groups.
+    """
+    first = min(offset % size, len(lengths))
+    whole = first + (len(lengths) - first) // size * size
+    pools = [np.arange(i, min(whole, i + 16 * size)) for i in range(first, whole, 16 * size)]
+    groups = [pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, size) for pool in pools]
+    order = [rng.permutation(group).ravel() for group in groups]
+    return np.concatenate([np.arange(first), *order, np.arange(whole, len(lengths))])
 
 
 def split_episodes(num_episodes: int, held_out: float, seed: int = 0) -> tuple[IntArray, IntArray]:

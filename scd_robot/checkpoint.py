@@ -48,7 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 2
+SCHEMA = 3
 _FORMAT = "scd_robot checkpoint"
 _JSON_FILES = ("config", "dataset", "normalization", "origin", "metrics")
 _PACKAGES = ("scd_robot", "torch", "lightning", "numpy", "zarr", "safetensors")
@@ -201,7 +201,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     manifest = _read_object(folder / "manifest.json")
     if manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{folder / 'manifest.json'} is not of an scd_robot checkpoint")
-    if manifest.get("schema") not in (1, SCHEMA):
+    if manifest.get("schema") not in range(1, SCHEMA + 1):
         raise CheckpointError(
             f"{folder} has checkpoint schema {manifest.get('schema')}, this version of scd_robot reads 1 to {SCHEMA}"
         )
@@ -210,8 +210,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     config, dataset, normalization, origin, metrics = (_read_object(folder / f"{name}.json") for name in _JSON_FILES)
     for name, kind in (("preset", str), ("model", dict), ("policy", dict)):
         _field(config, name, kind, folder / "config.json")
-    if manifest["schema"] == 1:
-        config = _from_schema_1(config)
+    config = _with_later_fields(config, manifest["schema"])
     try:
         weights = load_file(folder / "model.safetensors")
         return Checkpoint(
@@ -231,18 +230,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{folder} is damaged or foreign: {error}") from error
 
 
-def _from_schema_1(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with what schema 2 added: transforms, and a history stride."""
-    nothing = {
-        "rename": {},
-        "keys": [],
-        "flatten": [],
-        "images": [],
-        "rotations": [],
-        "grippers": [],
-        "chunk": "absolute",
-    }
-    return {**config, "model": {"history_stride": 1, **config["model"]}, "transforms": {**nothing, "chunk_parts": []}}
+def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
+    """The configuration with fields that came after `schema`, at values that change nothing."""
+    if schema < 2:
+        transforms = {name: [] for name in ("keys", "flatten", "images", "rotations", "grippers", "chunk_parts")}
+        transforms |= {"rename": {}, "chunk": "absolute"}
+        config = {**config, "model": {"history_stride": 1, **config["model"]}, "transforms": transforms}
+    if schema < 3 and "training" in config:
+        later = {"group_by_length": False, "idle_weight": 1.0, "disturbance_threshold": 0.0}
+        config = {**config, "training": {**later, **config["training"]}}
+    return config
 
 
 def resume_file(path: str | Path, name: str) -> Path:

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scd_robot.checkpoint import SCHEMA, find_checkpoint, list_checkpoints, read_checkpoint, write_checkpoint
+from scd_robot.config import from_json
 from scd_robot.errors import CheckpointError, OutputError
 from scd_robot.normalization import FieldStatistics, Normalizer
 from scd_robot.policies import load_policy
+from scd_robot.training import ExperimentConfig
 from scd_robot.types import ArraySpec, DatasetSpec
 
 FILES = ("manifest.json", "model.safetensors", "config.json", "dataset.json", "normalization.json", "metrics.json")
@@ -204,6 +206,39 @@ def test_schema_and_policy_of_the_future_are_refused(run_folder, readers, tmp_pa
         refused(reader, f"schema {SCHEMA + 1}", f"reads 1 to {SCHEMA}", unchanged=[tmp_path])
     manifest.write_text(json.dumps({**document, "policy": "sdc"}))
     refused(readers(run_folder)["eval"], "unknown policy type 'sdc'; did you mean 'scd'", unchanged=[tmp_path])
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_checkpoints_of_earlier_schemas_are_read(schema, run_folder) -> None:
+    checkpoint = find_checkpoint(run_folder)
+    now = read_checkpoint(run_folder).config
+    old = json.loads(json.dumps(now))
+    for name in ("group_by_length", "idle_weight", "disturbance_threshold"):
+        del old["training"][name]
+    if schema == 1:
+        del old["model"]["history_stride"], old["transforms"]
+    (checkpoint / "config.json").write_text(json.dumps(old))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "schema": schema}))
+    sign_again(checkpoint)
+    assert from_json(ExperimentConfig, read_checkpoint(run_folder).config, "config") == from_json(
+        ExperimentConfig, now, "config"
+    )
+    assert load_policy(run_folder).spec.chunk_length == 4
+
+
+def test_new_fields_come_with_a_new_schema(tiny_run) -> None:
+    """A configuration with other fields is not read as one of this schema: raise it, and fill them in for older ones."""
+
+    def names(tree, prefix=""):
+        return sorted(
+            name
+            for key, value in tree.items()
+            for name in (names(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"])
+        )
+
+    fields = [n for n in names(read_checkpoint(tiny_run).config) if "observation_shapes" not in n]
+    assert (SCHEMA, hashlib.sha256(" ".join(fields).encode()).hexdigest()[:12]) == (3, "4b8fedef388b"), fields
 
 
 def test_published_checkpoint_needs_no_training_state(run_folder, readers, tmp_path, refused) -> None:

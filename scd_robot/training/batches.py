@@ -98,6 +98,7 @@ class SegmentDataset(Dataset[TrainingBatch]):
             training.seed,
             model.history_stride,
             None if validation else data.weights,
+            training.batch_size if training.group_by_length else 0,
         )
         self._idle = None
         if training.idle_weight < 1 and not validation:

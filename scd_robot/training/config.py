@@ -22,6 +22,8 @@ class TrainingConfig:
         seed: keys every draw together with step and sample.
         batch_size: episode segments per step, over all devices.
         segment_length: most control steps in a segment; episodes up to this length are used whole.
+        group_by_length: batches hold segments of like length, so that less is spent on padding; for episodes whose
+            lengths differ much.
         burn_in: control steps at the start of a segment that begins inside an episode which carry no loss; 0 treats
             the start of the segment as a virtual reset instead, which is trained as a cold start.
         positions_per_segment: control steps of each encoded segment whose chunks are denoised.
@@ -55,6 +57,7 @@ class TrainingConfig:
     seed: int = 0
     batch_size: int = 8
     segment_length: int = 128
+    group_by_length: bool = False
     burn_in: int = 0
     positions_per_segment: int = 16
     idle_weight: float = 1.0

@@ -4,7 +4,7 @@ Shapes: B segments, T steps, M positions, S noise draws, R = B * M * S decoder s
 L = k + Ta, Da action width, K context tokens, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,10 +48,32 @@ def encode_batch(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) 
     return model.encode(observation, past_action, present=segments.present or None, stream=batch.draws.stream)
 
 
+def encode_positions(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) -> Tensor:
+    """Contexts (B, M, K, D) of the drawn positions.
+
+    A model without memory encodes these control steps only, since it sees no others.
+    """
+    position, segments = batch.draws.position, batch.segments
+    if model.config.history_length > 1 or model.config.past_action_input != "none":
+        return take_steps(encode_batch(model, normalizer, batch), position)
+    alone = replace(
+        segments,
+        observation={key: take_steps(value, position) for key, value in segments.observation.items()},
+        present={key: take_steps(value, position) for key, value in segments.present.items()},
+    )
+    return encode_batch(model, normalizer, replace(batch, segments=alone, draws=replace(batch.draws, stream=position)))
+
+
+def take_steps(x: Tensor, position: Tensor) -> Tensor:
+    """Of (B, T, ...) the control steps (B, M): (B, M, ...)."""
+    index = position.view(*position.shape, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
+
+
 def select_samples(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) -> DecoderSamples:
     """Encodes the segments and gathers context and actions of the drawn positions."""
     config, draws = model.config, batch.draws
-    context = encode_batch(model, normalizer, batch)
+    context = encode_positions(model, normalizer, batch)
     past, copies = config.num_past_actions, draws.flow_time.shape[2]
     offset = torch.arange(-past, config.chunk_length, device=context.device)
     executed = normalizer.normalize("action", batch.segments.executed)
@@ -68,8 +90,7 @@ def select_samples(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch
     committed = committed.flatten(0, 2) & flat(valid)
     use_executed = committed | (offset < 0)
     data = torch.where(use_executed[..., None], flat(executed), flat(label))
-    chosen = context.gather(1, draws.position[:, :, None, None].expand(-1, -1, *context.shape[2:]))
-    return DecoderSamples(flat(chosen), data, flat(valid), committed, flat(draws.position_valid))
+    return DecoderSamples(flat(context), data, flat(valid), committed, flat(draws.position_valid))
 
 
 def flow_matching_terms(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scd_robot.datasets.windows import SegmentBatch, SegmentIndex, split_episodes
+from scd_robot.datasets.windows import SegmentBatch, SegmentIndex, group_by_length, split_episodes
 from scd_robot.errors import ConfigError, DatasetError
 
 ENDS = np.cumsum([9, 14, 5, 40, 12, 2, 13])
@@ -173,3 +173,36 @@ def test_settings_out_of_range_are_refused() -> None:
     for share in (-0.1, 1.0, float("nan")):
         with pytest.raises(ConfigError, match=r"in \[0, 1\)"):
             split_episodes(10, share)
+
+
+def test_groups_have_like_lengths_and_lose_nothing() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 300, 1000)
+    for offset in (0, 3, -5):
+        order = group_by_length(lengths, 8, offset, np.random.default_rng(1))
+        np.testing.assert_array_equal(np.sort(order), np.arange(1000))
+        first = offset % 8
+        groups = lengths[order[first : first + (1000 - first) // 8 * 8]].reshape(-1, 8)
+        assert groups.max(axis=1).mean() < 1.15 * groups.mean()
+        assert np.ptp(groups.mean(axis=1)[:10]) > 50, "groups come in random order"
+    np.testing.assert_array_equal(group_by_length(lengths[:5], 8, 6, rng), np.arange(5))
+
+
+def test_batches_of_like_lengths_hold_every_segment_once_an_epoch() -> None:
+    ends = np.cumsum(np.random.default_rng(0).integers(2, 90, 101))
+    plain, grouped = (SegmentIndex(ends, 64, seed=3, group_size=size) for size in (0, 8))
+
+    def padded(index: SegmentIndex, epoch: int) -> tuple[float, list[int]]:
+        """Share of padding in an epoch, and the starts that are its own."""
+        steps = range(epoch * len(index) // 8, (epoch + 1) * len(index) // 8)
+        batches = [index.batch(step, range(8), 8) for step in steps]
+        sizes = sum(8 * b.lengths.max() for b in batches)
+        return 1 - sum(b.lengths.sum() for b in batches) / sizes, np.concatenate([b.start for b in batches]).tolist()
+
+    for epoch in (0, 1, 4):  # later ones do not begin with a batch
+        assert padded(grouped, epoch)[0] < 0.15 < padded(plain, epoch)[0]
+    covered = np.concatenate([grouped.batch(step, range(8), 8).start for step in range(2 * len(grouped) // 8)])
+    firsts = np.concatenate([[0], ends[:-1]])
+    assert set(firsts) <= set(covered)
+    again = SegmentIndex(ends, 64, seed=3, group_size=8)
+    np.testing.assert_array_equal(again.batch(20, range(8), 8).start, grouped.batch(20, range(8), 8).start)

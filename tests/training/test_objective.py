@@ -11,7 +11,13 @@ from scd_robot.model import ScdModel
 from scd_robot.normalization import Normalizer, compute_statistics
 from scd_robot.training.batches import SegmentDataset, TrainingBatch
 from scd_robot.training.config import ExperimentConfig
-from scd_robot.training.objective import encode_batch, flow_matching_terms, select_samples
+from scd_robot.training.objective import (
+    encode_batch,
+    encode_positions,
+    flow_matching_terms,
+    select_samples,
+    take_steps,
+)
 
 DATA = tiny_data()
 ALL = np.arange(len(LENGTHS))
@@ -186,3 +192,26 @@ def test_past_actions_are_noised_in_training_only() -> None:
     assert not torch.equal(encode_batch(model, normalizer, batch), encode_batch(model, normalizer, quiet))
     model.eval()
     assert torch.equal(encode_batch(model, normalizer, batch), encode_batch(model, normalizer, quiet))
+
+
+@pytest.mark.parametrize("history_length", [1, 4])
+@pytest.mark.parametrize("observation_tokens", ["joint", "per_key"])
+def test_positions_have_the_contexts_of_the_whole_pass(history_length: int, observation_tokens: str) -> None:
+    architecture = {"history_length": history_length, "observation_tokens": observation_tokens}
+    experiment = tiny_experiment(model={**architecture, "past_action_input": "none"}, virtual_reset_probability=0.5)
+    model, normalizer = parts(experiment)
+    batch = batch_of(experiment)
+    if observation_tokens == "per_key":
+        present = {"goal": torch.rand(batch.segments.step_valid.shape) < 0.5}
+        batch = dataclasses.replace(batch, segments=dataclasses.replace(batch.segments, present=present))
+    expected = take_steps(encode_batch(model, normalizer, batch), batch.draws.position)
+    torch.testing.assert_close(encode_positions(model, normalizer, batch), expected, atol=1e-5, rtol=0)
+
+
+def test_without_memory_only_the_positions_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = tiny_experiment(model={"history_length": 1, "past_action_input": "none"})
+    model, normalizer = parts(experiment)
+    batch, shapes = batch_of(experiment), []
+    monkeypatch.setattr(model, "encode", lambda x, *_, **__: shapes.append(x["goal"].shape))
+    encode_positions(model, normalizer, batch)
+    assert shapes == [(*batch.draws.position.shape, 2)]
