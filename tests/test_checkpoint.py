@@ -228,7 +228,7 @@ def test_checkpoints_of_earlier_schemas_are_read(schema, run_folder) -> None:
 
 
 def test_new_fields_come_with_a_new_schema(tiny_run) -> None:
-    """A configuration with other fields is not read as one of this schema: raise it, and fill them in for older ones."""
+    """Other fields need another schema, and values for the checkpoints of this one (`_with_later_fields`)."""
 
     def names(tree, prefix=""):
         return sorted(

@@ -209,7 +209,8 @@ def waiting_observations(task, episodes, kind):
         while True:
             noise = 0.015 * rng.standard_normal(environment.spec.action_dim)  # as in the benchmark's recordings
             result = environment.step((environment.expert_action() + noise).astype(np.float32))
-            assert not (result.terminated or result.truncated), "the episode ended before the wait"
+            over = result.terminated or result.truncated
+            assert not over, "the episode ended before the wait did"
             if environment._signal():
                 break
             row = result.observation
