@@ -207,13 +207,17 @@ class MemoryEnvironment(abc.ABC):
         return position
 
     def towards(self, place: ArrayLike) -> Vector:
-        """Action (3,) that moves the target of the hand to a place in a straight line."""
-        goal = np.asarray(place, np.float64)
-        if self.control == "position":
-            low, high = np.array(self.target_low), np.array(self.target_high)
-            return np.asarray(2 * (goal - low) / (high - low) - 1)
-        offset = (goal - self.target[:3]) / self.reach_per_step
-        return offset / max(1.0, float(np.linalg.norm(offset)))
+        """Action (3,) that moves the target of the hand to a place in a straight line.
+
+        With `control` "position" it asks for the next point of that line, not for its end: what is asked for then
+        changes little from one control step to the next, so that a mistake about where to go is a small one.
+        """
+        offset = (np.asarray(place, np.float64) - self.target[:3]) / self.reach_per_step
+        offset /= max(1.0, float(np.linalg.norm(offset)))
+        if self.control == "velocity":
+            return offset
+        low, high = np.array(self.target_low), np.array(self.target_high)
+        return np.asarray(2 * (self.target[:3] + self.reach_per_step * offset - low) / (high - low) - 1)
 
     def _standstill(self) -> ActionArray:
         """The action (Da,) that moves nothing."""

@@ -16,10 +16,11 @@ _RELEASE = -0.03  # at the white line, where a stop holds the hand, and the puck
 _HALF = 0.03  # [m] half the puck's length along the rail
 _TIP = 0.015  # [m] radius of the hand's tip
 _TRY_STEPS = 60  # control steps of the first push
+_HOLD_STEPS = 40  # of them, after which the expert takes the hand back
 _RETURN_STEPS = 20  # more, in which the hand goes back
 _FIRST_SPEED = 0.4  # [m/s]
-_DECELERATION = (0.2, 1.0)  # [m/s^2]
-_BEST_GUESS = 0.75  # [m/s^2]: of all constant beliefs the one with which most second pushes succeed
+_DECELERATION = (0.2, 1.0)  # [m/s^2], drawn log-uniformly: no guess is much better than others
+_BEST_GUESS = 0.7  # [m/s^2]: of all constant beliefs the one with which most second pushes succeed
 _NEAR = 0.04  # [m] of the goal
 _MASS = 0.2
 _LEFT_AT = _RELEASE + _HALF + _TIP  # [m], of the puck when it leaves the hand
@@ -65,14 +66,13 @@ class HiddenFriction(MemoryEnvironment):
         return {key: ArraySpec((1,)) for key in ("puck", "goal", "friction", "trial")}
 
     def _begin(self, rng: np.random.Generator) -> None:
-        self._deceleration = self._believed = float(rng.uniform(*_DECELERATION))
+        self._deceleration = self._believed = float(np.exp(rng.uniform(*np.log(_DECELERATION))))
         self._goal = float(_LEFT_AT + rng.uniform(0.12, 0.24))
         self.model.joint("puck").frictionloss = _MASS * self._deceleration
         self.data.mocap_pos[0] = (self._goal, 0, 0.002)
         self.target = _BACK + rng.uniform(-0.005, 0.005, 3)
         self.data.joint("puck").qpos[0] = _START
         self._pushed = False
-        self._arrived = False  # of the hand at the stop, in this push
 
     def _guess(self, rng: np.random.Generator) -> None:
         self._believed = _BEST_GUESS
@@ -95,11 +95,9 @@ class HiddenFriction(MemoryEnvironment):
         return self.steps < _TRY_STEPS + _RETURN_STEPS or self._signal()
 
     def _judge(self) -> Verdict:
-        self._arrived |= self.target[0] >= _RELEASE - 1e-6
         if not self._signal():
             if self.steps >= _TRY_STEPS:
                 self.data.joint("puck").qpos[0], self.data.joint("puck").qvel[0] = _START, 0.0
-                self._arrived = False
             self._pushed = False
             return None
         self._pushed |= self._puck() > _START + 0.02
@@ -109,12 +107,10 @@ class HiddenFriction(MemoryEnvironment):
         return "success" if abs(self._puck() - self._goal) < _NEAR else "wrong"
 
     def _expert(self) -> Vector:
-        trying = self.steps < _TRY_STEPS
-        if not trying and not self._signal():
+        if self.steps >= _HOLD_STEPS and not self._signal():
             return self.towards(_BACK)
-        if self._arrived:
-            return self.towards(_BACK)
-        speed = _FIRST_SPEED if trying else self._speed_for_goal()
+        # It does not stop pushing at the line: there the stop holds the hand, and nothing has to be timed.
+        speed = self._speed_for_goal() if self._signal() else _FIRST_SPEED
         # Gently at first: struck, the puck would run ahead of the hand.
         gain = np.clip(0.4 + 0.6 * (self.target[0] - _BACK[0]) / 0.06, 0.4, 1.0)
         step = speed * self.control_dt * gain
