@@ -294,13 +294,19 @@ class TestJudgement:
         while not environment._signal():
             environment.step(environment.expert_action())
         start, goal = environment.target.copy(), np.array([0.1, -0.2, 0.3])
-        action = environment.towards(goal).astype(np.float32)
+        low, high = np.array(environment.target_low), np.array(environment.target_high)
+        action = (2 * (goal - low) / (high - low) - 1).astype(np.float32)
         for step in range(1, 8):
+            np.testing.assert_allclose(  # the expert asks for where that takes the target next
+                low + (high - low) * (environment.towards(goal) + 1) / 2,
+                environment.target + (goal - environment.target) * 0.025 / np.linalg.norm(goal - environment.target),
+            )
             environment.step(action)
             offset = goal - start
             np.testing.assert_allclose(environment.target, start + offset * step * 0.025 / np.linalg.norm(offset))
         for _ in range(20):
             environment.step(action)
+        np.testing.assert_allclose(low + (high - low) * (environment.towards(goal) + 1) / 2, goal, atol=1e-6)
         np.testing.assert_allclose(environment.target, goal, atol=1e-6)
         np.testing.assert_allclose(environment.hand, goal, atol=0.002)
 
