@@ -3,7 +3,8 @@
 if __name__ == "policies":
     raise ModuleNotFoundError("no package 'policies' is installed; import 'scd_robot.policies'", name="policies")
 
+from scd_robot.policies.causal_dit import CausalDitPolicy
 from scd_robot.policies.loading import load_policy
 from scd_robot.policies.scd import ScdPolicy
 
-__all__ = ["ScdPolicy", "load_policy"]
+__all__ = ["CausalDitPolicy", "ScdPolicy", "load_policy"]

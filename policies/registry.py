@@ -5,9 +5,10 @@ from typing import Any
 
 from scd_robot.errors import UnknownNameError
 
-__all__ = ["POLICIES", "policy_class"]
+__all__ = ["POLICIES", "policy_class", "policy_type"]
 
 POLICIES = {
+    "causal_dit": "scd_robot.policies.causal_dit:CausalDitPolicy",
     "scd": "scd_robot.policies.scd:ScdPolicy",
 }
 
@@ -18,3 +19,8 @@ def policy_class(name: str) -> Any:
         raise UnknownNameError("policy type", name, POLICIES)
     module, _, attribute = POLICIES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def policy_type(architecture: str) -> str:
+    """The name of the policy that runs models of this architecture, see `ScdConfig`."""
+    return {"separable": "scd", "entangled": "causal_dit"}[architecture]

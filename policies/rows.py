@@ -4,13 +4,14 @@ Shapes: B rows, Ta chunk length, k past actions (at least 1 is kept), Da action 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError, ShapeError
-from scd_robot.model import ScdModel
+from scd_robot.model import ActionModel
 from scd_robot.types import ActionArray
 
 __all__ = ["Rows"]
@@ -31,7 +32,7 @@ class Rows:
         next_episode: number that no row has had yet.
     """
 
-    def __init__(self, model: ScdModel, episodes: Sequence[int], action_dim: int) -> None:
+    def __init__(self, model: ActionModel[Any], episodes: Sequence[int], action_dim: int) -> None:
         config = model.config
         batch, kept = len(episodes), max(1, config.num_past_actions)
         self.cache = model.new_cache(batch)

@@ -20,7 +20,7 @@ from torch import Tensor
 from scd_robot.config import from_json
 from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import ActionError, CheckpointError, ConfigError, ShapeError
-from scd_robot.model import ActionPlan, Conditioning, ScdConfig, ScdModel
+from scd_robot.model import ActionModel, ActionPlan, Conditioning, ScdConfig, build_model
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.rows import Rows
 from scd_robot.seeding import POLICY_NOISE, keyed_rng
@@ -96,7 +96,7 @@ class ScdPolicy:
 
     def __init__(
         self,
-        model: ScdModel,
+        model: ActionModel[Any],
         normalizer: Normalizer,
         dataset: DatasetSpec,
         config: ScdPolicyConfig | None = None,
@@ -124,7 +124,7 @@ class ScdPolicy:
         self.planned: NDArray[np.bool_] | None = None
         self._timings = _empty_timings()
         self._rows: Rows | None = None
-        self._context: Tensor | None = None
+        self._context: Any = None  # what plans are made from, of all rows; see the hooks at the end of the class
         self._state: dict[str, NDArray[np.float32]] = {}  # what chunks are relative to
         self._conditioning: dict[float, Conditioning] | None = None  # of weights and sampler, which never change
         self._first_episodes: list[int] | None = None
@@ -146,7 +146,7 @@ class ScdPolicy:
         Raises:
             CheckpointError: the weights are not those of the configuration.
         """
-        model = ScdModel(from_json(ScdConfig, config["model"], "model"))
+        model = build_model(from_json(ScdConfig, config["model"], "model"))
         try:
             model.load_state_dict(dict(weights), strict=True)
         except RuntimeError as error:
@@ -227,7 +227,7 @@ class ScdPolicy:
                 normalised, rows.cache, active, past_action=past, past_action_valid=known, present=there or None
             )
             if active is not None and self._context is not None:
-                context = torch.where(active[:, None, None], context, self._context)
+                context = self._where(active, context, self._context)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         self._context = context
@@ -317,12 +317,12 @@ class ScdPolicy:
             assert self._context is not None
             context, committed, past_known = self._context, None, None
             if len(chosen) < rows.batch_size:
-                context = context[torch.as_tensor(chosen, device=self.device)]
+                context = self._of_rows(context, torch.as_tensor(chosen, device=self.device))
             state = {key: value[chosen] for key, value in self._state.items()}
             if prefix is not None:
                 committed = self._normalised_actions(prefix, state).repeat_interleave(copies, 0)
             if with_past:
-                context = context.repeat_interleave(copies, 0)
+                context = self._repeated(context, copies)
                 past_known = torch.as_tensor(rows.past_known[chosen], device=self.device).repeat_interleave(copies, 0)
             if self._conditioning is None:
                 self._conditioning = self.model.conditioning(config.sampler)
@@ -424,6 +424,20 @@ class ScdPolicy:
             row = int(np.argwhere(~np.isfinite(value))[0][0])
             raise ShapeError(f"{name} holds a NaN or infinite value in row {row}")
         return value
+
+    # A policy whose model makes something else of the history than one tensor replaces these.
+
+    def _where(self, active: Tensor, new: Any, old: Any) -> Any:
+        """The new context in the rows where `active` (B,) is True, the old one in the others."""
+        return torch.where(active[:, None, None], new, old)
+
+    def _of_rows(self, context: Any, rows: Tensor) -> Any:
+        """The context of some rows (n,)."""
+        return context[rows]
+
+    def _repeated(self, context: Any, copies: int) -> Any:
+        """Each row's context so many times in a row."""
+        return context.repeat_interleave(copies, 0)
 
     @contextmanager
     def _inference(self, batch: int) -> Iterator[None]:

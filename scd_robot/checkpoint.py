@@ -233,9 +233,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
     """The configuration with fields that came after `schema`, at values that change nothing."""
     if schema < 2:
-        transforms = {name: [] for name in ("keys", "flatten", "images", "rotations", "grippers", "chunk_parts")}
+        transforms: dict[str, Any] = {
+            name: [] for name in ("keys", "flatten", "images", "rotations", "grippers", "chunk_parts")
+        }
         transforms |= {"rename": {}, "chunk": "absolute"}
         config = {**config, "model": {"history_stride": 1, **config["model"]}, "transforms": transforms}
+    if schema < 3:
+        config = {**config, "model": {"architecture": "separable", **config["model"]}}
     if schema < 3 and "training" in config:
         later = {"group_by_length": False, "idle_weight": 1.0, "disturbance_threshold": 0.0}
         config = {**config, "training": {**later, **config["training"]}}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scd_robot.analysis.streams import Stream
 from scd_robot.datasets import ACTION, EXECUTED_ACTION, EpisodeDataset
+from scd_robot.model import ScdModel
 from scd_robot.nn import CausalBlock
 from scd_robot.policies.scd import ScdPolicy
 from scd_robot.training import ExperimentConfig, SegmentDataset, TrainingConfig
@@ -82,9 +83,11 @@ def attention_age(policy: ScdPolicy, streams: Sequence[Stream]) -> list[dict[str
     With a memory gate the present has weight 1 and the past that of tanh(gate), as in `nn.attention.attend`.
 
     Returns:
-        For each layer `present` (share of attention on the control step itself), `mean_age` of the rest [control
+        For each layer of an encoder (none for the entangled architecture, which has no encoder) `present` (share of attention on the control step itself), `mean_age` of the rest [control
         steps], and `by_age`: shares at ages 1, 2-3, 4-7, 8-15, ... (by their first age).
     """
+    if not isinstance(policy.model, ScdModel):
+        return []
     blocks = cast(Sequence[CausalBlock], policy.model.encoder.blocks)
     shares: list[list[Tensor]] = [[] for _ in blocks]
     ages = []

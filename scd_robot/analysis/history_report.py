@@ -45,8 +45,9 @@ def write_history(document: dict[str, Any], out: Path) -> None:
     drawn = {
         "Success by length of the history": cuts_plot(cuts, success["control"]),
         "Success by kind of history": bars_plot(others),
-        "Age of what is attended to": age_plot(document["attention_age"]),
     }
+    if document["attention_age"]:
+        drawn["Age of what is attended to"] = age_plot(document["attention_age"])
     cards = "".join(f"<div class='card'><h3>{name}</h3>{svg}</div>" for name, svg in drawn.items())
     told = "".join(f"<p>{sentence[0].upper() + sentence[1:]}.</p>" for sentence in _sentences(document))
     head = (

@@ -15,6 +15,9 @@ class ScdConfig:
     Attributes:
         observation_shapes: shape by observation key, without batch and time axes; vectors only.
         action_dim: Da, width of one action.
+        architecture: "separable", or "entangled": the rival `CausalDitModel` of the same width and of encoder_layers +
+            decoder_layers layers, all of which see the history at every denoising step. It reads no fusion,
+            num_context_tokens, context_corruption and memory_gate, which must be as by default, the corruption 0.
         width: D, of encoder and decoder tokens.
         num_heads: N; must divide `width` into an even head width.
         encoder_layers: run once per control step; a deeper encoder costs little.
@@ -42,6 +45,7 @@ class ScdConfig:
 
     observation_shapes: dict[str, tuple[int, ...]]
     action_dim: int
+    architecture: Literal["separable", "entangled"] = "separable"
     width: int = 128
     num_heads: int = 4
     encoder_layers: int = 4
@@ -80,6 +84,7 @@ class ScdConfig:
         if self.width % (2 * self.num_heads):
             raise ConfigError(f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads}")
         for name, choices in (
+            ("architecture", ("separable", "entangled")),
             ("observation_tokens", ("joint", "per_key")),
             ("fusion", ("concat", "prefix")),
             ("past_action_input", ("none", "noised", "full")),
@@ -89,6 +94,20 @@ class ScdConfig:
         if self.max_delay_steps >= self.chunk_length:
             raise ConfigError(f"max_delay_steps {self.max_delay_steps} must be below chunk_length {self.chunk_length}")
 
+        needed = {"context_corruption": 0, "num_context_tokens": 1, "memory_gate": False}
+        if self.architecture == "entangled" and any(getattr(self, name) != value for name, value in needed.items()):
+            found = ", ".join(f"{name} {getattr(self, name)}" for name in needed)
+            raise ConfigError(
+                "the entangled architecture has no context: it needs "
+                + ", ".join(f"{name} {value}" for name, value in needed.items())
+                + f"; got {found}"
+            )
+
+    @property
+    def depth(self) -> int:
+        """Layers through which history reaches a plan."""
+        return self.encoder_layers + (self.decoder_layers if self.architecture == "entangled" else 0)
+
     @property
     def leaks_past_actions(self) -> bool:
         """The encoder is shown the very actions that past-token prediction asks the decoder for."""
@@ -97,4 +116,4 @@ class ScdConfig:
     @property
     def receptive_field(self) -> int:
         """Control steps that can influence one context, the current one included."""
-        return self.history_stride * self.encoder_layers * (self.history_length - 1) + 1
+        return self.history_stride * self.depth * (self.history_length - 1) + 1

@@ -46,20 +46,16 @@ class PreparedContext:
     keys_values: list[Tensor] | None
 
 
-class DiffusionDecoder(nn.Module):
-    """Few transformer blocks with adaLN-zero on the flow time of each token; predicts velocity.
+class FlowTransformer(nn.Module):
+    """What denoising transformers share: noisy tokens in, blocks conditioned on their flow time, velocity out.
 
     Args:
         token_dim: Dx.
         num_positions: L, with a learned position embedding each.
         num_hidden_positions: the first so many of them are seen by nobody but each other, so that leaving them out
             changes nothing for the rest (past actions, in past-token prediction).
-        num_context_tokens: K.
         width: D.
-        num_heads: attention heads.
-        num_layers: blocks.
-        mlp_ratio: hidden width of the MLPs in units of D.
-        fusion: "concat" or "prefix", see `ScdConfig`.
+        blocks: modulated by flow time.
     """
 
     def __init__(
@@ -68,29 +64,80 @@ class DiffusionDecoder(nn.Module):
         token_dim: int,
         num_positions: int,
         num_hidden_positions: int,
-        num_context_tokens: int,
         width: int,
-        num_heads: int,
-        num_layers: int,
-        mlp_ratio: int,
-        fusion: Literal["concat", "prefix"],
+        blocks: Iterable[AdaLNBlock],
     ) -> None:
         super().__init__()
-        self.fusion = fusion
         self.num_hidden = num_hidden_positions
-        self.num_context_tokens = num_context_tokens
         self.embed = nn.Linear(token_dim, width)
         self.position = nn.Parameter(torch.randn(num_positions, width) * 0.02)
-        self.context_embed = nn.Linear(width, width)
-        self.context_position = nn.Parameter(torch.randn(num_context_tokens, width) * 0.02)
         self.flow_time = FlowTimeEmbedding(width)
-        self.blocks = nn.ModuleList(AdaLNBlock(width, num_heads, mlp_ratio) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, token_dim)
         for layer in (self.head_modulation, self.head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def condition(self, flow_time: Tensor) -> Conditioning:
+        """Everything that depends on flow_time (B, L or 1) alone."""
+        features = torch.nn.functional.silu(self.flow_time(flow_time))
+        shift, scale = self.head_modulation(features).chunk(2, dim=-1)
+        blocks = cast(Iterable[AdaLNBlock], self.blocks)
+        return Conditioning([block.modulate_by(features) for block in blocks], (shift, 1 + scale))
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Noisy tokens (B, L, D) of x (B, L, Dx), which holds all positions, or all but the hidden ones."""
+        tokens: Tensor = self.embed(x) + self.position[-x.shape[1] :]
+        return tokens
+
+    def _read_out(self, tokens: Tensor, conditioning: Conditioning) -> Tensor:
+        """Velocity (B, L, Dx) of the last layer's noisy tokens (B, L, D)."""
+        shift, factor = (x[:, -tokens.shape[1] :] for x in conditioning.head)  # of length 1 where the tokens share it
+        out: Tensor = self.head(modulate(self.norm(tokens), shift, factor))
+        return out
+
+    def _sees(self, length: int, token_valid: Tensor | None, device: torch.device) -> Tensor | None:
+        """Which noisy tokens see which, (B or 1, L, L) bool; None = everybody sees everybody."""
+        hidden = max(0, length - (self.position.shape[0] - self.num_hidden))
+        if not hidden and token_valid is None:
+            return None
+        is_hidden = torch.arange(length, device=device) < hidden
+        mask = (is_hidden[:, None] | ~is_hidden)[None]
+        return mask if token_valid is None else mask & token_valid[:, None, :]
+
+
+class DiffusionDecoder(FlowTransformer):
+    """Few transformer blocks with adaLN-zero on the flow time of each token; predicts velocity.
+
+    Args:
+        num_context_tokens: K.
+        width: D.
+        num_heads: attention heads.
+        num_layers: blocks.
+        mlp_ratio: hidden width of the MLPs in units of D.
+        fusion: "concat" or "prefix", see `ScdConfig`.
+        **tokens: of `FlowTransformer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_context_tokens: int,
+        width: int,
+        num_heads: int,
+        num_layers: int,
+        mlp_ratio: int,
+        fusion: Literal["concat", "prefix"],
+        **tokens: int,
+    ) -> None:
+        blocks = (AdaLNBlock(width, num_heads, mlp_ratio) for _ in range(num_layers))
+        super().__init__(width=width, blocks=blocks, **tokens)
+        self.fusion = fusion
+        self.num_context_tokens = num_context_tokens
+        self.context_embed = nn.Linear(width, width)
+        self.context_position = nn.Parameter(torch.randn(num_context_tokens, width) * 0.02)
 
     def forward(self, x: Tensor, flow_time: Tensor, context: Tensor, token_valid: Tensor | None = None) -> Tensor:
         """Velocity (B, L, Dx) of noisy tokens.
@@ -112,9 +159,7 @@ class DiffusionDecoder(nn.Module):
         if self.fusion == "concat" and flow_time.shape[1] > 1:
             plan_time = flow_time.amin(dim=1, keepdim=True)
             flow_time = torch.cat((plan_time.expand(-1, self.num_context_tokens), flow_time), dim=1)
-        features = torch.nn.functional.silu(self.flow_time(flow_time))
-        shift, scale = self.head_modulation(features).chunk(2, dim=-1)
-        return Conditioning([block.modulate_by(features) for block in self._blocks()], (shift, 1 + scale))
+        return super().condition(flow_time)
 
     def prepare(self, context: Tensor) -> PreparedContext:
         """Everything that depends on the context (B, K, D) alone."""
@@ -131,34 +176,25 @@ class DiffusionDecoder(nn.Module):
         self, x: Tensor, conditioning: Conditioning, context: PreparedContext, token_valid: Tensor | None = None
     ) -> Tensor:
         """As `forward`, with the parts that do not change between denoising steps computed beforehand."""
-        length = x.shape[1]
-        tokens = self.embed(x) + self.position[-length:]
+        length, tokens = x.shape[1], self._embed(x)
         mask = self._mask(length, token_valid, x.device)
         if context.tokens is not None:
             tokens = torch.cat((context.tokens, tokens), dim=1)
         for index, block in enumerate(self._blocks()):
             prefix = None if context.keys_values is None else context.keys_values[index]
             tokens = block(tokens, conditioning.blocks[index], mask, prefix)
-        shift, factor = (x[:, -length:] for x in conditioning.head)  # of length 1 where the tokens share it
-        out: Tensor = self.head(modulate(self.norm(tokens[:, -length:]), shift, factor))
-        return out
+        return self._read_out(tokens[:, -length:], conditioning)
 
     def _blocks(self) -> Iterable[AdaLNBlock]:
         return cast(Iterable[AdaLNBlock], self.blocks)
 
     def _mask(self, length: int, token_valid: Tensor | None, device: torch.device) -> Tensor | None:
-        """Who sees whom, (B or 1, 1, queries, K + L) bool; None = everybody sees everybody."""
-        hidden = max(0, length - (self.position.shape[0] - self.num_hidden))
-        if not hidden and token_valid is None:
+        """Who sees whom, (B or 1, 1, queries, K + L) bool: all see the context; None = everybody sees everybody."""
+        mask = self._sees(length, token_valid, device)
+        if mask is None:
             return None
         context = self.num_context_tokens
-        column = torch.arange(context + length, device=device)
-        is_hidden = (column >= context) & (column < context + hidden)
-        mask = is_hidden[:, None] | ~is_hidden[None, :]
-        if self.fusion == "prefix":
-            mask = mask[context:]
-        mask = mask[None]
-        if token_valid is not None:
-            seen = torch.cat((token_valid.new_ones(token_valid.shape[0], context), token_valid), dim=1)
-            mask = mask & seen[:, None, :]
+        mask = torch.nn.functional.pad(mask, (context, 0), value=True)
+        if self.fusion == "concat":  # context tokens do not see the hidden ones, like the last noisy token
+            mask = torch.cat((mask[:, -1:].expand(-1, context, -1), mask), dim=1)
         return mask[:, None]

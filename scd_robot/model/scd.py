@@ -4,51 +4,36 @@
     velocity = decoder(noisy chunk, flow time, context)      once per denoising step, no attention to history
 
 Separable Causal Diffusion (Bai et al., "Causality in Video Diffusers is Separable from Denoising", arXiv 2602.10095),
-with a control step in the place of a video frame.
+with a control step in the place of a video frame. The loop over denoising steps is `ActionModel.plan` in base.py, which
+this model shares with its entangled rival (causal_dit.py).
 
-Shapes: B batch, T control steps, Ta chunk length, k past actions, Da action width, K context tokens, D width.
+Shapes: B batch, T control steps, M samples per stream, K context tokens, D width.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from scd_robot.diffusion import SamplerConfig, corrupt, guide, sample
-from scd_robot.diffusion.sampler import evaluation_times
-from scd_robot.errors import ConfigError, ShapeError
+from scd_robot.model.base import ActionModel
 from scd_robot.model.config import ScdConfig
-from scd_robot.model.decoder import Conditioning, DiffusionDecoder
+from scd_robot.model.decoder import DiffusionDecoder
 from scd_robot.model.encoder import CausalEncoder
-from scd_robot.model.tokenizer import StepTokenizer
 from scd_robot.nn import KVCache
 
-__all__ = ["ActionPlan", "ScdModel"]
+__all__ = ["ScdModel"]
 
 
-@dataclass(frozen=True)
-class ActionPlan:
-    """A sampled action chunk, normalised.
+class ScdModel(ActionModel[Tensor]):
+    """Tokenizer, causal encoder and diffusion decoder.
 
-    Attributes:
-        actions: (B, Ta, Da); action 0 is for the control step whose context was given.
-        past: (B, k, Da) what the decoder believes was executed in the k steps before; None unless asked for.
-        num_evaluations: NFE, decoder calls.
+    encode        (B, T, ...) observations -> (B, T, K, D) contexts, all control steps in one pass   (training)
+    encode_step   (B, ...) observation, cache -> (B, K, D) context of one more control step          (control loop)
+    velocity      noisy chunk, flow time, context -> velocity                                       (training)
+    plan          context -> action chunk, NFE times `decoder.velocity`                             (control loop)
     """
 
-    actions: Tensor
-    past: Tensor | None
-    num_evaluations: int
-
-
-class ScdModel(nn.Module):
-    """Tokenizer, causal encoder and diffusion decoder. All inputs and outputs are normalised tensors."""
-
     def __init__(self, config: ScdConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.tokenizer = StepTokenizer(config)
+        super().__init__(config)
         self.encoder = CausalEncoder(config, self.tokenizer.tokens_per_step)
         self.decoder = DiffusionDecoder(
             token_dim=config.action_dim,
@@ -62,178 +47,46 @@ class ScdModel(nn.Module):
             fusion=config.fusion,
         )
 
-    def encode(
+    def encode_at(
         self,
+        position: Tensor,
         observation: Mapping[str, Tensor],
         past_action: Tensor | None = None,
         *,
-        past_action_valid: Tensor | None = None,
         present: Mapping[str, Tensor] | None = None,
         stream: Tensor | None = None,
-        first_position: int = 0,
     ) -> Tensor:
-        """Contexts (B, T, K, D) of all control steps of a stream, in one pass.
+        """Contexts (B, M, K, D) of the control steps at `position` (B, M) of a stream; other arguments as of `encode`.
 
-        Args:
-            observation: (B, T, Do) by key.
-            past_action: (B, T, Da) executed one step before, where the configuration reads it.
-            past_action_valid: (B, T) bool; None = all but step 0 of each stream.
-            present: (B, T) bool by key, for keys absent in some steps.
-            stream: (B, T) int; history is forgotten where it changes.
-            first_position: control-step index of step 0 of the stream.
+        A model without memory encodes these control steps only, since it sees no others.
         """
-        if past_action is not None and past_action_valid is None:
-            past_action_valid = torch.ones(past_action.shape[:2], dtype=torch.bool, device=past_action.device)
-            past_action_valid[:, 0] = False
-            if stream is not None:
-                past_action_valid[:, 1:] = stream[:, 1:] == stream[:, :-1]
-        tokens, valid = self.tokenizer(observation, past_action, past_action_valid, present)
-        context: Tensor = self.encoder(tokens, valid, stream, first_position)
-        return context
-
-    def encode_step(
-        self,
-        observation: Mapping[str, Tensor],
-        cache: KVCache,
-        active: Tensor | None = None,
-        *,
-        past_action: Tensor | None = None,
-        past_action_valid: Tensor | None = None,
-        present: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
-        """Context (B, K, D) of one more control step; equal to `encode` over the whole stream at that step.
-
-        Args:
-            observation: (B, Do) by key.
-            cache: from `new_cache`; advanced in place.
-            active: (B,) bool, rows that take the step; the others stay as they are and their context means nothing.
-            past_action: (B, Da) executed one step before, where the configuration reads it; ignored in the first
-                step of a row.
-            past_action_valid: (B,) bool, False where it is not known; None = known.
-            present: (B,) bool by key, for keys absent in this step.
-        """
-        known = None
-        if past_action is not None:
-            known = cache.position > 0 if past_action_valid is None else past_action_valid & (cache.position > 0)
-        tokens, valid = self.tokenizer(
-            {key: value[:, None] for key, value in observation.items()},
-            None if past_action is None else past_action[:, None],
-            None if known is None else known[:, None],
-            None if present is None else {key: value[:, None] for key, value in present.items()},
+        if self.config.history_length > 1 or past_action is not None:
+            context = self.encode(observation, past_action, present=present, stream=stream)
+            return _take_steps(context, position)
+        observation, there = (
+            {key: _take_steps(value, position) for key, value in given.items()}
+            for given in (observation, present or {})
         )
-        return self.encoder.step(tokens[:, 0], cache, None if valid is None else valid[:, 0], active)
+        return self.encode(observation, present=there or None)
+
+    def samples(self, context: Tensor, copies: int) -> Tensor:
+        """Contexts (B, M, K, D) as (B * M * copies, K, D)."""
+        return context.flatten(0, 1).repeat_interleave(copies, 0)
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty history for `encode_step`, on the model's device and in its dtype."""
         weight = self.tokenizer.type_embedding
         return self.encoder.new_cache(batch_size, weight.device, weight.dtype)
 
-    def velocity(self, x: Tensor, flow_time: Tensor, context: Tensor, token_valid: Tensor | None = None) -> Tensor:
-        """One evaluation of the decoder, (B, L, Da), as training needs it; see `DiffusionDecoder.forward`."""
-        out: Tensor = self.decoder(x, flow_time, context, token_valid)
-        return out
+    def _encode(self, tokens: Tensor, valid: Tensor | None, stream: Tensor | None, first_position: int) -> Tensor:
+        context: Tensor = self.encoder(tokens, valid, stream, first_position)
+        return context
 
-    def plan(
-        self,
-        context: Tensor,
-        *,
-        sampler: SamplerConfig | None = None,
-        noise: Tensor | None = None,
-        prefix: Tensor | None = None,
-        guidance_scale: float = 1.0,
-        corruption_noise: Tensor | None = None,
-        with_past: bool = False,
-        past_valid: Tensor | None = None,
-        conditioning: Mapping[float, Conditioning] | None = None,
-    ) -> ActionPlan:
-        """Denoises one action chunk per row.
+    def _encode_step(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None) -> Tensor:
+        return self.encoder.step(tokens, cache, valid, active)
 
-        Args:
-            context: (B, K, D) of the current control step.
-            sampler: solver and number of denoising steps; None = `SamplerConfig()`.
-            noise: (B, Ta, Da), or (B, k + Ta, Da) with `with_past`; None = drawn from torch's generator.
-            prefix: (B, d, Da) actions already committed, d < Ta: the chunk begins with exactly these. A model trained
-                with max_delay_steps sees them clean at flow time 1 (arXiv 2512.05964); another one sees them noised
-                like the rest at every denoising step.
-            guidance_scale: above 1, extrapolates away from a corrupted context, for twice the decoder calls.
-            corruption_noise: (B, K, D) standard normal for that; None = drawn.
-            with_past: also denoise the k past actions.
-            past_valid: (B, k) bool with that, False for control steps before the history began; None = all.
-            conditioning: of this sampler, from `conditioning`, where it was computed once for many plans.
-        """
-        config = self.config
-        length = config.chunk_length + (config.num_past_actions if with_past else 0)
-        shape = (context.shape[0], length, config.action_dim)
-        if noise is None:
-            noise = torch.randn(shape, device=context.device, dtype=context.dtype)
-        elif tuple(noise.shape) != shape:
-            raise ShapeError(f"noise must be {shape}, got {tuple(noise.shape)}")
-        sampler = sampler or SamplerConfig()
-        clamp, committed = self._hold_prefix(prefix, noise, length)
 
-        condition = conditioning
-        if condition is None or committed is not None:
-            condition = self.conditioning(sampler, committed)
-        token_valid = None
-        if with_past and past_valid is not None:
-            token_valid = torch.cat((past_valid, past_valid.new_ones(len(past_valid), config.chunk_length)), dim=1)
-        prepared = self.decoder.prepare(context)
-        weak = None
-        if guidance_scale != 1.0:
-            if config.context_corruption == 0:
-                raise ConfigError("guidance needs a model trained with context_corruption > 0, this one has 0")
-            drawn = torch.randn_like(context) if corruption_noise is None else corruption_noise
-            weak = self.decoder.prepare(corrupt(context, drawn, config.context_corruption))
-
-        def velocity(x: Tensor, time: float) -> Tensor:
-            strong = self.decoder.velocity(x, condition[time], prepared, token_valid)
-            if weak is None:
-                return strong
-            return guide(strong, self.decoder.velocity(x, condition[time], weak, token_valid), guidance_scale)
-
-        result = sample(velocity, noise, sampler, clamp)
-        past, actions = result.x.split((length - config.chunk_length, config.chunk_length), dim=1)
-        evaluations = result.num_evaluations * (1 if weak is None else 2)
-        return ActionPlan(actions, past if with_past else None, evaluations)
-
-    def conditioning(self, sampler: SamplerConfig, committed: Tensor | None = None) -> dict[float, Conditioning]:
-        """What the decoder derives from each flow time at which `sampler` will call it, in one pass.
-
-        Args:
-            sampler: solver and number of denoising steps.
-            committed: (1, L) bool, tokens that are shown at flow time 1; None = none.
-        """
-        times = evaluation_times(sampler)
-        weight = self.decoder.position
-        flow_time = torch.tensor(times, device=weight.device, dtype=weight.dtype)[:, None]
-        if committed is not None:
-            flow_time = torch.where(committed, 1.0, flow_time)
-        conditions = self.decoder.condition(flow_time)
-        return {time: conditions[i] for i, time in enumerate(times)}
-
-    def _hold_prefix(
-        self, prefix: Tensor | None, noise: Tensor, length: int
-    ) -> tuple[Callable[[Tensor, float], Tensor] | None, Tensor | None]:
-        """The sampler's clamp for a committed prefix, and the tokens (1, L) that are shown at flow time 1."""
-        if prefix is None or prefix.shape[1] == 0:
-            return None, None
-        config, delay = self.config, prefix.shape[1]
-        if delay >= config.chunk_length:
-            raise ConfigError(
-                f"prefix holds {delay} actions; it must be shorter than chunk_length {config.chunk_length}"
-            )
-        if 0 < config.max_delay_steps < delay:
-            raise ConfigError(
-                f"prefix holds {delay} actions; this model was trained for at most {config.max_delay_steps}"
-            )
-        index = torch.arange(length, device=noise.device) - (length - config.chunk_length)
-        committed = ((index >= 0) & (index < delay))[None]
-        known = torch.zeros_like(noise)
-        known[:, committed[0]] = prefix.to(noise.dtype)
-        trained = config.max_delay_steps > 0
-
-        def clamp(x: Tensor, time: float) -> Tensor:
-            shown = known if trained else (1 - time) * noise + time * known
-            return torch.where(committed[..., None], shown, x)
-
-        return clamp, committed if trained else None
+def _take_steps(x: Tensor, position: Tensor) -> Tensor:
+    """Of (B, T, ...) the control steps (B, M): (B, M, ...)."""
+    index = position.view(*position.shape, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)

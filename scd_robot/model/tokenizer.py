@@ -18,7 +18,8 @@ class StepTokenizer(nn.Module):
     """Embeds normalised observations (and the previous action) and appends the context slots.
 
     A group is [observation tokens, previous-action token (where the configuration has one), K context slots]. Every
-    slot has a name and a type embedding of its own; the context slots hold nothing else.
+    slot has a name and a type embedding of its own; the context slots hold nothing else. The entangled architecture has
+    no context slots.
     """
 
     def __init__(self, config: ScdConfig) -> None:
@@ -32,7 +33,8 @@ class StepTokenizer(nn.Module):
         self.has_past_action = config.past_action_input != "none"
         self.past_action = nn.Linear(config.action_dim, config.width) if self.has_past_action else None
         self.slot_names = [*widths] + ["past_action"] * self.has_past_action
-        self.slot_names += [f"context_{i}" for i in range(config.num_context_tokens)]
+        self.num_slots = config.num_context_tokens if config.architecture == "separable" else 0
+        self.slot_names += [f"context_{i}" for i in range(self.num_slots)]
         self.type_embedding = nn.Parameter(torch.randn(len(self.slot_names), config.width) * 0.02)
 
     @property
@@ -70,7 +72,7 @@ class StepTokenizer(nn.Module):
             if past_action is None:
                 raise ShapeError(f"this model reads the previous action, (B, T, {self.config.action_dim}); got None")
             tokens.append(self.past_action(past_action))
-        slots = tokens[0].new_zeros(self.config.num_context_tokens, self.config.width)
+        slots = tokens[0].new_zeros(self.num_slots, self.config.width)
         content = torch.cat((torch.stack(tokens, dim=2), slots.expand(batch, steps, -1, -1)), dim=2)
         return content + self.type_embedding, self._valid(batch, steps, past_action_valid, present)
 

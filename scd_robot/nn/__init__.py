@@ -1,13 +1,14 @@
 """Building blocks: windowed causal attention, its ring cache, transformer blocks, embeddings."""
 
 from scd_robot.nn.attention import attend, multi_head_attention, window_mask
-from scd_robot.nn.blocks import AdaLNBlock, CausalBlock, modulate
+from scd_robot.nn.blocks import AdaLNBlock, CausalBlock, CausalDitBlock, modulate
 from scd_robot.nn.embeddings import FlowTimeEmbedding, RotaryEmbedding, apply_rotary
 from scd_robot.nn.kv_cache import KVCache
 
 __all__ = [
     "AdaLNBlock",
     "CausalBlock",
+    "CausalDitBlock",
     "FlowTimeEmbedding",
     "KVCache",
     "RotaryEmbedding",

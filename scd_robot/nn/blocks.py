@@ -1,4 +1,4 @@
-"""Transformer blocks: `CausalBlock` for the encoder, `AdaLNBlock` for the diffusion decoder.
+"""Transformer blocks: `CausalBlock` for the encoder, `AdaLNBlock` for the diffusion decoder, `CausalDitBlock` for both.
 
 Shapes: B batch, L tokens, K context tokens, P tokens per control step, N heads, Dh head width, D width.
 """
@@ -10,7 +10,7 @@ from scd_robot.nn.attention import attend, multi_head_attention
 from scd_robot.nn.embeddings import apply_rotary
 from scd_robot.nn.kv_cache import KVCache, StepPlan
 
-__all__ = ["AdaLNBlock", "CausalBlock", "modulate"]
+__all__ = ["AdaLNBlock", "CausalBlock", "CausalDitBlock", "modulate"]
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -101,12 +101,15 @@ class AdaLNBlock(nn.Module):
             mask: broadcastable to (B, N, L, K + L), True = may attend; None = all.
             prefix: keys and values (2, B, N, K, Dh) of context tokens to attend to besides x.
         """
-        shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = modulation
-        q, keys_values = self._project(modulate(self.norm(x), shift_a, factor_a))
+        q, keys_values = self._project(modulate(self.norm(x), modulation[0], modulation[1]))
         if prefix is not None:
             keys_values = torch.cat((prefix, keys_values), dim=3)
         k, v = keys_values
-        x = torch.addcmul(x, gate_a, self.out(multi_head_attention(q, k, v, mask)))
+        return self._finish(x, multi_head_attention(q, k, v, mask), modulation)
+
+    def _finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        _, _, gate_a, shift_m, factor_m, gate_m = modulation
+        x = torch.addcmul(x, gate_a, self.out(attended))
         return torch.addcmul(x, gate_m, self.mlp(modulate(self.norm(x), shift_m, factor_m)))
 
     def prefix(self, context: Tensor, last: bool) -> tuple[Tensor, Tensor]:
@@ -121,3 +124,63 @@ class AdaLNBlock(nn.Module):
         """Queries (B, N, L, Dh), and keys and values (2, B, N, L, Dh)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return qkv[0], qkv[1:]
+
+
+class CausalDitBlock(AdaLNBlock):
+    """The same layer for clean history tokens and for noisy ones, which attend to the history's keys and values.
+
+    Rotary positions are those of control steps; the noisy tokens of a plan share the current one's.
+    """
+
+    def history(
+        self, x: Tensor, modulation: tuple[Tensor, ...], rotary: Rotary, mask: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Tokens (B, L, D) of a whole segment, and their keys and values, each (B, N, L, Dh)."""
+        q, k, v = self._rotated(x, modulation, rotary)
+        return self._finish(x, multi_head_attention(q, k, v, mask), modulation), (k, v)
+
+    def step(
+        self, x: Tensor, modulation: tuple[Tensor, ...], rotary: Rotary, layer: int, cache: KVCache, plan: StepPlan
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The tokens (B, P, D) of one more control step, and all keys and values of the cache, extended by theirs."""
+        q, k, v = self._rotated(x, modulation, rotary)
+        pair = cache.write(layer, plan, k, v)
+        return self._finish(x, multi_head_attention(q, *pair, plan.mask), modulation), pair
+
+    def denoise(
+        self,
+        x: Tensor,
+        modulation: tuple[Tensor, ...],
+        rotary: Rotary,
+        pair: tuple[Tensor, Tensor],
+        history: int,
+        mask: Tensor,
+    ) -> Tensor:
+        """Noisy tokens.
+
+        Args:
+            x: (B, L, D).
+            modulation: of their flow time.
+            rotary: of the current control step.
+            pair: the history's keys and values, each (B, N, S, Dh), or with room behind them, (B, N, at least S + L,
+                Dh), into which the tokens' own are written.
+            history: S.
+            mask: broadcastable to (B, N, L, S + L).
+        """
+        q, *own = self._rotated(x, modulation, rotary)
+        together = []
+        for store, new in zip(pair, own, strict=True):
+            if store.shape[2] > history:
+                store[:, :, history : history + x.shape[1]] = new
+                together.append(store[:, :, : history + x.shape[1]])
+            else:
+                together.append(torch.cat((store, new), dim=2))
+        k, v = together
+        return self._finish(x, multi_head_attention(q, k, v, mask), modulation)
+
+    def _rotated(self, x: Tensor, modulation: tuple[Tensor, ...], rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, N, L, Dh)."""
+        x = modulate(self.norm(x), modulation[0], modulation[1])
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)
+        q, k = apply_rotary(qkv[:, :, :2], *rotary).unbind(2)
+        return q, k, qkv[:, :, 2]

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from scd_robot.checkpoint import list_checkpoints, write_checkpoint
 from scd_robot.config import to_json
-from scd_robot.model import ScdModel
+from scd_robot.model import build_model
+from scd_robot.policies.registry import policy_class, policy_type
 from scd_robot.policies.scd import ScdPolicy
 from scd_robot.training.compat import lightning
 from scd_robot.types import DatasetSpec
@@ -69,7 +70,7 @@ class CheckpointWriter(_AtEpochEnd):
             return
         write_checkpoint(
             folder,
-            policy="scd",
+            policy=policy_type(pl_module.experiment.model.architecture),
             step=trainer.global_step,
             config=to_json(pl_module.experiment),
             dataset=self.dataset,
@@ -141,11 +142,12 @@ class ClosedLoopEvaluation(_AtEpochEnd):
         pl_module.evaluated_at = trainer.global_step
         if not trainer.is_global_zero:
             return
-        model = ScdModel(pl_module.experiment.model)
+        model = build_model(pl_module.experiment.model)
         model.load_state_dict(weights)
         normalizer = copy.deepcopy(pl_module.normalizer)
         experiment = pl_module.experiment
-        policy = ScdPolicy(model, normalizer, self.dataset, experiment.policy, pl_module.device, experiment.transforms)
+        kind = policy_class(policy_type(experiment.model.architecture))
+        policy = kind(model, normalizer, self.dataset, experiment.policy, pl_module.device, experiment.transforms)
         for name, value in self.evaluate(policy).items():
             pl_module.log(f"eval/{name}", value, rank_zero_only=True)
             logger.info("step %d: eval/%s %.3f", trainer.global_step, name, value)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from scd_robot.checkpoint import Checkpoint
 from scd_robot.errors import CheckpointError, TrainingDivergedError
-from scd_robot.model import ScdModel
+from scd_robot.model import build_model
 from scd_robot.normalization import Normalizer
 from scd_robot.training.batches import TrainingBatch
 from scd_robot.training.compat import lightning
@@ -33,7 +33,7 @@ def learning_rate_factor(step: int, training: TrainingConfig) -> float:
 
 
 class ScdLightningModule(lightning.LightningModule):
-    """Trains an `ScdModel`.
+    """Trains the model of an experiment.
 
     Args:
         experiment: architecture and settings.
@@ -43,7 +43,7 @@ class ScdLightningModule(lightning.LightningModule):
     def __init__(self, experiment: ExperimentConfig, normalizer: Normalizer) -> None:
         super().__init__()
         self.experiment = experiment
-        self.model = ScdModel(experiment.model)
+        self.model = build_model(experiment.model)
         self.normalizer = normalizer
         self.ema = Ema(self.model, experiment.training.ema_decay)
         self.evaluated_at = -1  # step of the last closed-loop evaluation

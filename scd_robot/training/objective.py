@@ -4,13 +4,14 @@ Shapes: B segments, T steps, M positions, S noise draws, R = B * M * S decoder s
 L = k + Ta, Da action width, K context tokens, D width.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scd_robot.diffusion import corrupt, interpolate
-from scd_robot.model import ScdModel
+from scd_robot.model import ActionModel
 from scd_robot.normalization import Normalizer
 from scd_robot.training.batches import Draws, TrainingBatch
 
@@ -22,22 +23,27 @@ class DecoderSamples:
     """What the decoder is trained on, normalised.
 
     Attributes:
-        context: (R, K, D), not corrupted.
+        context: (R, K, D), not corrupted; or the entangled model's `HistoryContext` of R samples.
         data: (R, L, Da) the last k executed actions and the chunk's Ta labels (executed ones in the committed prefix).
         valid: (R, L) bool; False before the history begins and past the episode's end: masked in attention, no loss.
         committed: (R, L) bool; actions given clean, no loss.
         counted: (R,) bool; False for padding.
     """
 
-    context: Tensor
+    context: Any
     data: Tensor
     valid: Tensor
     committed: Tensor
     counted: Tensor
 
 
-def encode_batch(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) -> Tensor:
+def encode_batch(model: ActionModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> Tensor:
     """Contexts (B, T, K, D) of all steps, with teacher forcing."""
+    return model.encode(**_history(model, normalizer, batch))
+
+
+def _history(model: ActionModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> dict[str, Any]:
+    """What the model is shown of the segments, as keyword arguments of `ActionModel.encode`."""
     segments = batch.segments
     observation = {key: normalizer.normalize(key, value.float()) for key, value in segments.observation.items()}
     past_action = None
@@ -45,37 +51,20 @@ def encode_batch(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) 
         past_action = normalizer.normalize("action", segments.past_action)
         if model.config.past_action_input == "noised" and model.training:
             past_action = past_action + model.config.past_action_noise * batch.draws.past_action_noise
-    return model.encode(observation, past_action, present=segments.present or None, stream=batch.draws.stream)
+    return {
+        "observation": observation,
+        "past_action": past_action,
+        "present": segments.present or None,
+        "stream": batch.draws.stream,
+    }
 
 
-def encode_positions(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) -> Tensor:
-    """Contexts (B, M, K, D) of the drawn positions.
-
-    A model without memory encodes these control steps only, since it sees no others.
-    """
-    position, segments = batch.draws.position, batch.segments
-    if model.config.history_length > 1 or model.config.past_action_input != "none":
-        return take_steps(encode_batch(model, normalizer, batch), position)
-    alone = replace(
-        segments,
-        observation={key: take_steps(value, position) for key, value in segments.observation.items()},
-        present={key: take_steps(value, position) for key, value in segments.present.items()},
-    )
-    return encode_batch(model, normalizer, replace(batch, segments=alone, draws=replace(batch.draws, stream=position)))
-
-
-def take_steps(x: Tensor, position: Tensor) -> Tensor:
-    """Of (B, T, ...) the control steps (B, M): (B, M, ...)."""
-    index = position.view(*position.shape, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:])
-    return x.gather(1, index)
-
-
-def select_samples(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) -> DecoderSamples:
+def select_samples(model: ActionModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> DecoderSamples:
     """Encodes the segments and gathers context and actions of the drawn positions."""
     config, draws = model.config, batch.draws
-    context = encode_positions(model, normalizer, batch)
+    context = model.encode_at(draws.position, **_history(model, normalizer, batch))
     past, copies = config.num_past_actions, draws.flow_time.shape[2]
-    offset = torch.arange(-past, config.chunk_length, device=context.device)
+    offset = torch.arange(-past, config.chunk_length, device=draws.position.device)
     executed = normalizer.normalize("action", batch.segments.executed)
     label = normalizer.normalize("action", batch.segments.label)
     # A history that begins at a virtual reset, or inside an episode, knows no actions from before.
@@ -90,15 +79,15 @@ def select_samples(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch
     committed = committed.flatten(0, 2) & flat(valid)
     use_executed = committed | (offset < 0)
     data = torch.where(use_executed[..., None], flat(executed), flat(label))
-    return DecoderSamples(flat(context), data, flat(valid), committed, flat(draws.position_valid))
+    return DecoderSamples(model.samples(context, copies), data, flat(valid), committed, flat(draws.position_valid))
 
 
-def flow_matching_terms(model: ScdModel, normalizer: Normalizer, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+def flow_matching_terms(model: ActionModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
     """The training loss of a batch, see `velocity_error`."""
     return velocity_error(model, select_samples(model, normalizer, batch), batch.draws)
 
 
-def velocity_error(model: ScdModel, samples: DecoderSamples, draws: Draws) -> tuple[Tensor, Tensor]:
+def velocity_error(model: ActionModel[Any], samples: DecoderSamples, draws: Draws) -> tuple[Tensor, Tensor]:
     """Sum of squared velocity errors over counted tokens (mean over Da), and their number, both scalars.
 
     The mean over a global batch is the quotient of the two sums over all devices.

@@ -15,6 +15,7 @@ from typing import Any
 from scd_robot.checkpoint import find_checkpoint, list_checkpoints, read_step
 from scd_robot.datasets import EpisodeDataset
 from scd_robot.errors import ConfigError, OutputError
+from scd_robot.model import ActionModel
 from scd_robot.policies.scd import ScdPolicy
 from scd_robot.training.callbacks import CheckpointWriter, ClosedLoopEvaluation, ProgressBar
 from scd_robot.training.compat import lightning
@@ -110,10 +111,14 @@ def train(
         "steps": read_step(newest),
         "seconds": round(time.monotonic() - started, 2),
         "parameters": sum(p.numel() for p in module.model.parameters()),
-        "encoder_parameters": sum(p.numel() for p in module.model.encoder.parameters()),
-        "decoder_parameters": sum(p.numel() for p in module.model.decoder.parameters()),
+        "encoder_parameters": _parameters(module.model, "encoder."),
+        "decoder_parameters": _parameters(module.model, "decoder."),
         "metrics": json.loads((newest / "metrics.json").read_text()),
     }
+
+
+def _parameters(model: ActionModel[Any], prefix: str) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefix))
 
 
 @contextlib.contextmanager

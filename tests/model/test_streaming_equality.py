@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from model_streams import randomised, stream_of
 
 from scd_robot.model import ScdConfig, ScdModel
 
@@ -27,27 +28,6 @@ VARIANTS = {
     "memoryless": {"history_length": 1},
     "window_two": {"history_length": 2},
 }
-
-
-def randomised(config: ScdConfig, dtype: torch.dtype = torch.float64) -> ScdModel:
-    """A model with every parameter drawn at random, so that no zero-initialised gate hides a path."""
-    torch.manual_seed(0)
-    model = ScdModel(config).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(
-                torch.randn_like(parameter) * (0.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.5)
-            )
-    return model
-
-
-def stream_of(config: ScdConfig, batch: int, steps: int, dtype: torch.dtype) -> tuple[dict, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    observation = {
-        key: torch.randn(batch, steps, shape[0], generator=generator, dtype=dtype)
-        for key, shape in config.observation_shapes.items()
-    }
-    return observation, torch.randn(batch, steps, config.action_dim, generator=generator, dtype=dtype)
 
 
 def run_steps(model: ScdModel, observation: dict, past: torch.Tensor, first_position: int = 0) -> torch.Tensor:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from scd_robot.config import from_json, to_json
-from scd_robot.model import ScdModel
+from scd_robot.model import build_model
 from scd_robot.normalization import Normalizer, compute_statistics
 from scd_robot.policies import ScdPolicy
+from scd_robot.policies.registry import policy_class, policy_type
 from scd_robot.policies.scd import ScdPolicyConfig
 
 
@@ -22,14 +23,26 @@ def scd_policy() -> Callable[..., ScdPolicy]:
     def make(model: dict[str, Any] | None = None, **settings: Any) -> ScdPolicy:
         data, experiment = tiny_data(), tiny_experiment(model=model)
         torch.manual_seed(0)
-        network = ScdModel(experiment.model)
+        network = build_model(experiment.model)
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.copy_(torch.randn_like(parameter) * 0.3)
         keys = [*experiment.model.observation_shapes, "action"]
         statistics = {key: compute_statistics(data.arrays[key], key) for key in keys}
         config = from_json(ScdPolicyConfig, {**to_json(experiment.policy), **settings})
-        return ScdPolicy(network, Normalizer(statistics, dict.fromkeys(keys, "min_max")), data.spec, config)
+        kind = policy_class(policy_type(experiment.model.architecture))
+        return kind(network, Normalizer(statistics, dict.fromkeys(keys, "min_max")), data.spec, config)
+
+    return make
+
+
+@pytest.fixture
+def causal_dit_policy(scd_policy: Callable[..., ScdPolicy]) -> Callable[..., ScdPolicy]:
+    """The same of the entangled architecture."""
+    entangled = {"architecture": "entangled", "context_corruption": 0.0, "num_context_tokens": 1}
+
+    def make(model: dict[str, Any] | None = None, **settings: Any) -> ScdPolicy:
+        return scd_policy({**entangled, **(model or {})}, **settings)
 
     return make
 

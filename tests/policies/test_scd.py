@@ -79,7 +79,7 @@ def test_a_row_alone_acts_as_in_a_batch_and_gets_the_same_noise(scd_policy, stre
     noise_together = {array.numpy().tobytes() for plan in plans for array in plan["noise"]}
     for row in range(rows):
         alone, own_plans = run([row])
-        np.testing.assert_allclose(alone[:, 0], together[:, row], atol=1e-5)
+        np.testing.assert_allclose(alone[:, 0], together[:, row], atol=1e-4)
         noise_alone = {array.numpy().tobytes() for plan in own_plans for array in plan["noise"]}
         assert noise_alone <= noise_together
         assert len(noise_alone) == sum(len(plan["noise"]) for plan in own_plans), "no two plans share their noise"

@@ -11,13 +11,7 @@ from scd_robot.model import ScdModel
 from scd_robot.normalization import Normalizer, compute_statistics
 from scd_robot.training.batches import SegmentDataset, TrainingBatch
 from scd_robot.training.config import ExperimentConfig
-from scd_robot.training.objective import (
-    encode_batch,
-    encode_positions,
-    flow_matching_terms,
-    select_samples,
-    take_steps,
-)
+from scd_robot.training.objective import encode_batch, flow_matching_terms, select_samples
 
 DATA = tiny_data()
 ALL = np.arange(len(LENGTHS))
@@ -204,14 +198,17 @@ def test_positions_have_the_contexts_of_the_whole_pass(history_length: int, obse
     if observation_tokens == "per_key":
         present = {"goal": torch.rand(batch.segments.step_valid.shape) < 0.5}
         batch = dataclasses.replace(batch, segments=dataclasses.replace(batch.segments, present=present))
-    expected = take_steps(encode_batch(model, normalizer, batch), batch.draws.position)
-    torch.testing.assert_close(encode_positions(model, normalizer, batch), expected, atol=1e-5, rtol=0)
+    whole, position = encode_batch(model, normalizer, batch), batch.draws.position
+    expected = torch.stack([context[steps] for context, steps in zip(whole, position, strict=True)])
+    found = select_samples(model, normalizer, batch).context[::2].unflatten(0, position.shape)  # of two noise draws one
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_without_memory_only_the_positions_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = tiny_experiment(model={"history_length": 1, "past_action_input": "none"})
     model, normalizer = parts(experiment)
     batch, shapes = batch_of(experiment), []
-    monkeypatch.setattr(model, "encode", lambda x, *_, **__: shapes.append(x["goal"].shape))
-    encode_positions(model, normalizer, batch)
-    assert shapes == [(*batch.draws.position.shape, 2)]
+    encode = model.encoder.forward
+    monkeypatch.setattr(model.encoder, "forward", lambda x, *rest: shapes.append(x.shape[:2]) or encode(x, *rest))
+    select_samples(model, normalizer, batch)
+    assert shapes == [batch.draws.position.shape]

@@ -1,0 +1,233 @@
+"""The entangled rival: one causal diffusion transformer, whose every layer attends to history at every denoising step.
+
+    keys, values = layers(history)                    once per control step, cached
+    velocity     = layers(noisy chunk, flow time; keys, values)     once per denoising step, through all layers
+
+Today's causal diffusion models in their strongest honest form, for comparison with `ScdModel` at the same tokens, depth
+and width: history tokens are clean (flow time 1) and never attend to noisy ones, so that their keys and values can be
+cached across denoising steps and control steps alike.
+
+Shapes: B streams, T control steps, P tokens per control step, S = T * P history tokens, M samples per stream,
+R = B * M samples, L noisy tokens, Da action width, N heads, Dh head width, D width.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from scd_robot.model.base import ActionModel
+from scd_robot.model.config import ScdConfig
+from scd_robot.model.decoder import Conditioning, FlowTransformer
+from scd_robot.nn import CausalDitBlock, KVCache, RotaryEmbedding, window_mask
+
+__all__ = ["CausalDitModel", "HistoryContext"]
+
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class HistoryContext:
+    """What the noisy tokens of R = B * M samples see of the history; takes the place of the encoder's contexts.
+
+    Attributes:
+        keys_values: per layer keys and values, each (B, N, S, Dh), which the M samples of a stream share.
+        seen: (B, M, S) bool, the history tokens in each sample's window.
+        position: (B, M) control step of each sample.
+        features: (B, M, P, D) the last layer's tokens of that control step.
+    """
+
+    keys_values: tuple[tuple[Tensor, Tensor], ...]
+    seen: Tensor
+    position: Tensor
+    features: Tensor
+
+    def __len__(self) -> int:
+        """R."""
+        return self.position.numel()
+
+    def repeat(self, copies: int) -> "HistoryContext":
+        """Each sample so many times in a row."""
+        fields = {name: getattr(self, name).repeat_interleave(copies, 1) for name in ("seen", "position", "features")}
+        return replace(self, **fields)
+
+    def at(self, position: Tensor) -> "HistoryContext":
+        """The samples at `position` (B, M'), where there was one for every control step of the stream."""
+        index = position[..., None]
+        return HistoryContext(
+            self.keys_values,
+            self.seen.gather(1, index.expand(-1, -1, self.seen.shape[-1])),
+            self.position.gather(1, position),
+            self.features.gather(1, index[..., None].expand(-1, -1, *self.features.shape[2:])),
+        )
+
+    def rows(self, index: Tensor) -> "HistoryContext":
+        """Some streams (n,) of it."""
+        pairs = tuple((keys[index], values[index]) for keys, values in self.keys_values)
+        return HistoryContext(pairs, self.seen[index], self.position[index], self.features[index])
+
+
+@dataclass(frozen=True)
+class PreparedHistory:
+    """What one plan reads at every denoising step.
+
+    Attributes:
+        keys_values: per layer keys and values, each (R, N, S, Dh); without gradients with room for the noisy tokens'
+            behind them, (R, N, S + all L, Dh), so that nothing is copied again while a plan is denoised.
+        seen: (R, 1, 1, S) bool.
+        rotary: of the samples' control steps, each (R, 1, Dh / 2).
+    """
+
+    keys_values: list[tuple[Tensor, Tensor]]
+    seen: Tensor
+    rotary: Rotary
+
+
+class CausalDitTransformer(FlowTransformer):
+    """The layers, for history and noisy tokens alike.
+
+    Args:
+        config: architecture; depth is encoder_layers + decoder_layers.
+        tokens_per_step: P.
+    """
+
+    def __init__(self, config: ScdConfig, tokens_per_step: int) -> None:
+        depth = config.encoder_layers + config.decoder_layers
+        super().__init__(
+            token_dim=config.action_dim,
+            num_positions=config.num_past_actions + config.chunk_length,
+            num_hidden_positions=config.num_past_actions,
+            width=config.width,
+            blocks=(CausalDitBlock(config.width, config.num_heads, config.mlp_ratio) for _ in range(depth)),
+        )
+        self.config = config
+        self.tokens_per_step = tokens_per_step
+        self.rotary = RotaryEmbedding(config.width // config.num_heads)
+
+    def history(
+        self, tokens: Tensor, token_valid: Tensor | None, stream: Tensor | None, first_position: int
+    ) -> HistoryContext:
+        """All control steps (B, T, P, D) of a stream in one pass, as the context of T samples each."""
+        batch, steps, group, _ = tokens.shape
+        mask, _ = window_mask(
+            steps, group, self.config.history_length, stream=stream, token_valid=token_valid, device=tokens.device
+        )
+        positions = torch.arange(first_position, first_position + steps, device=tokens.device)
+        rotary = self.rotary(positions.repeat_interleave(group)[None], tokens.dtype)
+        x, pairs = tokens.flatten(1, 2), []
+        for block, modulation in zip(self._blocks(), self.clean().blocks, strict=True):
+            x, pair = block.history(x, modulation, rotary, mask)
+            pairs.append(pair)
+        seen = mask[:, 0, group - 1 :: group].expand(batch, -1, -1)  # a noisy token sees what its own group sees
+        return HistoryContext(tuple(pairs), seen, positions.expand(batch, -1), x.view(batch, steps, group, -1))
+
+    def step(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        token_valid: Tensor | None,
+        active: Tensor | None,
+        clean: Conditioning,
+    ) -> HistoryContext:
+        """One more control step (B, P, D); the context's keys and values are the cache's own, not copies.
+
+        What follows from flow time 1 alone, `clean`, is given, since it is the same in every control step.
+        """
+        plan = cache.begin_step(token_valid, active)
+        rotary = self.rotary(plan.position[:, None], tokens.dtype)
+        x, pairs = tokens, []
+        for layer, (block, modulation) in enumerate(zip(self._blocks(), clean.blocks, strict=True)):
+            x, pair = block.step(x, modulation, rotary, layer, cache, plan)
+            pairs.append(pair)
+        cache.end_step(plan)
+        return HistoryContext(tuple(pairs), plan.mask[:, 0], plan.position[:, None], x[:, None])
+
+    def prepare(self, context: HistoryContext) -> PreparedHistory:
+        """Everything that depends on the history alone."""
+        samples, room = context.position.shape[1], 0 if torch.is_grad_enabled() else self.position.shape[0]
+        pairs = []
+        for pair in context.keys_values:
+            expanded = [x if samples == 1 else x.repeat_interleave(samples, 0) for x in pair]
+            keys, values = (nn.functional.pad(x, (0, 0, 0, room)) if room else x for x in expanded)
+            pairs.append((keys, values))
+        rotary = self.rotary(context.position.flatten()[:, None], self.position.dtype)
+        return PreparedHistory(pairs, context.seen.flatten(0, 1)[:, None, None], rotary)
+
+    def velocity(
+        self, x: Tensor, conditioning: Conditioning, context: PreparedHistory, token_valid: Tensor | None = None
+    ) -> Tensor:
+        """Velocity (R, L, Da) of noisy tokens x (R, L, Da), through all layers."""
+        length, seen = x.shape[1], context.seen
+        own = self._sees(length, token_valid, x.device)
+        if own is None:
+            mask = nn.functional.pad(seen, (0, length), value=True)
+        else:
+            mask = torch.cat((seen.expand(-1, -1, length, -1), own[:, None].expand(len(seen), -1, -1, -1)), dim=-1)
+        tokens = self._embed(x)
+        for block, modulation, pair in zip(self._blocks(), conditioning.blocks, context.keys_values, strict=True):
+            tokens = block.denoise(tokens, modulation, context.rotary, pair, seen.shape[-1], mask)
+        return self._read_out(tokens, conditioning)
+
+    def clean(self) -> Conditioning:
+        """The conditioning of clean tokens, flow time 1."""
+        return self.condition(self.position.new_ones(1, 1))
+
+    def _blocks(self) -> Iterable[CausalDitBlock]:
+        return cast(Iterable[CausalDitBlock], self.blocks)
+
+
+class CausalDitModel(ActionModel[HistoryContext]):
+    """As `ScdModel` to its users, but encoder and decoder are the same layers.
+
+    `encode_step` computes keys and values of one more control step in all layers, `plan` sends the noisy tokens through
+    all of them at every denoising step. What takes the place of the context is a `HistoryContext`.
+    """
+
+    decoder: CausalDitTransformer
+
+    def __init__(self, config: ScdConfig) -> None:
+        super().__init__(config)
+        self.decoder = CausalDitTransformer(config, self.tokenizer.tokens_per_step)
+        self._clean: Conditioning = self.decoder.clean()  # made anew with every cache, from the weights of then
+
+    def encode_at(
+        self,
+        position: Tensor,
+        observation: Mapping[str, Tensor],
+        past_action: Tensor | None = None,
+        *,
+        present: Mapping[str, Tensor] | None = None,
+        stream: Tensor | None = None,
+    ) -> HistoryContext:
+        """What samples at the control steps `position` (B, M) see of the history; other arguments as of `encode`."""
+        tokens, valid = self._tokenize(observation, past_action, None, present, stream)
+        return self.decoder.history(tokens, valid, stream, 0).at(position)
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        """An empty history for `encode_step`: keys and values of all layers."""
+        config, weight = self.config, self.decoder.position
+        self._clean = self.decoder.clean()
+        return KVCache.create(
+            num_layers=len(self.decoder.blocks),
+            batch_size=batch_size,
+            num_heads=config.num_heads,
+            history_length=config.history_length,
+            tokens_per_step=self.tokenizer.tokens_per_step,
+            head_dim=config.width // config.num_heads,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+    def samples(self, context: HistoryContext, copies: int) -> HistoryContext:
+        """What `encode_at` gave, for so many samples of each position."""
+        return context.repeat(copies)
+
+    def _encode(self, tokens: Tensor, valid: Tensor | None, stream: Tensor | None, first_position: int) -> Tensor:
+        return self.decoder.history(tokens, valid, stream, first_position).features
+
+    def _encode_step(
+        self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None
+    ) -> HistoryContext:
+        return self.decoder.step(tokens, cache, valid, active, self._clean)
