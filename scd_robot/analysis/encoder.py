@@ -83,8 +83,8 @@ def attention_age(policy: ScdPolicy, streams: Sequence[Stream]) -> list[dict[str
     With a memory gate the present has weight 1 and the past that of tanh(gate), as in `nn.attention.attend`.
 
     Returns:
-        For each layer of an encoder (none for the entangled architecture, which has no encoder) `present` (share of attention on the control step itself), `mean_age` of the rest [control
-        steps], and `by_age`: shares at ages 1, 2-3, 4-7, 8-15, ... (by their first age).
+        For each layer of the encoder (the entangled architecture has none) `present` (share of attention on the control
+        step itself), `mean_age` of the rest [control steps], and `by_age`: shares at ages 1, 2-3, 4-7, 8-15, ... (by their first age).
     """
     if not isinstance(policy.model, ScdModel):
         return []
