@@ -84,8 +84,8 @@ def attention_age(policy: ScdPolicy, streams: Sequence[Stream]) -> list[dict[str
 
     Returns:
         For each layer of the encoder (the entangled architecture has none) `present` (share of attention on the control
-        step itself), `mean_age` of the rest [control steps], and `by_age`: shares at ages 1, 2-3, 4-7, 8-15, ... (by their
-        first age).
+        step itself), `mean_age` of the rest [control steps], and `by_age`: shares at ages 1, 2-3, 4-7, 8-15, ... (by
+        their first age).
     """
     if not isinstance(policy.model, ScdModel):
         return []
