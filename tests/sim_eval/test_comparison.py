@@ -1,16 +1,19 @@
 """Comparisons of two policies: what is compared, what is said about it, and the verb."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from scd_robot.checkpoint import list_checkpoints
 from scd_robot.cli.main import main
 from scd_robot.errors import ConfigError, DatasetError
 from scd_robot.sim_eval import evaluate, wilson_interval
 from scd_robot.sim_eval.comparison import PairedCounts, compare, format_comparison, is_decided
 from scd_robot.sim_eval.comparison_report import write_comparison
 from scd_robot.sim_eval.output import read_actions
+from scd_robot.sim_eval.saved import find_evaluations
 
 
 def document(successes, env="a/b", first=0, hashes=None, invalid=()):
@@ -145,9 +148,11 @@ class TestCommand:
         assert only >= 2
         assert len(list((out / "videos").glob("episode_*_[ab].mp4"))) == 4
         assert (out / "comparison.html").read_text().count("<video") == 4
+        (out / "videos" / "episode_00007_failure.mp4").write_text("of others")
         caplog.clear()
         assert main(["compare", *arms, "--out", str(out), "--overwrite"]) == 0  # the name in the document is no source
         assert "no (more) videos: unknown environment 'toy/point'" in caplog.text
+        assert [path.name for path in (out / "videos").iterdir()] == ["episode_00007_failure.mp4"]
 
     def test_several_seeds_each(self, folders, capsys):
         assert main(["compare", str(folders / "good"), str(folders / "bad"), "--json", "-"]) == 0
@@ -203,6 +208,79 @@ class TestCommand:
             lines = (tmp_path / "out" / arm / "episodes.jsonl").read_text().splitlines()
             assert sorted(json.loads(line)["index"] for line in lines) == list(range(6))
             assert len(read_actions(tmp_path / "out" / arm)) == 6
+
+
+class TestCheckpoints:
+    """Arms that are evaluated now."""
+
+    ENV = ("--env", "toy_environment:make_point", "--num-videos", "0")
+
+    def test_only_the_episodes_of_the_saved_arm_are_run(self, toy, tiny_run, tmp_path):
+        saved = tmp_path / "saved"
+        evaluate(Chaser(1.0), "toy_environment:make_point", 6, first_episode=6, out=saved, num_videos=0)
+        for sequential in ("4", "0"):
+            out = tmp_path / sequential
+            options = [*self.ENV, "--sequential", sequential, "--out", str(out)]
+            assert main(["compare", str(saved), str(tiny_run), *options]) == 0
+            found = json.loads((out / "b" / "result.json").read_text())
+            assert [episode["index"] for episode in found["episodes_detail"]] == list(range(6, 12))
+            assert json.loads((out / "comparison.json").read_text())["episodes"] == 6
+
+    def test_gaps_in_the_saved_arm(self, toy, tiny_run, tmp_path):
+        saved = tmp_path / "saved"
+        evaluate(Chaser(1.0), "toy_environment:make_point", 5, out=saved, num_videos=0)
+        told = json.loads((saved / "result.json").read_text())
+        told["episodes_detail"][1]["invalid"] = True
+        (saved / "result.json").write_text(json.dumps(told))
+        out = tmp_path / "out"
+        assert main(["compare", str(tiny_run), str(saved), *self.ENV, "--out", str(out)]) == 0
+        assert sorted(read_actions(out / "a")) == [0, 2, 3, 4]
+        assert json.loads((out / "comparison.json").read_text())["left_out"] == 1
+
+    def test_a_block_that_is_invalid_decides_nothing(self, toy, tiny_run, capsys):
+        options = ["--env", "toy_environment:make_crashing_at_first", "--num-videos", "0", "--json", "-"]
+        options += ["--episodes", "8", "--sequential", "3"]
+        assert main(["compare", str(tiny_run), str(tiny_run), *options]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["episodes"], found["left_out"]) == (4, 4)
+
+    @pytest.fixture
+    def runs(self, tiny_run, tmp_path):
+        """A run and its earlier checkpoint, as if they were two trainings."""
+        (tmp_path / "runs").mkdir()
+        for name, checkpoint in zip(("x_seed0", "x_seed1"), list_checkpoints(tiny_run), strict=True):
+            shutil.copytree(checkpoint, tmp_path / "runs" / name)
+        return tmp_path / "runs"
+
+    def test_several_checkpoints_by_a_pattern(self, toy, runs, tmp_path):
+        pattern, out = str(runs / "x_seed*"), tmp_path / "out"
+        options = [*self.ENV, "--episodes", "3", "--seed", "7", "--reproducible", "--out", str(out)]
+        assert main(["compare", pattern, str(runs / "x_seed0"), *options]) == 0
+        found = json.loads((out / "comparison.json").read_text())
+        assert (len(found["a"]["seeds"]), found["about"]) == (2, "checkpoints")
+        for folder in (out / "a" / "x_seed0", out / "a" / "x_seed1", out / "b"):
+            policy = json.loads((folder / "result.json").read_text())["provenance"]["policy"]
+            assert (policy["settings"]["seed"], policy["reproducible"], policy["device"]) == (7, True, "cpu")
+        again = ["compare", str(runs / "x_seed1"), pattern, *options, "--overwrite"]
+        assert main(again) == 0
+        assert [folder for folder, _ in find_evaluations(out / "a")] == [out / "a"]
+        assert [folder.name for folder, _ in find_evaluations(out / "b")] == ["x_seed0", "x_seed1"]
+        assert not list((out / "a").glob("*/result.json"))
+
+    def test_arms_that_cannot_be(self, toy, runs, tmp_path, refused):
+        pattern, checkpoint = runs / "x_seed*", runs / "x_seed0"
+        refused(["compare", pattern, checkpoint, *self.ENV, "--sequential", "2"], "one evaluation of each arm, and 2")
+        refused(["compare", pattern, checkpoint], "give --env")
+        refused(["compare", runs / "z*", checkpoint, *self.ENV], "matches neither checkpoints nor evaluations")
+        refused(["compare", checkpoint, checkpoint, *self.ENV, "--device", "abacus"], "abacus")
+        (runs / "x_seed2").mkdir()
+        refused(["compare", pattern, checkpoint, *self.ENV], "and what is none", "x_seed2")
+
+    def test_an_evaluation_that_is_compared_is_not_replaced(self, toy, runs, tmp_path, refused):
+        out = tmp_path / "out"
+        evaluate(Chaser(1.0), "toy_environment:make_point", 2, out=out / "a", num_videos=0)
+        options = [*self.ENV, "--out", out, "--overwrite"]
+        refused(["compare", runs / "x_seed0", out / "a", *options], "would be replaced", unchanged=[out])
 
 
 def made(successes, weights, package="3.3.0"):
