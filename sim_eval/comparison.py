@@ -39,7 +39,7 @@ __all__ = [
 SCHEMA = 1  # of a comparison's JSON
 NON_INFERIORITY_MARGIN = 0.05
 SIGNIFICANCE = 0.05  # of the exact test, without which a pair is not told apart
-NO_COUNT = "How many more episodes would tell them apart is not said: outcomes that decide when to stop mislead about it."
+NO_COUNT = "How many more episodes would tell is not said: outcomes that decide when to stop mislead there."
 _FEW_SEEDS = 5
 
 Document = Mapping[str, Any]
