@@ -151,7 +151,8 @@ def _non_inferiority(history: list[dict[str, Any]], twin: list[dict[str, Any]]) 
     held = "non-inferior" if low > -margin else "NOT shown to be non-inferior"
     difference = f"{100 * comparison.difference:+.1f} points [{low:+.1f}, {high:+.1f}]"
     seeds = f"{len(history)} seed{'s' if len(history) > 1 else ''}"
-    return f"history - twin {difference}, {seeds}: {held} (margin {margin:g} points)"
+    about = ", of these checkpoints" if comparison.about == "checkpoints" else ""
+    return f"history - twin {difference}, {seeds}: {held} (margin {margin:g} points{about})"
 
 
 def floors(episodes: int) -> str:

@@ -45,12 +45,10 @@ def score_of(checkpoint: Path, out: Path, episodes: int) -> dict[str, Any]:
         return dict(read_json(target))
     result = evaluate(load_policy(checkpoint), "pusht:observation=keypoints,starts=benchmark", episodes, num_videos=0)
     best = np.array([record.best_reward for record in result.valid])
-    means = np.random.default_rng(0).choice(best, (10_000, len(best))).mean(axis=1)
-    low, high = np.percentile(means, (2.5, 97.5))
     score = {
         "step": read_step(checkpoint),
         "score": float(best.mean()),
-        "interval": [float(low), float(high)],
+        "interval": result.best_reward_interval,
         "covered_95": result.successes,
         "episodes": len(best),
         "invalid": result.invalid,
@@ -90,7 +88,7 @@ def main() -> int:
     ]
     print("\n| updates | score, mean of best rewards | 95 % over episodes | covered 95 % |\n|---|---|---|---|")
     for score in scores:
-        interval = "{:.3f}-{:.3f}".format(*score["interval"])
+        interval = "{:.3f}-{:.3f}".format(*score["interval"]) if score["interval"] else "-"
         covered = f"{score['covered_95']}/{score['episodes']}"
         print(f"| {score['step']} | {score['score']:.3f} | {interval} | {covered} |")
     mean = float(np.mean([score["score"] for score in scores[-AVERAGED:]]))

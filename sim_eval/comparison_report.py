@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from scd_robot.output import write_text
-from scd_robot.sim_eval.comparison import Comparison
+from scd_robot.sim_eval.comparison import NO_COUNT, Comparison
 from scd_robot.sim_eval.page import counted, html_page, html_table, html_video
 
 __all__ = ["Videos", "write_comparison"]
@@ -28,7 +29,7 @@ def write_comparison(comparison: Comparison, path: Path, videos_a: Videos = {}, 
         OutputError: it cannot be written, or a video cannot be read.
         MissingDependencyError: matplotlib is not installed.
     """
-    title = f"{comparison.name_a} against {comparison.name_b} in {comparison.environment}"
+    title = f"{comparison.a.name} against {comparison.b.name} in {comparison.environment}"
     sections = [_headline(comparison), _numbers(comparison), _plots(comparison)]
     sections += [_videos(comparison, videos_a, videos_b), _episodes(comparison)]
     write_text(path, html_page(title, [section for section in sections if section]))
@@ -37,7 +38,7 @@ def write_comparison(comparison: Comparison, path: Path, videos_a: Videos = {}, 
 def _headline(comparison: Comparison) -> str:
     low, high = (100 * bound for bound in comparison.interval)
     bounds = "" if comparison.sequential else f"; 95 % interval {low:+.1f} to {high:+.1f} points"
-    a, b = escape(comparison.name_a), escape(comparison.name_b)
+    a, b = escape(comparison.a.name), escape(comparison.b.name)
     return (
         f"<header><h1>A: {a} <span class='muted'>against</span> B: {b} <span class='muted'>in</span> "
         f"{escape(comparison.environment)}</h1><div class='rate'>{100 * comparison.difference:+.1f} points</div>"
@@ -67,10 +68,7 @@ def _numbers(comparison: Comparison) -> str:
     lines = []
     if not comparison.sequential:
         lines.append(f"Interval of the difference: {document['interval_method']}.")
-        margin = 100 * document["margin"]
-        lines.append(
-            f"Non-inferior (lower end above -{margin:g} points): {'yes' if document['non_inferior'] else 'no'}."
-        )
+        lines.append(_non_inferiority(document))
     if comparison.left_out:
         lines.append(f"{counted(comparison.left_out, 'other episode')} not valid in all evaluations, and left out.")
     if pair := document["pair"]:
@@ -79,12 +77,25 @@ def _numbers(comparison: Comparison) -> str:
             f"Both solved {pair['both']}, only A {pair['only_a']}, only B {pair['only_b']}, none {pair['neither']}; "
             f"{test}evidence {document['evidence']:.3g}."
         )
+    if comparison.sequential and not comparison.decided:
+        lines.append(NO_COUNT)
     if document["episodes_needed"] is not None:
         lines.append(
             f"About {document['episodes_needed']} start states tell a difference like this one in four of five cases."
         )
     text = "".join(f"<p class='muted'>{line}</p>" for line in lines)
     return f"<h2>Numbers</h2><div class='card scroll'>{table}{text}</div>"
+
+
+def _non_inferiority(document: Mapping[str, Any]) -> str:
+    """Whether A is shown non-inferior, of what, and by how many start states it would be."""
+    narrow = document["pair"] is None and document["about"] == "checkpoints"
+    of_what = ", of these checkpoints, not of the recipes behind them" if narrow else ""
+    answer = "yes" if document["non_inferior"] else "no"
+    text = f"Non-inferior (lower end above -{100 * document['margin']:g} points{of_what}): {answer}."
+    if not document["non_inferior"] and document["episodes_not_inferior"] is not None:
+        text += f" {document['episodes_not_inferior']} start states with the same shares of outcomes would show it."
+    return text
 
 
 def _plots(comparison: Comparison) -> str:
@@ -101,8 +112,8 @@ def _plots(comparison: Comparison) -> str:
 
 def _order(comparison: Comparison) -> list[int]:
     """Columns, those first that A solves least often compared with B."""
-    gap = comparison.success_a.mean(axis=0) - comparison.success_b.mean(axis=0)
-    return [int(i) for i in np.lexsort((comparison.indices, comparison.success_a.mean(axis=0), gap))]
+    a, b = comparison.a.rates.mean(axis=0), comparison.b.rates.mean(axis=0)
+    return [int(i) for i in np.lexsort((comparison.indices, a, a - b))]
 
 
 def _videos(comparison: Comparison, videos_a: Videos, videos_b: Videos) -> str:
@@ -112,8 +123,8 @@ def _videos(comparison: Comparison, videos_a: Videos, videos_b: Videos) -> str:
         if episode not in videos_a or episode not in videos_b:
             continue
         for name, videos, success in (
-            ("A", videos_a, comparison.success_a),
-            ("B", videos_b, comparison.success_b),
+            ("A", videos_a, comparison.a.success),
+            ("B", videos_b, comparison.b.success),
         ):
             caption = f"{_badge(bool(success[0, column]))} {name}, episode {episode}"
             figures.append(html_video(videos[episode], caption))
@@ -124,7 +135,7 @@ def _episodes(comparison: Comparison) -> str:
     rows = []
     for column in _order(comparison):
         cells = [str(int(comparison.indices[column]))]
-        for success in (comparison.success_a[:, column], comparison.success_b[:, column]):
+        for success in (comparison.a.success[:, column], comparison.b.success[:, column]):
             cells.append(_badge(bool(success[0])) if len(success) == 1 else f"{int(success.sum())} of {len(success)}")
         rows.append(tuple(cells))
     table = html_table(rows, ("episode", "A", "B"))

@@ -24,7 +24,11 @@ def delay_curve(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
         check_same_starts(documents[0], document)
     names = ("episodes", "successes", "invalid", "success_rate", "interval", "best_reward")
     curve = [
-        {"latency_ms": document["faults"]["latency_ms"], **{name: document[name] for name in names}}
+        {
+            "latency_ms": document["faults"]["latency_ms"],
+            **{name: document[name] for name in names},
+            "best_reward_interval": document.get("best_reward_interval"),  # older evaluations have none
+        }
         for document in documents
     ]
     return {"schema": SCHEMA, "env": documents[0]["env"], "curve": curve, "evaluations": list(documents)}

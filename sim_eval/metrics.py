@@ -9,7 +9,9 @@ import numpy as np
 
 from scd_robot.errors import ConfigError
 
-__all__ = ["mean_and_median", "percentiles", "wilson_interval"]
+__all__ = ["bootstrap_mean_interval", "mean_and_median", "percentiles", "wilson_interval"]
+
+_DRAWN_AT_ONCE = 1_000_000  # numbers
 
 
 def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
@@ -40,6 +42,26 @@ def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> tup
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == n else centre + half
     return low, high
+
+
+def bootstrap_mean_interval(values: Sequence[float], draws: int = 10_000, seed: int = 0) -> tuple[float, float] | None:
+    """95 % percentile interval of a mean by the bootstrap (Efron 1979); None of fewer than two values.
+
+    Args:
+        values: (N,), independent of each other.
+        draws: of the bootstrap.
+        seed: of the draws: the same values have the same interval.
+    """
+    if len(values) < 2:
+        return None
+    array, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
+    means = np.empty(draws)
+    block = max(_DRAWN_AT_ONCE // len(array), 1)
+    for start in range(0, draws, block):
+        count = min(block, draws - start)
+        means[start : start + count] = array[rng.integers(len(array), size=(count, len(array)))].mean(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def percentiles(values: Sequence[float]) -> dict[str, Any] | None:

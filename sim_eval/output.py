@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,22 @@ from scd_robot.errors import DatasetError, OutputError
 from scd_robot.output import to_plain
 from scd_robot.types import ActionArray
 
-__all__ = ["EpisodeLog", "check_output_folder", "prepare_output_folder", "read_actions", "write_actions"]
+__all__ = [
+    "EpisodeLog",
+    "check_output_folder",
+    "prepare_output_folder",
+    "read_actions",
+    "remove_comparison",
+    "remove_evaluation",
+    "write_actions",
+]
 
 _ACTIONS = "actions.safetensors"
 _OUR_FILES = (
     *("result.json", "episodes.jsonl", "report.html", _ACTIONS, "videos/episode_*.mp4"),
     *("history.json", "history.html", "latency.json", "latency.html"),
 )
+_FILES_OF_A_COMPARISON = ("comparison.json", "comparison.html", "videos/episode_*_[ab].mp4")
 
 
 def check_output_folder(out: Path, overwrite: bool) -> None:
@@ -45,7 +54,32 @@ def prepare_output_folder(out: Path) -> None:
     """
     try:
         (out / "videos").mkdir(parents=True, exist_ok=True)
-        for pattern in _OUR_FILES:
+    except OSError as error:
+        raise OutputError(f"cannot write to the output folder {out}: {error.strerror or error}") from error
+    remove_evaluation(out)
+
+
+def remove_evaluation(out: Path) -> None:
+    """Removes what an evaluation wrote into a folder, which need not be there; files of others stay.
+
+    Raises:
+        OutputError: no permission.
+    """
+    _remove(out, _OUR_FILES)
+
+
+def remove_comparison(out: Path) -> None:
+    """Removes what a comparison wrote into a folder, which need not be there, but for the evaluations in it.
+
+    Raises:
+        OutputError: no permission.
+    """
+    _remove(out, _FILES_OF_A_COMPARISON)
+
+
+def _remove(out: Path, patterns: Sequence[str]) -> None:
+    try:
+        for pattern in patterns:
             for path in (*out.glob(pattern), *out.glob(pattern + ".part")):
                 path.unlink()
     except OSError as error:

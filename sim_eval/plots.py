@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scd_robot.errors import MissingDependencyError
-from scd_robot.sim_eval.comparison import Comparison, arm_interval
+from scd_robot.sim_eval.comparison import Comparison
 from scd_robot.sim_eval.result import EvaluationResult
 
 if TYPE_CHECKING:
@@ -157,12 +157,14 @@ def arms_plot(comparison: Comparison) -> str:
     """SVG of the success rates of two arms with their 95 % intervals, and a dot for each seed."""
     figure = _Figure(2.2)
     axes = figure.axes
-    for row, success in enumerate((comparison.success_a, comparison.success_b)):
-        low, high = (100 * bound for bound in arm_interval(success))
-        axes.barh(row, 100 * success.mean(), height=0.45, color=_COLOURS["accent"], alpha=0.75)
+    for row, arm in enumerate((comparison.a, comparison.b)):
+        low, high = (100 * bound for bound in arm.interval)
+        axes.barh(row, 100 * arm.rate, height=0.45, color=_COLOURS["accent"], alpha=0.75)
         axes.errorbar((low + high) / 2, row, xerr=(high - low) / 2, color=_COLOURS["ink"], capsize=6, linewidth=1.4)
-        if len(success) > 1:
-            axes.scatter(100 * success.mean(axis=1), [row] * len(success), s=18, color=_COLOURS["failure"], zorder=3)
+        if len(arm.rates) > 1:
+            axes.scatter(
+                100 * arm.rates.mean(axis=1), [row] * len(arm.rates), s=18, color=_COLOURS["failure"], zorder=3
+            )
     axes.set_xlim(0, 100.5)
     axes.set_ylim(1.6, -0.6)
     axes.set_yticks([0, 1], ["A", "B"])
@@ -248,7 +250,7 @@ def delay_plot(curve: Sequence[Mapping[str, Any]]) -> str:
 def pairs_plot(comparison: Comparison) -> str:
     """SVG with one bar per start state: how much more often A solves it than B."""
     figure = _Figure(2.2)
-    gap = 100 * (comparison.success_a.mean(axis=0) - comparison.success_b.mean(axis=0))
+    gap = 100 * (comparison.a.rates.mean(axis=0) - comparison.b.rates.mean(axis=0))
     for sign, name, label in ((1, "success", "A more often"), (-1, "failure", "B more often")):
         chosen = sign * gap > 0
         if chosen.any():

@@ -75,6 +75,10 @@ def _tiles(document: dict[str, Any]) -> str:
     if time := document["time_to_success"]:
         median, seconds = time["steps"]["median"], time["seconds"]["median"]
         tiles.append((f"{median:g} step{'s' * (median != 1)}", f"median to success ({seconds:.2f} s)"))
+    if document["best_reward"] is not None:
+        interval, name = document["best_reward_interval"], document["score_definition"] or "mean best reward"
+        bounds = "" if interval is None else f" (95 %: {interval[0]:.3g} to {interval[1]:.3g})"
+        tiles.append((f"{document['best_reward']:.3g}", escape(name) + bounds))
     for key, name in (("encoder_ms", "encoder step"), ("plan_ms", "plan"), ("act_ms", "policy call")):
         if found := document[key]:
             batch = document["plan_batch_size" if key == "plan_ms" else "timing_batch_size"]

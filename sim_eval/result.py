@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from scd_robot.sim_eval.faults import ObservationFaults
-from scd_robot.sim_eval.metrics import mean_and_median, percentiles, wilson_interval
+from scd_robot.sim_eval.metrics import bootstrap_mean_interval, mean_and_median, percentiles, wilson_interval
 from scd_robot.sim_eval.motion import MOTION_NAMES, mean_motion
 from scd_robot.types import ActionArray, EnvironmentSpec
 
@@ -185,6 +185,7 @@ class EvaluationResult:
             "time_to_success": self._time_to_success(),
             "mean_steps": steps["mean"] if steps else None,
             "best_reward": self.mean_best_reward,
+            "best_reward_interval": self.best_reward_interval,
             "terminate_on_success": True,
             "max_steps": self.max_steps,
             "control_dt": self.environment.control_dt,
@@ -207,8 +208,17 @@ class EvaluationResult:
     @property
     def mean_best_reward(self) -> float | None:
         """Mean over valid episodes of their best reward; None without one."""
-        best = [e.best_reward for e in self.valid if e.best_reward is not None]
+        best = self._best_rewards()
         return sum(best) / len(best) if best else None
+
+    @property
+    def best_reward_interval(self) -> list[float] | None:
+        """95 % bootstrap interval of that mean over episodes; None with fewer than two."""
+        interval = bootstrap_mean_interval(self._best_rewards())
+        return None if interval is None else list(interval)
+
+    def _best_rewards(self) -> list[float]:
+        return [e.best_reward for e in self.valid if e.best_reward is not None]
 
     def _contextual_success(self) -> dict[str, Any] | None:
         """Success where the manipulation was completed: memory apart from motor skill (arXiv 2606.16447)."""

@@ -181,7 +181,11 @@ def headline(result: Mapping[str, Any]) -> str:
     low, high = result["interval"]
     valid = result["episodes"] - result["invalid"]
     rate = "no valid episode" if result["success_rate"] is None else f"{100 * result['success_rate']:.1f} %"
-    score = f"; score {result['best_reward']:.3f} ({result['score_definition']})" if result["score_definition"] else ""
+    score = ""
+    if result["score_definition"] and result["best_reward"] is not None:
+        interval = result["best_reward_interval"]
+        bounds = "" if interval is None else f" (95 % interval {interval[0]:.3f}-{interval[1]:.3f})"
+        score = f"; score {result['best_reward']:.3f}{bounds} ({result['score_definition']})"
     batches = {"encoder": result["timing_batch_size"], "plan": result["plan_batch_size"]}
     times = [
         f"{name} {result[f'{name}_ms']['p50']:.1f} ms" + (f" (p50, batch {batch:.3g})" if batch else " (p50)")

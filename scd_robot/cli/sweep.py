@@ -92,12 +92,14 @@ def sweep(
     table = {"schema": 1, "episodes": episodes, "first_episode": first_episode, "evaluations": rows, "failed": lost}
     write_json(out / "sweep.json", table)
     if str(json) != "-":
-        print("| environment | policy | seed of noise | successes | success, Wilson 95 % |\n|---|---|---|---|---|")
+        head = "environment | policy | seed of noise | successes | success, Wilson 95 % | best reward, 95 %"
+        print(f"| {head} |\n|" + "---|" * (head.count("|") + 1))
         for row in rows:
             low, high = (100 * bound for bound in row["interval"])
             rate = "-" if row["success_rate"] is None else f"{100 * row['success_rate']:.1f} % [{low:.1f}, {high:.1f}]"
             noise = "-" if row["seed"] is None else row["seed"]
-            print(f"| {row['env']} | {row['policy']} | {noise} | {row['successes']}/{row['valid']} | {rate} |")
+            counted = f"{row['successes']}/{row['valid']}"
+            print(f"| {row['env']} | {row['policy']} | {noise} | {counted} | {rate} | {_best_reward(row)} |")
         for one in lost:
             print(f"FAILED {one['policy']} in {one['env']}: {one['error']}")
         print(f"evaluations: {out}")
@@ -148,5 +150,14 @@ def _difference(document: dict[str, Any], weights: str, seed: int | None, episod
 def _row(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
     names = ("env", "policy", "successes", "invalid", "success_rate", "interval", "best_reward")
     row = {name: document[name] for name in names}
+    row["best_reward_interval"] = document.get("best_reward_interval")  # older evaluations have none
     seed = document["provenance"]["policy"].get("settings", {}).get("seed")
     return {**row, "seed": seed, "valid": document["episodes"] - document["invalid"], "folder": str(folder)}
+
+
+def _best_reward(row: dict[str, Any]) -> str:
+    """For people."""
+    if row["best_reward"] is None:
+        return "-"
+    interval = row["best_reward_interval"]
+    return f"{row['best_reward']:.3f}" + ("" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]")

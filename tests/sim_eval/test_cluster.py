@@ -148,6 +148,23 @@ def test_a_sweep_does_what_is_missing(cluster, toy, tiny_run, tmp_path, capsys):
     assert files[0].is_file()
 
 
+def test_a_sweep_tells_the_interval_of_the_best_reward(toy, tiny_run, tmp_path, capsys):
+    arguments = ["sweep", str(tiny_run), "--env", ENVIRONMENT, "--out", str(tmp_path / "out"), "--episodes", "3"]
+    assert main(arguments) == 0
+    [row] = json.loads((tmp_path / "out" / "sweep.json").read_text())["evaluations"]
+    low, high = row["best_reward_interval"]
+    assert low < row["best_reward"] < high
+    assert f"{row['best_reward']:.3f} [{low:.3f}, {high:.3f}]" in capsys.readouterr().out
+    [file] = (tmp_path / "out").glob("**/result.json")
+    older = json.loads(file.read_text())
+    del older["best_reward_interval"]
+    file.write_text(json.dumps(older))
+    assert main(arguments) == 0
+    [again] = json.loads((tmp_path / "out" / "sweep.json").read_text())["evaluations"]
+    assert again == {**row, "best_reward_interval": None}
+    assert f"| {row['best_reward']:.3f} |" in capsys.readouterr().out
+
+
 def test_a_sweep_goes_on_beside_what_fails(toy, tiny_run, tmp_path, capsys):
     arguments = ["sweep", str(tiny_run), "--env", "metaworld/pusch-v3", ENVIRONMENT, "--out", str(tmp_path / "out")]
     assert main([*arguments, "--episodes", "2"]) == 2

@@ -1,24 +1,19 @@
-"""Comparisons of two policies: exact tests, intervals that cover, evidence that may be looked at at any time."""
+"""Comparisons of two policies: what is compared, what is said about it, and the verb."""
 
-import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from scd_robot.checkpoint import list_checkpoints
 from scd_robot.cli.main import main
 from scd_robot.errors import ConfigError, DatasetError
 from scd_robot.sim_eval import evaluate, wilson_interval
-from scd_robot.sim_eval.comparison import (
-    PairedCounts,
-    bootstrap_difference,
-    compare,
-    evidence,
-    format_comparison,
-    pairs_needed,
-    states_needed,
-)
+from scd_robot.sim_eval.comparison import PairedCounts, compare, format_comparison, is_decided
+from scd_robot.sim_eval.comparison_report import write_comparison
 from scd_robot.sim_eval.output import read_actions
+from scd_robot.sim_eval.saved import find_evaluations
 
 
 def document(successes, env="a/b", first=0, hashes=None, invalid=()):
@@ -119,71 +114,6 @@ class TestSequential:
         assert (tmp_path / "out" / "comparison.html").is_file()
 
 
-class TestBootstrap:
-    def test_without_spread_it_is_that_of_independent_pairs(self):
-        found = bootstrap_difference(np.ones((3, 20), bool), np.zeros((2, 20), bool))
-        assert found.difference == 1.0
-        assert found.interval == pytest.approx(PairedCounts(0, 40, 0, 0).interval)
-        assert (found.rates_a, found.rates_b) == ((1.0,) * 3, (0.0,) * 2)
-
-    @pytest.mark.parametrize(("seeds", "states", "told"), [(2, 1, False), (3, 3, False), (3, 100, True)])
-    def test_few_episodes_that_are_all_alike_show_nothing(self, seeds, states, told):
-        alike = np.ones((seeds, states), bool)
-        low, high = bootstrap_difference(alike, alike).interval
-        assert (low > -0.05) == (high < 0.05) == told
-
-    def test_seeds_that_differ_widen_it(self):
-        rng = np.random.default_rng(0)
-        even = rng.random((4, 100)) < 0.5
-        uneven = np.array([[True] * 100, [True] * 100, [False] * 100, [False] * 100])
-        widths = [np.ptp(bootstrap_difference(a, even).interval) for a in (even, uneven)]
-        assert widths[1] > 2 * widths[0]
-
-    def test_covers_the_truth_about_as_often_as_it_says(self):
-        """Rates of seeds spread about 0.7 in both arms, start states of different difficulty: no true difference."""
-        rng = np.random.default_rng(1)
-        covered = 0
-        for trial in range(60):
-            difficulty = rng.normal(size=80)
-            arms = [rng.random((5, 80)) < 1 / (1 + np.exp(difficulty - 1 - rng.normal(0, 0.4, (5, 1)))) for _ in "ab"]
-            low, high = bootstrap_difference(*arms, draws=400, seed=trial).interval
-            covered += low <= 0 <= high
-        assert covered >= 50
-
-    def test_shapes_that_do_not_fit(self):
-        with pytest.raises(ConfigError, match="as many states in both"):
-            bootstrap_difference(np.ones((1, 3), bool), np.ones((1, 4), bool))
-
-
-def test_evidence_is_a_martingale_of_fair_coins():
-    for a, b in itertools.product(range(6), repeat=2):
-        assert evidence(a, b) == pytest.approx((evidence(a + 1, b) + evidence(a, b + 1)) / 2)
-    assert evidence(0, 0) == 1
-    assert evidence(3000, 0) > 1e300
-    assert evidence(8, 0) == pytest.approx(evidence(0, 8))
-
-
-def test_evidence_rarely_misleads_whoever_looks_all_the_time():
-    rng = np.random.default_rng(0)
-    misled = 0
-    for _ in range(400):
-        heads = np.cumsum(rng.random(150) < 0.5)
-        misled += any(evidence(int(h), n + 1 - int(h)) >= 20 for n, h in enumerate(heads))
-    assert misled <= 0.05 * 400
-
-
-def test_as_many_pairs_as_have_the_wanted_power():
-    counts = PairedCounts(both=60, only_a=20, only_b=10, neither=10)
-    needed = pairs_needed(counts)
-    rng = np.random.default_rng(0)
-    hits = 0
-    for _ in range(600):
-        only_a, only_b, same = rng.multinomial(needed, [0.2, 0.1, 0.7])
-        hits += PairedCounts(int(same), int(only_a), int(only_b), 0).p_value < 0.05
-    assert 0.72 < hits / 600 < 0.86
-    assert pairs_needed(PairedCounts(5, 3, 3, 0)) is None
-
-
 class TestCommand:
     @pytest.fixture
     def folders(self, tmp_path):
@@ -218,9 +148,11 @@ class TestCommand:
         assert only >= 2
         assert len(list((out / "videos").glob("episode_*_[ab].mp4"))) == 4
         assert (out / "comparison.html").read_text().count("<video") == 4
+        (out / "videos" / "episode_00007_failure.mp4").write_text("of others")
         caplog.clear()
         assert main(["compare", *arms, "--out", str(out), "--overwrite"]) == 0  # the name in the document is no source
         assert "no (more) videos: unknown environment 'toy/point'" in caplog.text
+        assert [path.name for path in (out / "videos").iterdir()] == ["episode_00007_failure.mp4"]
 
     def test_several_seeds_each(self, folders, capsys):
         assert main(["compare", str(folders / "good"), str(folders / "bad"), "--json", "-"]) == 0
@@ -278,40 +210,177 @@ class TestCommand:
             assert len(read_actions(tmp_path / "out" / arm)) == 6
 
 
+class TestCheckpoints:
+    """Arms that are evaluated now."""
+
+    ENV = ("--env", "toy_environment:make_point", "--num-videos", "0")
+
+    def test_only_the_episodes_of_the_saved_arm_are_run(self, toy, tiny_run, tmp_path):
+        saved = tmp_path / "saved"
+        evaluate(Chaser(1.0), "toy_environment:make_point", 6, first_episode=6, out=saved, num_videos=0)
+        for sequential in ("4", "0"):
+            out = tmp_path / sequential
+            options = [*self.ENV, "--sequential", sequential, "--out", str(out)]
+            assert main(["compare", str(saved), str(tiny_run), *options]) == 0
+            found = json.loads((out / "b" / "result.json").read_text())
+            assert [episode["index"] for episode in found["episodes_detail"]] == list(range(6, 12))
+            assert json.loads((out / "comparison.json").read_text())["episodes"] == 6
+
+    def test_gaps_in_the_saved_arm(self, toy, tiny_run, tmp_path):
+        saved = tmp_path / "saved"
+        evaluate(Chaser(1.0), "toy_environment:make_point", 5, out=saved, num_videos=0)
+        told = json.loads((saved / "result.json").read_text())
+        told["episodes_detail"][1]["invalid"] = True
+        (saved / "result.json").write_text(json.dumps(told))
+        out = tmp_path / "out"
+        assert main(["compare", str(tiny_run), str(saved), *self.ENV, "--out", str(out)]) == 0
+        assert sorted(read_actions(out / "a")) == [0, 2, 3, 4]
+        assert json.loads((out / "comparison.json").read_text())["left_out"] == 1
+
+    def test_a_block_that_is_invalid_decides_nothing(self, toy, tiny_run, capsys):
+        options = ["--env", "toy_environment:make_crashing_at_first", "--num-videos", "0", "--json", "-"]
+        options += ["--episodes", "8", "--sequential", "3"]
+        assert main(["compare", str(tiny_run), str(tiny_run), *options]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["episodes"], found["left_out"]) == (4, 4)
+
+    @pytest.fixture
+    def runs(self, tiny_run, tmp_path):
+        """A run and its earlier checkpoint, as if they were two trainings."""
+        (tmp_path / "runs").mkdir()
+        for name, checkpoint in zip(("x_seed0", "x_seed1"), list_checkpoints(tiny_run), strict=True):
+            shutil.copytree(checkpoint, tmp_path / "runs" / name)
+        return tmp_path / "runs"
+
+    def test_several_checkpoints_by_a_pattern(self, toy, runs, tmp_path):
+        pattern, out = str(runs / "x_seed*"), tmp_path / "out"
+        options = [*self.ENV, "--episodes", "3", "--seed", "7", "--reproducible", "--out", str(out)]
+        assert main(["compare", pattern, str(runs / "x_seed0"), *options]) == 0
+        found = json.loads((out / "comparison.json").read_text())
+        assert (len(found["a"]["seeds"]), found["about"]) == (2, "checkpoints")
+        for folder in (out / "a" / "x_seed0", out / "a" / "x_seed1", out / "b"):
+            policy = json.loads((folder / "result.json").read_text())["provenance"]["policy"]
+            assert (policy["settings"]["seed"], policy["reproducible"], policy["device"]) == (7, True, "cpu")
+        again = ["compare", str(runs / "x_seed1"), pattern, *options, "--overwrite"]
+        assert main(again) == 0
+        assert [folder for folder, _ in find_evaluations(out / "a")] == [out / "a"]
+        assert [folder.name for folder, _ in find_evaluations(out / "b")] == ["x_seed0", "x_seed1"]
+        assert not list((out / "a").glob("*/result.json"))
+
+    def test_arms_that_cannot_be(self, toy, runs, tmp_path, refused):
+        pattern, checkpoint = runs / "x_seed*", runs / "x_seed0"
+        refused(["compare", pattern, checkpoint, *self.ENV, "--sequential", "2"], "one evaluation of each arm, and 2")
+        refused(["compare", pattern, checkpoint], "give --env")
+        refused(["compare", runs / "z*", checkpoint, *self.ENV], "matches neither checkpoints nor evaluations")
+        refused(["compare", checkpoint, checkpoint, *self.ENV, "--device", "abacus"], "abacus")
+        (runs / "x_seed2").mkdir()
+        refused(["compare", pattern, checkpoint, *self.ENV], "and what is none", "x_seed2")
+
+    def test_an_evaluation_that_is_compared_is_not_replaced(self, toy, runs, tmp_path, refused):
+        out = tmp_path / "out"
+        evaluate(Chaser(1.0), "toy_environment:make_point", 2, out=out / "a", num_videos=0)
+        options = [*self.ENV, "--out", out, "--overwrite"]
+        refused(["compare", runs / "x_seed0", out / "a", *options], "would be replaced", unchanged=[out])
+
+
+def made(successes, weights, package="3.3.0"):
+    """An evaluation of these weights."""
+    provenance = {"policy": {"weights_sha256": weights}}
+    return {**document(successes), "versions": {"mujoco": package}, "provenance": provenance}
+
+
+class TestTrainings:
+    """Evaluations of the same weights are one training."""
+
+    GOOD, BAD = [True] * 50, [True] * 20 + [False] * 30
+
+    def test_noise_seeds_of_one_checkpoint_say_nothing_about_recipes(self):
+        arms = [made(self.GOOD, "x") for _ in range(3)], [made(self.BAD, "y") for _ in range(3)]
+        comparison = compare(*arms, "x", "y")
+        assert comparison.verdict.startswith("x is better than y. This is about these checkpoints")
+        found = comparison.to_json()
+        assert (found["about"], found["pair"], found["episodes_not_inferior"]) == ("checkpoints", None, None)
+        assert (found["a"]["seeds"], found["b"]["seeds"]) == ([1.0], [0.4])
+        assert (found["a"]["evaluations"], found["a"]["successes"], found["a"]["episodes"]) == (3, 150, 150)
+        assert "checkpoints" in found["interval_method"]
+        assert any("non-inferiority are about these checkpoints" in note for note in found["notes"])
+
+    def test_one_training_against_several(self):
+        comparison = compare([made(self.GOOD, "x")], [made(self.BAD, str(seed)) for seed in range(3)], "x", "y")
+        assert comparison.about == "checkpoints"
+        assert "about these checkpoints" in comparison.verdict
+        assert any("only one training of x, so" in note for note in comparison.notes)
+        assert "non-inferior" not in format_comparison(comparison).lower().replace("non-inferiority", "")
+
+    def test_several_trainings_are_about_recipes(self):
+        arms = [[made(self.GOOD[seed:] + [False] * seed, f"{name}{seed}") for seed in range(3)] for name in "xy"]
+        comparison = compare(*arms)
+        assert comparison.about == "recipes"
+        assert "checkpoints" not in format_comparison(comparison)
+
+    def test_noise_seeds_are_averaged_before_trainings_are_drawn(self):
+        arm = [made(self.GOOD, "x"), made(self.BAD, "x"), made(self.BAD, "z")]
+        comparison = compare(arm, [made(self.BAD, "y"), made(self.BAD, "w")], "x", "y")
+        assert comparison.a.rates.mean(axis=1).tolist() == pytest.approx([0.7, 0.4])
+        assert comparison.difference == pytest.approx(0.15)
+        assert comparison.about == "recipes"
+
+    def test_evaluations_that_do_not_tell_their_weights_are_trainings(self):
+        comparison = compare([document(self.GOOD)] * 2, [document(self.BAD)] * 2)
+        assert [len(arm.rates) for arm in (comparison.a, comparison.b)] == [2, 2]
+
+    def test_the_report_says_so_too(self, tmp_path):
+        comparison = compare([made(self.GOOD, "x"), made(self.BAD, "x")], [made(self.BAD, "y")], "x", "y")
+        write_comparison(comparison, tmp_path / "comparison.html")
+        page = (tmp_path / "comparison.html").read_text()
+        assert "Non-inferior (lower end above -5 points, of these checkpoints, not of the recipes" in page
+        assert "1 of 2" in page  # start states that noise decides
+
+
+class TestNumbersOfEpisodes:
+    OUTCOMES = ([1] * 98 + [0] * 2, [1] * 96 + [0] * 2 + [1] * 2)
+
+    def test_how_many_more_show_non_inferiority(self, tmp_path):
+        comparison = compare(*([document(arm)] for arm in self.OUTCOMES), "x", "y")
+        found = comparison.to_json()
+        assert found["non_inferior"] is False
+        assert found["episodes_not_inferior"] == 107
+        assert "7 more episodes like these would show that A is not worse by 5 points" in format_comparison(comparison)
+        write_comparison(comparison, tmp_path / "comparison.html")
+        assert "107 start states with the same shares of outcomes" in (tmp_path / "comparison.html").read_text()
+        twice = compare(*([document(arm * 2)] for arm in self.OUTCOMES), "x", "y")
+        assert twice.to_json()["non_inferior"] is True
+        assert "would show that A is not worse" not in format_comparison(twice)
+
+    def test_none_is_told_where_outcomes_decide_when_to_stop(self, tmp_path):
+        arms = [document([1] * 20 + [0] * 4)], [document([1] * 16 + [0] * 8)]
+        open_still = compare(*arms, "x", "y", sequential=True)
+        found = open_still.to_json()
+        assert (found["episodes_needed"], found["episodes_not_inferior"]) == (None, None)
+        assert compare(*arms, "x", "y").to_json()["episodes_needed"] > 24
+        assert "mislead" in format_comparison(open_still)
+        assert "more episode" not in format_comparison(open_still).replace("How many more episodes", "")
+        write_comparison(open_still, tmp_path / "comparison.html")
+        assert "mislead" in (tmp_path / "comparison.html").read_text()
+        decided = compare([document([1] * 7)], [document([0] * 7)], sequential=True)
+        assert "mislead" not in format_comparison(decided)
+
+
+def test_nothing_in_common_is_not_decided_yet():
+    assert not is_decided(document([1] * 9), document([0] * 9, first=20))
+    assert not is_decided(document([1] * 9, invalid=range(9)), document([0] * 9))
+    assert is_decided(document([1] * 9), document([0] * 9))
+
+
 class TestNotes:
     def test_what_a_reader_has_to_know(self):
-        def made(package, weights):
-            provenance = {"policy": {"weights_sha256": weights}}
-            return {**document([True, False]), "versions": {"mujoco": package}, "provenance": provenance}
+        def both(weights, package):
+            return [made([True, False], one, package) for one in weights]
 
-        notes = compare([made("3.3.0", "x"), made("3.3.0", "x")], [made("3.4.0", "y"), made("3.4.0", "z")]).notes
-        assert any("fewer than 5 seeds" in note for note in notes)
+        notes = compare(both("xx", "3.3.0"), both("yz", "3.4.0")).notes
+        assert any("only one training of A" in note for note in notes)
         assert any(note.startswith("A: ") and "same training" in note for note in notes)
         assert not any(note.startswith("B: ") for note in notes)
         assert any("different versions of mujoco: 3.3.0, 3.4.0" in note for note in notes)
-        assert compare([made("3.3.0", "x")], [made("3.3.0", "y")]).notes == ()
-
-
-def test_as_many_states_as_have_the_wanted_power_with_several_seeds():
-    """Arms whose seeds do not differ but by the start states that each happens to solve."""
-    rng = np.random.default_rng(0)
-
-    def draw(states):
-        chance = rng.random(states)
-        return rng.random((4, states)) < np.minimum(chance + 0.1, 1), rng.random((4, states)) < chance
-
-    needed = states_needed(*draw(2000))
-    hits = 0
-    for _ in range(200):
-        low, high = bootstrap_difference(*draw(needed), draws=200).interval
-        hits += low > 0 or high < 0
-    assert 0.6 < hits / 200 < 0.97
-    everything, nothing = np.ones((1, 50), bool), np.zeros((1, 50), bool)
-    swinging = np.concatenate([everything, nothing, everything])
-    assert states_needed(swinging, swinging[[0, 1]]) is None  # the seeds hide it
-    assert states_needed(everything, everything) is None
-
-
-def test_the_exact_test_needs_six_discordant_pairs():
-    assert pairs_needed(PairedCounts(both=99, only_a=1, only_b=0, neither=0)) >= 600
-    assert pairs_needed(PairedCounts(both=0, only_a=10, only_b=0, neither=0)) == 6
+        assert any("fewer than 5 seeds" in note for note in compare(both("wx", "3.3.0"), both("yz", "3.3.0")).notes)
+        assert compare(both("x", "3.3.0"), both("y", "3.3.0")).notes == ()

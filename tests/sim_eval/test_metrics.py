@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 
 from scd_robot.errors import ConfigError
-from scd_robot.sim_eval.metrics import mean_and_median, percentiles, wilson_interval
+from scd_robot.sim_eval import metrics
+from scd_robot.sim_eval.metrics import bootstrap_mean_interval, mean_and_median, percentiles, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,20 @@ def test_percentiles_of_known_values():
 def test_mean_and_median_of_known_values():
     assert mean_and_median([1, 2, 9]) == {"mean": 4.0, "median": 2.0}
     assert mean_and_median([]) is None
+
+
+def test_bootstrap_of_many_values_is_the_normal_interval(monkeypatch):
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    half = 1.96 * values.std() / 20
+    found = bootstrap_mean_interval(values)
+    assert found == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
+    assert bootstrap_mean_interval(values) == found
+    assert bootstrap_mean_interval(values, seed=1) != found
+    monkeypatch.setattr(metrics, "_DRAWN_AT_ONCE", 30 * 400)  # the last block is smaller
+    assert bootstrap_mean_interval(values) == pytest.approx(found, abs=0.02)
+
+
+def test_bootstrap_needs_two_values():
+    assert bootstrap_mean_interval([]) is None
+    assert bootstrap_mean_interval([1.0]) is None
+    assert bootstrap_mean_interval([1.0, 1.0]) == (1.0, 1.0)

@@ -97,6 +97,23 @@ def test_report_tells_what_was_done_to_the_observations_and_how_the_robot_moved(
     assert "<b>2</b><span>of 3 episodes whose manipulation was completed succeeded" in text
 
 
+def test_the_best_reward_has_an_interval(tmp_path):
+    rewards = [0.1 * i for i in range(10)]
+    episodes = [dataclasses.replace(record(i), best_reward=reward) for i, reward in enumerate(rewards)]
+    lost = dataclasses.replace(record(10, invalid=True), best_reward=50.0)
+    result = result_of([*episodes, lost])
+    document = result.to_json()
+    low, high = document["best_reward_interval"]
+    assert 0.2 < low < 0.45 < high < 0.7
+    assert f"mean best reward (95 %: {low:.3g} to {high:.3g})" in render_report(result, tmp_path)
+    score = dataclasses.replace(result, environment=dataclasses.replace(SPEC, score="mean <coverage>"))
+    assert "mean &lt;coverage&gt; (95 %: " in render_report(score, tmp_path)
+    alone = result_of([*episodes[:1], lost])
+    assert alone.to_json()["best_reward_interval"] is None
+    assert "<span>mean best reward</span>" in render_report(alone, tmp_path)
+    assert result_of([lost]).to_json()["best_reward_interval"] is None
+
+
 def test_failures_come_first(tmp_path):
     (tmp_path / "videos").mkdir()
     videos = [VideoRecord(0, True, "videos/a.mp4"), VideoRecord(1, False, "videos/b.mp4")]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from scd_robot.errors import MissingDependencyError, RenderError
+from scd_robot.seeding import EVALUATION, derive_seed
 from scd_robot.types import ArraySpec, EnvironmentSpec, StepResult
 
 CONTROL_DT = 0.05
@@ -94,6 +95,11 @@ class PointEnvironment:
 
 def make_point():
     return PointEnvironment()
+
+
+def make_crashing_at_first():
+    """Crashes in the first four episodes of an evaluation."""
+    return PointEnvironment(faults={derive_seed(EVALUATION, episode): "raise" for episode in range(4)})
 
 
 class LateEnvironment(PointEnvironment):
