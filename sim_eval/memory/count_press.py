@@ -13,10 +13,13 @@ __all__ = ["CountPress"]
 
 _CUE_STEPS = 10
 _BUTTON, _PAD = np.array([-0.12, 0.0]), np.array([0.18, 0.0])
-_TOP = 0.05  # [m] of the button at rest
-_PRESSED, _RELEASED = 0.012, 0.004  # [m] of its travel
+_TOP, _TRAVEL = 0.08, 0.05  # [m] of the button: at rest, and how far it goes down
+_PRESSED, _RELEASED = 0.01, 0.004  # [m] of its travel
 _PAD_RADIUS = 0.05
-_ABOVE, _DOWN = 0.10, 0.025  # [m] heights between presses and in them: 1.3 cm farther than they take
+# Places of the hand [m]. It comes down from above the button, 3 cm farther than a press takes, and goes up beside it:
+# where it is tells which of the two it does, so that only the number of presses has to be remembered.
+_HIGH = 0.13
+_ABOVE, _DOWN, _BESIDE = (np.array([*place]) for place in ((-0.12, 0, _HIGH), (-0.12, 0, 0.035), (-0.04, 0, _HIGH)))
 
 
 class CountPress(MemoryEnvironment):
@@ -29,14 +32,15 @@ class CountPress(MemoryEnvironment):
     """
 
     task: ClassVar[str] = "count-press"
+    has_choices: ClassVar[bool] = True
     success: ClassVar[str] = "after the signal the button is pressed as often as was shown, and then the pad touched"
 
     def _scene(self) -> str:
-        self.steps_to_act = _CUE_STEPS + 40 + 16 * self.options.choices
+        self.steps_to_act = _CUE_STEPS + 60 + 20 * self.options.choices
         x, y = _BUTTON
         button = (
-            f'<body name="button" pos="{x} {y} 0"><joint name="button" type="slide" axis="0 0 -1" range="0 0.025" '
-            'limited="true" stiffness="150" damping="3"/><geom name="button" type="cylinder" '
+            f'<body name="button" pos="{x} {y} 0" gravcomp="1"><joint name="button" type="slide" axis="0 0 -1" '
+            f'range="0 {_TRAVEL}" limited="true" stiffness="80" damping="3"/><geom name="button" type="cylinder" '
             f'fromto="0 0 0 0 0 {_TOP}" size="0.03" mass="0.05" rgba="0.85 0.2 0.15 1" '
             'contype="2" conaffinity="2"/></body>'  # passes through the table
         )
@@ -49,7 +53,6 @@ class CountPress(MemoryEnvironment):
     def _begin(self, rng: np.random.Generator) -> None:
         self._count = self._believed = int(rng.integers(1, self.options.choices + 1))
         self._presses, self._down = 0, False
-        self._lifting = False  # after a press, until the hand is up again
         self.target = np.asarray(HOME) + rng.uniform(-0.03, 0.03, 3)
 
     def _guess(self, rng: np.random.Generator) -> None:
@@ -76,13 +79,12 @@ class CountPress(MemoryEnvironment):
     def _judge(self) -> Verdict:
         travel = float(self.data.joint("button").qpos[0])
         if not self._down and travel > _PRESSED:
-            self._down = self._lifting = True
+            self._down = True
             self._presses += 1
             if self._presses > self._count:
                 return "wrong"
         elif self._down and travel < _RELEASED:
             self._down = False
-        self._lifting &= self.hand[2] < _ABOVE - 0.01
         if self.hand[2] < 0.03 and np.hypot(*(self.hand[:2] - _PAD)) < _PAD_RADIUS:
             return "success" if self._presses == self._count else "wrong"
         return None
@@ -90,12 +92,14 @@ class CountPress(MemoryEnvironment):
     def _expert(self) -> Vector:
         if not self._signal():
             return self.towards(HOME)
-        if self._presses >= self._believed and not self._lifting:
-            near = np.hypot(*(self.target[:2] - _PAD)) < 0.02
-            return self.towards((*_PAD, 0.02 if near else 0.12))
-        near = np.hypot(*(self.target[:2] - _BUTTON)) < 0.02
-        lower = near and not self._lifting
-        return self.towards((*_BUTTON, _DOWN if lower else _ABOVE))
+        (x, y, z), (bx, by, _) = self.hand, _ABOVE
+        over = np.hypot(x - bx, y - by) < 0.012
+        if z < _HIGH - 0.015 and np.hypot(x - _PAD[0], y - _PAD[1]) > _PAD_RADIUS:  # on the way down, or up again
+            return self.towards(_DOWN if over and z > _DOWN[2] + 0.015 else _BESIDE)
+        if self._presses < self._believed:
+            return self.towards(_DOWN if over else _ABOVE)
+        near = np.hypot(x - _PAD[0], y - _PAD[1]) < 0.02
+        return self.towards((*_PAD, 0.02 if near else _HIGH))
 
     def _paint(self) -> None:
         remaining = self._remaining() or 0

@@ -24,6 +24,7 @@ class CueReach(MemoryEnvironment):
     """
 
     task: ClassVar[str] = "cue-reach"
+    has_choices: ClassVar[bool] = True
     success: ClassVar[str] = (
         "after the signal the hand touches the pad of the colour that was shown, and none before it"
     )

@@ -21,8 +21,8 @@ class _Dynamic(MemoryEnvironment):
 
     def __init__(self, options: MemoryOptions | None = None) -> None:
         given = options or MemoryOptions()
-        if given.delay != MemoryOptions().delay or given.cue_visible:
-            raise ConfigError(f"scd_memory/{self.task} has no cue: leave out delay and cue_visible")
+        if given.delay != MemoryOptions().delay or given.cue_visible or given.expert != MemoryOptions().expert:
+            raise ConfigError(f"scd_memory/{self.task} has no cue: leave out delay, cue_visible and expert")
         super().__init__(given)
 
     def _signal(self) -> bool:

@@ -73,13 +73,14 @@ class MemoryEnvironment(abc.ABC):
     An action has a number in -1..1 for each joint. With `control` "position" it is where the joint's target is to go,
     -1 and 1 being `target_low` and `target_high`; the targets move there together, in a straight line, by at most
     `reach_per_step` in a control step. With "velocity" it is how far the joint's target moves in one control step, 1
-    being `reach_per_step`. While a cue is shown and in the wait the robot holds still, whatever it is asked for: it
-    cannot keep the cue in its pose.
+    being `reach_per_step`. While a cue is shown and in the wait the robot holds still, whatever it is asked for, and
+    where it has moved before, the wait begins with the same pose in all episodes: it cannot keep the cue in its pose.
     """
 
     task: ClassVar[str]
     success: ClassVar[str]
     action_dim: ClassVar[int] = 3
+    has_choices: ClassVar[bool] = False  # whether the option `choices` means anything
     control: ClassVar[Literal["position", "velocity"]] = "position"
     control_dt: ClassVar[float] = 0.05
     sim_dt: ClassVar[float] = 0.005
@@ -98,6 +99,8 @@ class MemoryEnvironment(abc.ABC):
         import mujoco
 
         self.options = options or MemoryOptions()
+        if self.options.choices != MemoryOptions().choices and not self.has_choices:
+            raise ConfigError(f"scd_memory/{self.task} has no choices: leave them out")
         self.model = mujoco.MjModel.from_xml_string(self._scene())
         self.model.opt.timestep = self.sim_dt
         self.data = mujoco.MjData(self.model)
@@ -218,6 +221,11 @@ class MemoryEnvironment(abc.ABC):
             return offset
         low, high = np.array(self.target_low), np.array(self.target_high)
         return np.asarray(2 * (self.target[:3] + self.reach_per_step * offset - low) / (high - low) - 1)
+
+    def put_hand(self, place: ArrayLike) -> None:
+        """Puts the hand (3,) somewhere, at rest: at the beginning of a wait, so that its pose keeps nothing."""
+        self.target[:3] = place
+        self.data.qpos[:3], self.data.qvel[:3], self.data.ctrl[:3] = self.target[:3], 0.0, self.target[:3]
 
     def _standstill(self) -> ActionArray:
         """The action (Da,) that moves nothing."""

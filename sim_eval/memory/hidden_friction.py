@@ -20,7 +20,7 @@ _HOLD_STEPS = 40  # of them, after which the expert takes the hand back
 _RETURN_STEPS = 20  # more, in which the hand goes back
 _FIRST_SPEED = 0.4  # [m/s]
 _DECELERATION = (0.2, 1.0)  # [m/s^2], drawn log-uniformly: no guess is much better than others
-_BEST_GUESS = 0.7  # [m/s^2]: of all constant beliefs the one with which most second pushes succeed
+_BEST_GUESS = 0.7  # [m/s^2]: of constant beliefs one of the best; 0.3 to 0.8 succeed about alike
 _NEAR = 0.04  # [m] of the goal
 _MASS = 0.2
 _LEFT_AT = _RELEASE + _HALF + _TIP  # [m], of the puck when it leaves the hand
@@ -34,9 +34,9 @@ class HiddenFriction(MemoryEnvironment):
     """A puck on a rail slides on when the hand that pushes it stops, as far as its friction lets it.
 
     `puck` (1) is its position along the rail [m], `goal` (1) where it is to stop, `friction` (1) 0, or with
-    `cue_visible=1` its deceleration [m/s^2], `trial` (1) 1 in the first 60 control steps, in which the puck may be
-    pushed once to see how far it goes. Then it is put back, the hand has 20 steps to go back as well, and both are held
-    for `delay` steps, until the signal. The second push counts. A stop holds the hand at the white line: it cannot
+    `cue_visible=1` its deceleration [m/s^2], `trial` (1, in pictures a second lamp) 1 in the first 60 control steps, in
+    which the puck may be pushed once to see how far it goes. Then it is put back, and 20 steps later the hand; both are
+    held for `delay` steps, until the signal. The second push counts. A stop holds the hand at the white line: it cannot
     carry the puck to the goal, and how fast it arrives decides how far the puck goes.
     """
 
@@ -60,7 +60,7 @@ class HiddenFriction(MemoryEnvironment):
             '<geom name="gauge" type="box" pos="-0.36 0.36 0.01" size="0.02 0.02 0.01" '
             'rgba="0.9 0.9 0.1 1" contype="0" conaffinity="0"/>'
         )
-        return hand_scene(puck + lamp("lamp", (0, 0.36, 0.12), 0.06))
+        return hand_scene(puck + lamp("lamp", (0, 0.36, 0.12), 0.06) + lamp("trial", (0.36, 0.36, 0.1)))
 
     def _keys(self) -> dict[str, ArraySpec]:
         return {key: ArraySpec((1,)) for key in ("puck", "goal", "friction", "trial")}
@@ -98,6 +98,8 @@ class HiddenFriction(MemoryEnvironment):
         if not self._signal():
             if self.steps >= _TRY_STEPS:
                 self.data.joint("puck").qpos[0], self.data.joint("puck").qvel[0] = _START, 0.0
+            if self.steps == _TRY_STEPS + _RETURN_STEPS:
+                self.put_hand(_BACK)
             self._pushed = False
             return None
         self._pushed |= self._puck() > _START + 0.02
@@ -126,3 +128,4 @@ class HiddenFriction(MemoryEnvironment):
         self.model.geom("gauge").size[2] = height
         self.model.geom("gauge").pos[2] = height
         self.paint("lamp", (1.0, 1.0, 1.0) if self._signal() else GREY)
+        self.paint("trial", (0.2, 0.8, 0.9) if self.steps < _TRY_STEPS else GREY)

@@ -17,6 +17,7 @@ _REGION = 0.22  # [m] half the side of the square in which the block begins
 _APART = 0.12  # [m] from the plate's centre at least
 _NEAR = 0.04  # [m] from where it was
 _GRASP = _SIDE  # [m] of the hand from the middle of the block's top: anywhere on it
+_WAIT_FROM = 48  # control step from which on it can be waited: before, the time would tell how far the way was
 _HIGH, _LOW = 0.14, 2 * _SIDE  # [m] of the hand
 
 
@@ -24,15 +25,15 @@ class PlaceBack(MemoryEnvironment):
     """The hand has a suction cup: the fourth action above 0 holds the block whose top the hand touches.
 
     `block` (3) is its position [m], `origin` (3) zeros, or with `cue_visible=1` the place x, y where it was, and 1.
-    First the block is to be put on the plate in the middle and the hand to go up; `delay` steps later the signal says
-    to return it. While it is sucked the block hangs in the middle of the hand, however it was grasped, so that nothing
-    about its way is left in its place on the plate.
+    First the block is to be put on the plate in the middle and the hand to go up. After 48 control steps, or when that
+    is done, the wait begins: the block is put to the middle of the plate and the hand above it, and `delay` steps later
+    the signal says to return it.
     """
 
     task: ClassVar[str] = "place-back"
     success: ClassVar[str] = "after it lay on the plate the block is put down, released, within 4 cm of where it was"
     action_dim: ClassVar[int] = 4
-    steps_to_act: int = 160
+    steps_to_act: int = 180
 
     def _scene(self) -> str:
         block = (
@@ -96,8 +97,11 @@ class PlaceBack(MemoryEnvironment):
         block = self._block()
         down = block[2] < 2 * _SIDE + 0.005 and not self._held()
         if self._ready_at is None:
-            if down and np.hypot(*block[:2]) < _PLATE_RADIUS and self.hand[2] > _HIGH - 0.02:
+            placed = down and np.hypot(*block[:2]) < _PLATE_RADIUS and self.hand[2] > _HIGH - 0.02
+            if placed and self.steps >= _WAIT_FROM:
                 self._ready_at = self.steps
+                self.put_hand((0, 0, _HIGH))
+                self.data.qpos[3:6], self.data.qvel[3:6] = (0, 0, 2 * _SIDE), 0.0
             return None
         left = np.hypot(*block[:2]) > _PLATE_RADIUS
         if left and not self._signal():

@@ -97,9 +97,15 @@ class TestContract:
             make("cue-reach", options)
 
     @pytest.mark.parametrize("task", DYNAMIC)
-    def test_dynamic_tasks_have_no_cue(self, task):
+    @pytest.mark.parametrize("option", ["delay=3", "cue_visible=1", "expert=memoryless"])
+    def test_dynamic_tasks_have_no_cue(self, task, option):
         with pytest.raises(ConfigError, match="has no cue"):
-            make(task, "delay=3")
+            make(task, option)
+
+    @pytest.mark.parametrize("task", set(TASKS) - {"cue-reach", "count-press"})
+    def test_choices_are_for_tasks_that_have_some(self, task):
+        with pytest.raises(ConfigError, match=f"{task} has no choices"):
+            make(task, "choices=3")
 
     @pytest.mark.sim
     @pytest.mark.parametrize("task", MEMORY)
@@ -146,6 +152,7 @@ def test_mixed_delays_are_drawn_for_each_episode():
 IN_VIEW = {
     "cue-reach": lambda seen, _: int(np.argmax(seen["cue"])),
     "place-back": lambda seen, _: seen["origin"][:2],
+    # The expert compares its number with the presses so far: what remains decides, and that is seen.
     "count-press": lambda seen, now: now._presses + (int(np.argmax(seen["cue"])) + 1) % seen["cue"].size,
     "occluded-reach": lambda seen, _: seen["puck"][:2],
     "hidden-friction": lambda seen, _: float(seen["friction"][0]),
@@ -287,6 +294,52 @@ class TestJudgement:
                 environment.target = before
                 del environment._is_free
         assert held >= 29
+
+    @pytest.mark.parametrize("task", ["place-back", "hidden-friction"])
+    def test_no_pose_is_carried_into_the_wait(self, task):
+        """Where the robot moves before the wait: hand and object begin it alike, wherever a policy has put them."""
+        environment, poses = make(task, "delay=10"), []
+        for episode in range(20):
+            environment.reset(derive_seed(EVALUATION, episode))
+            shift = 0.02 * np.sin([episode, 2 * episode, 3 * episode])
+            while environment._is_free():
+                expert = environment.expert_action()
+                expert[:3] += shift
+                result = environment.step(expert)
+                assert not result.truncated
+            poses.append(np.concatenate([environment.data.qpos, environment.target]))
+        assert np.ptp(poses, axis=0).max() < 1e-9
+
+    def test_how_far_the_way_was_does_not_tell_when_the_wait_begins(self):
+        environment, begins = make("place-back", "delay=10"), []
+        for episode in range(20):
+            environment.reset(derive_seed(EVALUATION, episode))
+            while environment._is_free():
+                environment.step(environment.expert_action())
+            begins.append(environment.steps)
+        assert set(begins) == {48}
+
+    @pytest.mark.parametrize("options", ["delay=5", "delay=5,cue_visible=1"])
+    def test_where_the_hand_is_tells_whether_it_presses_or_lifts(self, options):
+        """The expert of count-press needs no memory of its own, beside that of the number."""
+        environment, rises = make("count-press", options), collections.defaultdict(list)
+        rng, low, high = np.random.default_rng(0), environment.target_low[2], environment.target_high[2]
+        for episode in range(40):
+            environment.reset(derive_seed(EVALUATION, episode))
+            while True:
+                action = environment.expert_action()
+                if environment._is_free():
+                    place = (*np.floor(environment.hand / 0.01).astype(int), environment._presses < environment._count)
+                    rises[place].append(low + (high - low) * (action[2] + 1) / 2 > environment.hand[2])
+                noise = 0.015 * rng.standard_normal(3)
+                result = environment.step((action + noise).astype(np.float32))
+                if result.success or result.terminated or result.truncated:
+                    break
+            assert result.success
+        often = [np.array(found) for found in rises.values() if len(found) >= 8]
+        others = sum(min(found.sum(), (~found).sum()) for found in often)
+        assert sum(map(len, often)) > 500
+        assert others < 0.1 * sum(map(len, often))
 
     def test_targets_move_together_to_the_place_that_is_asked_for(self):
         environment = make("cue-reach", "delay=0")
