@@ -5,7 +5,6 @@ Keys and values of all layers are cached across control steps and denoising step
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from scd_robot.errors import ConfigError
@@ -32,10 +31,7 @@ class CausalDitPolicy(ScdPolicy):
 
     def _where(self, active: Tensor, new: HistoryContext, old: HistoryContext) -> HistoryContext:
         """Keys and values are the cache's, which leaves the other rows as they are."""
-        seen = torch.where(active[:, None, None], new.seen, old.seen)
-        position = torch.where(active[:, None], new.position, old.position)
-        features = torch.where(active[:, None, None, None], new.features, old.features)
-        return HistoryContext(new.keys_values, seen, position, features)
+        return new.where(active, old)
 
     def _of_rows(self, context: HistoryContext, rows: Tensor) -> HistoryContext:
         return context.rows(rows)

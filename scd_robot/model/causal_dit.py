@@ -11,7 +11,7 @@ Shapes: B streams, T control steps, P tokens per control step, S = T * P history
 R = B * M samples, L noisy tokens, Da action width, N heads, Dh head width, D width.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -27,6 +27,8 @@ __all__ = ["CausalDitModel", "HistoryContext"]
 
 Rotary = tuple[Tensor, Tensor]
 
+_BY_SAMPLE = ("seen", "own", "position", "features")
+
 
 @dataclass(frozen=True)
 class HistoryContext:
@@ -35,12 +37,14 @@ class HistoryContext:
     Attributes:
         keys_values: per layer keys and values, each (B, N, S, Dh), which the M samples of a stream share.
         seen: (B, M, S) bool, the history tokens in each sample's window.
+        own: (B, M, S) bool, those of the sample's own control step.
         position: (B, M) control step of each sample.
         features: (B, M, P, D) the last layer's tokens of that control step.
     """
 
     keys_values: tuple[tuple[Tensor, Tensor], ...]
     seen: Tensor
+    own: Tensor
     position: Tensor
     features: Tensor
 
@@ -50,23 +54,31 @@ class HistoryContext:
 
     def repeat(self, copies: int) -> "HistoryContext":
         """Each sample so many times in a row."""
-        fields = {name: getattr(self, name).repeat_interleave(copies, 1) for name in ("seen", "position", "features")}
-        return replace(self, **fields)
+        return self._each(lambda x: x.repeat_interleave(copies, 1))
 
     def at(self, position: Tensor) -> "HistoryContext":
         """The samples at `position` (B, M'), where there was one for every control step of the stream."""
-        index = position[..., None]
-        return HistoryContext(
-            self.keys_values,
-            self.seen.gather(1, index.expand(-1, -1, self.seen.shape[-1])),
-            self.position.gather(1, position),
-            self.features.gather(1, index[..., None].expand(-1, -1, *self.features.shape[2:])),
-        )
+
+        def take(x: Tensor) -> Tensor:
+            index = position.view(*position.shape, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:])
+            return x.gather(1, index)
+
+        return self._each(take)
 
     def rows(self, index: Tensor) -> "HistoryContext":
         """Some streams (n,) of it."""
         pairs = tuple((keys[index], values[index]) for keys, values in self.keys_values)
-        return HistoryContext(pairs, self.seen[index], self.position[index], self.features[index])
+        return replace(self._each(lambda x: x[index]), keys_values=pairs)
+
+    def where(self, active: Tensor, other: "HistoryContext") -> "HistoryContext":
+        """This one in the streams where `active` (B,) is True, else the other; keys and values are this one's."""
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in _BY_SAMPLE)
+        fields = {name: torch.where(active.view(-1, *(1 for _ in x.shape[1:])), x, y) for name, x, y in pairs}
+        return replace(self, **fields)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "HistoryContext":
+        """With every field of the samples changed."""
+        return replace(self, **{name: change(getattr(self, name)) for name in _BY_SAMPLE})
 
 
 @dataclass(frozen=True)
@@ -77,11 +89,13 @@ class PreparedHistory:
         keys_values: per layer keys and values, each (R, N, S, Dh); without gradients with room for the noisy tokens'
             behind them, (R, N, S + all L, Dh), so that nothing is copied again while a plan is denoised.
         seen: (R, 1, 1, S) bool.
+        own: (R, 1, 1, S) bool, what layers without history see of it.
         rotary: of the samples' control steps, each (R, 1, Dh / 2).
     """
 
     keys_values: list[tuple[Tensor, Tensor]]
     seen: Tensor
+    own: Tensor
     rotary: Rotary
 
 
@@ -111,17 +125,19 @@ class CausalDitTransformer(FlowTransformer):
     ) -> HistoryContext:
         """All control steps (B, T, P, D) of a stream in one pass, as the context of T samples each."""
         batch, steps, group, _ = tokens.shape
-        mask, _ = window_mask(
+        mask, own = window_mask(
             steps, group, self.config.history_length, stream=stream, token_valid=token_valid, device=tokens.device
         )
         positions = torch.arange(first_position, first_position + steps, device=tokens.device)
         rotary = self.rotary(positions.repeat_interleave(group)[None], tokens.dtype)
         x, pairs = tokens.flatten(1, 2), []
-        for block, modulation in zip(self._blocks(), self.clean().blocks, strict=True):
-            x, pair = block.history(x, modulation, rotary, mask)
+        for layer, (block, modulation) in enumerate(zip(self._blocks(), self.clean().blocks, strict=True)):
+            x, pair = block.history(x, modulation, rotary, mask & own if self.is_local(layer) else mask)
             pairs.append(pair)
-        seen = mask[:, 0, group - 1 :: group].expand(batch, -1, -1)  # a noisy token sees what its own group sees
-        return HistoryContext(tuple(pairs), seen, positions.expand(batch, -1), x.view(batch, steps, group, -1))
+        # A noisy token sees what its own group sees.
+        seen, same = (x[:, 0, group - 1 :: group].expand(batch, -1, -1) for x in (mask, mask & own))
+        features = x.view(batch, steps, group, -1)
+        return HistoryContext(tuple(pairs), seen, same, positions.expand(batch, -1), features)
 
     def step(
         self,
@@ -139,10 +155,11 @@ class CausalDitTransformer(FlowTransformer):
         rotary = self.rotary(plan.position[:, None], tokens.dtype)
         x, pairs = tokens, []
         for layer, (block, modulation) in enumerate(zip(self._blocks(), clean.blocks, strict=True)):
-            x, pair = block.step(x, modulation, rotary, layer, cache, plan)
+            x, pair = block.step(x, modulation, rotary, layer, cache, plan, local=self.is_local(layer))
             pairs.append(pair)
         cache.end_step(plan)
-        return HistoryContext(tuple(pairs), plan.mask[:, 0], plan.position[:, None], x[:, None])
+        seen, own = plan.mask[:, 0], (plan.mask & plan.own)[:, 0]
+        return HistoryContext(tuple(pairs), seen, own, plan.position[:, None], x[:, None])
 
     def prepare(self, context: HistoryContext) -> PreparedHistory:
         """Everything that depends on the history alone."""
@@ -153,22 +170,45 @@ class CausalDitTransformer(FlowTransformer):
             keys, values = (nn.functional.pad(x, (0, 0, 0, room)) if room else x for x in expanded)
             pairs.append((keys, values))
         rotary = self.rotary(context.position.flatten()[:, None], self.position.dtype)
-        return PreparedHistory(pairs, context.seen.flatten(0, 1)[:, None, None], rotary)
+        seen, own = (x.flatten(0, 1)[:, None, None] for x in (context.seen, context.own))
+        return PreparedHistory(pairs, seen, own, rotary)
 
     def velocity(
         self, x: Tensor, conditioning: Conditioning, context: PreparedHistory, token_valid: Tensor | None = None
     ) -> Tensor:
         """Velocity (R, L, Da) of noisy tokens x (R, L, Da), through all layers."""
-        length, seen = x.shape[1], context.seen
-        own = self._sees(length, token_valid, x.device)
-        if own is None:
-            mask = nn.functional.pad(seen, (0, length), value=True)
-        else:
-            mask = torch.cat((seen.expand(-1, -1, length, -1), own[:, None].expand(len(seen), -1, -1, -1)), dim=-1)
+        masks = self.masks(x, context, token_valid)
         tokens = self._embed(x)
-        for block, modulation, pair in zip(self._blocks(), conditioning.blocks, context.keys_values, strict=True):
-            tokens = block.denoise(tokens, modulation, context.rotary, pair, seen.shape[-1], mask)
+        for layer in range(len(self.blocks)):
+            tokens = self.layer(layer, tokens, conditioning, context, masks)
         return self._read_out(tokens, conditioning)
+
+    def layer(
+        self,
+        layer: int,
+        tokens: Tensor,
+        conditioning: Conditioning,
+        context: PreparedHistory,
+        masks: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """One layer of `velocity`: noisy tokens (R, L, D) to the next layer's."""
+        block, mask = cast(CausalDitBlock, self.blocks[layer]), masks[self.is_local(layer)]
+        pair = context.keys_values[layer]
+        return block.denoise(tokens, conditioning.blocks[layer], context.rotary, pair, context.seen.shape[-1], mask)
+
+    def masks(self, x: Tensor, context: PreparedHistory, token_valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What noisy tokens (R, L, Da) see of history and each other, (R, 1, 1 or L, S + L); and in local layers."""
+        length, among = x.shape[1], self._sees(x.shape[1], token_valid, x.device)
+        if among is None:
+            seen, own = (nn.functional.pad(known, (0, length), value=True) for known in (context.seen, context.own))
+            return seen, own
+        noisy = among[:, None].expand(len(context.seen), -1, -1, -1)
+        seen, own = (torch.cat((x.expand(-1, -1, length, -1), noisy), dim=-1) for x in (context.seen, context.own))
+        return seen, own
+
+    def is_local(self, layer: int) -> bool:
+        """Whether this layer sees no earlier control steps."""
+        return layer >= len(self.blocks) - self.config.local_layers
 
     def clean(self) -> Conditioning:
         """The conditioning of clean tokens, flow time 1."""

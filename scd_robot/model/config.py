@@ -18,6 +18,7 @@ class ScdConfig:
         architecture: "separable", or "entangled": the rival `CausalDitModel` of the same width and of encoder_layers +
             decoder_layers layers, all of which see the history at every denoising step. It reads no fusion,
             num_context_tokens, context_corruption and memory_gate, which must be as by default, the corruption 0.
+        local_layers: entangled only: in the last so many layers nothing attends to earlier control steps.
         width: D, of encoder and decoder tokens.
         num_heads: N; must divide `width` into an even head width.
         encoder_layers: run once per control step; a deeper encoder costs little.
@@ -46,6 +47,7 @@ class ScdConfig:
     observation_shapes: dict[str, tuple[int, ...]]
     action_dim: int
     architecture: Literal["separable", "entangled"] = "separable"
+    local_layers: int = 0
     width: int = 128
     num_heads: int = 4
     encoder_layers: int = 4
@@ -94,6 +96,9 @@ class ScdConfig:
         if self.max_delay_steps >= self.chunk_length:
             raise ConfigError(f"max_delay_steps {self.max_delay_steps} must be below chunk_length {self.chunk_length}")
 
+        most = self.depth if self.architecture == "entangled" else 0
+        if not 0 <= self.local_layers <= most:
+            raise ConfigError(f"local_layers must be in 0..{most}, got {self.local_layers}")
         needed = {"context_corruption": 0, "num_context_tokens": 1, "memory_gate": False}
         if self.architecture == "entangled" and any(getattr(self, name) != value for name, value in needed.items()):
             found = ", ".join(f"{name} {getattr(self, name)}" for name in needed)
@@ -116,4 +121,4 @@ class ScdConfig:
     @property
     def receptive_field(self) -> int:
         """Control steps that can influence one context, the current one included."""
-        return self.history_stride * self.depth * (self.history_length - 1) + 1
+        return self.history_stride * (self.depth - self.local_layers) * (self.history_length - 1) + 1

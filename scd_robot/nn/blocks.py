@@ -140,12 +140,23 @@ class CausalDitBlock(AdaLNBlock):
         return self._finish(x, multi_head_attention(q, k, v, mask), modulation), (k, v)
 
     def step(
-        self, x: Tensor, modulation: tuple[Tensor, ...], rotary: Rotary, layer: int, cache: KVCache, plan: StepPlan
+        self,
+        x: Tensor,
+        modulation: tuple[Tensor, ...],
+        rotary: Rotary,
+        layer: int,
+        cache: KVCache,
+        plan: StepPlan,
+        local: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The tokens (B, P, D) of one more control step, and all keys and values of the cache, extended by theirs."""
+        """The tokens (B, P, D) of one more control step, and all keys and values of the cache, extended by theirs.
+
+        They see the cache's window, or with `local` each other alone.
+        """
         q, k, v = self._rotated(x, modulation, rotary)
         pair = cache.write(layer, plan, k, v)
-        return self._finish(x, multi_head_attention(q, *pair, plan.mask), modulation), pair
+        mask = plan.mask & plan.own if local else plan.mask
+        return self._finish(x, multi_head_attention(q, *pair, mask), modulation), pair
 
     def denoise(
         self,

@@ -30,6 +30,8 @@ VARIANTS = {
     "past_action": {"past_action_input": "full"},
     "memoryless": {"history_length": 1},
     "no_past": {"num_past_actions": 0},
+    "local": {"local_layers": 2},
+    "all_local": {"local_layers": 3},
 }
 
 
@@ -88,11 +90,13 @@ def test_what_is_written_behind_the_history_equals_joining_both() -> None:
     torch.testing.assert_close(model.decoder.velocity(x, condition, prepared), buffered)
 
 
+@pytest.mark.parametrize("local_layers", [0, 1, 3])
 @torch.no_grad()
-def test_a_sample_sees_its_window_and_nothing_after_it() -> None:
-    model = randomised(ENTANGLED)
-    steps, at = ENTANGLED.receptive_field + 6, ENTANGLED.receptive_field + 3
-    observation, _ = stream_of(ENTANGLED, 1, steps, torch.float64)
+def test_a_sample_sees_its_window_and_nothing_after_it(local_layers: int) -> None:
+    config = dataclasses.replace(ENTANGLED, local_layers=local_layers)
+    model = randomised(config)
+    steps, at = config.receptive_field + 6, config.receptive_field + 3
+    observation, _ = stream_of(config, 1, steps, torch.float64)
     noise, position = torch.randn(1, 4, 2, dtype=torch.float64), torch.tensor([[at]])
 
     def plan(seen: dict) -> torch.Tensor:
@@ -104,7 +108,7 @@ def test_a_sample_sees_its_window_and_nothing_after_it() -> None:
         changed["a"][:, step] += 1.0
         age = at - step
         moved = (plan(changed) - before).abs().max() > 1e-9
-        assert moved == (0 <= age < ENTANGLED.receptive_field), f"age {age}"
+        assert moved == (0 <= age < config.receptive_field), f"age {age}"
 
 
 @torch.no_grad()
@@ -158,7 +162,14 @@ def test_evaluations_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"context_corruption": 0.05}, {"num_context_tokens": 2}, {"memory_gate": True}, {"architecture": "both"}]
+    "change",
+    [
+        {"context_corruption": 0.05},
+        {"num_context_tokens": 2},
+        {"memory_gate": True},
+        {"architecture": "both"},
+        {"local_layers": 4},
+    ],
 )
 def test_what_it_has_not_is_refused(change) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
