@@ -25,6 +25,7 @@ __all__ = [
     "cuts_plot",
     "delay_plot",
     "latency_plot",
+    "layers_plot",
     "pairs_plot",
     "require_matplotlib",
     "steps_plot",
@@ -186,6 +187,24 @@ def age_plot(layers: Sequence[Mapping[str, Any]]) -> str:
     figure.legend()
     figure.label("age from ... on [control steps]", "attention [%]")
     return figure.svg("Attention by age")
+
+
+def layers_plot(x: Sequence[float], lines: Mapping[Any, Sequence[float | None]], x_label: str, y_label: str) -> str:
+    """SVG of a number for each layer, a line per layer, the later the stronger; a single line has no name."""
+    figure = _Figure(2.4)
+    for number, (layer, values) in enumerate(lines.items()):
+        known = [(at, value) for at, value in zip(x, values, strict=True) if value is not None]
+        strength = 0.3 + 0.7 * (number + 1) / len(lines)
+        name = f"layer {layer}" if len(lines) > 1 else None
+        figure.axes.plot(
+            *zip(*known, strict=True), marker="o", markersize=3, color=_COLOURS["accent"], alpha=strength, label=name
+        )
+    if len(lines) > 1:
+        figure.legend()
+    if all(float(at).is_integer() for at in x):
+        figure.axes.set_xticks(list(x))
+    figure.label(x_label, y_label)
+    return figure.svg(f"{y_label} by {x_label}")
 
 
 def bars_plot(rates: Mapping[str, tuple[float | None, Sequence[float]]]) -> str:

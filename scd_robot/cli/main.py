@@ -82,6 +82,7 @@ VERBS = {
     "eval": Verb("scd_robot.cli.evaluate", "evaluate", "run a checkpoint in closed loop: success rate, times, report"),
     "sweep": Verb("scd_robot.cli.sweep", "sweep", "evaluate checkpoints in environments, here or on a cluster"),
     "compare": Verb("scd_robot.cli.compare", "compare", "tell which of two policies is better"),
+    "probe": Verb("scd_robot.cli.probe", "probe", "what an entangled policy repeats while it denoises, layer by layer"),
     "doctor": Verb("scd_robot.cli.doctor", "doctor", "what works here, which versions clash, what to install"),
     "info": Verb("scd_robot.cli.checkpoint_info", "info", "what a checkpoint holds: sizes, dataset, metrics, versions"),
 }

@@ -11,26 +11,26 @@ from scd_robot.types import ArraySpec
 
 __all__ = ["OccludedReach"]
 
-_SEEN_STEPS = 10  # it slides and is seen
+_SEEN_STEPS = 12  # it slides and is seen
 _SLIDE_STEPS = 16  # it slides
-_NEAR = 0.035  # [m]
+_NEAR = 0.05  # [m]
 _REGION = 0.22  # [m] half the side of the square in which it stops
 
 
 class OccludedReach(MemoryEnvironment):
-    """A puck slides at constant speed for 16 control steps, of which 10 are seen, and lies still then.
+    """A puck slides at constant speed for 16 control steps, of which 12 are seen, and lies still then.
 
     `puck` (3) is its position x, y [m] and 1, or zeros while it is covered. `delay` steps after it stopped the signal
     is given and the robot is free to move. Coming down anywhere else ends the episode.
     """
 
     task: ClassVar[str] = "occluded-reach"
-    success: ClassVar[str] = "after the signal the hand comes down within 3.5 cm of the covered puck's centre"
+    success: ClassVar[str] = "after the signal the hand comes down within 5 cm of the covered puck's centre"
     steps_to_act: int = _SLIDE_STEPS + 60
 
     def _scene(self) -> str:
         puck = (
-            '<body name="puck" mocap="true"><geom name="puck" type="cylinder" size="0.035 0.004" '
+            '<body name="puck" mocap="true"><geom name="puck" type="cylinder" size="0.05 0.004" '
             'rgba="0.9 0.2 0.1 1" contype="0" conaffinity="0"/></body>'
         )
         return hand_scene(puck + lamp("lamp", (0, 0.36, 0.12), 0.06))
@@ -41,7 +41,7 @@ class OccludedReach(MemoryEnvironment):
     def _begin(self, rng: np.random.Generator) -> None:
         self._end = rng.uniform(-_REGION, _REGION, 2)
         angle = rng.uniform(0, 2 * np.pi)
-        self._speed = rng.uniform(0.004, 0.008) * np.array([np.cos(angle), np.sin(angle)])  # [m] per control step
+        self._speed = rng.uniform(0.003, 0.007) * np.array([np.cos(angle), np.sin(angle)])  # [m] per control step
         self._believed = self._end
         self.target = np.asarray(HOME) + rng.uniform(-0.03, 0.03, 3)
         self._put_puck()
