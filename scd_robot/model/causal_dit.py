@@ -13,7 +13,7 @@ R = B * M samples, L noisy tokens, Da action width, N heads, Dh head width, D wi
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,12 +73,15 @@ class HistoryContext:
     def where(self, active: Tensor, other: "HistoryContext") -> "HistoryContext":
         """This one in the streams where `active` (B,) is True, else the other; keys and values are this one's."""
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in _BY_SAMPLE)
-        fields = {name: torch.where(active.view(-1, *(1 for _ in x.shape[1:])), x, y) for name, x, y in pairs}
+        fields: dict[str, Any] = {
+            name: torch.where(active.view(-1, *(1 for _ in x.shape[1:])), x, y) for name, x, y in pairs
+        }
         return replace(self, **fields)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "HistoryContext":
         """With every field of the samples changed."""
-        return replace(self, **{name: change(getattr(self, name)) for name in _BY_SAMPLE})
+        fields: dict[str, Any] = {name: change(getattr(self, name)) for name in _BY_SAMPLE}
+        return replace(self, **fields)
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,23 @@ def test_fine_tuning_keeps_or_renews_statistics_as_told(tmp_path: Path) -> None:
         )
 
 
+def test_an_entangled_policy_trains_and_can_lose_the_history_of_its_last_layers(tmp_path: Path) -> None:
+    entangled = {"architecture": "entangled", "context_corruption": 0.0, "num_context_tokens": 1}
+    run(tmp_path / "whole", tiny_experiment(3, model=entangled))
+    old = read_checkpoint(tmp_path / "whole")
+    assert old.policy == "causal_dit"
+    options = {"init": tmp_path / "whole", "init_statistics": "checkpoint"}
+    cut = tiny_experiment(3, model={**entangled, "local_layers": 2}, learning_rate=1e-12)
+    train(tiny_data(), cut, tmp_path / "cut", **options, accelerator="cpu", progress=False)
+    new = read_checkpoint(tmp_path / "cut")
+    for name, value in new.weights.items():
+        torch.testing.assert_close(value, old.weights[name], atol=1e-6, rtol=1e-4)
+    assert load_policy(tmp_path / "cut").model.config.local_layers == 2
+    separable = tiny_experiment(3, model={"num_context_tokens": 1})
+    with pytest.raises(ShapeError, match="architecture: 'entangled' there, 'separable' here"):
+        train(tiny_data(), separable, tmp_path / "x", **options, accelerator="cpu", progress=False)
+
+
 def test_a_run_is_never_overwritten_and_resumes_with_its_own_settings_only(tmp_path: Path) -> None:
     run(tmp_path / "run", tiny_experiment(3))
     before = weights(tmp_path / "run")
