@@ -23,15 +23,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from job import describe_machine
 
 from scd_robot.diffusion import SamplerConfig
-from scd_robot.model import ScdConfig, ScdModel
+from scd_robot.model import ScdConfig, ScdModel, build_model
 from scd_robot.normalization import FieldStatistics, Normalizer
 from scd_robot.output import write_json
+from scd_robot.policies.registry import policy_class, policy_type
 from scd_robot.policies.scd import ScdPolicy, ScdPolicyConfig
 from scd_robot.presets import metaworld_state
 from scd_robot.types import ArraySpec, DatasetSpec
@@ -44,8 +46,8 @@ DATASET = DatasetSpec(
 )
 
 
-def make_policy(history: int, denoising_steps: int) -> ScdPolicy:
-    """The preset metaworld_state with another window and number of denoising steps."""
+def make_policy(history: int, denoising_steps: int, **model: Any) -> ScdPolicy:
+    """The preset metaworld_state with another window and number of denoising steps; `model` replaces more fields."""
     experiment = metaworld_state(DATASET)
     widths = {key: spec.shape[0] for key, spec in DATASET.observation.items()} | {"action": DATASET.action_dim}
     ones = {key: tuple([1.0] * n) for key, n in widths.items()}
@@ -57,7 +59,9 @@ def make_policy(history: int, denoising_steps: int) -> ScdPolicy:
     config = ScdPolicyConfig(
         num_executed=experiment.policy.num_executed, sampler=SamplerConfig("euler", denoising_steps)
     )
-    return ScdPolicy(ScdModel(replace(experiment.model, history_length=history)), normalizer, DATASET, config)
+    architecture = replace(experiment.model, history_length=history, **model)
+    kind = policy_class(policy_type(architecture.architecture))
+    return cast(ScdPolicy, kind(build_model(architecture), normalizer, DATASET, config))
 
 
 def observation(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -84,7 +88,7 @@ def one_tick(policy: ScdPolicy, rng: np.random.Generator, into: dict[str, list[f
         into["idle tick"].append(timed(lambda now=now: policy.act(now)))
 
 
-def take_turns(policies: dict[int, ScdPolicy], rounds: int) -> dict[int, dict[str, list[float]]]:
+def take_turns(policies: dict[Any, ScdPolicy], rounds: int) -> dict[Any, dict[str, list[float]]]:
     """Times of every policy; the first tenth of the rounds warms up and is dropped."""
     rng = np.random.default_rng(0)
     names = ("encoder step", "plan", "planning tick", "idle tick")

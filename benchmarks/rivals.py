@@ -1,0 +1,108 @@
+"""Latency beside the entangled rival: the same tokens, width and number of layers, all of them at every denoising step.
+
+    python benchmarks/rivals.py                     table, and runs/benchmarks/rivals.json
+    python benchmarks/rivals.py --rounds 30         quicker, wider spread
+
+As `latency.py`: float32, one thread, batch 1, through the policies with numpy in and out, random weights, windows full.
+The rival has its best configuration: clean history tokens, whose keys and values of all layers are cached across
+control steps and denoising steps, no context slots, one buffer per plan for the keys and values of history and noisy
+tokens. All arms take turns within each round. The mean per control step is that of a planning tick and 7 idle ticks.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from job import code_version, describe_machine
+from latency import make_policy, percentiles, take_turns
+
+from scd_robot.output import write_json
+from scd_robot.presets import metaworld_state
+
+HISTORIES = (16, 64, 256)
+STEPS = (4, 8, 16)
+ARMS: dict[str, dict[str, Any]] = {
+    "separable, prefix": {},
+    "separable, concat": {"fusion": "concat"},
+    "entangled": {"architecture": "entangled", "context_corruption": 0.0},
+}
+EXECUTED = 8
+AIM_TICK, AIM_GROWTH = 0.2, 1.25
+
+
+def main() -> None:
+    """Measures, prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=100, help="turns of every configuration")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/rivals.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"load average at the start: {os.getloadavg()[0]:.2f}; torch {torch.__version__}; ms, p50 / p99\n")
+    keys = [(history, steps, arm) for history in HISTORIES for steps in STEPS for arm in ARMS]
+    policies = {(w, n, arm): make_policy(w, n, **ARMS[arm]) for w, n, arm in keys}
+    times = take_turns(policies, arguments.rounds)
+    for entry in times.values():
+        idle = np.array(entry["idle tick"]).reshape(len(entry["planning tick"]), -1).mean(axis=1)
+        entry["control step"] = list((np.array(entry["planning tick"]) + (EXECUTED - 1) * idle) / EXECUTED)
+    names = ("history", "NFE", "arm", "encoder step", "planning tick", "mean per control step", "tick / entangled")
+    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    ratios: dict[str, dict[str, float]] = {}
+    for w, n, arm in keys:
+        ratio = _ratio(times[w, n, arm]["planning tick"], times[w, n, "entangled"]["planning tick"])
+        ratios[f"{w} {n} {arm}"] = ratio
+        columns = ("encoder step", "planning tick", "control step")
+        found = [percentiles(times[w, n, arm][name]) for name in columns]
+        cells = [f"{p['p50']:.2f} / {p['p99']:.2f}" for p in found]
+        beside = "" if arm == "entangled" else f"{ratio['median']:.2f} ({ratio['p5']:.2f}-{ratio['p95']:.2f})"
+        print(f"| {w} | {n} | {arm} | " + " | ".join(cells) + f" | {beside} |")
+    print()
+    growth = {arm: _ratio(times[256, 8, arm]["planning tick"], times[16, 8, arm]["planning tick"]) for arm in ARMS}
+    for arm, ratio in growth.items():
+        print(
+            f"- {arm}: planning tick with a history of 256 over 16, NFE 8: {ratio['median']:.2f} "
+            f"({ratio['p5']:.2f}-{ratio['p95']:.2f})"
+        )
+    tick = ratios["64 16 separable, prefix"]["median"]
+    print(f"- aim: tick at most {AIM_TICK} of the rival's at history 64, NFE 16: {tick:.2f}, {_judge(tick, AIM_TICK)}")
+    slope = growth["separable, prefix"]["median"]
+    print(f"- aim: 256 over 16 at most {AIM_GROWTH}: {slope:.2f}, {_judge(slope, AIM_GROWTH)}")
+    parameters = {arm: sum(p.numel() for p in policies[64, 8, arm].model.parameters()) for arm in ARMS}
+    print("- parameters: " + ", ".join(f"{arm} {count:,}" for arm, count in parameters.items()))
+    base = metaworld_state.__name__
+    document = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "code": code_version(),
+        "preset": base,
+        "machine": describe_machine(),
+        "torch": torch.__version__,
+        "rounds": arguments.rounds,
+        "times": {" ".join(map(str, key)): {k: percentiles(v) for k, v in e.items()} for key, e in times.items()},
+        "ratios": ratios,
+        "growth": growth,
+        "parameters": parameters,
+    }
+    write_json(arguments.out, document)
+    print(f"written: {arguments.out}")
+
+
+def _ratio(above: list[float], below: list[float]) -> dict[str, float]:
+    """Ratio of medians, and 5 to 95 % of the single rounds'."""
+    low, high = np.percentile(np.array(above) / np.array(below), (5, 95))
+    return {"median": float(np.median(above) / np.median(below)), "p5": float(low), "p95": float(high)}
+
+
+def _judge(value: float, aim: float) -> str:
+    return "reached" if value <= aim else "NOT reached"
+
+
+if __name__ == "__main__":
+    main()
