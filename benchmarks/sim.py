@@ -1,17 +1,17 @@
 """Control steps per second of an evaluation, beside bare stepping of the same environments in as many processes.
 
-    python benchmarks/sim.py                                       Meta-World, PushT and the memory suite
+    python benchmarks/sim.py                                       the seven environments of docs/results.md
     python benchmarks/sim.py --env metaworld/push-v3 --workers 4
     python benchmarks/sim.py --native                              physics of the memory suite by mujoco.rollout
 
 Both arms have the same number of worker processes and take turns within each round. `bare`: each process steps an
 environment with random actions in a loop of its own, and nobody looks. `evaluation`: `evaluate` with a policy that
-costs nothing (the same random actions), its batch of environments divided among the processes. What is left is the
-price of lock-step, messages and bookkeeping.
+costs next to nothing (the same random actions), its batch of environments divided among the processes; the time in
+which that policy acted is taken out and told apart. What is left is the price of lock-step, messages and bookkeeping.
 
 `--native` asks whether MuJoCo's own batched stepping would serve the memory suite: microseconds of one control step of
-physics, by calls of `mj_step` as the suite makes them and by `mujoco.rollout`, for one state and for 16 states on two
-threads, beside the whole step of the environment.
+physics in each of its seven tasks, by calls of `mj_step` as the suite makes them and by `mujoco.rollout`, for one state
+and for 16 states on two threads, beside the whole step of the environment.
 """
 
 import argparse
@@ -29,40 +29,62 @@ from job import code_version, describe_machine
 from scd_robot.output import write_json
 from scd_robot.seeding import EVALUATION, derive_seed
 from scd_robot.sim_eval import evaluate, make_environment
+from scd_robot.types import ActionArray, EnvironmentSpec
 
-ENVIRONMENTS = ("metaworld/push-v3", "pusht", "scd_memory/cue-reach", "scd_memory/place-back")
+ENVIRONMENTS = (
+    "gymnasium/FrankaKitchen-v1",
+    "metaworld/push-v3",
+    "pusht",
+    "gymnasium/AdroitHandDoor-v1",
+    "scd_memory/place-back",
+    "scd_memory/cue-reach",
+    "scd_memory/cue-reach:observation=image",
+)
 AIM = 0.90
 BATCH = 16  # states of a batched rollout
 
 
-class RandomActions:
-    """A policy that costs nothing."""
+def random_actions(spec: EnvironmentSpec) -> ActionArray:
+    """Actions (4096, Da), the same in both arms."""
+    low, high = spec.action_low, spec.action_high
+    return np.random.default_rng(0).uniform(low, high, (4096, len(low))).astype(np.float32)
 
-    def __init__(self, low: tuple[float, ...], high: tuple[float, ...]) -> None:
-        self._actions = np.random.default_rng(0).uniform(low, high, (4096, len(low))).astype(np.float32)
-        self._step = 0
+
+class RandomActions:
+    """A policy that costs next to nothing.
+
+    Attributes:
+        seconds: that it took in all calls of `act`.
+    """
+
+    def __init__(self, actions: ActionArray) -> None:
+        self.seconds = 0.0
+        self._actions, self._step = actions, 0
 
     def reset(self, rows: Any = None, episodes: Any = None) -> None:
         """Nothing to forget."""
 
     def act(self, observation: Any) -> Any:
-        """Random actions, drawn beforehand."""
+        """Random actions (B, Da), drawn beforehand."""
+        began = time.perf_counter()
         count = len(next(iter(observation.values())))
         self._step = (self._step + count) % (len(self._actions) - count)
-        return self._actions[self._step : self._step + count]
+        chosen = self._actions[self._step : self._step + count]
+        self.seconds += time.perf_counter() - began
+        return chosen
 
 
 def step_alone(connection: Connection, name: str, steps: int) -> None:
     """A process that steps an environment whenever it is told to, and answers with the seconds it took."""
     environment = make_environment(name)
-    policy = RandomActions(environment.spec.action_low, environment.spec.action_high)
+    actions = random_actions(environment.spec)
     episode = 0
     connection.send("ready")
     while connection.recv():
         environment.reset(derive_seed(EVALUATION, episode))
         started, done = time.perf_counter(), 0
         while done < steps:
-            result = environment.step(policy.act({"": np.zeros(1)})[0])
+            result = environment.step(actions[done % len(actions)])
             done += 1
             if result.success or result.terminated or result.truncated:
                 episode += 1
@@ -96,14 +118,39 @@ class Bare:
             pipe.send(False)
 
 
-def evaluation_rate(name: str, workers: int, environments: int, steps: int) -> float:
-    """Control steps per second of an evaluation of about workers * steps control steps, start of processes apart."""
+def evaluation_rate(name: str, workers: int, environments: int, steps: int) -> tuple[float, float]:
+    """An evaluation of about workers * steps control steps, start of processes apart.
+
+    Returns:
+        Control steps per second without the policy's own time, and that time [us] per control step.
+    """
     spec = make_environment(name).spec
-    policy = RandomActions(spec.action_low, spec.action_high)
+    policy = RandomActions(random_actions(spec))
     # Whole rounds of the batch: rows that wait for the last ones at the end would be counted against us by chance.
     episodes = environments * max(1, round(workers * steps / spec.max_steps / environments))
     result = evaluate(policy, name, episodes, num_envs=environments, processes=workers, num_videos=0, progress=False)
-    return sum(episode.steps for episode in result.episodes_detail) / result.wall_s
+    done = sum(episode.steps for episode in result.episodes_detail)
+    return done / (result.wall_s - policy.seconds), 1e6 * policy.seconds / done
+
+
+def beside_bare(name: str, workers: int, environments: int, steps: int, rounds: int) -> dict[str, Any]:
+    """Measures both arms in turns, and prints a row of the table.
+
+    Returns:
+        Medians over the rounds, of `bare` and `evaluation` [control steps/s] and `policy_us`, and each round's `ratio`.
+    """
+    bare = Bare(name, workers, steps)
+    found = np.array([(bare.rate(), *evaluation_rate(name, workers, environments, steps)) for _ in range(rounds)])
+    bare.close()
+    ratio = found[:, 1] / found[:, 0]
+    alone, evaluated, policy_us = np.median(found, axis=0)
+    verdict = "" if np.median(ratio) >= AIM else f", aim {AIM} missed"
+    print(
+        f"| {name} | {alone:,.0f}/s | {evaluated:,.0f}/s | {policy_us:.2f} us | {np.median(ratio):.2f} "
+        f"({ratio.min():.2f}-{ratio.max():.2f}){verdict} |",
+        flush=True,
+    )
+    return {"bare": alone, "evaluation": evaluated, "policy_us": policy_us, "ratio": ratio.tolist()}
 
 
 def native_arms(environment: Any) -> dict[str, Callable[[], Any]]:
@@ -184,26 +231,10 @@ def main() -> None:
         return
     results = {}
     where = f"{options.workers} processes, batch {options.num_envs}"
-    print(f"| environment ({where}) | bare steps/s | evaluation steps/s | ratio (rounds, min-max) |")
-    print("|---|---|---|---|")
+    print(f"| environment ({where}) | bare | evaluation | policy, per step | ratio (rounds, min-max) |")
+    print("|---|---|---|---|---|")
     for name in options.env:
-        bare = Bare(name, options.workers, options.steps)
-        rates = np.array(
-            [
-                (bare.rate(), evaluation_rate(name, options.workers, options.num_envs, options.steps))
-                for _ in range(options.rounds)
-            ]
-        )
-        bare.close()
-        ratio = rates[:, 1] / rates[:, 0]
-        alone, evaluated = np.median(rates, axis=0)
-        verdict = "" if np.median(ratio) >= AIM else f", aim {AIM} missed"
-        print(
-            f"| {name} | {alone:,.0f} | {evaluated:,.0f} | {np.median(ratio):.2f} "
-            f"({ratio.min():.2f}-{ratio.max():.2f}){verdict} |",
-            flush=True,
-        )
-        results[name] = {"bare": alone, "evaluation": evaluated, "ratio": ratio.tolist()}
+        results[name] = beside_bare(name, options.workers, options.num_envs, options.steps, options.rounds)
     write_json(
         options.out,
         {**about, "workers": options.workers, "num_envs": options.num_envs, "rounds": options.rounds, **results},

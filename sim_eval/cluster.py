@@ -9,7 +9,7 @@ is run again elsewhere. Ray sends Python objects between its own processes by pi
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import scd_robot
@@ -57,8 +57,11 @@ def connect(address: str) -> Any:
 
 
 def evaluate_on_cluster(
-    jobs: Sequence[EvaluationJob], address: str, progress: bool = True
-) -> Iterator[tuple[int, EvaluationResult | ScdRobotError]]:
+    jobs: Sequence[EvaluationJob],
+    address: str,
+    progress: bool = True,
+    on_shard: Callable[[int, EvaluationResult], None] | None = None,
+) -> Iterator[tuple[int, EvaluationResult | Exception]]:
     """Evaluates in closed loop on the nodes of a cluster.
 
     A shard asks for one CPU and uses it: its simulators, in one process, wait while its policy works, and the reverse.
@@ -67,11 +70,12 @@ def evaluate_on_cluster(
         jobs: what to evaluate; all shards of all jobs are handed out at once. Their outputs are not written.
         address: see `connect`.
         progress: shows a progress bar over episodes.
+        on_shard: told of each shard as it ends, with the number of its job.
 
     Yields:
         Number and result of each job, as they are finished. Of a result `wall_s` is the time since the beginning. A job
-        that failed has an error in the place of a result: what `evaluate` raised on a node, or SimulatorError where a
-        shard's process died several times over. The others go on.
+        that failed has an error in the place of a result: what `evaluate` raised on a node, whatever it is, or
+        SimulatorError where a shard's process died several times over. The others go on.
 
     Raises:
         MissingDependencyError, SimulatorError: see `connect`.
@@ -95,12 +99,16 @@ def evaluate_on_cluster(
                 number, episodes = places.pop(ready[0])
                 bar.update(len(episodes))
                 try:
-                    done[number].append(_fetch(ray, ready[0], episodes))
-                except ScdRobotError as error:
+                    result = _fetch(ray, ready[0], episodes)
+                except Exception as error:  # whatever it is, the other jobs go on
                     for shard in [shard for shard, (other, _) in places.items() if other == number]:
                         ray.cancel(shard, force=True)
                         bar.update(len(places.pop(shard)[1]))
                     yield number, error
+                    continue
+                if on_shard is not None:
+                    on_shard(number, result)
+                done[number].append(result)
                 if len(done[number]) == len(_shards(jobs[number])):
                     yield number, join_results(done[number], time.perf_counter() - started)
                     done[number] = []  # a sweep need not hold them all
@@ -145,7 +153,7 @@ def _fetch(ray: Any, reference: Any, episodes: range) -> EvaluationResult:
             raise error.cause from None
         if isinstance(error.cause, ImportError):
             raise SimulatorError(f"a node cannot run {where}: {error.cause}; install it there") from error
-        raise
+        raise error.cause from error  # which holds the node's traceback
     except ray.exceptions.RayError as error:
         raise SimulatorError(f"{where} were lost {_ATTEMPTS} times: {str(error).splitlines()[0]}") from error
     return result

@@ -1,5 +1,6 @@
 """Evaluations as values, so that one machine or a cluster can run them one after the other."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +8,14 @@ from typing import Any
 
 from scd_robot.errors import ConfigError, OutputError, ScdRobotError
 from scd_robot.sim_eval.faults import ObservationFaults
-from scd_robot.sim_eval.output import EpisodeLog, check_output_folder, prepare_output_folder
+from scd_robot.sim_eval.output import EpisodeLog, check_output_folder, episode_origin, prepare_output_folder
 from scd_robot.sim_eval.result import EvaluationResult
 from scd_robot.sim_eval.rollout import evaluate, write_outputs
 from scd_robot.sim_eval.workers import EnvironmentSource, close_workers, start_workers
 
 __all__ = ["EvaluationJob", "run_jobs"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def run_jobs(
     ray: str | None = None,
     python: str | None = None,
     progress: bool = True,
-    on_failure: Callable[[EvaluationJob, ScdRobotError], None] | None = None,
+    on_failure: Callable[[EvaluationJob, Exception], None] | None = None,
 ) -> Iterator[tuple[EvaluationJob, EvaluationResult]]:
     """Evaluates, and writes the outputs of each job as it ends.
 
@@ -61,8 +64,8 @@ def run_jobs(
         ray: address of a cluster, see `cluster.connect`; None = this machine.
         python: as in `evaluate`, on this machine only.
         progress: shows progress bars.
-        on_failure: told of a job that failed, after which the others go on, unless nothing can be written any more;
-            None = the error is raised.
+        on_failure: told of a job that failed, also of what nobody foresaw (a GPU's memory that is used up), after which
+            the others go on, unless nothing can be written any more; None = the error is raised.
 
     Yields:
         Each job with its result: in their order on this machine, on a cluster as they end.
@@ -70,7 +73,7 @@ def run_jobs(
     Raises:
         ConfigError: `python` on a cluster.
         OutputError: a folder is not empty, or cannot be written.
-        ScdRobotError: as `evaluate` does.
+        ScdRobotError: as `evaluate` does, like any other error.
     """
     for job in jobs:
         if job.out is not None:
@@ -83,32 +86,47 @@ def run_jobs(
         elif on_failure is None or isinstance(result, OutputError):
             raise result
         else:
+            if not isinstance(result, ScdRobotError):
+                logger.error("%s in %s failed", job.policy_name, job.environment, exc_info=result)
             on_failure(job, result)
 
 
-_Outcomes = Iterator[tuple[EvaluationJob, EvaluationResult | ScdRobotError]]
+_Outcomes = Iterator[tuple[EvaluationJob, EvaluationResult | Exception]]
 
 
 def _run_there(jobs: Sequence[EvaluationJob], ray: str, progress: bool) -> _Outcomes:
     from scd_robot.sim_eval.cluster import evaluate_on_cluster
 
-    for number, result in evaluate_on_cluster(jobs, ray, progress):
+    begun: set[int] = set()
+
+    def keep(number: int, shard: EvaluationResult) -> None:
+        out = jobs[number].out
+        if out is None:
+            return
+        if number not in begun:
+            prepare_output_folder(out)
+            begun.add(number)
+        origin = episode_origin(shard.environment.name, shard.policy, shard.provenance["policy"], shard.faults)
+        log = EpisodeLog(out / "episodes.jsonl", shard.versions, origin)
+        for record in shard.episodes_detail:
+            log.append(record.to_json())
+
+    for number, result in evaluate_on_cluster(jobs, ray, progress, keep):
         job = jobs[number]
         if job.out is not None and isinstance(result, EvaluationResult):
             result.out = job.out
-            prepare_output_folder(job.out)
-            log = EpisodeLog(job.out / "episodes.jsonl", result.versions)
-            for record in result.episodes_detail:
-                log.append(record.to_json())
-            _write(job, result, job.out)
+            try:
+                _write(job, result, job.out)
+            except Exception as error:  # which is this job's alone, as on one machine
+                result = error
         yield job, result
 
 
 def _run_here(jobs: Sequence[EvaluationJob], python: str | None, progress: bool) -> _Outcomes:
     for job in jobs:
         try:
-            result: EvaluationResult | ScdRobotError = _evaluate(job, python, progress)
-        except ScdRobotError as error:
+            result: EvaluationResult | Exception = _evaluate(job, python, progress)
+        except Exception as error:
             result = error
         yield job, result
 

@@ -11,11 +11,13 @@ import numpy as np
 
 from scd_robot.errors import DatasetError, OutputError
 from scd_robot.output import to_plain
+from scd_robot.sim_eval.faults import ObservationFaults
 from scd_robot.types import ActionArray
 
 __all__ = [
     "EpisodeLog",
     "check_output_folder",
+    "episode_origin",
     "prepare_output_folder",
     "read_actions",
     "remove_comparison",
@@ -125,25 +127,45 @@ def read_actions(out: Path) -> dict[int, ActionArray]:
         raise DatasetError(f"cannot read {out / _ACTIONS}: {error}; evaluate again") from error
 
 
+def episode_origin(
+    environment: str, policy: str, made: Mapping[str, Any], faults: ObservationFaults | None
+) -> dict[str, Any]:
+    """What tells the lines of several evaluations apart once their files are one.
+
+    Args:
+        environment: its name.
+        policy: its name.
+        made: the policy's part of `provenance`; empty where it does not tell.
+        faults: what is done to the observations; None = nothing.
+    """
+    return {
+        "env": environment,
+        "policy": policy,
+        "policy_seed": made.get("settings", {}).get("seed"),
+        "faults": (faults or ObservationFaults()).to_json(),
+    }
+
+
 class EpisodeLog:
     """A JSON-lines file that holds every finished episode even when the evaluation is killed.
 
     Args:
         path: of the file; None writes nothing.
         versions: of the packages that matter, for every line: lines are read without the rest.
+        origin: see `episode_origin`, for every line as well.
 
     Raises:
         OutputError: no permission, or the disk is full.
     """
 
-    def __init__(self, path: Path | None, versions: Mapping[str, str]) -> None:
-        self._path, self._versions = path, dict(versions)
+    def __init__(self, path: Path | None, versions: Mapping[str, str], origin: Mapping[str, Any] | None = None) -> None:
+        self._path, self._origin, self._versions = path, dict(origin or {}), dict(versions)
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds one line and hands it to the operating system; a line that does not fit is taken back."""
         if self._path is None:
             return
-        line = json.dumps(to_plain({**record, "versions": self._versions}), allow_nan=False) + "\n"
+        line = json.dumps(to_plain({**self._origin, **record, "versions": self._versions}), allow_nan=False) + "\n"
         size = 0
         try:
             size = self._path.stat().st_size if self._path.exists() else 0

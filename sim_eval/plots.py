@@ -124,15 +124,17 @@ def latency_plot(result: EvaluationResult) -> str:
     shortest = max(1e-3, min(float(np.min(values)) for values in shown.values()))
     edges = np.geomspace(shortest, max(longest, 1.2 * shortest), 40)
     colours = {"encoder": _COLOURS["accent"], "plan": _COLOURS["failure"], "act": _COLOURS["accent"]}
+    batches = {"encoder": result.num_envs, "plan": result.plan_batch_size, "act": result.num_envs}
     for name, values in shown.items():
-        label = f"{name} (median {np.median(values):.3g} ms)"
+        rows = "" if batches[name] is None else f", batch {batches[name]:.3g}"
+        label = f"{name}{rows} (median {np.median(values):.3g} ms)"
         weights = np.full(len(values), 100 / len(values))
         clipped = np.clip(values, edges[0], edges[-1])
         figure.axes.hist(clipped, bins=edges.tolist(), weights=weights, color=colours[name], alpha=0.75, label=label)
     figure.axes.set_xscale("log")
     figure.plain_log_ticks()
-    figure.legend()
-    figure.label(f"wall time per call [ms], batch {result.num_envs}", "calls [%]")
+    figure.legend(columns=1)
+    figure.label("wall time per call [ms]", "calls [%]")
     return figure.svg("Histogram of latencies")
 
 
@@ -302,9 +304,10 @@ class _Figure:
             self.axes.set_ylabel(y)
             self.axes.grid(axis="y")
 
-    def legend(self) -> None:
+    def legend(self, columns: int = 3) -> None:
+        style: Any = {"borderaxespad": 0, "fontsize": 8, **_COMPACT}
         with self._context(_STYLE):
-            self.axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, fontsize=8, **_COMPACT)
+            self.axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **style)
 
     def mark(self, x: float, text: str) -> None:
         transform = self.axes.get_xaxis_transform()

@@ -25,7 +25,13 @@ from scd_robot.output import write_json
 from scd_robot.sim_eval.faults import FaultInjector, ObservationFaults, injector
 from scd_robot.sim_eval.messages import Steps
 from scd_robot.sim_eval.motion import motion_quality
-from scd_robot.sim_eval.output import EpisodeLog, check_output_folder, prepare_output_folder, write_actions
+from scd_robot.sim_eval.output import (
+    EpisodeLog,
+    check_output_folder,
+    episode_origin,
+    prepare_output_folder,
+    write_actions,
+)
 from scd_robot.sim_eval.policy_adapter import PolicyAdapter, PolicyError, check_policy_spec
 from scd_robot.sim_eval.provenance import collect_provenance, collect_versions, usable_cores
 from scd_robot.sim_eval.result import EpisodeRecord, EvaluationResult
@@ -118,14 +124,17 @@ def evaluate(
         indices = range(first_episode, first_episode + episodes)
         faulty = injector(faults, spec.control_dt)
         versions = _versions(workers[0], python)
-        observer = _Observer(out, episodes, progress, versions)
+        name, made = policy_name or type(policy).__name__, getattr(policy, "provenance", {})
+        origin = episode_origin(spec.name, name, made, faults)
+        log = EpisodeLog(out / "episodes.jsonl" if out else None, versions, origin)
+        observer = _Observer(log, episodes, progress)
         rollout = _Rollout(adapter, workers, indices, seed_domain, limit, observer, faulty)
         start = time.perf_counter()
         rollout.run()
         times, plan_rows = adapter.timings()
         result = EvaluationResult(
             environment=spec,
-            policy=policy_name or type(policy).__name__,
+            policy=name,
             episodes_detail=[rollout.records[index] for index in indices],
             timings_ms=times,
             num_envs=rows,
@@ -224,10 +233,10 @@ def _choose_num_envs(policy: PolicyAdapter, num_envs: int | None, episodes: int)
 class _Observer:
     """Told of every finished episode: the log on disk and the progress bar."""
 
-    def __init__(self, out: Path | None, episodes: int, progress: bool, versions: dict[str, str]) -> None:
+    def __init__(self, log: EpisodeLog, episodes: int, progress: bool) -> None:
         from tqdm import tqdm
 
-        self._log = EpisodeLog(out / "episodes.jsonl" if out else None, versions)
+        self._log = log
         self._bar = tqdm(total=episodes, unit="episode", disable=not progress, dynamic_ncols=True)
         self._counts = {"successes": 0, "failures": 0, "invalid": 0}
 

@@ -1,7 +1,7 @@
 """The verb `scd eval`."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,30 +70,29 @@ def evaluate(
             the policy (robosuite: docs/install.md).
         ray: address of a running Ray cluster ("auto", "ray://host:10001") on whose nodes the episodes run; start states
             and noise are those of one machine. They need scd_robot and the simulator; connect to clusters you trust.
-        diagnose_history: evaluate so many episodes again for each kind of history that is not the policy's own (cut
-            short, shuffled, reversed, another episode's), and tell how it uses its history; 0 = not.
-        dataset: demonstrations, for the copycat ratio of that diagnosis.
+        diagnose_history: evaluate so many episodes again, at least 2, for each kind of history that is not the policy's
+            own (cut short, shuffled, reversed, another episode's), and tell how it uses its history; 0 = not.
+        dataset: demonstrations, for the copycat ratio of that diagnosis, which it needs.
         num_videos: successes and failures to replay into videos, so many of each; 0 = none.
         overwrite: replace an earlier evaluation in OUT.
         json: write the result to this file too ("-": standard output).
     """
     from scd_robot.checkpoint import read_checkpoint
-    from scd_robot.errors import ConfigError
     from scd_robot.output import check_target, write_json
     from scd_robot.sim_eval.delay_curve import delay_curve, write_delay_curve
-    from scd_robot.sim_eval.faults import ObservationFaults
     from scd_robot.sim_eval.jobs import EvaluationJob, run_jobs
+    from scd_robot.sim_eval.output import check_output_folder
 
     if json is not None:
         check_target(json)
-    if not latency_ms or len(set(latency_ms)) < len(latency_ms):
-        raise ConfigError(f"--latency-ms needs different delays [ms], at least one, got {list(latency_ms)}")
-    troubles = [ObservationFaults(delay, jitter_ms, drop, freeze) for delay in latency_ms]
-    if diagnose_history and (len(troubles) > 1 or troubles[0].any):
-        raise ConfigError("--diagnose-history needs prompt observations; leave out --latency-ms, --drop and the like")
+    if out is not None:
+        check_output_folder(out, overwrite)
+    troubles = _faults(latency_ms, jitter_ms, drop, freeze)
+    found = read_checkpoint(checkpoint)
+    demonstrations = _check_diagnosis(found, diagnose_history, dataset, troubles)
     load = functools.partial(
         make_policy,
-        read_checkpoint(checkpoint),
+        found,
         device,
         num_denoising_steps=num_denoising_steps,
         num_executed=num_executed,
@@ -102,40 +101,66 @@ def evaluate(
         seed=seed,
         reproducible=reproducible,
     )
+    where: dict[str, Any] = {"first_episode": first_episode, "max_steps": max_steps, "num_envs": num_envs}
+    options = {**where, "overwrite": overwrite, "num_videos": num_videos}
     jobs = []
     for faults in troubles:
-        folder = out / f"latency_{faults.latency_ms:g}ms" if out is not None and len(latency_ms) > 1 else out
-        jobs.append(
-            EvaluationJob(
-                load,
-                env,
-                episodes,
-                out=folder,
-                overwrite=overwrite,
-                first_episode=first_episode,
-                num_envs=num_envs,
-                max_steps=max_steps,
-                num_videos=num_videos,
-                policy_name=str(checkpoint),
-                faults=faults,
-            )
-        )
-    documents = []
-    for job, result in run_jobs(jobs, ray=ray, python=env_python, progress=str(json) != "-"):
+        folder = out / f"latency_{faults.latency_ms:g}ms" if out is not None and len(troubles) > 1 else out
+        named = {"policy_name": str(checkpoint), "faults": faults}
+        jobs.append(EvaluationJob(load, env, episodes, out=folder, **options, **named))
+    documents, quiet = [], str(json) == "-"
+    for job, result in run_jobs(jobs, ray=ray, python=env_python, progress=not quiet):
         documents.append(result.to_json())
-        if str(json) != "-":  # before the file: a disk that is full by now must not take the result with it
+        if not quiet:  # before the file: a disk that is full by now must not take the result with it
             print(headline(documents[-1]))
             if job.out is not None:
                 print(f"report: {job.out / 'report.html'}")
     documents.sort(key=lambda document: latency_ms.index(document["faults"]["latency_ms"]))
-    if diagnose_history:
-        where = {"first_episode": first_episode, "max_steps": max_steps, "num_envs": num_envs, "python": env_python}
-        documents[0]["history"] = _diagnose(load, env, diagnose_history, dataset, where, out, quiet=str(json) == "-")
     document = documents[0] if len(documents) == 1 else delay_curve(documents)
     if out is not None and len(documents) > 1:
         write_delay_curve(document, out)
+    if diagnose_history:
+        if json is not None and not quiet:  # nor may a diagnosis that fails
+            write_json(json, document)
+        where["python"] = env_python
+        document["history"] = _diagnose(load, env, diagnose_history, demonstrations, where, out, quiet)
     if json is not None:
         write_json(json, document)
+
+
+def _faults(latency_ms: Sequence[float], jitter_ms: float, drop: float, freeze: float) -> list[Any]:
+    """What is done to the observations of each evaluation."""
+    from scd_robot.errors import ConfigError
+    from scd_robot.sim_eval.faults import ObservationFaults
+
+    if not latency_ms or len(set(latency_ms)) < len(latency_ms):
+        raise ConfigError(f"--latency-ms needs different delays [ms], at least one, got {list(latency_ms)}")
+    return [ObservationFaults(delay, jitter_ms, drop, freeze) for delay in latency_ms]
+
+
+def _check_diagnosis(checkpoint: Any, episodes: int, dataset: Path | None, troubles: Sequence[Any]) -> dict[str, Any]:
+    """Looks at the options of a diagnosis before anything is evaluated; returns its demonstrations, if any."""
+    from scd_robot.errors import ConfigError, ShapeError
+
+    if not episodes:
+        if dataset is not None:
+            raise ConfigError("--dataset is for the diagnosis of the history only; give --diagnose-history as well")
+        return {}
+    if episodes < 2:
+        raise ConfigError(f"--diagnose-history needs at least 2 episodes (0 = no diagnosis), got {episodes}")
+    if len(troubles) > 1 or troubles[0].any:
+        raise ConfigError("--diagnose-history needs prompt observations; leave out --latency-ms, --drop and the like")
+    if dataset is None:
+        return {}
+    from scd_robot.datasets import open_dataset
+
+    data = open_dataset(dataset)
+    if data.spec.action_dim != checkpoint.dataset.action_dim:
+        raise ShapeError(
+            f"the actions of --dataset {dataset} are {data.spec.action_dim} wide, those of the policy "
+            f"{checkpoint.dataset.action_dim}; name demonstrations of its task"
+        )
+    return {"demonstrations": data.arrays["action"][:], "demonstration_ends": data.episode_ends}
 
 
 def make_policy(checkpoint: Any, device: str, **overrides: Any) -> Any:
@@ -152,19 +177,14 @@ def _diagnose(
     load: Callable[[], Any],
     env: str,
     episodes: int,
-    dataset: Path | None,
+    demonstrations: Mapping[str, Any],
     where: Mapping[str, Any],
     out: Path | None,
     quiet: bool,
 ) -> dict[str, Any]:
     from scd_robot.analysis.history import diagnose_history
     from scd_robot.analysis.history_report import format_history, write_history
-    from scd_robot.datasets import open_dataset
 
-    demonstrations: dict[str, Any] = {}
-    if dataset is not None:
-        data = open_dataset(dataset)
-        demonstrations = {"demonstrations": data.arrays["action"][:], "demonstration_ends": data.episode_ends}
     document = diagnose_history(load, env, episodes, **demonstrations, **where, progress=not quiet)
     if out is not None:
         write_history(document, out)

@@ -30,7 +30,8 @@ def sweep(
     """Evaluates every checkpoint in every environment, from the same start states, on one machine or a cluster.
 
     OUT gets an evaluation for each in OUT/ENVIRONMENT/CHECKPOINT, with a further folder for each of --seeds, and
-    sweep.json. Started again, it does what is missing. Where one fails the others go on, and the exit code is 2.
+    sweep.json. Started again, it does what is missing or has no report. Where one fails the others go on, and the exit
+    code is 2.
     'scd compare' takes these folders, also as patterns: 'OUT/ENVIRONMENT/a_seed*' is an arm of several trainings.
 
     Args:
@@ -49,7 +50,7 @@ def sweep(
     """
     from scd_robot.checkpoint import find_checkpoint, read_checkpoint
     from scd_robot.cli.evaluate import make_policy
-    from scd_robot.errors import ConfigError, OutputError, ScdRobotError
+    from scd_robot.errors import ConfigError, OutputError
     from scd_robot.output import check_target, write_json
     from scd_robot.sim_eval.jobs import EvaluationJob, run_jobs
     from scd_robot.sim_eval.saved import find_evaluations
@@ -71,14 +72,16 @@ def sweep(
                 jobs.append(EvaluationJob(policy, name, episodes, target, **options))
                 there = find_evaluations(target)
                 if there and there[0][0] == target:
-                    wanted = checkpoint.weights_sha256, seed, range(first_episode, first_episode + episodes)
-                    if difference := _difference(there[0][1], *wanted):
+                    wanted = checkpoint.weights_sha256, seed, reproducible
+                    if difference := _difference(there[0][1], range(first_episode, first_episode + episodes), *wanted):
                         raise OutputError(f"{target} holds another evaluation ({difference}); choose another --out")
-                    documents[target] = there[0][1]
+                    if (target / "report.html").is_file():  # the last that is written: else it was killed before
+                        documents[target] = there[0][1]
     failures: dict[Path | None, str] = {}
 
-    def note_failure(job: EvaluationJob, error: ScdRobotError) -> None:
-        failures[job.out] = f"{type(error).__name__}: {error}"
+    def note_failure(job: EvaluationJob, error: Exception) -> None:
+        first_line = str(error).partition("\n")[0]
+        failures[job.out] = f"{type(error).__name__}: {first_line}"
 
     missing = [job for job in jobs if job.out not in documents]
     for job, result in run_jobs(missing, ray=ray, progress=str(json) != "-", on_failure=note_failure):
@@ -134,13 +137,17 @@ def _folder_names(environments: Sequence[str]) -> list[str]:
     return names
 
 
-def _difference(document: dict[str, Any], weights: str, seed: int | None, episodes: range) -> str | None:
+def _difference(
+    document: dict[str, Any], episodes: range, weights: str, seed: int | None, reproducible: bool
+) -> str | None:
     """In what an evaluation differs from the one that is asked for; None = in nothing."""
     policy = document.get("provenance", {}).get("policy", {})
     if policy.get("weights_sha256") != weights:
         return f"of other weights, {document['policy']}"
     if seed is not None and policy["settings"].get("seed") != seed:
         return f"with seed {policy['settings'].get('seed')}"
+    if policy.get("reproducible", False) != reproducible:
+        return f"with{'out' if reproducible else ''} --reproducible"
     first, count = document["seeds"]["first_episode"], document["episodes"]
     if range(first, first + count) != episodes:
         return f"of episodes {first} to {first + count - 1}"

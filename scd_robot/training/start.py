@@ -190,7 +190,8 @@ def _read_init(init: Path, statistics: str | None, experiment: ExperimentConfig,
     source = read_checkpoint(init)
     old = from_json(ScdConfig, source.config["model"], "model")
     # What layers see of the history may change; their weights are the same.
-    changed = _differences(*({**to_json(model), "local_layers": None} for model in (old, experiment.model)))
+    before, after = ({**to_json(model), "local_layers": None} for model in (old, experiment.model))
+    changed = _differences(before, after)
     if changed:
         raise ShapeError(f"{source.path} has another architecture ({changed}); fine-tuning needs the same")
     if source.dataset.control_dt != data.spec.control_dt:

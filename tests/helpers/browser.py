@@ -35,6 +35,10 @@ _LOOK = """(async () => {
     overflow: document.documentElement.scrollWidth - window.innerWidth,
     unreadable: [...document.querySelectorAll('svg text')].filter(e => e.getBoundingClientRect().width === 0
       && e.textContent.trim()).length,
+    cut: [...document.querySelectorAll('svg text')].filter(e => {
+      const text = e.getBoundingClientRect(), picture = e.ownerSVGElement.getBoundingClientRect();
+      return text.left < picture.left - 2 || text.right > picture.right + 2;
+    }).map(e => e.textContent),
   };
 })()"""
 
@@ -65,7 +69,7 @@ def look_at(path: Path, width: int = 1100, height: int = 1400) -> Page:
     if program is None:
         give_up = pytest.fail if os.environ.get("SCD_REQUIRE_BROWSER") else pytest.skip
         give_up("no Chromium: apt-get install chromium")
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # its children may still write there
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--mute-audio"]
         options += ["--remote-debugging-port=0", f"--user-data-dir={profile}", f"--window-size={width},{height}"]
         options += ["--disable-background-networking", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND"]

@@ -1,10 +1,14 @@
-"""Evaluations on a local Ray cluster: bitwise those of one machine, also when a node's process dies."""
+"""Evaluations on a local Ray cluster: bitwise those of one machine, also when a process dies amid its episodes."""
 
+import contextlib
+import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +40,54 @@ def cluster():
     ray.shutdown()
 
 
-def make_policy(run, death=None):
-    """The trained policy; the first process to ask dies if there is a file `death`."""
+def make_policy(run):
     from scd_robot.policies import load_policy
 
-    if death is not None:
-        try:
-            os.remove(death)
-        except FileNotFoundError:
-            pass
-        else:
-            os.kill(os.getpid(), signal.SIGKILL)
     return load_policy(run)
+
+
+class Mortal:
+    """A policy that ends its process, as a node that fails does, in the middle of its rows' episodes.
+
+    Only the first process of all does so that finds the file `death`. It leaves `will`, with the control steps that
+    each row's episode has had, and its children.
+    """
+
+    def __init__(self, policy, death):
+        self._policy, self._death, self._calls, self._steps = policy, Path(death), 0, None
+
+    def __getattr__(self, name):
+        return getattr(self._policy, name)
+
+    def reset(self, rows=None, episodes=None):
+        self._policy.reset(rows=rows, episodes=episodes)
+        if rows is None:
+            self._steps = [0] * len(episodes)
+        else:
+            for row in rows:
+                self._steps[row] = 0
+
+    def act(self, observation, executed_action=None):
+        self._calls += 1
+        if self._calls > 30 and min(self._steps) > 2:
+            with contextlib.suppress(FileNotFoundError):
+                self._death.unlink()
+                will = {"steps": self._steps, "simulators": [child.pid for child in multiprocessing.active_children()]}
+                self._death.with_name("will").write_text(json.dumps(will))
+                os.kill(os.getpid(), signal.SIGKILL)
+        self._steps = [steps + 1 for steps in self._steps]
+        return self._policy.act(observation, executed_action)
+
+
+def make_mortal(make, run, death):
+    return Mortal(make(run), death)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -81,20 +121,19 @@ def plain(result):
     return [episode.to_json() for episode in result.episodes_detail]
 
 
-@pytest.mark.parametrize("dies", [False, True])
-def test_outcome_is_bitwise_that_of_one_machine(cluster, toy, tiny_run, tmp_path, dies):
-    death = tmp_path / "death"
-    if dies:
-        death.touch()
-    local = evaluate(make_policy(tiny_run), ENVIRONMENT, 45, num_envs=3, num_videos=0, progress=False)
-    policy = functools.partial(make_policy, tiny_run, death)
-    jobs = [EvaluationJob(policy, ENVIRONMENT, 45, num_envs=3)]
-    [(number, result)] = list(evaluate_on_cluster(jobs, cluster, progress=False))
-    assert number == 0
-    assert not death.exists()
+def assert_bitwise(result, local):
     assert plain(result) == plain(local)
+    assert result.actions.keys() == local.actions.keys()
     for index, actions in local.actions.items():
         np.testing.assert_array_equal(result.actions[index], actions)
+
+
+def test_outcome_is_bitwise_that_of_one_machine(cluster, toy, tiny_run):
+    local = evaluate(make_policy(tiny_run), ENVIRONMENT, 45, num_envs=3, num_videos=0, progress=False)
+    jobs = [EvaluationJob(functools.partial(make_policy, tiny_run), ENVIRONMENT, 45, num_envs=3)]
+    [(number, result)] = list(evaluate_on_cluster(jobs, cluster, progress=False))
+    assert number == 0
+    assert_bitwise(result, local)
     assert len(result.timings_ms["act"]) > 0
 
 
@@ -103,9 +142,25 @@ def test_a_wide_policy_is_reproducible_too(cluster, toy, wide_run):
     assert len({episode.steps for episode in local.valid}) > 5
     jobs = [EvaluationJob(functools.partial(make_steered, wide_run), ENVIRONMENT, 45, num_envs=3)]
     [(_, result)] = list(run_jobs(jobs, ray=cluster, progress=False))
-    assert plain(result) == plain(local)
-    for index, actions in local.actions.items():
-        np.testing.assert_array_equal(result.actions[index], actions)
+    assert_bitwise(result, local)
+
+
+@pytest.mark.parametrize(("make", "run"), [(make_policy, "tiny_run"), (make_steered, "wide_run")])
+def test_a_shard_that_dies_amid_its_episodes_leaves_no_trace(cluster, toy, make, run, tmp_path, request):
+    run = request.getfixturevalue(run)
+    (tmp_path / "death").touch()
+    local = evaluate(make(run), ENVIRONMENT, 45, num_envs=3, num_videos=0, progress=False)
+    policy = functools.partial(make_mortal, make, run, tmp_path / "death")
+    [(_, result)] = list(run_jobs([EvaluationJob(policy, ENVIRONMENT, 45, num_envs=3)], ray=cluster, progress=False))
+    will = json.loads((tmp_path / "will").read_text())
+    assert len(will["steps"]) == 3
+    assert min(will["steps"]) > 2
+    assert_bitwise(result, local)
+    assert len(will["simulators"]) == 1
+    deadline = time.monotonic() + 30
+    while is_running(will["simulators"][0]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(will["simulators"][0])
 
 
 def test_what_the_user_can_mend_is_told_from_the_node(cluster, toy, tiny_run):
@@ -129,8 +184,72 @@ def test_outputs_are_written_here(cluster, toy, tiny_run, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", "actions.safetensors", "videos"}
     lines = [json.loads(line) for line in (tmp_path / "out" / "episodes.jsonl").read_text().splitlines()]
     assert [line.pop("versions") for line in lines] == [document["versions"]] * 4
+    policy = document["policy"], document["provenance"]["policy"]["settings"]["seed"]
+    origin = {"env": "toy/point", "policy": policy[0], "policy_seed": policy[1], "faults": document["faults"]}
+    assert [{key: line.pop(key) for key in origin} for line in lines] == [origin] * 4
     assert lines == document["episodes_detail"]
     assert result.out == tmp_path / "out"
+
+
+class Impatient(Steered):
+    """Waits for a file before it acts in the 30th episode."""
+
+    def __init__(self, policy, file):
+        super().__init__(policy)
+        self._file, self.provenance = Path(file), policy.provenance
+        self.reset = self._reset
+
+    def _reset(self, rows=None, episodes=None):
+        if 30 in episodes:
+            while not self._file.exists():
+                time.sleep(0.05)
+        self._policy.reset(rows=rows, episodes=episodes)
+
+
+def make_impatient(run, file):
+    return Impatient(make_policy(run), file)
+
+
+def test_episodes_of_a_shard_are_kept_as_it_ends(cluster, toy, tiny_run, tmp_path, monkeypatch):
+    """The second shard waits for a file; the first one's episodes are on disk, and stay when the driver is ended."""
+    log, go = tmp_path / "out" / "episodes.jsonl", tmp_path / "go"
+    policy = functools.partial(make_impatient, tiny_run, go)
+    job = EvaluationJob(policy, ENVIRONMENT, 40, tmp_path / "out", num_envs=3, num_videos=0)
+    wait = ray.wait
+
+    def end(*arguments, **options):
+        if log.exists():
+            raise KeyboardInterrupt
+        return wait(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "wait", end)
+        with pytest.raises(KeyboardInterrupt):
+            list(run_jobs([job], ray=cluster, progress=False))
+    assert [json.loads(line)["index"] for line in log.read_text().splitlines()] == list(range(20))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"episodes.jsonl", "videos"}
+    go.touch()
+    [_] = list(run_jobs([dataclasses.replace(job, overwrite=True)], ray=cluster, progress=False))
+    assert sorted(json.loads(line)["index"] for line in log.read_text().splitlines()) == list(range(40))
+
+
+def out_of_memory():
+    raise RuntimeError("CUDA out of memory\nand a long explanation")
+
+
+@pytest.mark.parametrize("where", ["cluster", "here"])
+def test_what_nobody_foresaw_ends_one_job_only(toy, tiny_run, tmp_path, where, request):
+    address = request.getfixturevalue("cluster") if where == "cluster" else None
+    jobs = [
+        EvaluationJob(out_of_memory, ENVIRONMENT, 2, tmp_path / "bad"),
+        EvaluationJob(functools.partial(make_policy, tiny_run), ENVIRONMENT, 2, tmp_path / "good", num_videos=0),
+    ]
+    failed = []
+    done = list(run_jobs(jobs, ray=address, progress=False, on_failure=lambda *one: failed.append(one)))
+    assert [job for job, _ in done] == jobs[1:]
+    assert [(job, type(error)) for job, error in failed] == [(jobs[0], RuntimeError)]
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        list(run_jobs(jobs[:1], ray=address, progress=False))
 
 
 def test_a_sweep_does_what_is_missing(cluster, toy, tiny_run, tmp_path, capsys):

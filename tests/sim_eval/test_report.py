@@ -147,6 +147,16 @@ def test_plots_take_their_colours_from_the_page_and_share_no_ids(tmp_path):
     assert len(set.union(*clips)) == sum(len(c) for c in clips)
 
 
+def test_latencies_are_told_with_the_rows_of_their_own_calls(tmp_path):
+    text = render_report(result_of(MIXED, plan_batch_size=1.25), tmp_path)
+    [plot] = [svg for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL) if "Histogram of latencies" in svg]
+    assert ">encoder, batch 2 (median 0.55 ms)<" in plot
+    assert ">plan, batch 1.25 (median 5 ms)<" in plot
+    assert ">wall time per call [ms]<" in plot
+    unknown = render_report(result_of(MIXED), tmp_path)
+    assert ">plan (median 5 ms)<" in unknown
+
+
 def test_missing_matplotlib_is_said_before_the_evaluation(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     policy = toy.GoToGoal()

@@ -228,6 +228,8 @@ def test_output_folder_holds_the_whole_evaluation(toy, tmp_path):
     assert document["time_to_success"]["seconds"]["mean"] == pytest.approx(document["mean_steps"] * toy.CONTROL_DT)
     lines = [json.loads(line) for line in (tmp_path / "out/episodes.jsonl").read_text().splitlines()]
     assert [line.pop("versions") for line in lines] == [document["versions"]] * 4
+    origin = {"env": "toy/point", "policy": "GoToGoal", "policy_seed": None, "faults": document["faults"]}
+    assert [{key: line.pop(key) for key in origin} for line in lines] == [origin] * 4
     assert sorted(lines, key=lambda line: line["index"]) == document["episodes_detail"]
     assert document["provenance"]["machine"]["cores"] >= 1
     assert document["videos"] == [{"episode": 0, "success": True, "file": "videos/episode_00000_success.mp4"}]

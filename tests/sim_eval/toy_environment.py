@@ -102,6 +102,21 @@ def make_crashing_at_first():
     return PointEnvironment(faults={derive_seed(EVALUATION, episode): "raise" for episode in range(4)})
 
 
+class TellingEnvironment(PointEnvironment):
+    """Tells where its hand is, and whether it came near the goal."""
+
+    @property
+    def hand(self):
+        return np.array([*self._position, 0.0])
+
+    def step(self, action):
+        result = super().step(action)
+        return dataclasses.replace(result, info={"completed": result.reward > -1})
+
+
+make_telling = TellingEnvironment
+
+
 class LateEnvironment(PointEnvironment):
     """Cannot be made `failures` times after the first; `counter` is a file in which attempts are counted."""
 
