@@ -30,6 +30,7 @@ ARMS = {"history": (), "twin": ("model.history_length=1",)}
 # What follows the delay in the environment's name, the delays of evaluations, and episodes of each: to exclude 5 points
 # of difference takes more of them than a success rate does.
 VIEWS = {"hidden": ("", DELAYS, 100), "visible": (",cue_visible=1", ("mixed",), 400)}
+SETTINGS = {"place-back": ("training.max_steps=2000",)}  # it has the most phases; both arms alike
 AIM, AIM_DELAY = 0.90, 50
 _RANDOM = 77  # keys the random actions
 
@@ -59,7 +60,8 @@ def _job(task: str, view: str, arm: str, seed: int) -> Job:
     where = f"scd_memory/{task}:delay=mixed{options}"
     recording = Recording(where, episodes=600, action_noise=0.015, disturbances=disturbances)
     name = _name(task, view, arm, seed)
-    return Job(name, recording, first, ARMS[arm], seed, preset="memory_state", episodes=episodes, also=tuple(others))
+    settings = (*ARMS[arm], *SETTINGS.get(task, ()))
+    return Job(name, recording, first, settings, seed, preset="memory_state", episodes=episodes, also=tuple(others))
 
 
 def _name(task: str, view: str, arm: str, seed: int) -> str:
