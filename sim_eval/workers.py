@@ -15,12 +15,10 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import importlib
 import logging
 import multiprocessing
 import os
 import pickle
-import re
 import select
 import signal
 import traceback
@@ -32,10 +30,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.errors import ConfigError, ScdRobotError, SimulatorError, UnknownNameError
+from scd_robot.errors import ConfigError, ScdRobotError, SimulatorError
 from scd_robot.sim_eval.foreign import start_foreign
 from scd_robot.sim_eval.messages import StepCodec, Steps, checked_observation, receive_message
 from scd_robot.sim_eval.provenance import collect_versions, usable_cores
+from scd_robot.sim_eval.registry import make_environment
 from scd_robot.types import ActionArray, Environment, EnvironmentSpec, StepResult
 
 __all__ = [
@@ -54,7 +53,6 @@ logger = logging.getLogger(__name__)
 EnvironmentSource = str | Callable[[], Environment]
 """A registry name ("metaworld/push-v3"), a dotted name ("package.module:callable"), or a picklable callable."""
 
-_DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _COMMANDS = ("reset", "step", "state_hash", "render", "versions", "begin")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _CLOSE_TIMEOUT_S = 5.0
@@ -82,21 +80,9 @@ def load_environment(source: EnvironmentSource) -> Environment:
     """Makes the environment in this process.
 
     Raises:
-        UnknownNameError: there is no environment, or no callable, of this name.
-        MissingDependencyError: its simulator is not installed.
+        ScdRobotError: see `make_environment`.
     """
-    if not isinstance(source, str):
-        return source()
-    if not _DOTTED_NAME.fullmatch(source):
-        from scd_robot.sim_eval.registry import make_environment
-
-        return make_environment(source)
-    module_name, _, attribute = source.partition(":")
-    module = importlib.import_module(module_name)
-    if not hasattr(module, attribute):
-        raise UnknownNameError(f"callable in module {module_name}", attribute, vars(module))
-    environment: Environment = getattr(module, attribute)()
-    return environment
+    return make_environment(source) if isinstance(source, str) else source()
 
 
 class EnvironmentWorker:
