@@ -3,7 +3,8 @@
 A new environment is one module and one line in `_FACTORIES`. The module holds `TASKS`, the names after the slash (a
 single empty one where the name has no slash), and the function named here: it takes the task and the options and
 returns an `Environment`. Options are integers; where the module says `TAKES_WORDS = True`, also words, which it checks
-itself. It must import its simulator inside functions only, so that names can be listed and checked without one.
+itself. It must import its simulator inside functions only, so that names can be listed and checked without one. Where
+it has a function `refuse_unknown(task, options)`, that may say more about a name that is not in `TASKS`.
 
 An environment that is not registered is named `module:callable`; its module may lie in the current folder.
 """
@@ -48,9 +49,11 @@ def make_environment(name: str) -> Environment:
     if dotted and dotted[1] not in known:
         return _make_own(*dotted.groups())
     base, options = parse_name(name)
-    if base not in known:
-        raise UnknownNameError("environment", base, known)
     prefix, _, task = base.partition("/")
+    if base not in known:
+        if prefix in _FACTORIES and hasattr(_module(prefix), "refuse_unknown"):
+            _module(prefix).refuse_unknown(task, options)
+        raise UnknownNameError("environment", base, known)
     module, function = _module(prefix), _FACTORIES[prefix].partition(":")[2]
     words = [f"{key}={value}" for key, value in options.items() if isinstance(value, str)]
     if words and not getattr(module, "TAKES_WORDS", False):
