@@ -118,6 +118,22 @@ def test_faults_are_crashes_and_a_restart_mends_them(toy, fault, message):
             worker.call("step", action)
 
 
+@pytest.mark.parametrize("error", [OSError("no process to be had"), ConfigError("cannot start python")])
+def test_a_worker_that_cannot_be_restarted_is_closed(toy, monkeypatch, error):
+    with EnvironmentWorker(POINT) as worker:
+        _ = worker.spec
+
+        def refuse():
+            raise error
+
+        monkeypatch.setattr(worker, "_start_process", refuse)
+        with pytest.raises(SimulatorError, match=f"did not start again in 3 attempts: {error}"):
+            worker.restart()
+        assert worker.closed
+        worker.close()
+    assert multiprocessing.active_children() == []
+
+
 def test_no_process_is_left_behind(toy):
     before = multiprocessing.active_children()
     workers = start_workers(POINT, 2)
