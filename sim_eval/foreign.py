@@ -1,7 +1,8 @@
 """A worker's process under another Python: for simulators whose requirements clash with those of the policy.
 
-That Python has an environment of its own with the simulator and scd_robot in it. The two processes talk over a socket
-pair that nobody else can reach, in the same messages as ordinary workers; numpy 1.26 and 2 read each other's arrays.
+That Python has an environment of its own with the simulator and scd_robot in it, of this version, for that is what the
+messages are made for. The two processes talk over a socket pair that nobody else can reach, in the same messages as
+ordinary workers; numpy 1.26 and 2 read each other's arrays.
 """
 
 import contextlib
@@ -11,11 +12,38 @@ import subprocess
 import sys
 from multiprocessing.connection import Connection
 
+from scd_robot import __version__
 from scd_robot.errors import ConfigError
 
 __all__ = ["ForeignProcess", "main", "start_foreign"]
 
-_PROGRAM = "from scd_robot.sim_eval.foreign import main; main()"
+# Runs under any Python 3, so that one that does not fit is told. Arguments: the socket's number and our version.
+_PROGRAM = """
+import sys
+if sys.path[0] == "":
+    del sys.path[0]  # modules of the current folder do not count; Python has an option for that only since 3.11
+
+def trouble():
+    if sys.version_info < (3, 11):
+        return "is Python %d.%d" % tuple(sys.version_info[:2])
+    try:
+        import scd_robot
+    except ImportError as error:
+        return "has no scd_robot that works (%s)" % error
+    versions = scd_robot.__version__, sys.argv[2]
+    if versions[0] != versions[1] and "0+unknown" not in versions:
+        return "has scd_robot %s" % versions[0]
+
+reason = trouble()
+if reason:
+    from multiprocessing.connection import Connection
+    connection = Connection(int(sys.argv[1]))
+    connection.recv_bytes()
+    connection.send(("unusable", reason))
+else:
+    from scd_robot.sim_eval.foreign import main
+    main()
+"""
 
 
 class ForeignProcess:
@@ -63,7 +91,7 @@ def start_foreign(python: str, source: str) -> tuple[ForeignProcess, Connection]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         try:
             process = subprocess.Popen(
-                [os.path.abspath(python), "-P", "-c", _PROGRAM, str(descriptor)],
+                [os.path.abspath(python), "-c", _PROGRAM, str(descriptor), __version__],
                 pass_fds=(descriptor,),
                 stdin=subprocess.DEVNULL,
                 env=environment,
@@ -78,7 +106,7 @@ def start_foreign(python: str, source: str) -> tuple[ForeignProcess, Connection]
 
 def main() -> None:
     """The life of a worker under another Python, which is told the number of its end of the socket pair."""
-    from scd_robot.sim_eval.workers import serve
+    from scd_robot.sim_eval.serving import serve
 
     connection = Connection(int(sys.argv[1]))
     serve(connection, connection.recv())

@@ -3,10 +3,16 @@
 A new environment is one module and one line in `_FACTORIES`. The module holds `TASKS`, the names after the slash (a
 single empty one where the name has no slash), and the function named here: it takes the task and the options and
 returns an `Environment`. Options are integers; where the module says `TAKES_WORDS = True`, also words, which it checks
-itself. It must import its simulator inside functions only, so that names can be listed and checked without one.
+itself. It must import its simulator inside functions only, so that names can be listed and checked without one. Where
+it has a function `refuse_unknown(task, options)`, that may say more about a name that is not in `TASKS`.
+
+An environment that is not registered is named `module:callable`; its module may lie in the current folder.
 """
 
 import importlib
+import os
+import re
+import sys
 from types import ModuleType
 from typing import cast
 
@@ -22,6 +28,7 @@ _FACTORIES = {
     "robosuite": "scd_robot.sim_eval.robosuite:make",
     "scd_memory": "scd_robot.sim_eval.memory:make",
 }
+_DOTTED_NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
 def make_environment(name: str) -> Environment:
@@ -30,16 +37,23 @@ def make_environment(name: str) -> Environment:
     Args:
         name: `PREFIX/TASK` or `PREFIX/TASK:OPTION=INTEGER,...`; `known_environments()` lists what may stand before the
             colon, the environment's module describes its options, which may also be words (`pusht:observation=image`).
+            Or `package.module:callable`, something of the user's own that makes an environment.
 
     Raises:
-        UnknownNameError: no such environment or option; names the nearest ones.
-        ConfigError: an option is malformed or out of range.
+        UnknownNameError: no such environment, option or callable; names the nearest ones.
+        ConfigError: an option is malformed or out of range, or there is no such module.
         MissingDependencyError: the simulator is not installed; names the command that installs it.
     """
+    known = known_environments()
+    dotted = _DOTTED_NAME.fullmatch(name)
+    if dotted and dotted[1] not in known:
+        return _make_own(*dotted.groups())
     base, options = parse_name(name)
-    if base not in (known := known_environments()):
-        raise UnknownNameError("environment", base, known)
     prefix, _, task = base.partition("/")
+    if base not in known:
+        if prefix in _FACTORIES and hasattr(_module(prefix), "refuse_unknown"):
+            _module(prefix).refuse_unknown(task, options)
+        raise UnknownNameError("environment", base, known)
     module, function = _module(prefix), _FACTORIES[prefix].partition(":")[2]
     words = [f"{key}={value}" for key, value in options.items() if isinstance(value, str)]
     if words and not getattr(module, "TAKES_WORDS", False):
@@ -78,3 +92,23 @@ def parse_name(name: str) -> tuple[str, dict[str, int | str]]:
 
 def _module(prefix: str) -> ModuleType:
     return importlib.import_module(_FACTORIES[prefix].partition(":")[0])
+
+
+def _make_own(module_name: str, attribute: str) -> Environment:
+    """Calls something of the user's own; the program `scd`, unlike `python`, does not look into the current folder."""
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that a file of the user's hides no installed package
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and lacks something itself
+        raise ConfigError(
+            f"cannot import {module_name} for the environment {module_name}:{attribute} ({error}): looked among the "
+            f"installed packages and in {folder}; start this where {module_name.partition('.')[0]} lies, or name its "
+            "folder with PYTHONPATH=..."
+        ) from error
+    if not hasattr(module, attribute):
+        raise UnknownNameError(f"callable in module {module_name}", attribute, vars(module))
+    return cast(Environment, getattr(module, attribute)())

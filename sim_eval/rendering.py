@@ -4,8 +4,8 @@ Why not `mujoco.Renderer`: it frees its OpenGL context first and its OpenGL obje
 numbers) are deleted in whichever context happens to be current; a second renderer in the process then silently
 returns black or half-drawn frames. Gymnasium's viewers do the same. Here
 
-- the process has one OpenGL context of ours for its whole life; the objects of the models drawn last stay in it (the
-  environments of a process take turns), and are made and freed while it is current;
+- the process has one OpenGL context of ours for its whole life; the objects of the models drawn last stay in it (of as
+  many as take turns, and 16 more), and are made and freed while it is current;
 - outside of a draw an empty second context is current (`parking`), so that whatever another library deletes at any
   other moment hits nothing of ours; the garbage collector rests during a draw.
 """
@@ -38,11 +38,12 @@ __all__ = ["check_frame", "close_renderer", "render_frame", "select_gl_backend"]
 logger = logging.getLogger(__name__)
 
 _MAX_GEOMS = 10_000
-_MAX_MODELS = 16  # as many environments as an evaluation has at most
+_MAX_MODELS = 16  # and one more for each that was drawn again after it had to go
 _PROBE_TIMEOUT_S = 20.0  # two probes fit into the time a worker has for a command
 _WINDOW_BACKENDS = ("", "1", "enable", "enabled", "on", "true", "glfw", "glx", "wgl")
 _NO_BACKEND = ("0", "disable", "disabled", "off", "false")
 _INSTALL_HINT = "install one (Debian, Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri, or libosmesa6)"
+_TRY_ANOTHER = f"{_INSTALL_HINT}, or unset MUJOCO_GL to have another one tried"
 _PROBE = """
 import mujoco
 model = mujoco.MjModel.from_xml_string(
@@ -192,6 +193,7 @@ class _Uploaded:
     model: "weakref.ref[mujoco.MjModel]"
     objects: "mujoco.MjrContext"
     scene: "mujoco.MjvScene"
+    returned: bool  # it had to go once, and was drawn again: it takes turns with many, and has room of its own
 
 
 class _ProcessRenderer:
@@ -204,11 +206,13 @@ class _ProcessRenderer:
             self._parking = context_class(64, 64)
         except Exception as error:  # the bindings raise ImportError, RuntimeError, AttributeError and GLError alike
             raise RenderError(
-                f"OpenGL backend {backend!r} does not work here ({type(error).__name__}: {error}); {_INSTALL_HINT}, "
-                "or unset MUJOCO_GL to have another one tried"
+                f"OpenGL backend {backend!r} does not work here ({type(error).__name__}: {error}); {_TRY_ANOTHER}"
             ) from error
+        self._backend = backend
         self._owner = (os.getpid(), threading.get_ident())
         self._kept: dict[tuple[int, bool], _Uploaded] = {}  # by the model's identity and the quality, oldest first
+        # What an environment's reset leaves is never drawn again; what takes turns is, and gets room of its own.
+        self._evicted: weakref.WeakValueDictionary[tuple[int, bool], mujoco.MjModel] = weakref.WeakValueDictionary()
 
     def render(
         self,
@@ -269,28 +273,42 @@ class _ProcessRenderer:
         offscreen = mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value
         for key in [key for key, uploaded in self._kept.items() if uploaded.model() is None]:
             self._kept.pop(key).objects.free()
-        uploaded = self._kept.pop((id(model), high_quality), None)
+        key = (id(model), high_quality)
+        uploaded = self._kept.pop(key, None)
+        returned = self._evicted.pop(key, None) is not None
         if uploaded is not None:
             if uploaded.objects.offHeight >= height and uploaded.objects.offWidth >= width:
-                self._kept[id(model), high_quality] = uploaded
+                self._kept[key] = uploaded
                 mujoco.mjr_setBuffer(offscreen, uploaded.objects)
                 return uploaded
+            returned = uploaded.returned
             uploaded.objects.free()
-        while len(self._kept) >= _MAX_MODELS:
-            self._kept.pop(next(iter(self._kept))).objects.free()
+        while len(self._kept) >= _MAX_MODELS + returned + sum(one.returned for one in self._kept.values()):
+            self._evict(next(iter(self._kept)))
         model.vis.quality.offsamples = 4 if high_quality else 0
         model.vis.quality.shadowsize = 4096 if high_quality else 0
         model.vis.global_.offheight = max(height, model.vis.global_.offheight)
         model.vis.global_.offwidth = max(width, model.vis.global_.offwidth)
-        objects = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
+        try:
+            objects = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50.value)
+        except mujoco.FatalError as error:  # glfw without a display makes its context without a word
+            message = f"OpenGL backend {self._backend!r} does not work here ({error}); {_TRY_ANOTHER}"
+            raise RenderError(message) from error
         mujoco.mjr_setBuffer(offscreen, objects)
         if objects.currentBuffer != offscreen:
             raise RenderError(f"the OpenGL driver offers no {height}x{width} offscreen buffer; ask for smaller frames")
         scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
         scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = high_quality
         scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = high_quality
-        self._kept[id(model), high_quality] = _Uploaded(weakref.ref(model), objects, scene)
-        return self._kept[id(model), high_quality]
+        self._kept[key] = _Uploaded(weakref.ref(model), objects, scene, returned)
+        return self._kept[key]
+
+    def _evict(self, key: tuple[int, bool]) -> None:
+        uploaded = self._kept.pop(key)
+        uploaded.objects.free()
+        model = uploaded.model()
+        if model is not None:
+            self._evicted[key] = model
 
 
 def _find_camera(model: "mujoco.MjModel", camera: "int | str | mujoco.MjvCamera") -> "mujoco.MjvCamera":

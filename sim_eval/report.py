@@ -52,8 +52,8 @@ def _headline(result: EvaluationResult) -> str:
     notes = []
     if result.invalid:
         notes.append(
-            f"{counted(result.invalid, 'episode')} invalid: the simulator crashed twice. They count neither as "
-            "successes nor as failures."
+            f"{counted(result.invalid, 'episode')} invalid: the simulator crashed twice or did not start again. They "
+            "count neither as successes nor as failures."
         )
     if result.faults.any:
         notes.append(f"Disturbed on purpose: {describe(result.faults.to_json())}.")

@@ -29,7 +29,8 @@ class EpisodeRecord:
         initial_state_hash: SHA-256 of the simulator's state after the reset; None if it never got there.
         success: the success condition held at some step (the episode ends there).
         steps: control steps taken.
-        invalid: the simulator crashed twice; the episode counts neither as success nor as failure.
+        invalid: the simulator crashed twice, or did not start again; the episode counts neither as success nor as
+            failure.
         total_reward: sum of the task's rewards.
         best_reward: largest of them; None without a step. PushT's score is its mean over the episodes.
         reason: why it ended: "success", "terminated", "time limit", or what crashed.

@@ -3,7 +3,10 @@
 Observations have robosuite's names, and "object" as robomimic calls "object-state"; vectors float32, images uint8
 (H, W, 3), the right way up: what our readers give of recordings. Options in the environment's name:
 
-- `robots=Panda` (two arms: `robots=Panda+Panda`), `control_freq=20` (a divisor of 500), `max_steps=400`;
+- `robots=Panda` (two arms: `robots=Panda+Panda`, of `TwoArm...` the default), `control_freq=20` (a divisor of 500),
+  `max_steps` (robomimic's: 400, and 700 of ToolHang and TwoArmTransport);
+- `actions=absolute`: arms take absolute poses, for a policy that was trained on robomimic's `actions_abs` of a
+  recording whose own controller takes changes. A recording with absolute controllers needs no telling;
 - `cameras=agentview+robot0_eye_in_hand`, `image_size=84`: images are slow, 20 to 100 ms each;
 - `recorded=FILE.json`: robots, controller, rate and cameras as the `env_args` of a recording tell them, older
   controllers in today's form. Other robots, rates or sizes of images are then refused; `cameras` chooses among those
@@ -21,7 +24,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +41,13 @@ from scd_robot.errors import (
 from scd_robot.sim_eval.adapter import canonical_name, check_physics, checked_action, digest, read_options
 from scd_robot.sim_eval.rendering import render_frame
 from scd_robot.sim_eval.robosuite_arguments import (
+    action_bounds,
     arguments_before_1_5,
     hold_orientation,
     is_before_1_5,
     recorded_cameras,
+    take_absolute_actions,
+    with_input_types,
 )
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
@@ -55,6 +61,7 @@ __all__ = [
     "make",
     "observe",
     "recorded_env_args",
+    "refuse_unknown",
 ]
 
 TASKS = (
@@ -80,6 +87,12 @@ TASKS = (
 )
 TAKES_WORDS = True
 
+_MAX_STEPS, _LONG_STEPS = 400, {"ToolHang": 700, "TwoArmTransport": 700}  # robomimic's roll-outs
+_ELSEWHERE = (
+    "none of robosuite's own environments: import the package that registers it with robosuite (of MimicGen's, which "
+    "end in _D0 and so on, mimicgen) in a module of your own, and name a function of that with --env my_env:make; "
+    "docs/evaluation.md shows one"
+)
 _VIDEO_CAMERA = "frontview"
 WITHOUT_RENDERER = {"has_renderer": False, "has_offscreen_renderer": False, "use_camera_obs": False}
 _COLLISION = (0,)  # group of the geoms that only collide
@@ -90,16 +103,29 @@ _PHYSICS_RATE = 500  # [Hz] of robosuite
 class RobosuiteOptions:
     """What may follow the colon in an environment's name; the module says what each does."""
 
-    robots: str = "Panda"
+    robots: str = ""
     control_freq: int = 20
-    max_steps: int = 400
+    max_steps: int | None = None
     cameras: str = ""
     image_size: int = 84
+    actions: str = ""
     recorded: str = ""
 
     def __post_init__(self) -> None:
+        words = {
+            "robots": "Panda or Panda+Sawyer",
+            "cameras": "agentview or agentview+frontview",
+            "recorded": "env.json",
+        }
+        for name, example in words.items():
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be words such as {example}, got {getattr(self, name)}")
+        if self.actions not in ("", "absolute"):
+            raise ConfigError(f"actions must be absolute, or be left out, got {self.actions}")
         for name in ("control_freq", "max_steps", "image_size"):
             value = getattr(self, name)
+            if name == "max_steps" and value is None:  # the task's own
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value}")
         if _PHYSICS_RATE % self.control_freq:
@@ -126,6 +152,18 @@ def make(task: str, options: Mapping[str, Any]) -> "RobosuiteEnvironment":
         if given := sorted(fixed & options.keys()):
             raise ConfigError(f"{read.recorded} tells {' and '.join(given)}; leave that out beside recorded=")
     return RobosuiteEnvironment(task, read)
+
+
+def refuse_unknown(task: str, options: Mapping[str, Any]) -> None:
+    """Called where a task is not in `TASKS`: tells of those that other packages register with robosuite.
+
+    Raises:
+        ConfigError: the recording is of such a one.
+        DatasetError: it cannot be read.
+    """
+    recorded = options.get("recorded")
+    if isinstance(recorded, str) and recorded_env_args(recorded)["env_name"] == task:
+        raise ConfigError(f"{recorded} was recorded in {task}, {_ELSEWHERE}")
 
 
 def recorded_env_args(path: str) -> dict[str, Any]:
@@ -158,7 +196,7 @@ class RobosuiteEnvironment:
         """Loads the task; a few seconds.
 
         Args:
-            task: one of `TASKS`.
+            task: one of `TASKS`, or one that another package has registered with robosuite.
             options: None = the defaults.
 
         Raises:
@@ -166,18 +204,19 @@ class RobosuiteEnvironment:
             MissingDependencyError: robosuite is not installed.
             SimulatorError: robosuite cannot make this environment.
         """
-        self._options = options or RobosuiteOptions()
+        self._options, short = _settled(task, options or RobosuiteOptions())
         told = self._told(task)
         robosuite = import_robosuite()
-        name = canonical_name(f"robosuite/{task}", self._options)
+        name = canonical_name(f"robosuite/{task}", short)
         self._before_1_5 = is_before_1_5(told.pop("env_version", ""), told)
+        told = with_input_types(told)
         try:
             self._env = robosuite.make(**(arguments_before_1_5(told) if self._before_1_5 else told))
         except Exception as error:  # robosuite raises many kinds
             raise SimulatorError(f"robosuite {robosuite.__version__} cannot make {name}: {error}") from error
         self._running, self._steps = False, 0
-        low, high = self._env.action_spec
         first = self._reset(0)
+        low, high = action_bounds(self._env)
         self.spec = EnvironmentSpec(
             name=name,
             observation={key: ArraySpec(value.shape, str(value.dtype)) for key, value in first.items()},
@@ -185,7 +224,7 @@ class RobosuiteEnvironment:
             action_low=tuple(map(float, low)),
             action_high=tuple(map(float, high)),
             control_dt=1.0 / float(self._env.control_freq),
-            max_steps=self._options.max_steps,
+            max_steps=self._options.max_steps or _MAX_STEPS,
             success=f"robosuite's own check of {task} is met at the end of at least one control step",
         )
 
@@ -279,7 +318,8 @@ class RobosuiteEnvironment:
         if options.recorded:
             told = recorded_env_args(options.recorded)
             if told["env_name"] != task:
-                raise ConfigError(f"{options.recorded} was recorded in {told['env_name']}, not in {task}")
+                where = f"{options.recorded} was recorded in {told['env_name']}"
+                raise ConfigError(where + (f", not in {task}" if told["env_name"] in TASKS else f", {_ELSEWHERE}"))
         else:
             robots = options.robots.split("+")
             told = {
@@ -308,6 +348,8 @@ class RobosuiteEnvironment:
             for robot in self._env.robots:
                 for controller in robot.part_controllers.values():
                     hold_orientation(controller)
+        if self._options.actions == "absolute":
+            take_absolute_actions(self._env, self._env.__class__.__name__)
         return self._observation()
 
     def _observation(self) -> dict[str, NDArray[Any]]:
@@ -317,6 +359,20 @@ class RobosuiteEnvironment:
     def _check_running(self) -> None:
         if not self._running:
             raise SimulatorError(f"no episode of {self.spec.name} is running; call reset(seed) first")
+
+
+def _settled(task: str, options: RobosuiteOptions) -> tuple[RobosuiteOptions, RobosuiteOptions]:
+    """The options with the task's defaults filled in, and, for its name, without them."""
+    robots = "Panda+Panda" if task.startswith("TwoArm") else "Panda"
+    filled = replace(
+        options, robots=options.robots or robots, max_steps=options.max_steps or _LONG_STEPS.get(task, _MAX_STEPS)
+    )
+    short = replace(
+        options,
+        robots="" if filled.robots == robots else filled.robots,
+        max_steps=None if filled.max_steps == _LONG_STEPS.get(task, _MAX_STEPS) else filled.max_steps,
+    )
+    return filled, short
 
 
 def observe(environment: Any, cameras: Mapping[str, tuple[int, int]]) -> dict[str, NDArray[Any]]:

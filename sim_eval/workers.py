@@ -13,30 +13,23 @@ control step. They crash together, but the error tells whose fault it was.
 
 import contextlib
 import ctypes
-import dataclasses
 import functools
-import importlib
 import logging
 import multiprocessing
 import os
 import pickle
-import re
 import select
-import signal
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from scd_robot.errors import ConfigError, ScdRobotError, SimulatorError, UnknownNameError
+from scd_robot import __version__
+from scd_robot.errors import ConfigError, ScdRobotError, SimulatorError
 from scd_robot.sim_eval.foreign import start_foreign
-from scd_robot.sim_eval.messages import StepCodec, Steps, checked_observation, receive_message
-from scd_robot.sim_eval.provenance import collect_versions, usable_cores
-from scd_robot.types import ActionArray, Environment, EnvironmentSpec, StepResult
+from scd_robot.sim_eval.messages import StepCodec, Steps, receive_message
+from scd_robot.sim_eval.provenance import usable_cores
+from scd_robot.sim_eval.serving import EnvironmentSource, load_environment, serve
+from scd_robot.types import ActionArray, EnvironmentSpec
 
 __all__ = [
     "EnvironmentSource",
@@ -45,16 +38,11 @@ __all__ = [
     "close_workers",
     "describe_source",
     "load_environment",
-    "serve",
     "start_workers",
 ]
 
 logger = logging.getLogger(__name__)
 
-EnvironmentSource = str | Callable[[], Environment]
-"""A registry name ("metaworld/push-v3"), a dotted name ("package.module:callable"), or a picklable callable."""
-
-_DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _COMMANDS = ("reset", "step", "state_hash", "render", "versions", "begin")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _CLOSE_TIMEOUT_S = 5.0
@@ -78,27 +66,6 @@ def describe_source(source: EnvironmentSource) -> str:
     return source if isinstance(source, str) else getattr(source, "__qualname__", type(source).__name__)
 
 
-def load_environment(source: EnvironmentSource) -> Environment:
-    """Makes the environment in this process.
-
-    Raises:
-        UnknownNameError: there is no environment, or no callable, of this name.
-        MissingDependencyError: its simulator is not installed.
-    """
-    if not isinstance(source, str):
-        return source()
-    if not _DOTTED_NAME.fullmatch(source):
-        from scd_robot.sim_eval.registry import make_environment
-
-        return make_environment(source)
-    module_name, _, attribute = source.partition(":")
-    module = importlib.import_module(module_name)
-    if not hasattr(module, attribute):
-        raise UnknownNameError(f"callable in module {module_name}", attribute, vars(module))
-    environment: Environment = getattr(module, attribute)()
-    return environment
-
-
 class EnvironmentWorker:
     """One or more environments of one kind in a spawned process.
 
@@ -110,8 +77,12 @@ class EnvironmentWorker:
         python: interpreter of another environment, in which the simulator is installed; None = this one.
         core: the processor core it is to stay on; None = wherever the system puts it.
 
+    Attributes:
+        closed: it has no process (any more): it was closed, or could not be restarted.
+
     Raises:
-        ConfigError: the source cannot travel to the process, or there is no such interpreter.
+        ConfigError: the source cannot travel to the process, or there is no such interpreter. Whether the interpreter
+            fits is told by `spec`.
     """
 
     def __init__(
@@ -134,7 +105,7 @@ class EnvironmentWorker:
         self._startup_timeout_s = startup_timeout_s
         self._asked = 0  # steps
         self._spec: EnvironmentSpec | None = None
-        self._closed = False
+        self.closed = False
         self._start()
 
     @property
@@ -142,6 +113,7 @@ class EnvironmentWorker:
         """What the environment offers; waits for the worker to be ready.
 
         Raises:
+            ConfigError: the other python is too old, or has another version of scd_robot or none.
             ScdRobotError: the environment could not be made.
         """
         if self._spec is None:
@@ -198,32 +170,36 @@ class EnvironmentWorker:
         """Replaces the process, which may be dead or hung, by a fresh one; returns when that is ready.
 
         Raises:
-            ScdRobotError: the environment could not be made again, in several attempts.
+            SimulatorError: the environment could not be made again, in several attempts; the worker is closed.
         """
         for attempt in range(1, _RESTARTS + 1):
             self._kill()
-            self._start()
             try:
+                self._start()
                 self._set_spec(self._wait_until_ready())
-            except SimulatorError as error:
+            except (ScdRobotError, OSError) as error:  # the system may have no process to give
                 if attempt == _RESTARTS:
-                    raise
+                    self.closed = True
+                    self._kill()
+                    raise SimulatorError(
+                        f"the simulator did not start again in {_RESTARTS} attempts: {error}"
+                    ) from error
                 logger.warning("attempt %d to start the environment again: %s", attempt, error)
             else:
                 return
 
     def close(self) -> None:
         """Ends the process, kindly if it listens; may be called twice."""
-        if self._closed:
+        if self.closed:
             return
         self.begin_close()
-        self._closed = True
+        self.closed = True
         self._process.join(_CLOSE_TIMEOUT_S)
         self._kill()
 
     def begin_close(self) -> None:
         """Asks the process to end, without waiting for it; `close` has still to be called."""
-        if not self._closed:
+        if not self.closed:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._connection.send(("close", 0, ()))
 
@@ -254,19 +230,18 @@ class EnvironmentWorker:
                 self._process, self._connection = start_foreign(self._python, self._source)
             return
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=serve, args=(theirs, self._source, self.count, self._at_work), daemon=True
-        )
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, self._source, self.count, self._at_work), daemon=True)
         try:
             with _single_threaded_children():
-                self._process.start()
+                process.start()
         except (AttributeError, TypeError, pickle.PicklingError) as error:  # the source does not travel
             raise ConfigError(
                 f"an environment given as a callable must be picklable (a module's function, or functools.partial of "
                 f"one), got {describe_source(self._source)}: {error}"
             ) from error
         theirs.close()  # so that a dead worker ends the stream
+        self._process, self._connection = process, ours
 
     def _wait_until_ready(self) -> EnvironmentSpec:
         name = describe_source(self._source)
@@ -296,6 +271,11 @@ class EnvironmentWorker:
             raise _rebuild_error(*payload)
         if kind == "crash":
             raise self._crash(payload)
+        if kind == "unusable":
+            raise ConfigError(
+                f"{self._python} cannot run simulators for this process: it {payload}; that environment needs Python "
+                f"3.11 or later and scd_robot {__version__}: docs/install.md"
+            )
         return payload
 
     def _crash(self, message: str) -> WorkerCrashError:
@@ -304,6 +284,8 @@ class EnvironmentWorker:
         return error
 
     def _kill(self) -> None:
+        if self._connection.closed:  # already
+            return
         if self._process.is_alive():
             self._process.kill()
         self._process.join()
@@ -384,84 +366,6 @@ def _single_threaded_children() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def serve(connection: Connection, source: EnvironmentSource, count: int = 1, at_work: Any = None) -> None:
-    """The worker's whole life: make the environments, answer commands until told to stop or abandoned.
-
-    Args:
-        connection: to the parent.
-        source: which environment.
-        count: so many of them.
-        at_work: a shared integer that tells the parent, should this process die, which of them was at work.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    environments: list[Environment] = []
-    at_work = at_work if at_work is not None else ctypes.c_int()
-    try:
-        try:
-            environments += [load_environment(source) for _ in range(count)]
-            codec = StepCodec(environments[0].spec)
-            connection.send(("ok", environments[0].spec))
-        except Exception as error:
-            _send_error(connection, error, crash=False)
-            return
-        while True:
-            try:
-                message = receive_message(connection)
-            except (EOFError, ConnectionResetError):  # the parent is gone
-                return
-            try:
-                if isinstance(message, bytes):
-                    results = []
-                    for slot, action in zip(*codec.unpack_actions(message), strict=True):
-                        at_work.value = slot
-                        results.append(_step(environments[slot], action))
-                    connection.send_bytes(codec.pack_results(results))
-                    continue
-                command, slot, args = message
-                if command == "close":
-                    return
-                at_work.value = slot
-                connection.send(("ok", _answer(environments[slot], command, args)))
-            except BrokenPipeError:
-                return
-            except Exception as error:
-                drawn = not isinstance(message, bytes) and message[0] == "render"
-                _send_error(connection, error, crash=isinstance(error, SimulatorError) and not drawn)
-    finally:
-        for environment in environments:
-            environment.close()
-
-
-def _answer(environment: Environment, command: str, args: Sequence[Any]) -> Any:
-    if command == "versions":
-        return collect_versions()
-    if command == "begin":
-        observation = checked_observation(environment.reset(*args), environment.spec)
-        return observation, environment.state_hash(), _hand(environment)
-    return getattr(environment, command)(*args)
-
-
-def _step(environment: Environment, action: ActionArray) -> StepResult:
-    result, hand = environment.step(action), _hand(environment)
-    return result if hand is None else dataclasses.replace(result, info={**result.info, "hand": hand})
-
-
-def _hand(environment: Environment) -> NDArray[np.float64] | None:
-    hand = getattr(environment, "hand", None)
-    return None if hand is None else np.array(hand, np.float64)
-
-
-def _send_error(connection: Connection, error: Exception, *, crash: bool) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        if isinstance(error, ScdRobotError) and not crash:
-            connection.send(("error", (type(error), str(error), vars(error))))
-        else:
-            logger.debug("crash in a worker", exc_info=error)
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{os.path.basename(frame.filename)}:{frame.lineno}"
-            connection.send(("crash", f"{type(error).__name__} at {where}: {error}"))
 
 
 def _rebuild_error(kind: type[ScdRobotError], message: str, state: dict[str, Any]) -> ScdRobotError:

@@ -33,7 +33,8 @@ def record(
 
     Args:
         env: the environment, metaworld/TASK or metaworld/TASK:OPTION=INTEGER,...; for example metaworld/push-v3, or
-            metaworld/push-v3:goal_steps=5 to show the goal in the first 5 control steps only.
+            metaworld/push-v3:goal_steps=5 to show the goal in the first 5 control steps only. Or MODULE:CALLABLE, an
+            environment of your own with an expert.
         episodes: successful demonstrations to record.
         out: folder of the new store.
         seed: start states and noise follow from it; evaluations never start from the same states.

@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 __all__ = ["Check", "doctor"]
@@ -48,6 +48,14 @@ class _Package:
 
 _EXTRA = "pip install 'scd_robot[{}]'"
 _RESET = "from scd_robot.sim_eval import make_environment; make_environment('{}').reset(0)"
+_TRY_PYTHON = """
+import sys
+if sys.version_info < (3, 11):
+    sys.exit("it is Python %d.%d, and 3.11 or later is needed" % tuple(sys.version_info[:2]))
+if sys.path[0] == "":
+    del sys.path[0]
+import scd_robot
+"""
 _PACKAGES = (
     _Package("numpy", "import numpy", "pip install numpy", True),
     _Package("torch", "import torch; print(torch.__version__, 'on', torch.cuda.get_device_name(0) "
@@ -105,7 +113,7 @@ def doctor(*, env_python: str | None = None, json: Path | None = None) -> int:
             bar.set_description(f"OpenGL {backend}")
             rendering.append(_try_rendering(backend))
             bar.update()
-    checks += [*_without_needless_advice(rendering), _clashes()]
+    checks += [*_without_needless_advice(rendering), *_configured_rendering(rendering), _clashes()]
     machine = _machine()
     if str(json) != "-":
         for name, value in machine.items():
@@ -146,8 +154,8 @@ def _elsewhere(python: str, json: Path | None) -> int:
 
     target = [] if json is None else ["--json", str(json) if str(json) == "-" else os.path.abspath(json)]
     command = [os.path.abspath(python), "-P", "-m", "scd_robot.cli.main", "doctor", *target]
-    try:
-        found = subprocess.run([*command[:2], "-c", "import scd_robot"], capture_output=True, text=True, check=False)
+    try:  # an older Python does not know -P
+        found = subprocess.run([command[0], "-c", _TRY_PYTHON], capture_output=True, text=True, check=False)
     except OSError as error:
         raise ConfigError(
             f"cannot start {python}: {error.strerror or error}; name the python of an environment"
@@ -200,8 +208,23 @@ def _try_rendering(backend: str) -> Check:
     seconds = time.perf_counter() - started
     if status == 0:
         return Check(f"OpenGL {backend}", "works", False, output, seconds=seconds)
-    packages = {"egl": "libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri", "osmesa": "libosmesa6"}[backend]
-    return Check(f"OpenGL {backend}", "missing", False, error, f"apt-get install {packages}", seconds)
+    packages = {"egl": "libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri", "osmesa": "libosmesa6"}.get(backend)
+    advice = f"apt-get install {packages}" if packages else ""
+    return Check(f"OpenGL {backend}", "missing", False, error, advice, seconds)
+
+
+def _configured_rendering(backends: list[Check]) -> list[Check]:
+    """The backend that `MUJOCO_GL` asks for, which is then the one that is used; nothing where it is not set."""
+    wanted = os.environ.get("MUJOCO_GL")
+    if wanted is None or not sys.platform.startswith("linux"):
+        return []
+    found = next((one for one in backends if one.name == f"OpenGL {wanted}"), None) or _try_rendering(wanted)
+    name = f"MUJOCO_GL={wanted}"
+    if found.state == "works":
+        return [replace(found, name=name, seconds=0.0)]
+    working = [one.name.removeprefix("OpenGL ") for one in backends if one.state == "works"]
+    advice = f"unset MUJOCO_GL, or set it to {working[0]}" if working else "unset MUJOCO_GL, and install a backend"
+    return [Check(name, "broken", False, found.found, advice, found.seconds)]
 
 
 def _without_needless_advice(backends: list[Check]) -> list[Check]:

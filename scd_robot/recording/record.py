@@ -43,7 +43,7 @@ def record_demonstrations(
     the same, bit by bit, for any number of workers.
 
     Args:
-        environment: for example "metaworld/push-v3"; see `scd_robot.sim_eval.registry`.
+        environment: for example "metaworld/push-v3" or "my_env:make"; see `scd_robot.sim_eval.registry`.
         episodes: demonstrations wanted.
         out: path of the new store.
         seed: of the recording.

@@ -28,7 +28,7 @@ from scd_robot.output import to_plain
 from scd_robot.recording.robosuite_states import RobosuiteSimulator
 from scd_robot.sim_eval.metrics import wilson_interval
 from scd_robot.sim_eval.pusht import PushtEnvironment, state_difference
-from scd_robot.sim_eval.registry import make_environment, parse_name
+from scd_robot.sim_eval.registry import make_environment
 from scd_robot.types import ActionArray, Environment, StepResult
 
 __all__ = ["ROBOSUITE", "format_replay", "replay_dataset"]
@@ -244,7 +244,7 @@ def _choose_setter(environment: Environment, dataset: EpisodeDataset) -> Setter:
     """The function that sets an episode's initial state."""
     recorded_in = dataset.metadata.get("environment")
     if isinstance(recorded_in, str) and "seed" in dataset.episode_info:
-        if parse_name(recorded_in)[0] != parse_name(environment.spec.name)[0]:
+        if recorded_in.partition(":")[0] != environment.spec.name.partition(":")[0]:
             raise ConfigError(
                 f"{dataset.spec.source} was recorded in {recorded_in} and cannot be replayed in {environment.spec.name}"
             )

@@ -1,4 +1,6 @@
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +45,16 @@ def test_bad_input_is_one_sentence_and_exit_code_2(store, capsys, arguments, mes
     assert main(["data", *(text.format(store=store) for text in arguments)]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in store.parent.iterdir()] == [store.name]
+
+
+def test_record_in_an_environment_of_ones_own(tmp_path, monkeypatch, capsys):
+    toys = str(Path(__file__).parents[1] / "sim_eval")
+    (tmp_path / "own_point.py").write_text("from toy_environment import make_point as make\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [toys, *(folder for folder in sys.path if folder not in ("", "."))])
+    assert main(["data", "record", "own_point:make", "--episodes", "3", "--workers", "2", "--out", "own.zarr"]) == 0
+    assert "3 episodes" in capsys.readouterr().out
+    assert main(["data", "replay", "own.zarr", "--env", "own_point:make"]) == 0
 
 
 @pytest.mark.sim

@@ -54,6 +54,48 @@ def test_advice_is_not_given_twice_nor_needlessly(quick, tmp_path):
     assert [check.advice for check in doctor._without_needless_advice([missing])] == ["apt-get install libosmesa6"]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have one backend")
+class TestConfiguredBackend:
+    @pytest.mark.parametrize(
+        ("value", "working", "state", "advice"),
+        [
+            ("glfw", "egl", "broken", "unset MUJOCO_GL, or set it to egl"),
+            ("osmesa", "egl", "broken", "unset MUJOCO_GL, or set it to egl"),
+            ("", "osmesa", "broken", "unset MUJOCO_GL, or set it to osmesa"),
+            ("glfw", "none", "broken", "unset MUJOCO_GL, and install a backend"),
+            ("egl", "egl", "works", ""),
+            ("glfw", "glfw", "works", ""),
+        ],
+    )
+    def test_the_backend_that_would_be_used_is_tried(self, monkeypatch, capsys, value, working, state, advice):
+        def render(backend):
+            found = "works" if backend == working else "missing"
+            return doctor.Check(f"OpenGL {backend}", found, False, f"{backend} was tried")
+
+        monkeypatch.setattr(doctor, "_PACKAGES", (WORKS,))
+        monkeypatch.setattr(doctor, "_try_rendering", render)
+        monkeypatch.setenv("MUJOCO_GL", value)
+        assert main(["doctor"]) == int(state == "broken")
+        lines = capsys.readouterr().out.splitlines()
+        [number] = [i for i, line in enumerate(lines) if f"MUJOCO_GL={value} " in line]
+        assert lines[number].split()[0] == {"broken": "BROKEN", "works": "ok"}[state]
+        assert f"{value} was tried" in lines[number]
+        assert (f"-> {advice}" in lines[number + 1]) == bool(advice)
+
+    def test_a_display_that_is_not_there_is_told(self, monkeypatch):
+        for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+            monkeypatch.delenv(name, raising=False)
+        found = doctor._try_rendering("glfw")
+        assert found.state == "missing"
+        assert "RenderError: OpenGL backend 'glfw' does not work here" in found.found
+
+    def test_nothing_is_said_where_nothing_is_configured(self, quick, monkeypatch, capsys):
+        quick(WORKS)
+        monkeypatch.delenv("MUJOCO_GL", raising=False)
+        assert main(["doctor"]) == 0
+        assert "MUJOCO_GL=" not in capsys.readouterr().out
+
+
 def test_versions_that_clash_are_told(quick, tmp_path, monkeypatch, capsys):
     quick(WORKS)
     folder = tmp_path / "tool-1.0.dist-info"
@@ -78,6 +120,9 @@ def test_another_python(tmp_path, refused):
     bare.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'raise SystemExit(1)'\n")
     bare.chmod(0o755)
     refused(["doctor", "--env-python", bare], "no working scd_robot", "docs/install.md")
+    code = "import sys; sys.version_info = (3, 10, 2); exec(sys.argv[2])"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -P -c "{code}" "$@"\n')
+    refused(["doctor", "--env-python", bare], "it is Python 3.10, and 3.11 or later is needed")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from scd_robot import __version__
 from scd_robot.errors import ConfigError, SimulatorError, UnknownNameError
 from scd_robot.sim_eval.rollout import evaluate
 from scd_robot.sim_eval.workers import EnvironmentWorker, WorkerCrashError, start_workers
@@ -69,6 +70,23 @@ def test_a_python_without_the_package(tmp_path):
     bare.chmod(0o755)
     with pytest.raises(SimulatorError, match=r"is scd_robot installed for .*python\?"):
         start_workers(NAME, 1, python=str(bare))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("sys.version_info = (3, 10, 2)", r"it is Python 3\.10; .*needs Python 3\.11 or later"),
+        ("import scd_robot; scd_robot.__version__ = '0.0.7'", rf"it has scd_robot 0\.0\.7; .*scd_robot {__version__}:"),
+        ("sys.modules['scd_robot'] = None", r"it has no scd_robot that works \(import of scd_robot halted"),
+    ],
+)
+def test_a_python_that_does_not_fit_is_told(tmp_path, change, told):
+    other = tmp_path / "python"
+    code = f"import sys; {change}; sys.argv = sys.argv[1:]; exec(sys.argv.pop(1))"
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} -P -c "{code}" "$@"\n')
+    other.chmod(0o755)
+    with pytest.raises(ConfigError, match=f"{other} cannot run simulators.*{told}"):
+        start_workers(NAME, 1, python=str(other))
 
 
 @pytest.mark.parametrize(

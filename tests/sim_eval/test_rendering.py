@@ -117,6 +117,47 @@ def test_models_that_take_turns_are_uploaded_once_and_forgotten_when_they_are_go
     assert len(kept) == rendering._MAX_MODELS
 
 
+def uploads(monkeypatch):
+    """How often a model is uploaded from now on."""
+    counted = []
+    upload = mujoco.MjrContext
+    monkeypatch.setattr(mujoco, "MjrContext", lambda *args: counted.append(args) or upload(*args))
+    return counted
+
+
+@pytest.mark.parametrize("number", [rendering._MAX_MODELS + 1, 2 * rendering._MAX_MODELS + 3])
+def test_any_number_of_models_may_take_turns(monkeypatch, number):
+    close_renderer()
+    scenes = [make_scene(f"{i / number:.2f} 0 1") for i in range(number)]
+    first = [render_frame(*scene, 48, 64, "front") for scene in scenes]
+    for scene in scenes:
+        render_frame(*scene, 48, 64, "front")
+    again = uploads(monkeypatch)
+    for _ in range(3):
+        for scene, frame in zip(scenes, first, strict=True):
+            np.testing.assert_array_equal(render_frame(*scene, 48, 64, "front"), frame)
+    assert again == []
+    kept = rendering._process_renderer()._kept
+    assert len(kept) == number
+    del scenes[2:], scene
+    gc.collect()
+    passing = [make_scene() for _ in range(number)]  # the room is given back with the models
+    for one in passing:
+        render_frame(*one, 48, 64, "front")
+    assert len(kept) <= rendering._MAX_MODELS + 2
+
+
+def test_resets_that_leave_models_behind_fill_no_more_room():
+    """As robosuite's do: a new model for every episode, the old one in a cycle that the collector has not met."""
+    close_renderer()
+    stays, left = [make_scene() for _ in range(3)], []
+    for _ in range(200):
+        left.append(make_scene())
+        for scene in (*stays, left[-1], left[-1]):
+            render_frame(*scene, 32, 32, "front")
+    assert len(rendering._process_renderer()._kept) == rendering._MAX_MODELS
+
+
 def test_renderer_can_be_closed_and_made_again():
     scene = make_scene()
     before = render_frame(*scene, 48, 64, "front")

@@ -68,12 +68,29 @@ class TestWithoutRobosuite:
             ("image_size=84", ConfigError, "tells image_size"),
             ("cameras=frontview", UnknownNameError, "'frontview'"),
             ("control_freq=30", ConfigError, "must divide 500"),
+            ("cameras=3", ConfigError, "cameras must be words such as agentview.*got 3"),
+            ("max_steps=long", ConfigError, "max_steps must be a whole number of at least 1, got long"),
+            ("actions=relative", ConfigError, "actions must be absolute.*got relative"),
         ],
     )
     def test_options_that_contradict_a_recording_are_refused(self, tmp_path, options, error, message):
         path = recording(tmp_path / "a.json", env_name="Lift", env_version="1.5.1", env_kwargs=RECORDED)
         with pytest.raises(error, match=message):
             make_environment(f"robosuite/Lift:recorded={path},{options}")
+
+    def test_options_that_must_be_words(self):
+        with pytest.raises(ConfigError, match=r"robots must be words such as Panda.*got 3"):
+            make_environment("robosuite/Lift:robots=3")
+        with pytest.raises(ConfigError, match=r"recorded must be words such as env\.json, got 3"):
+            make_environment("robosuite/Lift:recorded=3")
+
+    def test_recordings_of_other_packages_environments_say_what_to_do(self, tmp_path):
+        path = recording(tmp_path / "a.json", env_name="Square_D0", env_version="1.4.1", env_kwargs=RECORDED)
+        for task in ("Square_D0", "NutAssemblySquare"):
+            with pytest.raises(ConfigError, match=r"in Square_D0, none of robosuite's own.*mimicgen.*my_env:make"):
+                make_environment(f"robosuite/{task}:recorded={path}")
+        with pytest.raises(UnknownNameError, match="Square_D1"):
+            make_environment(f"robosuite/Square_D1:recorded={path}")
 
 
 RECORDED = {
@@ -194,8 +211,38 @@ class TestWithRobosuite:
         environment = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
+    def test_an_environment_of_another_package_is_made_by_a_function_of_ones_own(self, tmp_path, monkeypatch):
+        path = recording(tmp_path / "a.json", env_name="Lift_D0", env_version="1.5.1", env_kwargs={"robots": "Panda"})
+        (tmp_path / "own_lift.py").write_text(
+            "from robosuite.environments.manipulation.lift import Lift\n"
+            "from scd_robot.sim_eval.robosuite import RobosuiteEnvironment, RobosuiteOptions\n"
+            "class Lift_D0(Lift): pass\n"  # robosuite registers it
+            "def make():\n"
+            f"    return RobosuiteEnvironment('Lift_D0', RobosuiteOptions(recorded={str(path)!r}))\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        environment = make_environment("own_lift:make")
+        assert environment.reset(0)["robot0_eef_pos"].shape == (3,)
+        environment.close()
+
+    @pytest.mark.parametrize(
+        ("name", "short", "steps"),
+        [
+            ("robosuite/Lift:robots=Panda,max_steps=400", "robosuite/Lift", 400),
+            ("robosuite/ToolHang:max_steps=400", "robosuite/ToolHang:max_steps=400", 400),
+            ("robosuite/ToolHang", "robosuite/ToolHang", 700),
+            ("robosuite/TwoArmTransport", "robosuite/TwoArmTransport", 700),
+        ],
+    )
+    def test_a_task_has_as_many_steps_and_arms_as_it_needs(self, name, short, steps):
+        environment = make_environment(name)
+        assert (environment.spec.name, environment.spec.max_steps) == (short, steps)
+        assert environment.spec.action_dim == (14 if "TwoArm" in name else 7)
+        environment.close()
+
     def test_two_arms_have_two_hands(self):
         environment = make_environment("robosuite/TwoArmLift:robots=Panda+Panda")
+        assert environment.spec.name == "robosuite/TwoArmLift"
         first = environment.reset(0)
         wanted = [first["robot0_eef_pos"], first["robot1_eef_pos"]]
         np.testing.assert_allclose(environment.hand, wanted, atol=1e-6)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scd_robot import seeding
-from scd_robot.errors import ConfigError, MissingDependencyError, OutputError, ShapeError, SimulatorError
+from scd_robot.errors import ConfigError, MissingDependencyError, OutputError, ShapeError
 from scd_robot.sim_eval.policy_adapter import PolicyError
 from scd_robot.sim_eval.rollout import evaluate
 from scd_robot.types import ArraySpec, PolicySpec
@@ -124,8 +124,46 @@ def test_a_simulator_that_does_not_start_again_at_once_is_given_time(toy, tmp_pa
 
     result = run(toy.GoToGoal(), late(2), episodes=3)
     assert [e.invalid for e in result.episodes_detail] == [False, True, False]
-    with pytest.raises(SimulatorError, match="licence server"):
-        run(toy.GoToGoal(), late(3), episodes=3)
+    lost = run(toy.GoToGoal(), late(3), episodes=3)
+    assert [e.invalid for e in lost.episodes_detail] == [False, True, True]
+
+
+def test_a_simulator_that_never_starts_again_ends_with_what_was_measured(toy, tmp_path, caplog):
+    source = functools.partial(toy.LateEnvironment, tmp_path / "count", 99, faults={seed_of(2): "die"})
+    result = run(toy.GoToGoal(), source, episodes=5, out=tmp_path / "out", num_videos=1)
+    healthy = run(toy.GoToGoal(), episodes=5).episodes_detail
+    assert result.episodes_detail[:2] == healthy[:2]
+    for record, other in zip(result.episodes_detail[2:], healthy[2:], strict=True):
+        assert (record.invalid, record.success, record.seed) == (True, False, other.seed)
+        assert "exit code 3" in record.reason
+        assert "did not start again in 3 attempts" in record.reason
+        assert "licence server" in record.reason
+    assert [record.steps for record in result.episodes_detail[2:]] == [toy.FAULT_STEP, 0, 0]
+    assert "the last 2 episodes were not run" in caplog.text
+    document = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (document["successes"], document["invalid"], document["success_rate"]) == (2, 3, 1.0)
+    assert "no simulator was left" in document["video_error"]
+    assert len((tmp_path / "out" / "episodes.jsonl").read_text().splitlines()) == 5
+    assert "did not start again" in (tmp_path / "out" / "report.html").read_text()
+    assert multiprocessing.active_children() == []
+
+
+def test_the_other_simulators_go_on_when_one_is_lost(toy, tmp_path):
+    """Four environments in two processes, the first of which is lost in its first episode."""
+    counter = tmp_path / "count"
+    source = functools.partial(toy.LateEnvironment, counter, 99, free=4, faults={seed_of(0): "die"})
+    result = run(toy.GoToGoal(), source, episodes=9, num_envs=4, processes=2, out=tmp_path / "out", num_videos=1)
+    assert [e.index for e in result.episodes_detail if e.invalid] == [0, 2]  # with its neighbour
+    healthy = run(toy.GoToGoal(), episodes=9).episodes_detail
+    assert [e for e in result.episodes_detail if not e.invalid] == [healthy[i] for i in (1, 3, 4, 5, 6, 7, 8)]
+    assert [video.episode for video in result.videos] == [1]  # of a process that is left
+
+
+def test_a_simulator_that_is_lost_while_episodes_begin(toy, tmp_path):
+    source = functools.partial(toy.NeverBeginsAgain, tmp_path / "count")
+    result = run(toy.GoToGoal(), source, episodes=3)
+    assert [(e.invalid, e.initial_state_hash) for e in result.episodes_detail] == [(True, None)] * 3
+    assert "no collision-free start state" in result.episodes_detail[0].reason
 
 
 def test_the_report_of_episodes_that_never_began(toy, tmp_path):

@@ -2,11 +2,13 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
 
 from scd_robot.errors import ConfigError, MissingDependencyError, SimulatorError, UnknownNameError
+from scd_robot.sim_eval.registry import make_environment
 from scd_robot.sim_eval.workers import (
     EnvironmentWorker,
     WorkerCrashError,
@@ -116,6 +118,22 @@ def test_faults_are_crashes_and_a_restart_mends_them(toy, fault, message):
             worker.call("step", action)
 
 
+@pytest.mark.parametrize("error", [OSError("no process to be had"), ConfigError("cannot start python")])
+def test_a_worker_that_cannot_be_restarted_is_closed(toy, monkeypatch, error):
+    with EnvironmentWorker(POINT) as worker:
+        _ = worker.spec
+
+        def refuse():
+            raise error
+
+        monkeypatch.setattr(worker, "_start_process", refuse)
+        with pytest.raises(SimulatorError, match=f"did not start again in 3 attempts: {error}"):
+            worker.restart()
+        assert worker.closed
+        worker.close()
+    assert multiprocessing.active_children() == []
+
+
 def test_no_process_is_left_behind(toy):
     before = multiprocessing.active_children()
     workers = start_workers(POINT, 2)
@@ -149,7 +167,7 @@ def test_worker_exits_silently(toy, capfd):
         ("toy_environment:make_without_simulator", MissingDependencyError, 'pip install "scd_robot'),
         ("toy_environment:make_pint", UnknownNameError, "did you mean 'make_point'"),
         ("toy_environment:make_broken", SimulatorError, "ZeroDivisionError.*bad asset"),
-        ("no_such_module:make", SimulatorError, "No module named 'no_such_module'"),
+        ("no_such_module:make", ConfigError, "No module named 'no_such_module'.*PYTHONPATH"),
         ("nosuch/task", UnknownNameError, "nosuch/task"),
     ],
 )
@@ -175,3 +193,31 @@ def test_callable_that_cannot_travel_is_refused(toy):
 def test_environment_is_made_from_a_name_or_a_callable(toy):
     assert load_environment(POINT).spec.name == "toy/point"
     assert load_environment(toy.make_point).spec.name == "toy/point"
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder with an environment of the user's own, current here and, as for the program `scd`, not on sys.path."""
+    (tmp_path / "own_env.py").write_text("from toy_environment import PointEnvironment as make\n")
+    (tmp_path / "own_broken.py").write_text("import no_such_simulator\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", ".")])
+    for name in ("own_env", "own_broken"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+def test_an_environment_of_ones_own_is_found_in_the_current_folder(toy, own):
+    assert make_environment("own_env:make").spec.name == "toy/point"
+    with EnvironmentWorker("own_env:make") as worker:
+        assert worker.spec.name == "toy/point"
+    assert sys.path[-1] == str(own)  # behind what is installed
+
+
+def test_an_environment_of_ones_own_that_cannot_be_imported_says_what_to_do(toy, own):
+    with pytest.raises(ConfigError, match=rf"no_such.*in {own}; start this where no_such lies, .*PYTHONPATH"):
+        make_environment("no_such.module:make")
+    with pytest.raises(ModuleNotFoundError, match="no_such_simulator"):  # its own affair, with its own traceback
+        make_environment("own_broken:make")
+    with pytest.raises(ConfigError, match=r"OPTION=WORD, .*got 'image'"):  # of ours, not a module called pusht
+        make_environment("pusht:image")

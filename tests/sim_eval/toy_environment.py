@@ -118,19 +118,29 @@ make_telling = TellingEnvironment
 
 
 class LateEnvironment(PointEnvironment):
-    """Cannot be made `failures` times after the first; `counter` is a file in which attempts are counted."""
+    """Cannot be made `failures` times after the first `free`; `counter` is a file in which attempts are counted."""
 
-    def __init__(self, counter, failures, **options):
+    def __init__(self, counter, failures, free=1, **options):
         with Path(counter).open("a") as file:
             file.write(".")
         attempts = len(Path(counter).read_text())
-        if 1 < attempts <= 1 + failures:
+        if free < attempts <= free + failures:
             raise ValueError("the licence server is busy")
         super().__init__(**options)
 
 
 class NeverBegins(PointEnvironment):
     """Raises in every reset."""
+
+    def reset(self, seed):
+        raise ValueError("no collision-free start state")
+
+
+class NeverBeginsAgain(LateEnvironment):
+    """Raises in every reset, and cannot be made again."""
+
+    def __init__(self, counter):
+        super().__init__(counter, 99)
 
     def reset(self, seed):
         raise ValueError("no collision-free start state")
