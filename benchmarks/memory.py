@@ -30,8 +30,9 @@ ARMS = {"history": (), "twin": ("model.history_length=1",)}
 # What follows the delay in the environment's name, the delays of evaluations, and episodes of each: to exclude 5 points
 # of difference takes more of them than a success rate does.
 VIEWS = {"hidden": ("", DELAYS, 100), "visible": (",cue_visible=1", ("mixed",), 400)}
-# Twice the preset's updates, in both arms: the first has the most phases, the second asks for a place most exactly.
-SETTINGS = dict.fromkeys(("place-back", "occluded-reach"), ("training.max_steps=2000",))
+# Twice the preset's updates, in both arms: the first has the most phases, the others ask most exactly for what is
+# remembered.
+SETTINGS = dict.fromkeys(("place-back", "occluded-reach", "hidden-friction"), ("training.max_steps=2000",))
 AIM, AIM_DELAY = 0.90, 50
 _RANDOM = 77  # keys the random actions
 
