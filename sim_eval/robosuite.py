@@ -386,14 +386,18 @@ def observe(environment: Any, cameras: Mapping[str, tuple[int, int]]) -> dict[st
         cameras: height and width of images, by the camera.
 
     Returns:
-        Vectors float32; "agentview_image" and so on uint8 (H, W, 3), the right way up.
+        Vectors float32; "agentview_image" and so on uint8 (H, W, 3), the right way up. Where the object is drawn by lot
+        (NutAssemblySingle, PickPlaceSingle), "object-state" tells it, and not keys that bear its name.
 
     Raises:
         RenderError: OpenGL cannot be set up here, or an image is blank.
         UnknownNameError: there is no such camera.
     """
     found: dict[str, NDArray[Any]] = {}
+    by_lot = _keys_by_lot(environment)
     for key, value in environment._get_observations(force_update=True).items():
+        if key in by_lot:
+            continue
         array = np.atleast_1d(np.asarray(value))
         if array.ndim == 1 and array.size and array.dtype.kind in "biuf":
             found[key] = array.astype(np.float32)
@@ -401,6 +405,14 @@ def observe(environment: Any, cameras: Mapping[str, tuple[int, int]]) -> dict[st
     for name, size in cameras.items():
         found[f"{name}_image"] = render_frame(model, data, *size, name, high_quality=True, hidden_groups=_COLLISION)
     return found
+
+
+def _keys_by_lot(environment: Any) -> set[str]:
+    """Observations that some episodes have and others do not."""
+    if getattr(environment, "single_object_mode", 0) != 1:
+        return set()
+    sensors = getattr(environment, "nut_id_to_sensors", {}) | getattr(environment, "object_id_to_sensors", {})
+    return {name for names in sensors.values() for name in names}
 
 
 def import_robosuite() -> Any:

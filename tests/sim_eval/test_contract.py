@@ -1,4 +1,8 @@
-"""What every environment promises, asked of one or more of each simulator that is installed."""
+"""What every environment promises, asked of one or more of each simulator that is installed.
+
+What is cheap to ask is asked of every name there is, but for Meta-World's, which tests/sim_eval/test_metaworld.py goes
+through.
+"""
 
 import gc
 import os
@@ -8,7 +12,7 @@ import numpy as np
 import pytest
 
 from scd_robot.errors import ActionError, ShapeError, SimulatorError
-from scd_robot.sim_eval import evaluate, make_environment
+from scd_robot.sim_eval import evaluate, known_environments, make_environment
 
 pytestmark = pytest.mark.sim
 
@@ -39,7 +43,16 @@ NAMES = (
     "scd_memory/moving-target",
     "scd_memory/tray-balance",
 )
-EVERY = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NAMES]
+REST = [name for name in known_environments() if name not in NAMES and not name.startswith("metaworld/")]
+QUICK_ROBOSUITE = ("robosuite/Stack", "robosuite/TwoArmLift")  # the others take ten seconds and more each
+
+
+def slowly(name):
+    slow = name in SLOW or (name in REST and name.startswith("robosuite/") and name not in QUICK_ROBOSUITE)
+    return pytest.param(name, marks=[pytest.mark.slow] if slow else [])
+
+
+EVERY = [slowly(name) for name in NAMES]
 # A reset of robosuite builds its model anew, in seconds: what it leaves behind would be megabytes.
 RESETS = dict.fromkeys(NAMES, 200) | {"robosuite/Door:cameras=agentview,image_size=48": 40}
 
@@ -85,8 +98,8 @@ def episode(environment, seed, steps=4):
     return hashed, observations, rewards
 
 
-@pytest.mark.parametrize("name", EVERY)
-class TestContract:
+@pytest.mark.parametrize("name", [slowly(name) for name in (*NAMES, *REST)])
+class TestEveryName:
     def test_an_episode_follows_from_its_seed_and_actions(self, make, name):
         first, second = make(name), make(name)
         wanted = episode(first, 5)
@@ -122,6 +135,26 @@ class TestContract:
         with pytest.raises(ShapeError, match="must be"):
             environment.step(np.zeros(spec.action_dim + 1, np.float32))
 
+    def test_pictures_stay_whole_while_environments_come_and_go(self, make, name):
+        environment = make(name)
+        environment.reset(1)
+        wanted = environment.render(64, 96)
+        assert wanted.shape == (64, 96, 3)
+        assert wanted.dtype == np.uint8
+        assert np.ptp(wanted) > 30
+        other = make_environment(name)
+        other.reset(2)
+        other.render(48, 48)
+        other.close()
+        passing = make_environment("scd_memory/cue-reach")
+        passing.reset(0)
+        passing.render(32, 32)
+        passing.close()
+        np.testing.assert_array_equal(environment.render(64, 96), wanted)
+
+
+@pytest.mark.parametrize("name", EVERY)
+class TestContract:
     def test_an_observation_is_not_changed_later(self, make, name):
         environment = make(name)
         first = environment.reset(1)
@@ -170,23 +203,6 @@ class TestContract:
             pytest.skip("the simulator keeps no clock")
         environment.step(np.zeros(environment.spec.action_dim, np.float32))
         assert simulated_time(environment) - before == pytest.approx(environment.spec.control_dt, rel=1e-3)
-
-    def test_pictures_stay_whole_while_environments_come_and_go(self, make, name):
-        environment = make(name)
-        environment.reset(1)
-        wanted = environment.render(64, 96)
-        assert wanted.shape == (64, 96, 3)
-        assert wanted.dtype == np.uint8
-        assert np.ptp(wanted) > 30
-        other = make_environment(name)
-        other.reset(2)
-        other.render(48, 48)
-        other.close()
-        passing = make_environment("scd_memory/cue-reach")
-        passing.reset(0)
-        passing.render(32, 32)
-        passing.close()
-        np.testing.assert_array_equal(environment.render(64, 96), wanted)
 
     @pytest.mark.slow
     def test_resets_leave_nothing_behind(self, make, name):
