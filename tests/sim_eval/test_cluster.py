@@ -192,7 +192,7 @@ def test_outputs_are_written_here(cluster, toy, tiny_run, tmp_path):
 
 
 class Impatient(Steered):
-    """Waits for a file before it acts in the 30th episode."""
+    """Waits for a file before it begins the 30th episode, though not for ever."""
 
     def __init__(self, policy, file):
         super().__init__(policy)
@@ -201,7 +201,8 @@ class Impatient(Steered):
 
     def _reset(self, rows=None, episodes=None):
         if 30 in episodes:
-            while not self._file.exists():
+            deadline = time.monotonic() + 30
+            while not self._file.exists() and time.monotonic() < deadline:
                 time.sleep(0.05)
         self._policy.reset(rows=rows, episodes=episodes)
 
