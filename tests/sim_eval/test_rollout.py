@@ -166,6 +166,15 @@ def test_a_simulator_that_is_lost_while_episodes_begin(toy, tmp_path):
     assert "no collision-free start state" in result.episodes_detail[0].reason
 
 
+def test_a_policy_begins_no_episode_of_a_simulator_that_is_lost(toy, tmp_path):
+    source = functools.partial(toy.NeverBeginsAgain, tmp_path / "count", free=2, seeds={seed_of(3)})
+    policy = toy.GoToGoal()
+    result = run(policy, source, episodes=6, num_envs=2, processes=2)
+    assert [e.index for e in result.episodes_detail if e.invalid] == [3]
+    assert all(len(rows) == len(episodes) >= 1 for rows, episodes in policy.resets[1:])
+    assert sorted(e for _, episodes in policy.resets for e in episodes) == [0, 1, 2, 4, 5]
+
+
 def test_the_report_of_episodes_that_never_began(toy, tmp_path):
     result = run(toy.GoToGoal(), toy.NeverBegins, episodes=2, out=tmp_path / "out", num_videos=1)
     assert result.invalid == 2

@@ -137,13 +137,16 @@ class NeverBegins(PointEnvironment):
 
 
 class NeverBeginsAgain(LateEnvironment):
-    """Raises in every reset, and cannot be made again."""
+    """Raises in resets (those to `seeds`; None = all), and cannot be made again."""
 
-    def __init__(self, counter):
-        super().__init__(counter, 99)
+    def __init__(self, counter, free=1, seeds=None):
+        super().__init__(counter, 99, free)
+        self._never = seeds
 
     def reset(self, seed):
-        raise ValueError("no collision-free start state")
+        if self._never is None or seed in self._never:
+            raise ValueError("no collision-free start state")
+        return super().reset(seed)
 
 
 def make_without_simulator():
