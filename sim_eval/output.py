@@ -158,8 +158,8 @@ class EpisodeLog:
         OutputError: no permission, or the disk is full.
     """
 
-    def __init__(self, path: Path | None, versions: Mapping[str, str], origin: Mapping[str, Any] | None = None) -> None:
-        self._path, self._origin, self._versions = path, dict(origin or {}), dict(versions)
+    def __init__(self, path: Path | None, versions: Mapping[str, str], origin: Mapping[str, Any]) -> None:
+        self._path, self._origin, self._versions = path, dict(origin), dict(versions)
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds one line and hands it to the operating system; a line that does not fit is taken back."""

@@ -353,7 +353,7 @@ class TestFullDisk:
         from scd_robot.errors import OutputError
         from scd_robot.sim_eval.output import EpisodeLog
 
-        log = EpisodeLog(tmp_path / "episodes.jsonl", {"numpy": "2"})
+        log = EpisodeLog(tmp_path / "episodes.jsonl", {"numpy": "2"}, {})
         log.append({"index": 0})
         original = Path.open
 

@@ -214,7 +214,7 @@ class _Evaluation:
 
     def _extend(self, run: range) -> None:
         from scd_robot.sim_eval import evaluate
-        from scd_robot.sim_eval.output import EpisodeLog
+        from scd_robot.sim_eval.output import EpisodeLog, episode_origin
         from scd_robot.sim_eval.result import join_results
         from scd_robot.sim_eval.rollout import write_outputs
 
@@ -233,7 +233,8 @@ class _Evaluation:
         )
         self.result = new if begins else join_results([self.result, new], time.perf_counter() - self._started)
         if self.folder is not None and not begins:
-            log = EpisodeLog(self.folder / "episodes.jsonl", new.versions)
+            origin = episode_origin(new.environment.name, self._name, getattr(self._policy, "provenance", {}), None)
+            log = EpisodeLog(self.folder / "episodes.jsonl", new.versions, origin)
             for record in new.episodes_detail:
                 log.append(record.to_json())
             write_outputs(self.result, self.folder, None, 0)

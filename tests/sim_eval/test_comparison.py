@@ -206,6 +206,8 @@ class TestCommand:
             assert [episode["index"] for episode in found["episodes_detail"]] == list(range(6))
             assert found["provenance"]["policy"]["step"] == 4
             lines = (tmp_path / "out" / arm / "episodes.jsonl").read_text().splitlines()
+            assert len({tuple(json.loads(line)) for line in lines}) == 1, "all lines have the same keys"
+            assert {"env", "policy", "policy_seed", "faults"} <= set(json.loads(lines[-1]))
             assert sorted(json.loads(line)["index"] for line in lines) == list(range(6))
             assert len(read_actions(tmp_path / "out" / arm)) == 6
 
