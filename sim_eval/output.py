@@ -21,6 +21,7 @@ __all__ = [
     "prepare_output_folder",
     "read_actions",
     "remove_comparison",
+    "remove_delay_curve",
     "remove_evaluation",
     "write_actions",
 ]
@@ -68,6 +69,20 @@ def remove_evaluation(out: Path) -> None:
         OutputError: no permission.
     """
     _remove(out, _OUR_FILES)
+
+
+def remove_delay_curve(out: Path) -> None:
+    """Removes what an evaluation, or one per delay, wrote into a folder, which need not be there; files of others stay.
+
+    Raises:
+        OutputError: no permission.
+    """
+    remove_evaluation(out)
+    for folder in out.glob("latency_*ms"):
+        remove_evaluation(folder)
+        for emptied in (folder / "videos", folder):
+            with contextlib.suppress(OSError):  # something else is in it
+                emptied.rmdir()
 
 
 def remove_comparison(out: Path) -> None:

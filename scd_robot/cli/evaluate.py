@@ -81,7 +81,7 @@ def evaluate(
     from scd_robot.output import check_target, write_json
     from scd_robot.sim_eval.delay_curve import delay_curve, write_delay_curve
     from scd_robot.sim_eval.jobs import EvaluationJob, run_jobs
-    from scd_robot.sim_eval.output import check_output_folder
+    from scd_robot.sim_eval.output import check_output_folder, remove_delay_curve
 
     if json is not None:
         check_target(json)
@@ -108,6 +108,8 @@ def evaluate(
         folder = out / f"latency_{faults.latency_ms:g}ms" if out is not None and len(troubles) > 1 else out
         named = {"policy_name": str(checkpoint), "faults": faults}
         jobs.append(EvaluationJob(load, env, episodes, out=folder, **options, **named))
+    if out is not None and overwrite:  # of other delays, say
+        remove_delay_curve(out)
     documents, quiet = [], str(json) == "-"
     for job, result in run_jobs(jobs, ray=ray, python=env_python, progress=not quiet):
         documents.append(result.to_json())

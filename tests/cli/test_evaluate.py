@@ -27,11 +27,14 @@ def no_episode(monkeypatch):
 def test_a_curve_never_mixes_with_what_is_in_its_folder(arguments, tmp_path, refused, earlier):
     out = ["--out", str(tmp_path / "out")]
     assert main([*arguments, *out, "--latency-ms", *earlier]) == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
     later = [*arguments, *out, "--latency-ms", "100", "200"]
     refused(later, "out is not empty", "allow overwriting", unchanged=[tmp_path])
     assert main([*later, "--overwrite"]) == 0
     curve = json.loads((tmp_path / "out" / "latency.json").read_text())["curve"]
     assert [point["latency_ms"] for point in curve] == [100, 200]
+    left = {path.name for path in (tmp_path / "out").iterdir()} - {"videos"}
+    assert left == {"latency.json", "latency.html", "latency_100ms", "latency_200ms", "notes.txt"}
 
 
 def test_a_folder_that_holds_something_is_refused_before_the_checkpoint_is_read(point, tmp_path, refused):
