@@ -40,7 +40,8 @@ def conclusions(document: dict[str, Any]) -> list[str]:
     )
     for row in document.get("closed_loop", []):
         if row["shortcut"] is not None:
-            lines.append(_of_shortcut(row))
+            sentence = _of_shortcut(row)
+            lines.append(sentence[0].upper() + sentence[1:])
     return lines
 
 
