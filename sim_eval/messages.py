@@ -8,7 +8,7 @@ Shapes: n steps of a message, Da action width.
 
 import pickle
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -126,7 +126,7 @@ class StepCodec:
             for name in ("reward", "success", "terminated", "truncated", "executed_action"):
                 columns[name][i] = getattr(result, name)
         message = _HEAD.pack(_STEPS, len(results)) + rows.tobytes()
-        info = [result.info for result in results]
+        info = [_plain(result.info) for result in results]
         return message + pickle.dumps(info, pickle.HIGHEST_PROTOCOL) if any(info) else message
 
     def unpack_results(self, message: bytes) -> Steps:
@@ -142,3 +142,8 @@ class StepCodec:
             executed_action=rows["executed_action"],
             info=pickle.loads(memoryview(message)[end:]) if end < len(message) else [{}] * count,
         )
+
+
+def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays as lists: pickles of arrays are not the same in numpy 1 and 2, which may be at either end."""
+    return {key: x.tolist() if isinstance(x, np.ndarray | np.generic) else x for key, x in info.items()}

@@ -61,6 +61,14 @@ def test_results_arrive_as_they_were(data):
         assert_equal(steps, i, result)
 
 
+def test_information_travels_without_arrays():
+    """A pickled array of numpy 1 warns, or fails, where numpy 2 reads it; workers may have either."""
+    told = {"hand": np.array([0.1, -1e300]), "completed": np.True_, "note": "near"}
+    message = CODEC.pack_results([replace(RESULT, info=told)])
+    assert b"numpy" not in message
+    assert CODEC.unpack_results(message).info == [{"hand": [0.1, -1e300], "completed": True, "note": "near"}]
+
+
 def test_actions_arrive_as_they_were():
     actions = np.array([[0.5, np.nan], [1.0, -np.inf]], np.float32)
     slots, found = CODEC.unpack_actions(CODEC.pack_actions([2, 300], actions))

@@ -74,7 +74,7 @@ def test_invalid_episodes_and_injected_faults(toy, tmp_path):
     result = evaluate(Chaser(0.4), environment, 6, out=tmp_path / "out", **options)
     assert (result.invalid, 0 < result.successes < 4) == (2, True)
     text = check(tmp_path / "out" / "report.html", videos=len(result.videos), pictures=4)
-    assert "2 episodes invalid: the simulator crashed twice." in text
+    assert "2 episodes invalid: the simulator crashed twice or did not start again." in text
     assert "Disturbed on purpose: observations 100 + 0 to 50 ms late, 30 % lost, frozen for 20 steps" in text
     assert text.count("contact solver diverged") == 2
     assert f"{result.successes} of 4 episodes" in text
