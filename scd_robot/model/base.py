@@ -20,7 +20,7 @@ from scd_robot.model.decoder import Conditioning
 from scd_robot.model.tokenizer import StepTokenizer
 from scd_robot.nn import KVCache
 
-__all__ = ["ActionModel", "ActionPlan"]
+__all__ = ["ActionModel", "ActionPlan", "take_steps"]
 
 ContextT = TypeVar("ContextT", bound=Sized)
 
@@ -278,3 +278,9 @@ class ActionModel(nn.Module, Generic[ContextT]):
             return torch.where(committed[..., None], shown, x)
 
         return clamp, committed if trained else None
+
+
+def take_steps(x: Tensor, position: Tensor) -> Tensor:
+    """Of (B, T, ...) the control steps (B, M): (B, M, ...)."""
+    index = position.view(*position.shape, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from scd_robot.model.base import ActionModel
+from scd_robot.model.base import ActionModel, take_steps
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import Conditioning, FlowTransformer
 from scd_robot.nn import CausalDitBlock, KVCache, RotaryEmbedding, window_mask
@@ -58,12 +58,7 @@ class HistoryContext:
 
     def at(self, position: Tensor) -> "HistoryContext":
         """The samples at `position` (B, M'), where there was one for every control step of the stream."""
-
-        def take(x: Tensor) -> Tensor:
-            index = position.view(*position.shape, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:])
-            return x.gather(1, index)
-
-        return self._each(take)
+        return self._each(lambda x: take_steps(x, position))
 
     def rows(self, index: Tensor) -> "HistoryContext":
         """Some streams (n,) of it."""

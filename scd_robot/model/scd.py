@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from scd_robot.model.base import ActionModel
+from scd_robot.model.base import ActionModel, take_steps
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import DiffusionDecoder
 from scd_robot.model.encoder import CausalEncoder
@@ -62,10 +62,9 @@ class ScdModel(ActionModel[Tensor]):
         """
         if self.config.history_length > 1 or past_action is not None:
             context = self.encode(observation, past_action, present=present, stream=stream)
-            return _take_steps(context, position)
+            return take_steps(context, position)
         observation, there = (
-            {key: _take_steps(value, position) for key, value in given.items()}
-            for given in (observation, present or {})
+            {key: take_steps(value, position) for key, value in given.items()} for given in (observation, present or {})
         )
         return self.encode(observation, present=there or None)
 
@@ -84,9 +83,3 @@ class ScdModel(ActionModel[Tensor]):
 
     def _encode_step(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None) -> Tensor:
         return self.encoder.step(tokens, cache, valid, active)
-
-
-def _take_steps(x: Tensor, position: Tensor) -> Tensor:
-    """Of (B, T, ...) the control steps (B, M): (B, M, ...)."""
-    index = position.view(*position.shape, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:])
-    return x.gather(1, index)
