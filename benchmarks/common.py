@@ -23,12 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from job import SCHEMA, Job, Recording, Result, failure, read_json
+from job import SCHEMA, Given, Job, Recording, Result, failure, read_json
 
 from scd_robot.errors import ConfigError, OutputError, ScdRobotError, UnknownNameError
 from scd_robot.output import write_json, write_text
 
-__all__ = ["Job", "Recording", "benchmark_parser", "run_benchmark"]
+__all__ = ["Given", "Job", "Recording", "benchmark_parser", "run_benchmark"]
 
 POLL_S = 0.5
 
@@ -106,8 +106,12 @@ def _shrunk(job: Job, options: argparse.Namespace) -> Job:
     settings = [*job.settings, *options.set]
     if options.max_steps is not None:
         settings.append(f"training.max_steps={options.max_steps}")
-    recording = replace(job.recording, episodes=options.demonstrations or job.recording.episodes)
-    return replace(job, recording=recording, settings=tuple(settings), episodes=options.episodes or job.episodes)
+    recording = job.recording
+    if options.demonstrations and isinstance(recording, Recording):
+        recording = replace(recording, episodes=options.demonstrations)
+    curve = min(job.curve, options.episodes or job.curve)
+    episodes = options.episodes or job.episodes
+    return replace(job, recording=recording, settings=tuple(settings), episodes=episodes, curve=curve)
 
 
 # ----------------------------------------------------------------------------------------------------------- queue
@@ -163,8 +167,8 @@ def run_queue(out: Path, jobs: Sequence[Job], parallel: int, threads: int) -> in
 
 def _record_all(out: Path, jobs: Sequence[Job]) -> list[Job]:
     """Makes the missing recordings one after the other; returns the jobs that can run."""
-    recordings = {job.recording for job in jobs}
-    errors: dict[Recording, str] = {}
+    recordings = {job.recording for job in jobs if isinstance(job.recording, Recording)}
+    errors: dict[Recording | Given, str] = {}
     for recording in sorted(recordings, key=lambda r: r.name):
         if (out / "recordings" / f"{recording.name}.json").is_file():
             continue

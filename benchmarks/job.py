@@ -23,7 +23,7 @@ from scd_robot.errors import ConfigError, OutputError
 from scd_robot.output import write_json
 from scd_robot.sim_eval import provenance
 
-__all__ = ["SCHEMA", "Job", "Recording", "Result", "failure", "read_json"]
+__all__ = ["SCHEMA", "Given", "Job", "Recording", "Result", "failure", "read_json"]
 
 SCHEMA = 1
 
@@ -51,28 +51,39 @@ class Recording:
 
 
 @dataclass(frozen=True)
+class Given:
+    """Demonstrations that are there already; the arguments of `open_dataset`."""
+
+    path: str
+    keys: tuple[str, ...] = ()
+    control_dt: float | None = None
+
+
+@dataclass(frozen=True)
 class Job:
     """One arm: train on a recording, evaluate from start states 0 .. episodes - 1.
 
     Attributes:
         name: letters, digits and . _ = + - only.
-        recording: what it learns from.
+        recording: what it learns from: recorded by the queue, or given.
         environment: what it is evaluated in.
         also: other environments that it is evaluated in as well.
         settings: replaces the preset's, FIELD=VALUE.
         seed: of the training.
         preset: named experiment.
         episodes: of the evaluation.
+        curve: of the evaluation of each earlier checkpoint, one every training.validate_every updates; 0 = none.
     """
 
     name: str
-    recording: Recording
+    recording: Recording | Given
     environment: str
     settings: tuple[str, ...] = ()
     seed: int = 0
     preset: str = "metaworld_state"
     episodes: int = 100
     also: tuple[str, ...] = ()
+    curve: int = 0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._=+-]+", self.name):
@@ -87,7 +98,12 @@ class Job:
     def from_json(cls, data: Mapping[str, Any]) -> "Job":
         """Inverse of `dataclasses.asdict`, also after JSON made the tuple a list."""
         lists = {name: tuple(data.get(name, ())) for name in ("settings", "also")}
-        return cls(**{**data, "recording": Recording(**data["recording"]), **lists})
+        recording: Recording | Given
+        if "path" in data["recording"]:
+            recording = Given(**{**data["recording"], "keys": tuple(data["recording"]["keys"])})
+        else:
+            recording = Recording(**data["recording"])
+        return cls(**{**data, "recording": recording, **lists})
 
 
 def _child(task: str, order_file: Path) -> int:
@@ -135,7 +151,8 @@ def _run_job(job: Job, out: Path, order: Mapping[str, Any]) -> Result:
     from scd_robot.sim_eval import evaluate
 
     torch.set_num_threads(1)  # small batches; the simulators have the rest
-    policy = load_policy(out / "work" / job.name / "run")
+    run = out / "work" / job.name / "run"
+    policy = load_policy(run)
     evaluation, *others = (
         evaluate(policy, environment, job.episodes, policy_name=job.name, progress=False)
         for environment in (job.environment, *job.also)
@@ -146,16 +163,54 @@ def _run_job(job: Job, out: Path, order: Mapping[str, Any]) -> Result:
         "status": "done",
         "error": None,
         "job": asdict(job),
-        "recording": read_json(out / "recordings" / f"{job.recording.name}.json"),
+        "recording": _summary(job.recording, out),
         "training": training,
         "evaluation": evaluation.to_json(),
         "also": {other.environment.name: other.to_json() for other in others},
+        "curve": _curve(job, run) if job.curve else [],
         "versions": {**training["versions"], **evaluation.versions},
         "machine": describe_machine(),
         "code": code_version(),
         "command": order["command"],
         **_when(),
     }
+
+
+def _summary(recording: Recording | Given, out: Path) -> dict[str, Any]:
+    """What the queue, or the caller, says about the demonstrations."""
+    if isinstance(recording, Given):
+        return asdict(recording)
+    return dict(read_json(out / "recordings" / f"{recording.name}.json"))
+
+
+def _open(recording: Recording | Given, out: Path) -> Any:
+    from scd_robot.datasets import open_dataset
+
+    if isinstance(recording, Given):
+        return open_dataset(recording.path, list(recording.keys) or None, control_dt=recording.control_dt)
+    return open_dataset(out / "recordings" / f"{recording.name}.zarr")
+
+
+def _curve(job: Job, run: Path) -> list[dict[str, Any]]:
+    """Success of all checkpoints but the last, oldest first; those that are kept in `run` are not evaluated again."""
+    from scd_robot.checkpoint import list_checkpoints, read_step
+    from scd_robot.policies import load_policy
+    from scd_robot.sim_eval import evaluate
+
+    points = []
+    for checkpoint in list_checkpoints(run)[:-1]:
+        kept = run.parent / "curve" / f"{checkpoint.name}_{job.curve}.json"
+        if not kept.is_file():
+            result = evaluate(load_policy(checkpoint), job.environment, job.curve, num_videos=0, progress=False)
+            known = {
+                "step": read_step(checkpoint),
+                "successes": result.successes,
+                "valid": len(result.valid),
+                "best_reward": result.mean_best_reward,
+            }
+            write_json(kept, known)
+        points.append(read_json(kept))
+    return points
 
 
 def _train_once(job: Job, out: Path, threads: int) -> dict[str, Any]:
@@ -171,7 +226,6 @@ def _train_once(job: Job, out: Path, threads: int) -> dict[str, Any]:
     import torch
 
     from scd_robot.checkpoint import list_checkpoints, read_checkpoint
-    from scd_robot.datasets import open_dataset
     from scd_robot.presets import resolve, with_settings
     from scd_robot.training import train
 
@@ -179,7 +233,7 @@ def _train_once(job: Job, out: Path, threads: int) -> dict[str, Any]:
     run = folder / "run"
     written = [(path / "manifest.json").stat().st_mtime for path in list_checkpoints(run)]
     earlier_s = useful_seconds(sessions, written)
-    data = open_dataset(out / "recordings" / f"{job.recording.name}.zarr")
+    data = _open(job.recording, out)
     experiment = with_settings(resolve(job.preset, data.spec), [*job.settings, f"training.seed={job.seed}"])
     write_json(folder / "sessions.json", {"trained": job.training_identity(), "starts": [*sessions, time.time()]})
     wall, cpu = time.monotonic(), time.process_time()

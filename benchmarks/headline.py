@@ -1,0 +1,312 @@
+"""The headline: separable against entangled on the same data, updates, start states and, read at the end, CPU time.
+
+Every arm has one run per seed. Its checkpoints are evaluated along the way, so that the arms can be read at equal
+updates (the last checkpoint) and at equal CPU time (the entangled rival's last checkpoint that cost no more than all of
+the separable model's training). The rival's learning rate was chosen with as many trials as ours: `--tune`.
+
+    python benchmarks/headline.py --tune                        which learning rate suits each architecture
+    python benchmarks/headline.py --pusht pusht_cchi_v7_replay.zarr
+    python benchmarks/rivals.py                                 latency; the report quotes its last run
+
+Time is that of one thread, also where trainings run side by side: the CPU time of a run, shared evenly by its updates.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import Given, Job, Recording, benchmark_parser, run_benchmark
+from job import read_json
+from reporting import percent, provenance, start_state_line
+
+from scd_robot.sim_eval.comparison import NON_INFERIORITY_MARGIN, arm_interval, compare, outcomes
+
+Results = Mapping[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Demonstrations, where to evaluate, the budget, and how many training seeds.
+
+    The budget leaves the arms apart: with the presets' own nearly all succeed always.
+    """
+
+    recording: Recording | Given
+    environment: str
+    updates: int
+    seeds: tuple[int, ...] = (0,)
+    preset: str = "metaworld_state"
+    settings: tuple[str, ...] = ()
+
+
+THREE = (0, 1, 2)
+_HIDDEN = "metaworld/push-v3:goal_steps=5"
+_CUE, _COUNT = "scd_memory/cue-reach:delay=mixed", "scd_memory/count-press:delay=mixed"
+TASKS = {
+    "assembly": Task(Recording("metaworld/assembly-v3"), "metaworld/assembly-v3", 1000, THREE),
+    "push-hidden": Task(Recording(_HIDDEN), _HIDDEN, 1000, THREE),
+    "pick-place": Task(Recording("metaworld/pick-place-v3"), "metaworld/pick-place-v3", 1000),
+    "peg-insert": Task(Recording("metaworld/peg-insert-side-v3"), "metaworld/peg-insert-side-v3", 1000),
+    "door-open": Task(Recording("metaworld/door-open-v3"), "metaworld/door-open-v3", 1000),
+    "cue-reach": Task(
+        Recording(_CUE, 600, action_noise=0.015, disturbances=0.02), "scd_memory/cue-reach:delay=50", 1000,
+        preset="memory_state",
+    ),
+    "count-press": Task(
+        Recording(_COUNT, 600, action_noise=0.015, disturbances=0.02), "scd_memory/count-press:delay=50", 1000,
+        preset="memory_state",
+    ),
+}  # fmt: skip
+PUSHT = "pusht:observation=keypoints,starts=benchmark"
+
+_ENTANGLED = ("model.architecture=entangled", "model.context_corruption=0")
+ARMS: dict[str, tuple[str, ...]] = {
+    "separable": (),
+    "separable concat": ("model.fusion=concat",),
+    "separable 5:1": ("model.encoder_layers=5", "model.decoder_layers=1"),
+    "entangled": _ENTANGLED,
+    "history-1 twin": ("model.history_length=1",),
+}
+OURS, RIVAL = "separable", "entangled"
+LEARNING_RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3")  # of the trials; the preset has 1e-3
+TUNED_ON = {"assembly": 400, "push-hidden": 600}  # updates at which the presets succeed in about 80 %
+CHECKPOINTS, CURVE_EPISODES = 10, 50
+AIM_TIME, AIM_OF_FINAL = 0.6, 0.9
+
+
+def make_tasks(pusht: Path | None) -> dict[str, Task]:
+    """All tasks; PushT where its recording is at hand."""
+    if pusht is None:
+        return TASKS
+    human = Given(str(pusht.resolve()), ("state", "keypoint"), control_dt=0.1)
+    return {**TASKS, "pusht": Task(human, PUSHT, 4000, THREE, preset="pusht_state")}
+
+
+def make_jobs(tasks: Mapping[str, Task]) -> list[Job]:
+    """Every arm of every task, the first seeds first."""
+    return [
+        _job(name, task, arm, seed)
+        for seed in THREE
+        for name, task in tasks.items()
+        for arm in ARMS
+        if seed in task.seeds
+    ]
+
+
+def make_trials() -> list[Job]:
+    """Both architectures with every learning rate, at a budget that tells them apart."""
+    trials = []
+    for name, updates in TUNED_ON.items():
+        for arm in (OURS, RIVAL):
+            for rate in LEARNING_RATES:
+                job = _job(name, replace(TASKS[name], updates=updates), arm, 0)
+                settings = (*job.settings, f"training.learning_rate={rate}")
+                trials.append(replace(job, name=_trial_name(name, arm, rate), settings=settings, curve=0))
+    return trials
+
+
+def _job(name: str, task: Task, arm: str, seed: int) -> Job:
+    budget = (f"training.max_steps={task.updates}", f"training.validate_every={task.updates // CHECKPOINTS}")
+    return Job(
+        _name(name, arm, seed),
+        task.recording,
+        task.environment,
+        (*task.settings, *budget, *ARMS[arm]),
+        seed,
+        preset=task.preset,
+        curve=CURVE_EPISODES,
+    )
+
+
+def _name(task: str, arm: str, seed: int) -> str:
+    return f"{task}_{arm.replace(' ', '-').replace(':', '+')}_seed{seed}"
+
+
+def _trial_name(task: str, arm: str, rate: str) -> str:
+    return f"tune_{task}_{arm}_{rate}"
+
+
+# ---------------------------------------------------------------------------------------------------------- reports
+
+
+def make_report(results: Results, tasks: Mapping[str, Task], latency: Path) -> str:
+    """A table per task, the aims, the latency."""
+    done = {name: result for name, result in results.items() if result["status"] == "done"}
+    failed = [f"- FAILED {name}: {result['error']}" for name, result in results.items() if name not in done]
+    parts = ["## Separable and entangled, side by side"]
+    for name, task in tasks.items():
+        if any(_results(done, name, task, arm) for arm in ARMS):
+            parts += [f"### {task.environment}, {task.updates} updates", _table(done, name, task)]
+            parts += ["\n".join(_verdicts(done, name, task))]
+    parts += [_latency(latency), "\n".join(failed), start_state_line(done.values()), provenance(done)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def make_tuning_report(results: Results) -> str:
+    """Success by architecture and learning rate."""
+    lines = ["## Learning rates", "", "| task | arm | " + " | ".join(LEARNING_RATES) + " |"]
+    lines.append("|" + "---|" * (2 + len(LEARNING_RATES)))
+    totals = dict.fromkeys(((arm, rate) for arm in (OURS, RIVAL) for rate in LEARNING_RATES), 0)
+    for task, updates in TUNED_ON.items():
+        for arm in (OURS, RIVAL):
+            cells = []
+            for rate in LEARNING_RATES:
+                result = results.get(_trial_name(task, arm, rate))
+                done = result is not None and result["status"] == "done"
+                cells.append(f"{result['evaluation']['successes']}/{_valid(result)}" if result and done else "-")
+                totals[arm, rate] += result["evaluation"]["successes"] if result and done else 0
+            lines.append(f"| {task}, {updates} updates | {arm} | " + " | ".join(cells) + " |")
+    for arm in (OURS, RIVAL):
+        best = max(LEARNING_RATES, key=lambda rate: totals[arm, rate])
+        lines.append(f"\n- {arm}: most successes with {best}")
+    return "\n".join([*lines, "", provenance(results)])
+
+
+def _valid(result: Mapping[str, Any]) -> int:
+    evaluation = result["evaluation"]
+    return int(evaluation["episodes"] - evaluation["invalid"])
+
+
+def _results(done: Results, name: str, task: Task, arm: str) -> list[dict[str, Any]]:
+    """What is done of an arm, by seed."""
+    names = [_name(name, arm, seed) for seed in task.seeds]
+    return [done[one] for one in names if one in done]
+
+
+def _table(done: Results, name: str, task: Task) -> str:
+    """One row per arm."""
+    head = (
+        "arm", "seeds", "successes", "score", "success, 95 %", "beside the entangled, 95 %", "parameters",
+        "training, CPU s", f"CPU s to {100 * AIM_OF_FINAL:.0f} % of the entangled's success",
+        "success at the separable's CPU time",
+    )  # fmt: skip
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rival, ours = (_results(done, name, task, arm) for arm in (RIVAL, OURS))
+    for arm in ARMS:
+        found = _results(done, name, task, arm)
+        if not found:
+            rows.append(f"| {arm} | 0 |" + " - |" * (len(head) - 2))
+            continue
+        successes = [outcomes(result["evaluation"]) for result in found]
+        indices = sorted(set.intersection(*(set(one) for one in successes)))
+        table = np.array([[one[index] for index in indices] for one in successes], bool)
+        scores = [result["evaluation"]["best_reward"] for result in found]
+        cells = (
+            arm,
+            str(len(found)),
+            ", ".join(f"{one.sum()}/{one.size}" for one in table),
+            f"{np.mean(scores):.3f}" if name == "pusht" and None not in scores else "-",
+            percent(float(table.mean()), arm_interval(table)),
+            "-" if arm == RIVAL else _difference(found, rival),
+            f"{found[0]['training']['parameters']:,}",
+            _mean([_cpu_s(result) for result in found], "{:.0f}"),
+            _mean([_time_to(result, _target(rival)) for result in found], "{:.0f}"),
+            _mean([_success_at(result, _cpu_s(ours[0]) if ours else None) for result in found], "{:.1%}"),
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _difference(arm: Sequence[dict[str, Any]], rival: Sequence[dict[str, Any]]) -> str:
+    """Difference of success over seeds and start states, and whether it shows that the arm is not worse."""
+    if len(arm) != len(rival):
+        return "-"
+    found = compare([r["evaluation"] for r in arm], [r["evaluation"] for r in rival], "arm", "rival")
+    low, high = (100 * bound for bound in found.interval)
+    held = "non-inferior" if low > -100 * NON_INFERIORITY_MARGIN else "not shown to be non-inferior"
+    return f"{100 * found.difference:+.1f} [{low:+.1f}, {high:+.1f}], {held}"
+
+
+def _mean(values: Sequence[float | None], form: str) -> str:
+    """Mean over seeds, or how many of them have no value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "never" if values else "-"
+    missing = f" ({len(values) - len(known)} of {len(values)} never)" if len(known) < len(values) else ""
+    return form.format(float(np.mean(known))) + missing
+
+
+def _cpu_s(result: Mapping[str, Any]) -> float | None:
+    """CPU time of a training [s]; unknown where it was interrupted."""
+    value = result["training"]["cpu_s"]
+    return None if value is None else float(value)
+
+
+def _points(result: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """CPU time [s] and success of every evaluated checkpoint, oldest first; empty where the time is unknown."""
+    cpu_s, training = _cpu_s(result), result["training"]
+    if cpu_s is None:
+        return []
+    points = [(point["step"], point["successes"] / point["valid"]) for point in result["curve"] if point["valid"]]
+    points.append((training["steps"], result["evaluation"]["success_rate"]))
+    return [(cpu_s * step / training["steps"], rate) for step, rate in points if rate is not None]
+
+
+def _target(rival: Sequence[dict[str, Any]]) -> float | None:
+    """The success that all arms are timed to: a share of the rival's final one, its seeds together; None without any."""
+    rates = [r["evaluation"]["success_rate"] for r in rival if r["evaluation"]["success_rate"] is not None]
+    return AIM_OF_FINAL * float(np.mean(rates)) if any(rates) else None
+
+
+def _time_to(result: Mapping[str, Any], target: float | None) -> float | None:
+    """CPU time [s] of the first checkpoint that reaches a success rate; None if none does."""
+    return next((time for time, rate in _points(result) if target is not None and rate >= target), None)
+
+
+def _success_at(result: Mapping[str, Any], cpu_s: float | None) -> float | None:
+    """Success of the last checkpoint that cost at most so much CPU time (1 % more counts as equal)."""
+    known = [rate for time, rate in _points(result) if cpu_s is not None and time <= 1.01 * cpu_s]
+    return known[-1] if known else None
+
+
+def _verdicts(done: Results, name: str, task: Task) -> list[str]:
+    """The aims of a task."""
+    ours, rival = (_results(done, name, task, arm) for arm in (OURS, RIVAL))
+    if not ours or len(ours) != len(rival):
+        return []
+    lines = [f"- {OURS} beside the {RIVAL}, {len(ours)} of {len(task.seeds)} seeds: {_difference(ours, rival)}"]
+    target = _target(rival)
+    times = [[_time_to(result, target) for result in arm] for arm in (ours, rival)]
+    known = [[time for time in arm if time is not None] for arm in times]
+    if target is None or any(len(some) < len(arm) for some, arm in zip(known, times, strict=True)):
+        return [*lines, "- training time to equal success: an arm never reached it"]
+    ratio = float(np.mean(known[0]) / np.mean(known[1]))
+    verdict = "reached" if ratio <= AIM_TIME else "NOT reached"
+    lines.append(f"- CPU time to {target:.1%} success: {ratio:.2f} of the rival's; aim {AIM_TIME}: {verdict}")
+    return lines
+
+
+def _latency(path: Path) -> str:
+    """The aims of the last latency run."""
+    if not path.is_file():
+        return f"Latency has not been measured: python benchmarks/rivals.py writes {path}."
+    measured = read_json(path)
+    lines = [f"### Latency ({measured['command']}, {measured['date']}, code {measured['code']})", ""]
+    lines += ["| history, NFE, arm | planning tick / entangled's, median (5-95 %) |", "|---|---|"]
+    for key, ratio in measured["ratios"].items():
+        if not key.endswith(RIVAL):
+            lines.append(f"| {key} | {ratio['median']:.2f} ({ratio['p5']:.2f}-{ratio['p95']:.2f}) |")
+    for arm, ratio in measured["growth"].items():
+        lines.append(f"\n- {arm}: planning tick with a history of 256 over 16: {ratio['median']:.2f}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command line."""
+    parser = benchmark_parser(__doc__ or "", "headline")
+    parser.add_argument("--pusht", type=Path, help="diffusion_policy's recording; without it PushT is left out")
+    parser.add_argument("--tune", action="store_true", help="the trials of learning rates instead")
+    parser.add_argument("--latency", type=Path, default=Path("runs/benchmarks/rivals.json"), help="of rivals.py")
+    options: argparse.Namespace = parser.parse_args()
+    if options.tune:
+        return run_benchmark(options, make_trials(), make_tuning_report)
+    tasks = make_tasks(options.pusht)
+    return run_benchmark(options, make_jobs(tasks), lambda results: make_report(results, tasks, options.latency))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

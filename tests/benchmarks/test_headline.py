@@ -1,0 +1,79 @@
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmark_jobs import load, result
+
+from scd_robot.presets import resolve, with_settings
+from scd_robot.types import ArraySpec, DatasetSpec
+
+headline = load("headline")
+TASK = headline.TASKS["assembly"]
+STATES = DatasetSpec({"proprio": ArraySpec((4,)), "object": ArraySpec((14,)), "goal": ArraySpec((3,))}, 4, 0.0125)
+
+
+def arm_result(arm: str, successes: int, curve: list[int], cpu_s: float | None, seed: int = 0) -> dict[str, Any]:
+    """A finished run of 100 episodes, whose earlier checkpoints had `curve` successes of 10."""
+    document = result(headline._name("assembly", arm, seed), [True] * successes + [False] * (100 - successes))
+    document["evaluation"] |= {"success_rate": successes / 100, "best_reward": 1.0, "weights": f"{arm}{seed}"}
+    document["training"] |= {"cpu_s": cpu_s, "steps": 10 * (len(curve) + 1)}
+    points = enumerate(curve, start=1)
+    document["curve"] = [{"step": 10 * i, "successes": n, "valid": 10, "best_reward": None} for i, n in points]
+    return document
+
+
+def report(*arms: dict[str, Any]) -> str:
+    return headline.make_report({arm["name"]: arm for arm in arms}, {"assembly": TASK}, Path("nowhere.json"))
+
+
+@pytest.mark.parametrize("job", [*headline.make_jobs(headline.TASKS), *headline.make_trials()], ids=lambda job: job.name)
+def test_settings_of_every_job_fit_its_preset(job: Any) -> None:
+    experiment = with_settings(resolve(job.preset, STATES), job.settings)
+    assert experiment.training.max_steps % experiment.training.validate_every == 0
+    assert headline.Job.from_json(json.loads(json.dumps(asdict(job)))) == job
+
+
+def test_pusht_joins_where_its_recording_is_at_hand(tmp_path: Path) -> None:
+    jobs = headline.make_jobs(headline.make_tasks(tmp_path / "pusht.zarr"))
+    (job,) = (job for job in jobs if job.name == "pusht_entangled_seed2")
+    assert job.recording == headline.Given(str(tmp_path / "pusht.zarr"), ("state", "keypoint"), 0.1)
+    assert headline.Job.from_json(json.loads(json.dumps(asdict(job)))) == job
+    assert "pusht" not in headline.make_tasks(None)
+
+
+def test_both_architectures_have_as_many_trials() -> None:
+    trials = [job.name for job in headline.make_trials()]
+    assert len(set(trials)) == len(trials)
+    ours, rivals = ([name for name in trials if f"_{arm}_" in name] for arm in (headline.OURS, headline.RIVAL))
+    assert len(ours) == len(rivals) == len(headline.LEARNING_RATES) * len(headline.TUNED_ON)
+
+
+def test_arms_are_timed_to_nine_tenths_of_the_rivals_final_success() -> None:
+    ours = arm_result("separable", 95, [2, 9, 9], 100.0)
+    rival = arm_result("entangled", 90, [0, 3, 8], 300.0)
+    text = report(ours, rival)
+    assert "CPU time to 81.0% success: 0.17 of the rival's; aim 0.6: reached" in text  # 50 s beside 300 s
+    assert "separable beside the entangled, 1 of 3 seeds: +5.0" in text
+    slow = arm_result("separable", 95, [2, 3, 4], 250.0)
+    assert "0.83 of the rival's; aim 0.6: NOT reached" in report(slow, rival)
+
+
+def test_an_arm_that_never_gets_there_has_no_time() -> None:
+    text = report(arm_result("separable", 50, [2, 3, 4], 100.0), arm_result("entangled", 90, [0, 3, 8], 300.0))
+    assert "an arm never reached it" in text
+    assert "| never |" in text
+    text = report(arm_result("separable", 0, [0], 100.0), arm_result("entangled", 0, [0], 300.0))
+    assert "an arm never reached it" in text
+
+
+def test_arms_are_read_at_equal_cpu_time_too() -> None:
+    ours, rival = arm_result("separable", 95, [2, 9, 9], 150.0), arm_result("entangled", 90, [0, 3, 8], 300.0)
+    (row,) = (line for line in report(ours, rival).splitlines() if line.startswith("| entangled |"))
+    assert row.endswith("| 30.0% |")  # its second checkpoint, after 150 s
+
+
+def test_a_training_that_was_interrupted_has_no_cpu_time() -> None:
+    text = report(arm_result("separable", 95, [9], None), arm_result("entangled", 90, [8], 300.0))
+    assert "an arm never reached it" in text
