@@ -176,10 +176,10 @@ class CausalDitTransformer(FlowTransformer):
     ) -> Tensor:
         """Velocity (R, L, Da) of noisy tokens x (R, L, Da), through all layers."""
         masks = self.masks(x, context, token_valid)
-        tokens = self._embed(x)
+        tokens = self.embed_noisy(x)
         for layer in range(len(self.blocks)):
             tokens = self.layer(layer, tokens, conditioning, context, masks)
-        return self._read_out(tokens, conditioning)
+        return self.read_out(tokens, conditioning)
 
     def layer(
         self,
