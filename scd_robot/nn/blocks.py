@@ -41,16 +41,17 @@ class CausalBlock(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, own: Tensor) -> Tensor:
         """All tokens (B, L, D) of a segment at once; `mask` and `own` as `window_mask` makes them."""
-        q, k, v = self._project(x, rotary)
+        q, k, v = self.queries_keys_values(x, rotary)
         return self._finish(x, attend(q, k, v, mask, own, self.memory_gate))
 
     def step(self, x: Tensor, rotary: Rotary, layer: int, cache: KVCache, plan: StepPlan) -> Tensor:
         """The tokens (B, P, D) of one more control step; earlier ones come from the cache, which is extended."""
-        q, k, v = self._project(x, rotary)
+        q, k, v = self.queries_keys_values(x, rotary)
         k, v = cache.write(layer, plan, k, v)
         return self._finish(x, attend(q, k, v, plan.mask, plan.own, self.memory_gate))
 
-    def _project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (B, N, L, Dh)."""
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)
         q, k = apply_rotary(qkv[:, :, :2], *rotary).unbind(2)
         return q, k, qkv[:, :, 2]
