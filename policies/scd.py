@@ -7,8 +7,7 @@ Shapes: B rows, Ta chunk length, k past actions, Da action width, d committed ac
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +21,14 @@ from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import ActionError, CheckpointError, ConfigError, ShapeError
 from scd_robot.model import ActionModel, ActionPlan, Conditioning, ScdConfig, build_model
 from scd_robot.normalization import Normalizer
+from scd_robot.policies.inputs import check_widths, checked_action, model_observation
 from scd_robot.policies.rows import Rows
-from scd_robot.seeding import POLICY_NOISE, keyed_rng
+from scd_robot.policies.sampling import inference, plan_noise
 from scd_robot.transforms import TransformConfig, Transforms
 from scd_robot.types import ActionArray, DatasetSpec, Observation, PolicySpec
 
 __all__ = ["ScdPolicy", "ScdPolicyConfig"]
 
-_SMALL_BATCH = 16  # rows up to which one thread is faster than several
 _MOST_TIMINGS = 100_000  # a robot that runs for days and never asks for them must not run out of memory
 
 
@@ -111,10 +110,11 @@ class ScdPolicy:
         self.normalizer = normalizer.to(device)
         self.device = torch.device(device)
         architecture = model.config
-        _check_widths(architecture, normalizer, self.transforms.spec)
+        check_widths(architecture, normalizer, self.transforms.spec)
         self.config.check_fits(architecture)
+        self._sources = {key: self.transforms.sources[key] for key in architecture.observation_shapes}
         self.spec = PolicySpec(
-            observation={key: dataset.observation[key] for key in self._sources().values()},
+            observation={key: dataset.observation[key] for key in self._sources.values()},
             action_dim=dataset.action_dim,
             control_dt=dataset.control_dt,
             chunk_length=architecture.chunk_length,
@@ -183,10 +183,11 @@ class ScdPolicy:
         Raises:
             ShapeError: missing keys, wrong widths, a batch size other than before, NaN or infinite values.
         """
-        seen, present = self._seen(observation)
+        may_be_absent = self.model.config.observation_tokens == "per_key"
+        seen, present = model_observation(observation, self._sources, self.transforms, may_be_absent)
         batch = len(next(iter(seen.values())))
         if executed_action is not None:
-            executed_action = self._checked_action("executed_action", executed_action, (batch, self.spec.action_dim))
+            executed_action = checked_action("executed_action", executed_action, (batch, self.spec.action_dim))
         if self._rows is None:
             episodes = self._first_episodes
             if episodes is None:
@@ -211,7 +212,7 @@ class ScdPolicy:
         """One encoder step of the rows for which `encodes` (B,) is True."""
         state = {part.key: seen[part.key] for part in self.transforms.config.chunk_parts}
         active = None if encodes.all() else torch.as_tensor(encodes, device=self.device)
-        with self._inference(rows.batch_size):
+        with inference(self.device, rows.batch_size):
             normalised = {
                 key: self.normalizer.normalize(key, torch.as_tensor(value, device=self.device))
                 for key, value in seen.items()
@@ -270,7 +271,7 @@ class ScdPolicy:
             prefix = rows.upcoming(delay_steps)
         elif prefix is not None:
             count = delay_steps or (np.shape(prefix)[1] if np.ndim(prefix) == 3 else 0)
-            prefix = self._checked_action("prefix", prefix, (rows.batch_size, count, self.spec.action_dim))
+            prefix = checked_action("prefix", prefix, (rows.batch_size, count, self.spec.action_dim))
         everyone = np.arange(rows.batch_size)
         chunk = self._sample_chunks(everyone, prefix)
         rows.follow(everyone, chunk)
@@ -312,8 +313,11 @@ class ScdPolicy:
         rows, config = self._observed("plan"), self.config
         copies, with_past = config.num_samples, config.num_samples > 1
         started = time.perf_counter()
-        noise, corruption = self._noise(rows, chosen)
-        with self._inference(len(chosen)):
+        guided = config.guidance_scale != 1.0
+        noise, corruption = plan_noise(
+            self.model.config, rows, chosen, seed=config.seed, num_samples=copies, guided=guided
+        )
+        with inference(self.device, len(chosen)):
             assert self._context is not None
             context, committed, past_known = self._context, None, None
             if len(chosen) < rows.batch_size:
@@ -349,20 +353,6 @@ class ScdPolicy:
         self._timings["plan_rows"].append(len(chosen))
         return chunk
 
-    def _noise(self, rows: Rows, chosen: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Of the sampler (rows, S, L, Da) and of guidance (rows or 0, K, D), keyed by (seed, episode, plan)."""
-        config, architecture = self.config, self.model.config
-        length = architecture.chunk_length + (architecture.num_past_actions if config.num_samples > 1 else 0)
-        guided = config.guidance_scale != 1.0
-        noise = np.empty((len(chosen), config.num_samples, length, architecture.action_dim), np.float32)
-        corruption = np.empty((len(chosen) * guided, architecture.num_context_tokens, architecture.width), np.float32)
-        for i, row in enumerate(chosen):
-            rng = keyed_rng(POLICY_NOISE, config.seed, rows.episode[row], rows.num_plans[row])
-            rng.standard_normal(dtype=np.float32, out=noise[i])
-            if guided:
-                rng.standard_normal(dtype=np.float32, out=corruption[i])
-        return noise, corruption
-
     def _most_faithful(
         self, rows: Rows, chosen: NDArray[np.int64], plan: ActionPlan, state: Mapping[str, NDArray[Any]]
     ) -> Tensor:
@@ -380,51 +370,6 @@ class ScdPolicy:
             raise ConfigError(f"{call}() needs an observation first: call observe(observation)")
         return self._rows
 
-    def _sources(self) -> dict[str, str]:
-        """The recording's key of each key of the model."""
-        return {key: self.transforms.sources[key] for key in self.model.config.observation_shapes}
-
-    def _seen(self, observation: Observation) -> tuple[dict[str, NDArray[Any]], dict[str, bool]]:
-        """Arrays (B, ...) as the model has them, and which keys are there if some are not."""
-        may_be_absent = self.model.config.observation_tokens == "per_key"
-        seen: dict[str, NDArray[Any]] = {}
-        absent = []
-        batch = None
-        for key, source in self._sources().items():
-            spec = self.spec.observation[source]
-            if observation.get(source) is None:
-                if not may_be_absent:
-                    raise ShapeError(f"observation {source!r} is missing; got {sorted(observation)}")
-                absent.append(key)
-                continue
-            value = _as_float32(observation[source], f"observation {source!r}")
-            batch = len(value) if batch is None and value.ndim else batch
-            if value.shape != (batch, *spec.shape) or not batch:
-                expected = ", ".join(map(str, ("B", *spec.shape)))
-                raise ShapeError(
-                    f"observation {source!r} must be ({expected}) with one B >= 1 for all keys, got {value.shape}"
-                )
-            if not np.isfinite(value).all():
-                row = int(np.argwhere(~np.isfinite(value))[0][0])
-                raise ShapeError(f"observation {source!r} holds a NaN or infinite value in row {row}")
-            seen[key] = self.transforms.convert(key, value)
-        if batch is None:
-            raise ShapeError(f"no observation key is there; expected {sorted(self.spec.observation)}")
-        for key in absent:
-            if any(part.key == key for part in self.transforms.config.chunk_parts):
-                raise ShapeError(f"observation {key!r} may not be absent: actions are relative to it")
-            seen[key] = np.zeros((batch, *self.transforms.spec.observation[key].shape), np.float32)
-        return seen, dict.fromkeys(seen, True) | dict.fromkeys(absent, False) if absent else {}
-
-    def _checked_action(self, name: str, action: ActionArray, shape: tuple[int, ...]) -> ActionArray:
-        value = _as_float32(action, name)
-        if value.shape != shape:
-            raise ShapeError(f"{name} must be {shape}, got {value.shape}")
-        if not np.isfinite(value).all():
-            row = int(np.argwhere(~np.isfinite(value))[0][0])
-            raise ShapeError(f"{name} holds a NaN or infinite value in row {row}")
-        return value
-
     # A policy whose model makes something else of the history than one tensor replaces these.
 
     def _where(self, active: Tensor, new: Any, old: Any) -> Any:
@@ -439,42 +384,6 @@ class ScdPolicy:
         """Each row's context so many times in a row."""
         return context.repeat_interleave(copies, 0)
 
-    @contextmanager
-    def _inference(self, batch: int) -> Iterator[None]:
-        """No gradients, and one thread for small batches: more only wait for each other."""
-        threads = torch.get_num_threads()
-        single = self.device.type == "cpu" and batch <= _SMALL_BATCH and threads > 1
-        if single:
-            torch.set_num_threads(1)
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            if single:
-                torch.set_num_threads(threads)
-
-
-def _check_widths(config: ScdConfig, normalizer: Normalizer, dataset: DatasetSpec) -> None:
-    """Raises ShapeError where model, statistics and specification are not of one dataset."""
-    specified = {key: spec.shape for key, spec in dataset.observation.items()} | {"action": (dataset.action_dim,)}
-    for key, shape in {**config.observation_shapes, "action": (config.action_dim,)}.items():
-        statistics = normalizer.statistics.get(key)
-        found = (specified.get(key), None if statistics is None else (statistics.width,))
-        if found != (tuple(shape), tuple(shape)):
-            raise ShapeError(
-                f"the model takes {key!r} of shape {tuple(shape)}, the dataset's specification has {found[0]} and the "
-                f"normalisation {found[1]}; they must be of one checkpoint"
-            )
-
 
 def _empty_timings() -> dict[str, deque[float]]:
     return {name: deque(maxlen=_MOST_TIMINGS) for name in ("encoder_ms", "plan_ms", "plan_rows")}
-
-
-def _as_float32(values: Any, name: str) -> ActionArray:
-    """The values in float32, those that are too large as infinite."""
-    array = np.asarray(values)
-    if array.dtype.kind not in "biuf":
-        raise ShapeError(f"{name} must hold numbers, got an array of {array.dtype}")
-    with np.errstate(over="ignore"):
-        return array.astype(np.float32, copy=False)

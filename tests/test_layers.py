@@ -123,6 +123,24 @@ def test_parts_do_without_the_packages_they_must_not_need(path: Path) -> None:
         assert module.split(".")[0] not in FORBIDDEN[part], f"{path}:{line}: {part} must not import {module}"
 
 
+def private_methods(path: Path) -> set[str]:
+    """Names of methods that begin with one underscore."""
+    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    functions = [node.name for one in classes for node in one.body if isinstance(node, ast.FunctionDef)]
+    return {name for name in functions if name.startswith("_") and not name.startswith("__")}
+
+
+def test_nobody_calls_private_methods_of_models_and_policies() -> None:
+    defined = {path: private_methods(path) for path in source_files()}
+    private = set().union(*(defined[path] for path in defined if part_of(path) in ("nn", "model", "policies")))
+    for path in source_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Attribute) or node.attr not in private - defined[path]:
+                continue
+            inherited = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            assert inherited, f"{path}:{node.lineno}: {ast.unparse(node)} is private; give its class a public method"
+
+
 def test_order_of_dependencies_has_no_cycle() -> None:
     remaining = dict(ALLOWED)
     while remaining:

@@ -106,7 +106,7 @@ def _note_shares(found: list[Tensor], block: CausalBlock, inputs: tuple[Any, ...
     """Adds to `found` the attention (n * T',) of the last n control steps' last tokens to all control steps."""
     x, rotary, mask, own = inputs
     group = int(own[0, 0, 0].sum())
-    q, k, _ = block._project(x, rotary)
+    q, k, _ = block.queries_keys_values(x, rotary)
     scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
     weights = _weights(scores, mask, own, block.memory_gate).mean(dim=(0, 1))  # (L, L)
     last = weights[group - 1 :: group].unflatten(-1, (-1, group)).sum(-1)

@@ -81,7 +81,7 @@ def shortened(policy: CausalDitPolicy, shortcut: Shortcut) -> Iterator[None]:
         x: Tensor, conditioning: Conditioning, context: PreparedHistory, token_valid: Tensor | None = None
     ) -> Tensor:
         nonlocal steps, added
-        masks, tokens = decoder.masks(x, context, token_valid), decoder._embed(x)
+        masks, tokens = decoder.masks(x, context, token_valid), decoder.embed_noisy(x)
         full = steps < shortcut.full_steps
         for layer in range(len(decoder.blocks)):
             if layer == shortcut.first:
@@ -93,7 +93,7 @@ def shortened(policy: CausalDitPolicy, shortcut: Shortcut) -> Iterator[None]:
             if full and layer == shortcut.stop - 1:
                 added = tokens - before
         steps += 1
-        return decoder._read_out(tokens, conditioning)
+        return decoder.read_out(tokens, conditioning)
 
     decoder.prepare, decoder.velocity = prepare_plan, velocity  # of this object, in the place of its class's
     try:
@@ -208,7 +208,7 @@ def _look(policy: CausalDitPolicy, batch: TrainingBatch, steps: int, found: _Sum
         features.append(tokens[1:])
         added.append(tokens[1:] - tokens[:-1])
         attention.append(torch.stack([share[keep].sum() for _, share in trace[1:]]))
-        return decoder._read_out(trace[-1][0], conditioning[time])
+        return decoder.read_out(trace[-1][0], conditioning[time])
 
     sample(velocity, batch.draws.noise.flatten(0, 2)[:, past:], sampler)
     alike = torch.stack([_similarity(torch.stack(parts)) for parts in (features, added)])  # (2, layers, N, N, R')
@@ -232,7 +232,7 @@ def _layers(
     decoder: CausalDitTransformer, x: Tensor, conditioning: Conditioning, context: PreparedHistory
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens (R, L, D) before the first layer and after each, and how much of it (R,) attended to earlier steps."""
-    masks, tokens = decoder.masks(x, context, None), decoder._embed(x)
+    masks, tokens = decoder.masks(x, context, None), decoder.embed_noisy(x)
     yield tokens, tokens.new_zeros(len(tokens))
     for layer, block in enumerate(decoder.blocks):
         assert isinstance(block, CausalDitBlock)
@@ -253,7 +253,7 @@ def _share_of_history(
 ) -> Tensor:
     """(R,) attention of noisy tokens on earlier control steps, the mean over heads and tokens."""
     history = context.seen.shape[-1]
-    q, k, _ = block._rotated(tokens, modulation, context.rotary)
+    q, k, _ = block.queries_keys_values(tokens, modulation, context.rotary)
     keys = torch.cat((context.keys_values[layer][0][:, :, :history], k), dim=2)
     scores = (q @ keys.transpose(-1, -2)) / q.shape[-1] ** 0.5
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)[..., :history]
@@ -270,11 +270,11 @@ def _leave_out(policy: CausalDitPolicy, batch: TrainingBatch, found: _Sums) -> N
     context, conditioning = decoder.prepare(samples.context), decoder.condition(flow_time)
     counted = samples.valid[:, past:] & samples.counted[:, None]
     for left_out in range(len(decoder.blocks) + 1):
-        masks, tokens = decoder.masks(path.x_t, context, None), decoder._embed(path.x_t)
+        masks, tokens = decoder.masks(path.x_t, context, None), decoder.embed_noisy(path.x_t)
         for layer in range(len(decoder.blocks)):
             if layer != left_out:
                 tokens = decoder.layer(layer, tokens, conditioning, context, masks)
-        error = (decoder._read_out(tokens, conditioning) - path.velocity).square().mean(-1)
+        error = (decoder.read_out(tokens, conditioning) - path.velocity).square().mean(-1)
         found.error[left_out] += float(error[counted].sum())
     found.tokens += float(counted.sum())
 

@@ -76,7 +76,6 @@ class ActionModel(nn.Module, Generic[ContextT]):
         tokens, valid = self._tokenize(observation, past_action, past_action_valid, present, stream)
         return self._encode(tokens, valid, stream, first_position)
 
-    @abstractmethod
     def encode_at(
         self,
         position: Tensor,
@@ -88,8 +87,17 @@ class ActionModel(nn.Module, Generic[ContextT]):
     ) -> ContextT:
         """What plans at the control steps `position` (B, M) of a stream are made from; other arguments as of `encode`.
 
-        `samples` makes of it what `velocity` and `plan` take.
+        `samples` makes of it what `velocity` and `plan` take. A model without memory encodes these control steps only,
+        since it sees no others.
         """
+        if self.config.history_length == 1 and past_action is None:
+            observation, present = (
+                {key: take_steps(value, position) for key, value in given.items()}
+                for given in (observation, present or {})
+            )
+            position, stream = torch.arange(position.shape[1], device=position.device).expand_as(position), None
+        tokens, valid = self._tokenize(observation, past_action, None, present or None, stream)
+        return self._encode_at(position, tokens, valid, stream)
 
     def encode_step(
         self,
@@ -247,6 +255,10 @@ class ActionModel(nn.Module, Generic[ContextT]):
     @abstractmethod
     def _encode(self, tokens: Tensor, valid: Tensor | None, stream: Tensor | None, first_position: int) -> Tensor:
         """Contexts (B, T, K, D) of tokens (B, T, P, D)."""
+
+    @abstractmethod
+    def _encode_at(self, position: Tensor, tokens: Tensor, valid: Tensor | None, stream: Tensor | None) -> ContextT:
+        """`encode_at` of tokens (B, T, P, D)."""
 
     @abstractmethod
     def _encode_step(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None) -> ContextT:

@@ -11,7 +11,7 @@ Shapes: B streams, T control steps, P tokens per control step, S = T * P history
 R = B * M samples, L noisy tokens, Da action width, N heads, Dh head width, D width.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -176,10 +176,10 @@ class CausalDitTransformer(FlowTransformer):
     ) -> Tensor:
         """Velocity (R, L, Da) of noisy tokens x (R, L, Da), through all layers."""
         masks = self.masks(x, context, token_valid)
-        tokens = self._embed(x)
+        tokens = self.embed_noisy(x)
         for layer in range(len(self.blocks)):
             tokens = self.layer(layer, tokens, conditioning, context, masks)
-        return self._read_out(tokens, conditioning)
+        return self.read_out(tokens, conditioning)
 
     def layer(
         self,
@@ -230,19 +230,6 @@ class CausalDitModel(ActionModel[HistoryContext]):
         self.decoder = CausalDitTransformer(config, self.tokenizer.tokens_per_step)
         self._clean: Conditioning = self.decoder.clean()  # made anew with every cache, from the weights of then
 
-    def encode_at(
-        self,
-        position: Tensor,
-        observation: Mapping[str, Tensor],
-        past_action: Tensor | None = None,
-        *,
-        present: Mapping[str, Tensor] | None = None,
-        stream: Tensor | None = None,
-    ) -> HistoryContext:
-        """What samples at the control steps `position` (B, M) see of the history; other arguments as of `encode`."""
-        tokens, valid = self._tokenize(observation, past_action, None, present, stream)
-        return self.decoder.history(tokens, valid, stream, 0).at(position)
-
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty history for `encode_step`: keys and values of all layers."""
         config, weight = self.config, self.decoder.position
@@ -264,6 +251,11 @@ class CausalDitModel(ActionModel[HistoryContext]):
 
     def _encode(self, tokens: Tensor, valid: Tensor | None, stream: Tensor | None, first_position: int) -> Tensor:
         return self.decoder.history(tokens, valid, stream, first_position).features
+
+    def _encode_at(
+        self, position: Tensor, tokens: Tensor, valid: Tensor | None, stream: Tensor | None
+    ) -> HistoryContext:
+        return self.decoder.history(tokens, valid, stream, 0).at(position)
 
     def _encode_step(
         self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None

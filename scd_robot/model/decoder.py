@@ -87,12 +87,12 @@ class FlowTransformer(nn.Module):
         blocks = cast(Iterable[AdaLNBlock], self.blocks)
         return Conditioning([block.modulate_by(features) for block in blocks], (shift, 1 + scale))
 
-    def _embed(self, x: Tensor) -> Tensor:
+    def embed_noisy(self, x: Tensor) -> Tensor:
         """Noisy tokens (B, L, D) of x (B, L, Dx), which holds all positions, or all but the hidden ones."""
         tokens: Tensor = self.embed(x) + self.position[-x.shape[1] :]
         return tokens
 
-    def _read_out(self, tokens: Tensor, conditioning: Conditioning) -> Tensor:
+    def read_out(self, tokens: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity (B, L, Dx) of the last layer's noisy tokens (B, L, D)."""
         shift, factor = (x[:, -tokens.shape[1] :] for x in conditioning.head)  # of length 1 where the tokens share it
         out: Tensor = self.head(modulate(self.norm(tokens), shift, factor))
@@ -176,14 +176,14 @@ class DiffusionDecoder(FlowTransformer):
         self, x: Tensor, conditioning: Conditioning, context: PreparedContext, token_valid: Tensor | None = None
     ) -> Tensor:
         """As `forward`, with the parts that do not change between denoising steps computed beforehand."""
-        length, tokens = x.shape[1], self._embed(x)
+        length, tokens = x.shape[1], self.embed_noisy(x)
         mask = self._mask(length, token_valid, x.device)
         if context.tokens is not None:
             tokens = torch.cat((context.tokens, tokens), dim=1)
         for index, block in enumerate(self._blocks()):
             prefix = None if context.keys_values is None else context.keys_values[index]
             tokens = block(tokens, conditioning.blocks[index], mask, prefix)
-        return self._read_out(tokens[:, -length:], conditioning)
+        return self.read_out(tokens[:, -length:], conditioning)
 
     def _blocks(self) -> Iterable[AdaLNBlock]:
         return cast(Iterable[AdaLNBlock], self.blocks)

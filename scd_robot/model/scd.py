@@ -10,8 +10,6 @@ this model shares with its entangled rival (causal_dit.py).
 Shapes: B batch, T control steps, M samples per stream, K context tokens, D width.
 """
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from scd_robot.model.base import ActionModel, take_steps
@@ -47,27 +45,6 @@ class ScdModel(ActionModel[Tensor]):
             fusion=config.fusion,
         )
 
-    def encode_at(
-        self,
-        position: Tensor,
-        observation: Mapping[str, Tensor],
-        past_action: Tensor | None = None,
-        *,
-        present: Mapping[str, Tensor] | None = None,
-        stream: Tensor | None = None,
-    ) -> Tensor:
-        """Contexts (B, M, K, D) of the control steps at `position` (B, M) of a stream; other arguments as of `encode`.
-
-        A model without memory encodes these control steps only, since it sees no others.
-        """
-        if self.config.history_length > 1 or past_action is not None:
-            context = self.encode(observation, past_action, present=present, stream=stream)
-            return take_steps(context, position)
-        observation, there = (
-            {key: take_steps(value, position) for key, value in given.items()} for given in (observation, present or {})
-        )
-        return self.encode(observation, present=there or None)
-
     def samples(self, context: Tensor, copies: int) -> Tensor:
         """Contexts (B, M, K, D) as (B * M * copies, K, D)."""
         return context.flatten(0, 1).repeat_interleave(copies, 0)
@@ -80,6 +57,9 @@ class ScdModel(ActionModel[Tensor]):
     def _encode(self, tokens: Tensor, valid: Tensor | None, stream: Tensor | None, first_position: int) -> Tensor:
         context: Tensor = self.encoder(tokens, valid, stream, first_position)
         return context
+
+    def _encode_at(self, position: Tensor, tokens: Tensor, valid: Tensor | None, stream: Tensor | None) -> Tensor:
+        return take_steps(self._encode(tokens, valid, stream, 0), position)
 
     def _encode_step(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None) -> Tensor:
         return self.encoder.step(tokens, cache, valid, active)

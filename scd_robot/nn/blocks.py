@@ -41,16 +41,17 @@ class CausalBlock(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, own: Tensor) -> Tensor:
         """All tokens (B, L, D) of a segment at once; `mask` and `own` as `window_mask` makes them."""
-        q, k, v = self._project(x, rotary)
+        q, k, v = self.queries_keys_values(x, rotary)
         return self._finish(x, attend(q, k, v, mask, own, self.memory_gate))
 
     def step(self, x: Tensor, rotary: Rotary, layer: int, cache: KVCache, plan: StepPlan) -> Tensor:
         """The tokens (B, P, D) of one more control step; earlier ones come from the cache, which is extended."""
-        q, k, v = self._project(x, rotary)
+        q, k, v = self.queries_keys_values(x, rotary)
         k, v = cache.write(layer, plan, k, v)
         return self._finish(x, attend(q, k, v, plan.mask, plan.own, self.memory_gate))
 
-    def _project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (B, N, L, Dh)."""
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)
         q, k = apply_rotary(qkv[:, :, :2], *rotary).unbind(2)
         return q, k, qkv[:, :, 2]
@@ -136,7 +137,7 @@ class CausalDitBlock(AdaLNBlock):
         self, x: Tensor, modulation: tuple[Tensor, ...], rotary: Rotary, mask: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Tokens (B, L, D) of a whole segment, and their keys and values, each (B, N, L, Dh)."""
-        q, k, v = self._rotated(x, modulation, rotary)
+        q, k, v = self.queries_keys_values(x, modulation, rotary)
         return self._finish(x, multi_head_attention(q, k, v, mask), modulation), (k, v)
 
     def step(
@@ -153,7 +154,7 @@ class CausalDitBlock(AdaLNBlock):
 
         They see the cache's window, or with `local` each other alone.
         """
-        q, k, v = self._rotated(x, modulation, rotary)
+        q, k, v = self.queries_keys_values(x, modulation, rotary)
         pair = cache.write(layer, plan, k, v)
         mask = plan.mask & plan.own if local else plan.mask
         return self._finish(x, multi_head_attention(q, *pair, mask), modulation), pair
@@ -178,7 +179,7 @@ class CausalDitBlock(AdaLNBlock):
             history: S.
             mask: broadcastable to (B, N, L, S + L).
         """
-        q, *own = self._rotated(x, modulation, rotary)
+        q, *own = self.queries_keys_values(x, modulation, rotary)
         together = []
         for store, new in zip(pair, own, strict=True):
             if store.shape[2] > history:
@@ -189,7 +190,9 @@ class CausalDitBlock(AdaLNBlock):
         k, v = together
         return self._finish(x, multi_head_attention(q, k, v, mask), modulation)
 
-    def _rotated(self, x: Tensor, modulation: tuple[Tensor, ...], rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(
+        self, x: Tensor, modulation: tuple[Tensor, ...], rotary: Rotary
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, N, L, Dh)."""
         x = modulate(self.norm(x), modulation[0], modulation[1])
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)

@@ -52,13 +52,13 @@ class TestADeviationOfTheControlLoopIsSeen:
     def test_observations_that_come_one_control_step_late(self, monkeypatch):
         policy = untrained()
         with monkeypatch.context() as patch:
-            seen, last = policy._seen, []
+            observe, last = policy.observe, []
 
-            def late(observation):
-                last.append(seen(observation))
-                return last[max(0, len(last) - 2)]
+            def late(observation, executed_action=None):
+                last.append(observation)
+                observe(last[max(0, len(last) - 2)], executed_action)
 
-            patch.setattr(policy, "_seen", late)
+            patch.setattr(policy, "observe", late)
             streams = recorded(policy)
         assert relative_difference(policy, streams) > 0.1
 

@@ -1,18 +1,14 @@
 """Probes of the entangled policy, on models whose numbers are known beforehand."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_data, tiny_experiment
+from small_policies import small_policy
+from tiny import tiny_data
 
 from scd_robot.analysis.probe_report import conclusions, write_probe
 from scd_robot.analysis.probes import Shortcut, probe, shortened
 from scd_robot.errors import ConfigError
-from scd_robot.model import build_model
-from scd_robot.normalization import Normalizer, compute_statistics
-from scd_robot.policies import CausalDitPolicy, ScdPolicy
 
 ENTANGLED = {
     "architecture": "entangled",
@@ -24,18 +20,9 @@ ENTANGLED = {
 STEPS = 4
 
 
-def make_policy(kind=CausalDitPolicy, **model):
-    """All weights random; four layers."""
-    data, experiment = tiny_data(), tiny_experiment(model={**ENTANGLED, **model})
-    torch.manual_seed(0)
-    network = build_model(experiment.model)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3)
-    keys = [*experiment.model.observation_shapes, "action"]
-    statistics = {key: compute_statistics(data.arrays[key], key) for key in keys}
-    normalizer = Normalizer(statistics, dict.fromkeys(keys, "min_max"))
-    return kind(network, normalizer, data.spec, replace(experiment.policy, num_executed=2))
+def make_policy(**model):
+    """Four layers."""
+    return small_policy({**ENTANGLED, **model})
 
 
 def numbers(policy):
@@ -145,7 +132,7 @@ def test_what_is_reused_is_what_the_last_full_step_added() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    separable = make_policy(ScdPolicy, architecture="separable")
+    separable = make_policy(architecture="separable")
     with pytest.raises(ConfigError, match="of an entangled policy"):
         numbers(separable)
     for arguments in ((2, 2, 1), (-1, 2, 1), (0, 2, 0)):

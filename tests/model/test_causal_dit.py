@@ -112,6 +112,20 @@ def test_a_sample_sees_its_window_and_nothing_after_it(local_layers: int) -> Non
 
 
 @torch.no_grad()
+def test_without_memory_only_the_steps_that_are_asked_for_are_encoded() -> None:
+    config = dataclasses.replace(ENTANGLED, history_length=1)
+    model = randomised(config)
+    observation, _ = stream_of(config, 2, 12, torch.float64)
+    position = torch.tensor([[7, 2], [11, 0]])
+    context = model.encode_at(position, observation, stream=torch.arange(12).expand(2, -1) // 5)
+    assert context.keys_values[0][0].shape[2] == 2 * model.tokenizer.tokens_per_step
+    noise = torch.randn(4, 4, 2, dtype=torch.float64)
+    plans = model.plan(context, noise=noise).actions
+    everywhere = model.encode_at(torch.arange(12).expand(2, -1), observation)
+    torch.testing.assert_close(plans, model.plan(everywhere.at(position), noise=noise).actions)
+
+
+@torch.no_grad()
 def test_streams_and_samples_do_not_mix() -> None:
     model = randomised(ENTANGLED)
     observation, _ = stream_of(ENTANGLED, 2, 12, torch.float64)

@@ -1,39 +1,19 @@
-"""Small policies with random weights."""
+"""Small policies with random weights, and observations for them."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from small_policies import small_policy
 
-from scd_robot.config import from_json, to_json
-from scd_robot.model import build_model
-from scd_robot.normalization import Normalizer, compute_statistics
 from scd_robot.policies import ScdPolicy
-from scd_robot.policies.registry import policy_class, policy_type
-from scd_robot.policies.scd import ScdPolicyConfig
 
 
 @pytest.fixture
 def scd_policy() -> Callable[..., ScdPolicy]:
-    """`scd_policy(model={...}, num_executed=2, ...)`: all weights random, statistics of the tiny dataset."""
-    from tiny import tiny_data, tiny_experiment
-
-    def make(model: dict[str, Any] | None = None, **settings: Any) -> ScdPolicy:
-        data, experiment = tiny_data(), tiny_experiment(model=model)
-        torch.manual_seed(0)
-        network = build_model(experiment.model)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
-        keys = [*experiment.model.observation_shapes, "action"]
-        statistics = {key: compute_statistics(data.arrays[key], key) for key in keys}
-        config = from_json(ScdPolicyConfig, {**to_json(experiment.policy), **settings})
-        kind = policy_class(policy_type(experiment.model.architecture))
-        return kind(network, Normalizer(statistics, dict.fromkeys(keys, "min_max")), data.spec, config)
-
-    return make
+    """`scd_policy(model={...}, num_executed=2, ...)`, see `small_policy`."""
+    return small_policy
 
 
 @pytest.fixture
