@@ -247,7 +247,7 @@ def _points(result: Mapping[str, Any]) -> list[tuple[float, float]]:
 
 
 def _target(rival: Sequence[dict[str, Any]]) -> float | None:
-    """The success that all arms are timed to: a share of the rival's final one, its seeds together; None without any."""
+    """The success that all arms are timed to: a share of the rival's final one over its seeds; None without any."""
     rates = [r["evaluation"]["success_rate"] for r in rival if r["evaluation"]["success_rate"] is not None]
     return AIM_OF_FINAL * float(np.mean(rates)) if any(rates) else None
 

@@ -28,7 +28,10 @@ def report(*arms: dict[str, Any]) -> str:
     return headline.make_report({arm["name"]: arm for arm in arms}, {"assembly": TASK}, Path("nowhere.json"))
 
 
-@pytest.mark.parametrize("job", [*headline.make_jobs(headline.TASKS), *headline.make_trials()], ids=lambda job: job.name)
+JOBS = [*headline.make_jobs(headline.TASKS), *headline.make_trials()]
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
 def test_settings_of_every_job_fit_its_preset(job: Any) -> None:
     experiment = with_settings(resolve(job.preset, STATES), job.settings)
     assert experiment.training.max_steps % experiment.training.validate_every == 0
