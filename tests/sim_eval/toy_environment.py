@@ -102,6 +102,11 @@ def make_crashing_at_first():
     return PointEnvironment(faults={derive_seed(EVALUATION, episode): "raise" for episode in range(4)})
 
 
+def make_crashing_while_told():
+    """Crashes in the first four episodes while TOY_CRASHES stands in the process's environment."""
+    return make_crashing_at_first() if "TOY_CRASHES" in os.environ else PointEnvironment()
+
+
 class TellingEnvironment(PointEnvironment):
     """Tells where its hand is, and whether it came near the goal."""
 
