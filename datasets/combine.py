@@ -32,7 +32,7 @@ def join_datasets(datasets: Sequence[EpisodeDataset], names: Sequence[str] | Non
 
     Raises:
         ShapeError: no observation key is common to all, or a common one or the actions differ in shape.
-        ConfigError: they have different rates.
+        ConfigError: they have different rates, or actions of different kinds.
     """
     first = datasets[0]
     names = list(names or (data.spec.source for data in datasets))
@@ -59,6 +59,7 @@ def join_datasets(datasets: Sequence[EpisodeDataset], names: Sequence[str] | Non
             first.spec,
             observation={key: first.spec.observation[key] for key in keys},
             source=" + ".join(names),
+            action_kind=first.spec.action_kind if len({data.spec.action_kind for data in datasets}) == 1 else "",
         ),
         episode_ends=np.cumsum(np.concatenate([data.episode_lengths for data in datasets])),
         arrays={key: _join([data.arrays[key] for data in datasets]) for key in common},
@@ -117,6 +118,12 @@ def _check_same(first: EpisodeDataset, first_name: str, data: EpisodeDataset, na
         raise ShapeError(
             f"actions have width {data.spec.action_dim} in {name}, {first.spec.action_dim} in {first_name}; datasets "
             "that are used together must be of one robot"
+        )
+    kinds = first.spec.action_kind, data.spec.action_kind
+    if all(kinds) and kinds[0] != kinds[1]:
+        raise ConfigError(
+            f"actions are {kinds[1]} in {name}, {kinds[0]} in {first_name}; datasets that are used together must mean "
+            "the same by an action: choose other labels with --action"
         )
     if abs(data.spec.control_dt / first.spec.control_dt - 1) > _SAME_RATE:
         raise ConfigError(

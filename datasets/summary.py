@@ -18,15 +18,17 @@ def describe(dataset: EpisodeDataset) -> dict[str, Any]:
     """Sizes and statistics, as plain JSON types.
 
     Returns:
-        `source`, `control_dt` [s], `episodes`, `steps`, `duration_s`, `length` (min, mean, max), `bytes` in memory,
-        `metadata`, and `keys`: for each array `shape` (without time), `dtype`, `bytes`, and lists `min`, `max`, `mean`,
-        `std` by dimension (by channel for images and other arrays of more than 64 numbers per step), and `sampled`, the
-        number of steps they were taken from: all, but of images on disk 256 that are evenly spaced.
+        `source`, `control_dt` [s], `action_kind` (see `types.ActionKind`), `episodes`, `steps`, `duration_s`, `length`
+        (min, mean, max), `bytes` in memory, `metadata`, and `keys`: for each array `shape` (without time), `dtype`,
+        `bytes`, and lists `min`, `max`, `mean`, `std` by dimension (by channel for images and other arrays of more than
+        64 numbers per step), and `sampled`, the number of steps they were taken from: all, but of images on disk 256
+        that are evenly spaced.
     """
     lengths = dataset.episode_lengths
     return {
         "source": dataset.spec.source,
         "control_dt": dataset.spec.control_dt,
+        "action_kind": dataset.spec.action_kind,
         "episodes": dataset.num_episodes,
         "steps": dataset.num_steps,
         "duration_s": dataset.num_steps * dataset.spec.control_dt,
@@ -55,6 +57,7 @@ def format_description(description: dict[str, Any]) -> str:
         f"episodes  {description['episodes']}",
         f"steps     {description['steps']} ({description['duration_s']:.1f} s at {rate:.4g} Hz)",
         f"length    {length['min']} min, {length['mean']:.1f} mean, {length['max']} max [steps]",
+        *([f"actions   {description['action_kind']}"] if description["action_kind"] else []),
         f"unpacked  {description['bytes'] / 1e6:.1f} MB",
         "",
     ]

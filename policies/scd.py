@@ -120,6 +120,7 @@ class ScdPolicy:
             chunk_length=architecture.chunk_length,
             num_executed=self.config.num_executed,
             history_length=architecture.history_length,
+            action_kind=dataset.action_kind,
         )
         self.planned: NDArray[np.bool_] | None = None
         self._timings = _empty_timings()

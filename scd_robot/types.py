@@ -7,7 +7,7 @@ Shapes: B rows (environments or robots) in a batch, Da action width, Ta chunk le
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from scd_robot.errors import ConfigError
 
 __all__ = [
     "ActionArray",
+    "ActionKind",
     "ArraySpec",
     "DatasetSpec",
     "Environment",
@@ -28,6 +29,8 @@ __all__ = [
 
 Observation = Mapping[str, NDArray[Any]]
 ActionArray = NDArray[np.float32]
+ActionKind = Literal["", "delta", "absolute"]
+"""What actions ask a robot's arms for: changes of their poses (or joints), or absolute ones; "" where nobody tells."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,14 @@ class DatasetSpec:
         action_dim: Da.
         control_dt: seconds between control steps.
         source: where it came from (environment name, format), for people.
+        action_kind: what the actions ask for, as recorded.
     """
 
     observation: dict[str, ArraySpec]
     action_dim: int
     control_dt: float
     source: str = ""
+    action_kind: ActionKind = ""
 
     def __post_init__(self) -> None:
         if not self.observation:
@@ -75,6 +80,8 @@ class DatasetSpec:
             raise ConfigError(f"action_dim must be at least 1, got {self.action_dim}")
         if not self.control_dt > 0:
             raise ConfigError(f"control_dt must be positive [s], got {self.control_dt}")
+        if self.action_kind not in get_args(ActionKind):
+            raise ConfigError(f"action_kind must be delta, absolute or empty, got {self.action_kind!r}")
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -83,6 +90,7 @@ class DatasetSpec:
             "action_dim": self.action_dim,
             "control_dt": self.control_dt,
             "source": self.source,
+            "action_kind": self.action_kind,
         }
 
     @classmethod
@@ -93,6 +101,7 @@ class DatasetSpec:
             int(data["action_dim"]),
             float(data["control_dt"]),
             str(data.get("source", "")),
+            data.get("action_kind", ""),
         )
 
 
@@ -107,6 +116,7 @@ class PolicySpec:
         chunk_length: Ta, actions in one plan; action 0 is for the current control step.
         num_executed: actions taken from one plan before the next, 1 <= num_executed <= chunk_length.
         history_length: control steps each encoder layer attends to, the current one included (1 = memoryless).
+        action_kind: what its actions ask for.
     """
 
     observation: dict[str, ArraySpec]
@@ -115,6 +125,7 @@ class PolicySpec:
     chunk_length: int
     num_executed: int
     history_length: int
+    action_kind: ActionKind = ""
 
 
 @runtime_checkable
@@ -160,6 +171,7 @@ class EnvironmentSpec:
         score: what the mean over episodes of the best reward is, where that is the score that is published; "" = it is
             not.
         hand_unit: of the numbers of the environment's `hand`.
+        action_kind: what it takes actions for.
     """
 
     name: str
@@ -172,6 +184,7 @@ class EnvironmentSpec:
     success: str
     score: str = ""
     hand_unit: str = "m"
+    action_kind: ActionKind = ""
 
 
 @dataclass(frozen=True)

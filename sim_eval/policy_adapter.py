@@ -4,6 +4,7 @@ Shapes: B rows stepped side by side, Da action width.
 """
 
 import inspect
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,13 @@ from typing import Any
 import numpy as np
 
 from scd_robot.errors import ConfigError, ScdRobotError, ShapeError
-from scd_robot.types import ActionArray, EnvironmentSpec, Observation, PolicySpec
+from scd_robot.types import ActionArray, ActionKind, EnvironmentSpec, Observation, PolicySpec
 
 __all__ = ["PolicyAdapter", "PolicyError", "check_policy_spec"]
+
+logger = logging.getLogger(__name__)
+
+_ABSOLUTE = "actions=absolute"  # of robosuite's environments, the only ones that can be asked for it
 
 
 class PolicyError(ScdRobotError):
@@ -120,8 +125,11 @@ class PolicyAdapter:
 def check_policy_spec(policy: Any, environment: EnvironmentSpec) -> None:
     """Compares what a policy says about itself (`spec`, if it has one) with what the environment offers.
 
+    Where only one of them tells what actions ask for, changes or absolute poses, a warning says so.
+
     Raises:
         ShapeError: they do not fit together.
+        ConfigError: the policy's actions are absolute poses, and the environment takes changes, or the reverse.
     """
     spec = getattr(policy, "spec", None)
     if not isinstance(spec, PolicySpec):
@@ -149,6 +157,30 @@ def check_policy_spec(policy: Any, environment: EnvironmentSpec) -> None:
             f"the policy was trained for a control step of {spec.control_dt:g} s, environment {name!r} steps "
             f"{environment.control_dt:g} s; train it on data of this rate"
         )
+    _check_action_kind(spec.action_kind, environment)
+
+
+def _check_action_kind(trained: ActionKind, environment: EnvironmentSpec) -> None:
+    name, taken = environment.name, environment.action_kind
+    if not taken or trained == taken:
+        return
+    words = {"absolute": "absolute poses", "delta": "changes (deltas)"}
+    asks = f"add the option {_ABSOLUTE} to the environment's name" if taken == "delta" else "train it on such actions"
+    if _ABSOLUTE in name:
+        asks = f"leave {_ABSOLUTE} out of the environment's name"
+    if not trained:
+        logger.warning(
+            "nothing tells whether the policy was trained on changes or on absolute poses; %s takes actions for %s. If "
+            "it was trained on the others, %s",
+            name,
+            words[taken],
+            asks,
+        )
+        return
+    raise ConfigError(
+        f"the policy was trained on actions that are {words[trained]}, environment {name!r} takes them for "
+        f"{words[taken]}; {asks}"
+    )
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:

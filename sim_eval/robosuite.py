@@ -42,6 +42,7 @@ from scd_robot.sim_eval.adapter import canonical_name, check_physics, checked_ac
 from scd_robot.sim_eval.rendering import render_frame
 from scd_robot.sim_eval.robosuite_arguments import (
     action_bounds,
+    action_kind,
     arguments_before_1_5,
     hold_orientation,
     is_before_1_5,
@@ -226,6 +227,7 @@ class RobosuiteEnvironment:
             control_dt=1.0 / float(self._env.control_freq),
             max_steps=self._options.max_steps or _MAX_STEPS,
             success=f"robosuite's own check of {task} is met at the end of at least one control step",
+            action_kind=action_kind(self._env),
         )
 
     @property

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError
+from scd_robot.types import ActionKind
 
 __all__ = [
     "action_bounds",
+    "action_kind",
     "arguments_before_1_5",
     "hold_orientation",
     "is_before_1_5",
@@ -86,6 +88,19 @@ def take_absolute_actions(environment: Any, name: str) -> None:
                     f"{name}; leave it out"
                 )
             controller.input_type = "absolute"
+
+
+def action_kind(environment: Any) -> ActionKind:
+    """What the arms of a robosuite environment that was just reset take; "" where they differ, or take neither."""
+    kinds: set[ActionKind] = set()
+    for robot in environment.robots:
+        for arm in robot.arms:
+            controller = robot.part_controllers[arm]
+            kind: ActionKind = getattr(controller, "input_type", "")
+            if hasattr(controller, "use_delta"):  # inverse kinematics, which has an input_type that means nothing
+                kind = "delta" if controller.use_delta else "absolute"
+            kinds.add(kind)
+    return kinds.pop() if len(kinds) == 1 else ""
 
 
 def action_bounds(environment: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

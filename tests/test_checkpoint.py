@@ -228,6 +228,17 @@ def test_checkpoints_of_earlier_schemas_are_read(schema, run_folder) -> None:
     assert load_policy(run_folder).spec.chunk_length == 4
 
 
+def test_what_actions_ask_for_comes_with_the_policy(run_folder) -> None:
+    """Checkpoints from before it was noted do not tell."""
+    checkpoint = find_checkpoint(run_folder)
+    dataset = json.loads((checkpoint / "dataset.json").read_text())
+    assert dataset.pop("action_kind") == ""
+    for kind in ({}, {"action_kind": "absolute"}):
+        (checkpoint / "dataset.json").write_text(json.dumps({**dataset, **kind}))
+        sign_again(checkpoint)
+        assert load_policy(run_folder).spec.action_kind == kind.get("action_kind", "")
+
+
 def test_new_fields_come_with_a_new_schema(tiny_run) -> None:
     """Other fields need another schema, and values for the checkpoints of this one (`_with_later_fields`)."""
 

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from scd_robot.datasets.formats import ReadOptions
+from scd_robot.datasets.hdf5.action_kind import recorded_action_kind
 from scd_robot.datasets.hdf5.demos import ACTIONS, Demos
 from scd_robot.datasets.hdf5.files import arrays_below, where
 from scd_robot.datasets.images import as_stored
@@ -64,6 +65,7 @@ def read_robomimic(demos: Demos, options: ReadOptions) -> EpisodeDataset:
         action_dim=action.shape[1],
         control_dt=control_dt,
         source=f"{Path(path).name} (robomimic{f', {name}' if name else ''}{note})",
+        action_kind=demos.own_note("action_kind", recorded_action_kind(label, metadata)),
     )
     info, text = demos.notes()
     return EpisodeDataset(spec, np.cumsum(lengths), arrays, metadata, info, text)

@@ -109,7 +109,8 @@ def _write(dataset: EpisodeDataset, file: h5py.File, sink: _Sink, shown: str | N
     data.attrs["total"] = dataset.num_steps
     data.attrs["env_args"] = json.dumps(to_plain(_env_args(dataset)))
     filled = [_FILE_NAMES[key] for key in (REWARD, DONE) if key not in dataset.arrays]
-    data.attrs[ATTRIBUTE] = json.dumps({"filled": filled, "metadata": to_plain(dataset.metadata)})
+    notes = {"filled": filled, "action_kind": dataset.spec.action_kind, "metadata": to_plain(dataset.metadata)}
+    data.attrs[ATTRIBUTE] = json.dumps(notes)
     episodes = range(dataset.num_episodes)
     for index in tqdm(episodes, f"writing {shown}", unit="episode", disable=shown is None):
         _write_episode(data.create_group(f"demo_{index}"), dataset, index)

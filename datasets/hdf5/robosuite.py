@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.datasets.formats import ReadOptions
+from scd_robot.datasets.hdf5.action_kind import recorded_action_kind
 from scd_robot.datasets.hdf5.demos import ACTIONS, Demos
 from scd_robot.datasets.hdf5.files import scalar_attributes
 from scd_robot.datasets.schema import ACTION, SIM_STATE, EpisodeDataset
@@ -66,6 +67,7 @@ def read_robosuite(demos: Demos, options: ReadOptions) -> EpisodeDataset:
         action_dim=action.shape[1],
         control_dt=control_dt,
         source=f"{Path(path).name} ({maker}, states without observations{note})",
+        action_kind=recorded_action_kind(label, metadata),
     )
     info, text = demos.notes()
     return EpisodeDataset(spec, np.cumsum(lengths), {STATE: state, ACTION: action, **extras}, metadata, info, text)

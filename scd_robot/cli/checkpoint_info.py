@@ -64,7 +64,7 @@ def _lines(description: dict[str, Any]) -> list[str]:
         "parameters   " + ", ".join(f"{part} {count:,}" for part, count in description["parameters"].items()),
         f"trained on   {dataset['source'] or 'unknown source'}, control_dt {dataset['control_dt']:g} s",
         "observation  " + ", ".join(f"{key} {tuple(spec['shape'])}" for key, spec in dataset["observation"].items()),
-        f"action       ({dataset['action_dim']},)",
+        f"action       ({dataset['action_dim']},)" + (f", {kind}" if (kind := dataset["action_kind"]) else ""),
         f"history      {model['history_length']} control steps per layer, "
         f"receptive field {description['receptive_field']}",
         f"plan         chunk of {model['chunk_length']}, {config['policy']['num_executed']} executed, "

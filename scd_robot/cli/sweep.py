@@ -1,6 +1,7 @@
 """The verb `scd sweep`."""
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +31,8 @@ def sweep(
     """Evaluates every checkpoint in every environment, from the same start states, on one machine or a cluster.
 
     OUT gets an evaluation for each in OUT/ENVIRONMENT/CHECKPOINT, with a further folder for each of --seeds, and
-    sweep.json. Started again, it does what is missing or has no report. Where one fails the others go on, and the exit
-    code is 2.
+    sweep.json. Started again, it does what is missing, has no report, or had no valid episode. Where one fails the
+    others go on, and the exit code is 2.
     'scd compare' takes these folders, also as patterns: 'OUT/ENVIRONMENT/a_seed*' is an arm of several trainings.
 
     Args:
@@ -50,61 +51,51 @@ def sweep(
     """
     from scd_robot.checkpoint import find_checkpoint, read_checkpoint
     from scd_robot.cli.evaluate import make_policy
-    from scd_robot.errors import ConfigError, OutputError
+    from scd_robot.errors import ConfigError
     from scd_robot.output import check_target, write_json
     from scd_robot.sim_eval.jobs import EvaluationJob, run_jobs
-    from scd_robot.sim_eval.saved import find_evaluations
 
     if json is not None:
         check_target(json)
     if not checkpoints or not env:
         raise ConfigError("a sweep needs at least one checkpoint and one --env")
     loaded = [read_checkpoint(find_checkpoint(path)) for path in checkpoints]
-    jobs: list[EvaluationJob] = []
-    documents: dict[Path | None, dict[str, Any]] = {}
-    for name, place in zip(env, _folder_names(env), strict=True):
-        for checkpoint, label in zip(loaded, short_names([str(path) for path in checkpoints]), strict=True):
-            for seed in seeds or (None,):
-                target = out / place / label / (f"seed_{seed}" if seed is not None else "")
-                policy = functools.partial(make_policy, checkpoint, device, seed=seed, reproducible=reproducible)
-                options: dict[str, Any] = {"first_episode": first_episode, "num_envs": num_envs}
-                options |= {"num_videos": num_videos, "overwrite": True, "policy_name": str(checkpoint.path)}
-                jobs.append(EvaluationJob(policy, name, episodes, target, **options))
-                there = find_evaluations(target)
-                if there and there[0][0] == target:
-                    wanted = checkpoint.weights_sha256, seed, reproducible
-                    if difference := _difference(there[0][1], range(first_episode, first_episode + episodes), *wanted):
-                        raise OutputError(f"{target} holds another evaluation ({difference}); choose another --out")
-                    if (target / "report.html").is_file():  # the last that is written: else it was killed before
-                        documents[target] = there[0][1]
+    labels = short_names([str(path) for path in checkpoints])
+    options: dict[str, Any] = {"first_episode": first_episode, "num_envs": num_envs, "num_videos": num_videos}
+    jobs: dict[Path, EvaluationJob] = {}
+    documents: dict[Path, dict[str, Any]] = {}
+    pairs = itertools.product(zip(env, _folder_names(env), strict=True), zip(loaded, labels, strict=True))
+    for ((name, place), (checkpoint, label)), seed in itertools.product(pairs, seeds or (None,)):
+        target = out / place / label / (f"seed_{seed}" if seed is not None else "")
+        policy = functools.partial(make_policy, checkpoint, device, seed=seed, reproducible=reproducible)
+        told = str(checkpoint.path)
+        jobs[target] = EvaluationJob(policy, name, episodes, target, overwrite=True, policy_name=told, **options)
+        wanted = range(first_episode, first_episode + episodes), checkpoint.weights_sha256, seed, reproducible
+        if document := _finished(target, *wanted):
+            documents[target] = document
     failures: dict[Path | None, str] = {}
 
     def note_failure(job: EvaluationJob, error: Exception) -> None:
         first_line = str(error).partition("\n")[0]
         failures[job.out] = f"{type(error).__name__}: {first_line}"
 
-    missing = [job for job in jobs if job.out not in documents]
+    missing = [job for target, job in jobs.items() if target not in documents]
     for job, result in run_jobs(missing, ray=ray, progress=str(json) != "-", on_failure=note_failure):
-        documents[job.out] = result.to_json()
-    rows = [_row(job.out, documents[job.out]) for job in jobs if job.out in documents and job.out is not None]
+        assert job.out is not None
+        if result.valid:
+            documents[job.out] = result.to_json()
+        else:
+            failures[job.out] = f"no valid episode, the first ended with: {result.episodes_detail[0].reason}"
+    rows = [_row(target, documents[target]) for target in jobs if target in documents]
     lost = [
-        {"env": job.environment, "policy": job.policy_name, "folder": str(job.out), "error": failures[job.out]}
-        for job in jobs
-        if job.out in failures
+        {"env": job.environment, "policy": job.policy_name, "folder": str(target), "error": failures[target]}
+        for target, job in jobs.items()
+        if target in failures
     ]
     table = {"schema": 1, "episodes": episodes, "first_episode": first_episode, "evaluations": rows, "failed": lost}
     write_json(out / "sweep.json", table)
     if str(json) != "-":
-        head = "environment | policy | seed of noise | successes | success, Wilson 95 % | best reward, 95 %"
-        print(f"| {head} |\n|" + "---|" * (head.count("|") + 1))
-        for row in rows:
-            low, high = (100 * bound for bound in row["interval"])
-            rate = "-" if row["success_rate"] is None else f"{100 * row['success_rate']:.1f} % [{low:.1f}, {high:.1f}]"
-            noise = "-" if row["seed"] is None else row["seed"]
-            counted = f"{row['successes']}/{row['valid']}"
-            print(f"| {row['env']} | {row['policy']} | {noise} | {counted} | {rate} | {_best_reward(row)} |")
-        for one in lost:
-            print(f"FAILED {one['policy']} in {one['env']}: {one['error']}")
+        _print_table(rows, lost)
         print(f"evaluations: {out}")
     if json is not None:
         write_json(json, table)
@@ -135,6 +126,27 @@ def _folder_names(environments: Sequence[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise ConfigError(f"each must be named once, got {', '.join(environments)}")
     return names
+
+
+def _finished(
+    target: Path, episodes: range, weights: str, seed: int | None, reproducible: bool
+) -> dict[str, Any] | None:
+    """The evaluation in a folder; None where there is none, it was killed, or the simulator failed in every episode.
+
+    Raises:
+        OutputError: it is not the one that is asked for.
+    """
+    from scd_robot.errors import OutputError
+    from scd_robot.sim_eval.saved import find_evaluations
+
+    there = find_evaluations(target)
+    if not there or there[0][0] != target:
+        return None
+    document = there[0][1]
+    if difference := _difference(document, episodes, weights, seed, reproducible):
+        raise OutputError(f"{target} holds another evaluation ({difference}); choose another --out")
+    complete = (target / "report.html").is_file()  # the last that is written
+    return document if complete and document["success_rate"] is not None else None
 
 
 def _difference(
@@ -168,3 +180,16 @@ def _best_reward(row: dict[str, Any]) -> str:
         return "-"
     interval = row["best_reward_interval"]
     return f"{row['best_reward']:.3f}" + ("" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]")
+
+
+def _print_table(rows: Sequence[dict[str, Any]], lost: Sequence[dict[str, Any]]) -> None:
+    head = "environment | policy | seed of noise | successes | success, Wilson 95 % | best reward, 95 %"
+    print(f"| {head} |\n|" + "---|" * (head.count("|") + 1))
+    for row in rows:
+        low, high = (100 * bound for bound in row["interval"])
+        rate = f"{100 * row['success_rate']:.1f} % [{low:.1f}, {high:.1f}]"
+        noise = "-" if row["seed"] is None else row["seed"]
+        counted = f"{row['successes']}/{row['valid']}"
+        print(f"| {row['env']} | {row['policy']} | {noise} | {counted} | {rate} | {_best_reward(row)} |")
+    for one in lost:
+        print(f"FAILED {one['policy']} in {one['env']}: {one['error']}")

@@ -115,7 +115,9 @@ def record_demonstrations(
 
 
 def _dataset_spec(spec: EnvironmentSpec) -> DatasetSpec:
-    return DatasetSpec(spec.observation, spec.action_dim, spec.control_dt, source=spec.name)
+    return DatasetSpec(
+        spec.observation, spec.action_dim, spec.control_dt, source=spec.name, action_kind=spec.action_kind
+    )
 
 
 def _metadata(spec: EnvironmentSpec, config: RecordingConfig) -> dict[str, Any]:

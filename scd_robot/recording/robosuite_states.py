@@ -287,6 +287,7 @@ def write_observations(
             dataset.spec.action_dim,
             dataset.spec.control_dt,
             source=f"{dataset.spec.source}, observed by robosuite {versions['robosuite']}",
+            action_kind=dataset.spec.action_kind,
         )
         with ZarrWriter(out, spec, {**dataset.metadata, "observed_with": versions}, overwrite, whole=True) as writer:
             for index in tqdm(range(dataset.num_episodes), desc="observing", unit="episode", disable=not progress):

@@ -31,6 +31,22 @@ def test_an_evaluation_that_was_killed_amid_its_videos_is_done_again(arguments, 
     assert file.stat().st_mtime_ns == written
 
 
+def test_an_evaluation_without_a_valid_episode_failed_and_is_done_again(arguments, tmp_path, monkeypatch, capsys):
+    arguments[arguments.index("--env") + 1] = "toy_environment:make_crashing_while_told"
+    monkeypatch.setenv("TOY_CRASHES", "1")
+    assert main(arguments) == 2
+    out = capsys.readouterr().out
+    assert "FAILED" in out
+    assert "no valid episode, the first ended with: " in out
+    assert "contact solver diverged" in out
+    table = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert (table["evaluations"], len(table["failed"])) == ([], 1)
+    monkeypatch.delenv("TOY_CRASHES")
+    assert main(arguments) == 0
+    table = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert ([row["valid"] for row in table["evaluations"]], table["failed"]) == ([2], [])
+
+
 def test_what_was_killed_is_not_replaced_by_another_evaluation(arguments, tmp_path, refused):
     assert main(arguments) == 0
     next((tmp_path / "out").glob("**/report.html")).unlink()

@@ -1,5 +1,7 @@
 """Datasets joined and mixed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -74,6 +76,17 @@ def test_what_the_metadata_say_alike_stays() -> None:
     joined = join_datasets(parts)
     assert joined.metadata["environment"] == "metaworld/push-v3"
     assert "note" not in joined.metadata
+
+
+def test_kinds_of_actions_are_not_joined() -> None:
+    def of_kind(kind: str) -> EpisodeDataset:
+        data = dataset((3,), 1)
+        return replace(data, spec=replace(data.spec, action_kind=kind))
+
+    for kinds, joined in ((("delta", "delta"), "delta"), (("", "absolute"), ""), (("absolute", ""), "")):
+        assert join_datasets([of_kind(kind) for kind in kinds]).spec.action_kind == joined
+    with pytest.raises(ConfigError, match="actions are absolute in b, delta in a"):
+        join_datasets([of_kind("delta"), of_kind("absolute")], ["a", "b"])
 
 
 def test_weights_are_shares_of_control_steps() -> None:

@@ -243,6 +243,33 @@ class TestLabels:
         np.testing.assert_array_equal(dataset.episode(1)["action"][0], first)
         assert "executed_action" not in dataset.arrays
 
+    @pytest.mark.parametrize(
+        ("controllers", "action", "kind"),
+        [
+            (None, "actions", ""),
+            (None, "actions_abs", "absolute"),
+            ({"type": "OSC_POSE", "control_delta": True}, "actions", "delta"),
+            ({"type": "OSC_POSE", "control_delta": True}, "action_dict/abs_pos+action_dict/gripper", "absolute"),
+            ({"type": "OSC_POSE", "control_delta": False}, "actions", "absolute"),
+            ([{"type": "OSC_POSITION"}, {"type": "OSC_POSITION"}], "actions", "delta"),
+            ([{"type": "OSC_POSITION"}, {"type": "OSC_POSITION", "input_type": "absolute"}], "actions", ""),
+            ({"type": "JOINT_POSITION"}, "actions", "delta"),
+            ({"type": "JOINT_TORQUE"}, "actions", ""),
+            ({"body_parts": {"right": {"type": "OSC_POSE", "input_type": "absolute"}}}, "actions", "absolute"),
+            ({"body_parts": {"arms": {"left": {"type": "OSC_POSE"}}, "torso": {"type": "JOINT_POSITION",
+              "input_type": "absolute"}}}, "actions", "delta"),
+            (None, "action_dict/abs_pos+action_dict/rel_pos", ""),
+        ],
+    )  # fmt: skip
+    def test_what_actions_ask_for_is_told_by_their_name_or_the_controllers(self, path, edit, controllers, action, kind):
+        with edit() as data:
+            for name, length in LENGTHS.items():
+                data[f"{name}/action_dict/rel_pos"] = np.zeros((length, 2))
+            if controllers is not None:
+                kwargs = {**ENV_ARGS["env_kwargs"], "controller_configs": controllers}
+                data.attrs["env_args"] = json.dumps({**ENV_ARGS, "env_kwargs": kwargs})
+        assert open_dataset(path, action=action).spec.action_kind == kind
+
     def test_joined_columns_keep_their_rows(self, path):
         gripper = open_dataset(path, action="actions_abs+action_dict/gripper").arrays["action"][:, 3]
         np.testing.assert_array_equal(gripper, [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2])

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -38,6 +39,15 @@ def make_dataset(control_dt=0.05, metadata=None, **arrays):
         {"seed": np.asarray([7, 8, 9]), "mask_train": np.asarray([1, 0, 1], np.uint8), "mask_none": np.zeros(3)},
         {"name": ["a", "b", "c"], "model_xml": ["<a/>", "<b/>", "<c/>" * 40000], "task": ["lift", "", "höher\0"]},
     )
+
+
+def test_what_actions_ask_for_is_read_back_whatever_the_environment_took(tmp_path):
+    took_changes = {"env_args": {"type": 1, "env_kwargs": {"controller_configs": {"type": "OSC_POSE"}}}}
+    for kind in ("absolute", "delta", ""):
+        dataset = make_dataset(metadata=took_changes)
+        dataset = replace(dataset, spec=replace(dataset.spec, action_kind=kind))
+        write_robomimic(dataset, tmp_path / "a.hdf5", overwrite=True, progress=False)
+        assert open_dataset(tmp_path / "a.hdf5").spec.action_kind == kind
 
 
 def make_extras():

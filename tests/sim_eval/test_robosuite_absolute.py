@@ -83,6 +83,7 @@ def pose(environment):
 )
 def test_a_hand_that_is_asked_to_stay_stays_and_goes_where_it_is_asked(absolute, version, controller, options):
     environment = absolute(version, controller, options)
+    assert environment.spec.action_kind == "absolute"
     for seed in (0, 1):
         environment.reset(seed)
         before, stiffness = environment.hand.copy(), np.full(environment.spec.action_dim - 7, 150.0)
@@ -112,6 +113,7 @@ def test_arms_of_joint_angles_keep_theirs(absolute):
               "kp_limits": [0, 300], "damping_ratio_limits": [0, 10], "qpos_limits": None,
               "interpolation": None, "ramp_ratio": 0.2, "gripper": {"type": "GRIP"}}  # fmt: skip
     environment = absolute("1.5.1", {"type": "BASIC", "body_parts": {"right": joints}})
+    assert environment.spec.action_kind == "absolute"
     first = environment.reset(0)
     angles = environment._env.robots[0]._joint_positions
     assert np.abs(angles).max() > 1.5
@@ -125,8 +127,10 @@ def test_arms_that_take_changes_keep_their_bounds(absolute):
     environment = absolute("1.5.1", None)
     assert environment.spec.action_low == (-1.0,) * 7
     assert environment.spec.action_high == (1.0,) * 7
+    assert environment.spec.action_kind == "delta"
     torques = {"type": "JOINT_TORQUE", "input_max": 1, "input_min": -1, "output_max": 0.1,
                   "output_min": -0.1, "torque_limits": None, "interpolation": None, "ramp_ratio": 0.2,
                   "gripper": {"type": "GRIP"}}  # fmt: skip
+    assert absolute("1.5.1", {"type": "BASIC", "body_parts": {"right": torques}}).spec.action_kind == ""
     with pytest.raises(ConfigError, match="OSC or JOINT_POSITION controller, got JOINT_TORQUE"):
         absolute("1.5.1", {"type": "BASIC", "body_parts": {"right": torques}}, ",actions=absolute")

@@ -250,6 +250,34 @@ def test_policy_of_another_task_is_refused_before_it_is_run(toy, changes, messag
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("trained", "taken", "option", "message"),
+    [
+        ("absolute", "delta", "", "absolute poses, .*for changes.*; add the option actions=absolute"),
+        ("delta", "absolute", ",actions=absolute", "changes .*for absolute poses; leave actions=absolute out"),
+        ("delta", "absolute", "", "train it on such actions"),
+    ],
+)
+def test_absolute_actions_are_not_taken_for_changes_nor_the_reverse(toy, trained, taken, option, message):
+    name = f"robosuite/Lift:recorded=env.json{option}"
+    policy = toy.GoToGoal()
+    policy.spec = PolicySpec({"goal": ArraySpec((2,))}, 2, toy.CONTROL_DT, 1, 1, 1, action_kind=trained)
+    with pytest.raises(ConfigError, match=message):
+        run(policy, functools.partial(toy.make_taking, taken, name))
+    assert policy.resets == []
+
+
+@pytest.mark.parametrize(
+    ("trained", "taken", "warns"),
+    [("", "delta", True), ("", "absolute", True), ("absolute", "", False), ("", "", False), ("delta", "delta", False)],
+)
+def test_where_nobody_tells_what_actions_ask_for_a_warning_says_so(toy, trained, taken, warns, caplog):
+    policy = toy.GoToGoal()
+    policy.spec = PolicySpec({"goal": ArraySpec((2,))}, 2, toy.CONTROL_DT, 1, 1, 1, action_kind=trained)
+    assert run(policy, functools.partial(toy.make_taking, taken), episodes=1).valid
+    assert ("nothing tells whether" in caplog.text) == warns
+
+
 def test_timings_of_the_policy_are_summarised(toy):
     class Timed(toy.GoToGoal):
         def drain_timings(self):

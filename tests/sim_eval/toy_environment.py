@@ -97,9 +97,21 @@ def make_point():
     return PointEnvironment()
 
 
+def make_taking(kind, name="toy/point"):
+    """Says that it takes actions of a kind."""
+    environment = PointEnvironment()
+    environment.spec = dataclasses.replace(environment.spec, name=name, action_kind=kind)
+    return environment
+
+
 def make_crashing_at_first():
     """Crashes in the first four episodes of an evaluation."""
     return PointEnvironment(faults={derive_seed(EVALUATION, episode): "raise" for episode in range(4)})
+
+
+def make_crashing_while_told():
+    """Crashes in the first four episodes while TOY_CRASHES stands in the process's environment."""
+    return make_crashing_at_first() if "TOY_CRASHES" in os.environ else PointEnvironment()
 
 
 class TellingEnvironment(PointEnvironment):
