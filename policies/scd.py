@@ -66,7 +66,9 @@ class ScdPolicyConfig:
         if self.num_samples > 1 and not model.num_past_actions:
             raise ConfigError("num_samples > 1 picks by agreement with the past and needs num_past_actions > 0")
         if self.num_samples > 1 and self.sampler.solver == "mip":
-            raise ConfigError("num_samples > 1 picks among different samples, and those of solver 'mip' are all the same")
+            raise ConfigError(
+                "num_samples > 1 picks among different samples, and those of solver 'mip' are all the same"
+            )
         check_sampler(model, self.sampler)
         if self.num_executed % model.history_stride:
             raise ConfigError(

@@ -82,9 +82,7 @@ def test_padding_after_a_segment_changes_nothing() -> None:
     padding = ~batch.segments.step_valid[..., None]
     observation = {k: torch.where(padding, 1e3, v) for k, v in batch.segments.observation.items()}
     poisoned = dataclasses.replace(batch, segments=dataclasses.replace(batch.segments, observation=observation))
-    torch.testing.assert_close(
-        loss_terms(model, normalizer, batch), loss_terms(model, normalizer, poisoned)
-    )
+    torch.testing.assert_close(loss_terms(model, normalizer, batch), loss_terms(model, normalizer, poisoned))
 
 
 def test_a_virtual_reset_equals_a_new_stream() -> None:
