@@ -191,8 +191,14 @@ def _run_all(out: Path, jobs: Sequence[Job], total: int, parallel: int, threads:
     number = total - len(jobs)
     try:
         while waiting or running:
-            while waiting and len(running) < parallel:
-                job, number = waiting.pop(0), number + 1
+            while len(running) < parallel and (job := _next(waiting, running)):
+                number += 1
+                if job.begins_from and not _is_done(out, job.begins_from):
+                    missing = f"{job.begins_from}, whose weights it begins with, is not done"
+                    write_json(out / "results" / f"{job.name}.json", failure(job, missing))
+                    logger.info(_line(out, job))
+                    failed += 1
+                    continue
                 logger.info("[%d/%d] start %s", number, total, job.name)
                 order = out / "work" / job.name / "order.json"
                 command = " ".join(["python", *sys.argv])
@@ -211,6 +217,20 @@ def _run_all(out: Path, jobs: Sequence[Job], total: int, parallel: int, threads:
         for _, process, _ in running.values():
             _end(process, stop=True)
     return failed
+
+
+def _next(waiting: list[Job], running: Mapping[str, object]) -> Job | None:
+    """Takes out the first job that need not wait for another one's weights; None while all of them do."""
+    unfinished = {*running, *(job.name for job in waiting)}
+    for index, job in enumerate(waiting):
+        if job.begins_from not in unfinished:
+            return waiting.pop(index)
+    return None
+
+
+def _is_done(out: Path, name: str) -> bool:
+    path = out / "results" / f"{name}.json"
+    return path.is_file() and read_json(path)["status"] == "done"
 
 
 def _finish(out: Path, job: Job, code: int) -> bool:

@@ -73,6 +73,8 @@ class Job:
         preset: named experiment.
         episodes: of the evaluation.
         curve: of the evaluation of each earlier checkpoint, one every training.validate_every updates; 0 = none.
+        begins_from: name of another job, on the same recording, whose weights and normalisation this one begins with.
+        denoising_steps: evaluated again in `environment` with these numbers of them.
     """
 
     name: str
@@ -84,6 +86,8 @@ class Job:
     episodes: int = 100
     also: tuple[str, ...] = ()
     curve: int = 0
+    begins_from: str = ""
+    denoising_steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._=+-]+", self.name):
@@ -92,12 +96,14 @@ class Job:
     def training_identity(self) -> dict[str, Any]:
         """What the trained weights depend on, as plain JSON types."""
         settings = list(self.settings)
-        return {"recording": asdict(self.recording), "preset": self.preset, "settings": settings, "seed": self.seed}
+        begins = {"begins_from": self.begins_from} if self.begins_from else {}
+        trained = {"recording": asdict(self.recording), "preset": self.preset, "settings": settings, "seed": self.seed}
+        return {**trained, **begins}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Job":
         """Inverse of `dataclasses.asdict`, also after JSON made the tuple a list."""
-        lists = {name: tuple(data.get(name, ())) for name in ("settings", "also")}
+        lists = {name: tuple(data.get(name, ())) for name in ("settings", "also", "denoising_steps")}
         recording: Recording | Given
         if "path" in data["recording"]:
             recording = Given(**{**data["recording"], "keys": tuple(data["recording"]["keys"])})
@@ -157,6 +163,16 @@ def _run_job(job: Job, out: Path, order: Mapping[str, Any]) -> Result:
         evaluate(policy, environment, job.episodes, policy_name=job.name, progress=False)
         for environment in (job.environment, *job.also)
     )
+    by_steps = {
+        str(steps): evaluate(
+            load_policy(run, num_denoising_steps=steps),
+            job.environment,
+            job.episodes,
+            policy_name=job.name,
+            progress=False,
+        ).to_json()
+        for steps in job.denoising_steps
+    }
     return {
         "schema": SCHEMA,
         "name": job.name,
@@ -166,6 +182,7 @@ def _run_job(job: Job, out: Path, order: Mapping[str, Any]) -> Result:
         "recording": _summary(job.recording, out),
         "training": training,
         "evaluation": evaluation.to_json(),
+        "by_denoising_steps": by_steps,
         "also": {other.environment.name: other.to_json() for other in others},
         "curve": _curve(job, run) if job.curve else [],
         "versions": {**training["versions"], **evaluation.versions},
@@ -237,7 +254,9 @@ def _train_once(job: Job, out: Path, threads: int) -> dict[str, Any]:
     experiment = with_settings(resolve(job.preset, data.spec), [*job.settings, f"training.seed={job.seed}"])
     write_json(folder / "sessions.json", {"trained": job.training_identity(), "starts": [*sessions, time.time()]})
     wall, cpu = time.monotonic(), time.process_time()
-    summary = train(data, experiment, run, resume=bool(written), accelerator="cpu", progress=False)
+    init = out / "work" / job.begins_from / "run" if job.begins_from else None
+    begins: dict[str, Any] = {"init": init, "init_statistics": "checkpoint" if init else None}
+    summary = train(data, experiment, run, resume=bool(written), **begins, accelerator="cpu", progress=False)
     checkpoint = read_checkpoint(run)
     summary |= {
         "checkpoint": str(Path(summary["checkpoint"]).relative_to(out)),

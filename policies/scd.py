@@ -19,7 +19,7 @@ from torch import Tensor
 from scd_robot.config import from_json
 from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import ActionError, CheckpointError, ConfigError, ShapeError
-from scd_robot.model import ActionModel, ActionPlan, Conditioning, ScdConfig, build_model
+from scd_robot.model import ActionModel, ActionPlan, Conditioning, ScdConfig, build_model, check_sampler
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.inputs import check_widths, checked_action, model_observation
 from scd_robot.policies.rows import Rows
@@ -64,6 +64,11 @@ class ScdPolicyConfig:
             raise ConfigError(f"num_executed {self.num_executed} exceeds the model's chunk_length {model.chunk_length}")
         if self.num_samples > 1 and not model.num_past_actions:
             raise ConfigError("num_samples > 1 picks by agreement with the past and needs num_past_actions > 0")
+        if self.num_samples > 1 and self.sampler.solver == "mip":
+            raise ConfigError(
+                "num_samples > 1 picks among different samples, and those of solver 'mip' are all the same"
+            )
+        check_sampler(model, self.sampler)
         if self.num_executed % model.history_stride:
             raise ConfigError(
                 f"num_executed {self.num_executed} must be a multiple of the model's history_stride "

@@ -48,7 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 3
+SCHEMA = 4
 _FORMAT = "scd_robot checkpoint"
 _JSON_FILES = ("config", "dataset", "normalization", "origin", "metrics")
 _PACKAGES = ("scd_robot", "torch", "lightning", "numpy", "zarr", "safetensors")
@@ -243,6 +243,10 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
     if schema < 3 and "training" in config:
         later = {"group_by_length": False, "idle_weight": 1.0, "disturbance_threshold": 0.0}
         config = {**config, "training": {**later, **config["training"]}}
+    if schema < 4:
+        config = {**config, "model": {"step_end_input": False, **config["model"]}}
+    if schema < 4 and "training" in config:
+        config = {**config, "training": {"objective": "flow_matching", "trained": "all", **config["training"]}}
     return config
 
 

@@ -9,13 +9,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from scd_robot.config import from_json, to_json
 from scd_robot.errors import ConfigError, DatasetError, UnknownNameError
 from scd_robot.model import ScdConfig
 from scd_robot.policies.scd import ScdPolicyConfig
-from scd_robot.training.config import ExperimentConfig, TrainingConfig
+from scd_robot.training.config import ExperimentConfig, Objective, TrainingConfig
 from scd_robot.transforms import ChunkPart, TransformConfig, Transforms
 from scd_robot.types import DatasetSpec
 
@@ -142,6 +142,8 @@ def resolve(name: str, dataset: DatasetSpec, transforms: TransformConfig | None 
 def with_settings(experiment: ExperimentConfig, settings: Sequence[str]) -> ExperimentConfig:
     """Replaces fields given as text.
 
+    With training.objective come the sampler and the decoder's inputs that it needs.
+
     Args:
         experiment: what to change.
         settings: "training.learning_rate=3e-4", "model.fusion=concat", "policy.sampler.num_denoising_steps=4", ...
@@ -149,6 +151,10 @@ def with_settings(experiment: ExperimentConfig, settings: Sequence[str]) -> Expe
     Raises:
         ConfigError, UnknownNameError: not of that form, an unknown field, or a value that does not fit.
     """
+    for setting in settings:
+        path, _, text = setting.partition("=")
+        if path == "training.objective":  # other settings may change what goes with it
+            experiment = experiment.with_objective(cast(Objective, text))
     tree = to_json(experiment)
     for setting in settings:
         path, equals, text = setting.partition("=")

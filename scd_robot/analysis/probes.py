@@ -9,7 +9,7 @@ Shapes: R samples, N denoising steps, L action tokens, D width, S history tokens
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -185,7 +185,8 @@ def _batch(policy: CausalDitPolicy, data: EpisodeDataset, episode: int, position
     """One episode with its draws, which a seed decides."""
     length = int(data.episode_lengths[episode])
     training = TrainingConfig(batch_size=1, segment_length=length, positions_per_segment=positions, seed=seed)
-    experiment = ExperimentConfig("", policy.model.config, training, policy.config, policy.transforms.config)
+    how = replace(policy.config, sampler=SamplerConfig())
+    experiment = ExperimentConfig("", policy.model.config, training, how, policy.transforms.config)
     return SegmentDataset(data, experiment, np.array([episode]), validation=True)[0]
 
 

@@ -9,7 +9,7 @@ import tyro
 
 from scd_robot.datasets.formats import ReadOptions
 
-__all__ = ["train"]
+__all__ = ["open_datasets", "report", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def train(
     """
     from scd_robot.cli.threads import use_training_threads
     from scd_robot.errors import ConfigError
-    from scd_robot.output import check_target, write_json
+    from scd_robot.output import check_target
     from scd_robot.presets import resolve, with_settings
     from scd_robot.training import train as run
 
@@ -80,7 +80,7 @@ def train(
         raise ConfigError("evaluation while training needs both --eval-env and --eval-every")
     if json is not None:
         check_target(json)
-    data = _open(dataset, weights, read)
+    data = open_datasets(dataset, weights, read)
     given = list(settings)
     given += [] if max_steps is None else [f"training.max_steps={max_steps}"]
     given += [] if seed is None else [f"training.seed={seed}"]
@@ -103,7 +103,14 @@ def train(
         strategy=strategy,
         progress=str(json) != "-",
     )
-    if summary is None:  # the first process of the run reports
+    report(summary, json)
+
+
+def report(summary: dict[str, Any] | None, json: Path | None) -> None:
+    """Prints how the training went, and writes it to `json`; only the first process of a run has a summary."""
+    from scd_robot.output import write_json
+
+    if summary is None:
         return
     if str(json) != "-":
         error = summary["metrics"].get("val/chunk_rmse")
@@ -113,7 +120,7 @@ def train(
         write_json(json, summary)
 
 
-def _open(paths: list[str], weights: list[float] | None, read: ReadOptions) -> Any:
+def open_datasets(paths: list[str], weights: list[float] | None, read: ReadOptions) -> Any:
     """One `EpisodeDataset`."""
     from scd_robot.datasets import open_dataset
     from scd_robot.datasets.combine import join_datasets, mix_datasets

@@ -1,10 +1,12 @@
-"""Flow matching: paths and flow times, solvers, guidance. Knows nothing of networks."""
+"""Flow matching: paths and flow times, solvers, few-step objectives, guidance. Knows nothing of networks."""
 
+from scd_robot.diffusion.few_steps import MIP_TIME, mean_flow, sample_mip_time, sample_step_end, shortcut
 from scd_robot.diffusion.guidance import corrupt, guide
 from scd_robot.diffusion.path import FlowTimeConfig, PathSample, interpolate, sample_flow_time
 from scd_robot.diffusion.sampler import Sample, SamplerConfig, sample
 
 __all__ = [
+    "MIP_TIME",
     "FlowTimeConfig",
     "PathSample",
     "Sample",
@@ -12,6 +14,10 @@ __all__ = [
     "corrupt",
     "guide",
     "interpolate",
+    "mean_flow",
     "sample",
     "sample_flow_time",
+    "sample_mip_time",
+    "sample_step_end",
+    "shortcut",
 ]

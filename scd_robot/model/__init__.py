@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from scd_robot.model.base import ActionModel, ActionPlan
+from scd_robot.model.base import ActionModel, ActionPlan, check_sampler
 from scd_robot.model.causal_dit import CausalDitModel, HistoryContext
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import Conditioning, DiffusionDecoder
@@ -22,6 +22,7 @@ __all__ = [
     "ScdModel",
     "StepTokenizer",
     "build_model",
+    "check_sampler",
 ]
 
 

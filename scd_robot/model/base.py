@@ -20,7 +20,7 @@ from scd_robot.model.decoder import Conditioning
 from scd_robot.model.tokenizer import StepTokenizer
 from scd_robot.nn import KVCache
 
-__all__ = ["ActionModel", "ActionPlan", "take_steps"]
+__all__ = ["ActionModel", "ActionPlan", "check_sampler", "take_steps"]
 
 ContextT = TypeVar("ContextT", bound=Sized)
 
@@ -46,7 +46,8 @@ class ActionModel(nn.Module, Generic[ContextT]):
     All inputs and outputs are normalised tensors.
     """
 
-    decoder: Any  # has position, prepare(context), condition(flow_time) and velocity(x, conditioning, prepared, valid)
+    # has position, prepare(context), condition(flow_time, end_time) and velocity(x, conditioning, prepared, valid)
+    decoder: Any
 
     def __init__(self, config: ScdConfig) -> None:
         super().__init__()
@@ -139,7 +140,14 @@ class ActionModel(nn.Module, Generic[ContextT]):
     def samples(self, context: ContextT, copies: int) -> ContextT:
         """Of what `encode_at` gave, the context of so many samples of each position, R = B * M * copies in a row."""
 
-    def velocity(self, x: Tensor, flow_time: Tensor, context: ContextT, token_valid: Tensor | None = None) -> Tensor:
+    def velocity(
+        self,
+        x: Tensor,
+        flow_time: Tensor,
+        context: ContextT,
+        token_valid: Tensor | None = None,
+        end_time: Tensor | None = None,
+    ) -> Tensor:
         """One evaluation of the decoder, as training needs it.
 
         Args:
@@ -147,11 +155,12 @@ class ActionModel(nn.Module, Generic[ContextT]):
             flow_time: (R, L), or (R, 1) for one flow time shared by all tokens.
             context: of R samples.
             token_valid: (R, L) bool, tokens that exist; the others are seen by nobody. None = all.
+            end_time: like flow_time, with `step_end_input`: where the step ends. None = it has no length.
 
         Returns:
             (R, L, Da).
         """
-        conditioning, prepared = self.decoder.condition(flow_time), self.decoder.prepare(context)
+        conditioning, prepared = self.decoder.condition(flow_time, end_time), self.decoder.prepare(context)
         out: Tensor = self.decoder.velocity(x, conditioning, prepared, token_valid)
         return out
 
@@ -192,6 +201,8 @@ class ActionModel(nn.Module, Generic[ContextT]):
         elif tuple(noise.shape) != shape:
             raise ShapeError(f"noise must be {shape}, got {tuple(noise.shape)}")
         sampler = sampler or SamplerConfig()
+        if sampler.solver == "mip":
+            noise = torch.zeros_like(noise)
         clamp, committed = self._hold_prefix(prefix, noise, length)
 
         condition = conditioning
@@ -227,12 +238,14 @@ class ActionModel(nn.Module, Generic[ContextT]):
             sampler: solver and number of denoising steps.
             committed: (1, L) bool, tokens that are shown at flow time 1; None = none.
         """
+        check_sampler(self.config, sampler)
         times = evaluation_times(sampler)
         weight = self.decoder.position
         flow_time = torch.tensor(times, device=weight.device, dtype=weight.dtype)[:, None]
+        end_time = flow_time + 1 / sampler.num_denoising_steps if sampler.solver == "average" else flow_time
         if committed is not None:
-            flow_time = torch.where(committed, 1.0, flow_time)
-        conditions = self.decoder.condition(flow_time)
+            flow_time, end_time = (torch.where(committed, 1.0, time) for time in (flow_time, end_time))
+        conditions = self.decoder.condition(flow_time, end_time)
         return {time: conditions[i] for i, time in enumerate(times)}
 
     def _tokenize(
@@ -290,6 +303,15 @@ class ActionModel(nn.Module, Generic[ContextT]):
             return torch.where(committed[..., None], shown, x)
 
         return clamp, committed if trained else None
+
+
+def check_sampler(config: ScdConfig, sampler: SamplerConfig) -> None:
+    """Raises ConfigError where a model of this architecture does not say what the solver needs."""
+    if sampler.solver == "average" and not config.step_end_input:
+        raise ConfigError(
+            "solver 'average' needs a model with step_end_input, trained by the objective mean_flow or shortcut "
+            "(scd distill); use solver 'euler'"
+        )
 
 
 def take_steps(x: Tensor, position: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ class CausalDitTransformer(FlowTransformer):
             num_hidden_positions=config.num_past_actions,
             width=config.width,
             blocks=(CausalDitBlock(config.width, config.num_heads, config.mlp_ratio) for _ in range(depth)),
+            step_end_input=config.step_end_input,
         )
         self.config = config
         self.tokens_per_step = tokens_per_step

@@ -42,6 +42,8 @@ class ScdConfig:
         memory_gate: zero-initialised gate per head on attention to earlier control steps (arXiv 2604.18933).
         max_delay_steps: largest prefix of committed actions that training shows to the decoder as clean
             (training-time real-time chunking, arXiv 2512.05964); 0 = off.
+        step_end_input: the decoder is told where its denoising step ends and gives the average velocity until there;
+            for the objectives mean_flow and shortcut.
     """
 
     observation_shapes: dict[str, tuple[int, ...]]
@@ -65,6 +67,7 @@ class ScdConfig:
     context_corruption: float = 0.05
     memory_gate: bool = False
     max_delay_steps: int = 0
+    step_end_input: bool = False
 
     def __post_init__(self) -> None:
         if not self.observation_shapes:

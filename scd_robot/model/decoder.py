@@ -5,7 +5,7 @@ Shapes: B batch, L noisy tokens, Dx width of a noisy token (Da for actions), K c
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from scd_robot.nn import AdaLNBlock, FlowTimeEmbedding, modulate
 
 __all__ = ["Conditioning", "DiffusionDecoder", "PreparedContext"]
+
+_STEP_LENGTH_SCALE = 10.0  # highest frequency of a step's length [rad]; objectives differentiate by it
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class FlowTransformer(nn.Module):
             changes nothing for the rest (past actions, in past-token prediction).
         width: D.
         blocks: modulated by flow time.
+        step_end_input: the output is the average velocity over a step, whose length is embedded like flow time. The
+            embedding is zero at first, so that weights trained without it say what they said.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class FlowTransformer(nn.Module):
         num_hidden_positions: int,
         width: int,
         blocks: Iterable[AdaLNBlock],
+        step_end_input: bool = False,
     ) -> None:
         super().__init__()
         self.num_hidden = num_hidden_positions
@@ -76,13 +81,26 @@ class FlowTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, token_dim)
-        for layer in (self.head_modulation, self.head):
+        zero = [self.head_modulation, self.head]
+        self.step_length = FlowTimeEmbedding(width, scale=_STEP_LENGTH_SCALE) if step_end_input else None
+        if self.step_length is not None:
+            zero.append(cast(nn.Linear, self.step_length.mlp[-1]))
+        for layer in zero:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def condition(self, flow_time: Tensor) -> Conditioning:
-        """Everything that depends on flow_time (B, L or 1) alone."""
-        features = torch.nn.functional.silu(self.flow_time(flow_time))
+    def condition(self, flow_time: Tensor, end_time: Tensor | None = None) -> Conditioning:
+        """Everything that depends on flow_time (B, L or 1) alone.
+
+        Args:
+            flow_time: (B, L), or (B, 1) for one flow time shared by all tokens.
+            end_time: like flow_time, where the step ends; for decoders with `step_end_input`. None = it has no length,
+                and the average velocity is the velocity.
+        """
+        features = self.flow_time(flow_time)
+        if self.step_length is not None:
+            features = features + self.step_length((flow_time if end_time is None else end_time) - flow_time)
+        features = torch.nn.functional.silu(features)
         shift, scale = self.head_modulation(features).chunk(2, dim=-1)
         blocks = cast(Iterable[AdaLNBlock], self.blocks)
         return Conditioning([block.modulate_by(features) for block in blocks], (shift, 1 + scale))
@@ -130,7 +148,7 @@ class DiffusionDecoder(FlowTransformer):
         num_layers: int,
         mlp_ratio: int,
         fusion: Literal["concat", "prefix"],
-        **tokens: int,
+        **tokens: Any,
     ) -> None:
         blocks = (AdaLNBlock(width, num_heads, mlp_ratio) for _ in range(num_layers))
         super().__init__(width=width, blocks=blocks, **tokens)
@@ -150,16 +168,16 @@ class DiffusionDecoder(FlowTransformer):
         """
         return self.velocity(x, self.condition(flow_time), self.prepare(context), token_valid)
 
-    def condition(self, flow_time: Tensor) -> Conditioning:
-        """Everything that depends on flow_time (B, L or 1) alone.
+    def condition(self, flow_time: Tensor, end_time: Tensor | None = None) -> Conditioning:
+        """Everything that depends on flow_time (B, L or 1) and where the step ends alone; see `FlowTransformer`.
 
-        Context tokens of fusion "concat" take the plan's flow time, which is the smallest of the tokens': committed
-        tokens are clean, at flow time 1.
+        Context tokens of fusion "concat" take the plan's times, which are the smallest of the tokens': committed tokens
+        are clean, at flow time 1.
         """
         if self.fusion == "concat" and flow_time.shape[1] > 1:
-            plan_time = flow_time.amin(dim=1, keepdim=True)
-            flow_time = torch.cat((plan_time.expand(-1, self.num_context_tokens), flow_time), dim=1)
-        return super().condition(flow_time)
+            flow_time = self._with_context(flow_time)
+            end_time = None if end_time is None else self._with_context(end_time)
+        return super().condition(flow_time, end_time)
 
     def prepare(self, context: Tensor) -> PreparedContext:
         """Everything that depends on the context (B, K, D) alone."""
@@ -184,6 +202,11 @@ class DiffusionDecoder(FlowTransformer):
             prefix = None if context.keys_values is None else context.keys_values[index]
             tokens = block(tokens, conditioning.blocks[index], mask, prefix)
         return self.read_out(tokens[:, -length:], conditioning)
+
+    def _with_context(self, time: Tensor) -> Tensor:
+        """Times (B, L) of the tokens with those of the context tokens in front, (B, K + L)."""
+        plan_time = time.amin(dim=1, keepdim=True)
+        return torch.cat((plan_time.expand(-1, self.num_context_tokens), time), dim=1)
 
     def _blocks(self) -> Iterable[AdaLNBlock]:
         return cast(Iterable[AdaLNBlock], self.blocks)

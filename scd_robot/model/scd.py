@@ -43,6 +43,7 @@ class ScdModel(ActionModel[Tensor]):
             num_layers=config.decoder_layers,
             mlp_ratio=config.mlp_ratio,
             fusion=config.fusion,
+            step_end_input=config.step_end_input,
         )
 
     def samples(self, context: Tensor, copies: int) -> Tensor:

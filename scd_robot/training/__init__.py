@@ -5,7 +5,7 @@ from scd_robot.training.config import ExperimentConfig, TrainingConfig
 from scd_robot.training.datamodule import EpisodeDataModule
 from scd_robot.training.ema import Ema
 from scd_robot.training.module import ScdLightningModule
-from scd_robot.training.objective import flow_matching_terms
+from scd_robot.training.objective import loss_terms
 from scd_robot.training.run import train
 
 __all__ = [
@@ -16,6 +16,6 @@ __all__ = [
     "SegmentDataset",
     "TrainingBatch",
     "TrainingConfig",
-    "flow_matching_terms",
+    "loss_terms",
     "train",
 ]

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 
 from scd_robot.datasets import ACTION, EpisodeDataset
 from scd_robot.datasets.windows import SegmentBatch, SegmentIndex
-from scd_robot.diffusion import sample_flow_time
+from scd_robot.diffusion import sample_flow_time, sample_mip_time, sample_step_end
 from scd_robot.errors import ConfigError
 from scd_robot.seeding import TRAINING_DRAW, VALIDATION_DRAW, keyed_rng
 from scd_robot.training.config import ExperimentConfig
@@ -40,6 +40,7 @@ class Draws:
         corruption: (B, M, S, K, D), or empty where the model has none.
         past_action_noise: (B, T, Da), or empty where the model has none.
         delay: (B, M, S) int64 committed actions.
+        end_time: (B, M, S) where steps from flow_time end, or empty where the model does not ask for it.
     """
 
     stream: Tensor
@@ -50,6 +51,7 @@ class Draws:
     corruption: Tensor
     past_action_noise: Tensor
     delay: Tensor
+    end_time: Tensor
 
 
 @dataclass
@@ -149,6 +151,7 @@ class SegmentDataset(Dataset[TrainingBatch]):
         noises_past = model.past_action_input == "noised"
         past_noise = np.zeros((batch if noises_past else 0, steps, model.action_dim), np.float32)
         delay = np.zeros((batch, positions, copies), np.int64)
+        end_time = np.empty((batch if model.step_end_input else 0, positions, copies), np.float32)
         begins_inside = segments.start > segments.episode_start
         for i, key in enumerate(keys):
             rng, steps_here = keyed_rng(*key), int(segments.lengths[i])
@@ -163,7 +166,10 @@ class SegmentDataset(Dataset[TrainingBatch]):
                 chances = rng.random(steps_here - first) ** np.where(idle, 1 / training.idle_weight, 1.0)
                 eligible = first + np.argsort(-chances)[:positions]
             position[i, : len(eligible)], position_valid[i, : len(eligible)] = eligible, True
-            flow_time[i] = sample_flow_time(training.flow_time, (positions, copies), rng)
+            if training.objective == "mip":
+                flow_time[i] = sample_mip_time((positions, copies), rng)
+            else:
+                flow_time[i] = sample_flow_time(training.flow_time, (positions, copies), rng)
             rng.standard_normal(dtype=np.float32, out=noise[i])
             if model.max_delay_steps:
                 delay[i] = rng.integers(0, model.max_delay_steps + 1, (positions, copies))
@@ -171,7 +177,9 @@ class SegmentDataset(Dataset[TrainingBatch]):
                 rng.standard_normal(dtype=np.float32, out=corruption[i])
             if noises_past:
                 past_noise[i, :steps_here] = rng.standard_normal((steps_here, model.action_dim), np.float32)
-        fields = (stream, position, position_valid, flow_time, noise, corruption, past_noise, delay)
+            if model.step_end_input:
+                end_time[i] = sample_step_end(flow_time[i], rng)
+        fields = (stream, position, position_valid, flow_time, noise, corruption, past_noise, delay, end_time)
         return Draws(*(torch.from_numpy(x) for x in fields))
 
 

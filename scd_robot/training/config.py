@@ -1,16 +1,27 @@
 """Everything a training run depends on besides the data; resolved and stored in the checkpoint."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from scd_robot.diffusion import FlowTimeConfig
-from scd_robot.errors import ConfigError
+from scd_robot.diffusion import FlowTimeConfig, SamplerConfig
+from scd_robot.errors import ConfigError, UnknownNameError
 from scd_robot.model import ScdConfig
 from scd_robot.normalization import Mode
 from scd_robot.policies.scd import ScdPolicyConfig
 from scd_robot.transforms import TransformConfig
 
-__all__ = ["ExperimentConfig", "TrainingConfig"]
+__all__ = ["OBJECTIVES", "ExperimentConfig", "Objective", "TrainingConfig"]
+
+Objective = Literal["flow_matching", "mean_flow", "shortcut", "mip"]
+
+# Each objective with the sampler that its policies use unless they are told otherwise.
+OBJECTIVES: dict[Objective, SamplerConfig] = {
+    "flow_matching": SamplerConfig(),
+    "mean_flow": SamplerConfig("average", 1),
+    "shortcut": SamplerConfig("average", 1),
+    "mip": SamplerConfig("mip", 2),
+}
+_AVERAGES = ("mean_flow", "shortcut")
 
 
 @dataclass(frozen=True)
@@ -18,6 +29,10 @@ class TrainingConfig:
     """Data, objective and optimisation.
 
     Attributes:
+        objective: what the decoder learns: "flow_matching", its velocity; "mean_flow" (arXiv 2505.13447) or "shortcut"
+            (arXiv 2410.12557), its average velocity over steps of any length; "mip" (arXiv 2512.01809), two regressions
+            in the place of a flow. `ExperimentConfig.with_objective` sets what goes with it.
+        trained: "all", or "decoder": tokenizer and encoder keep the weights that they begin with, and are not changed.
         max_steps: optimiser steps.
         seed: keys every draw together with step and sample.
         batch_size: episode segments per step, over all devices.
@@ -53,6 +68,8 @@ class TrainingConfig:
         num_workers: processes that prepare batches; 0 = the training process itself, best for vectors.
     """
 
+    objective: Objective = "flow_matching"
+    trained: Literal["all", "decoder"] = "all"
     max_steps: int = 2000
     seed: int = 0
     batch_size: int = 8
@@ -82,6 +99,9 @@ class TrainingConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
+        for value, choices in ((self.objective, tuple(OBJECTIVES)), (self.trained, ("all", "decoder"))):
+            if value not in choices:
+                raise UnknownNameError("training objective or part", value, choices)
         positive = ("max_steps", "batch_size", "segment_length", "positions_per_segment", "noise_draws")
         for name in (*positive, "validate_every", "validation_segments"):
             if getattr(self, name) < 1:
@@ -128,9 +148,38 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         self.policy.check_fits(self.model)
+        self._check_objective()
         reads_past = self.model.num_past_actions or self.model.past_action_input != "none"
         if self.transforms.chunk in ("delta", "velocity") and reads_past:
             raise ConfigError(
                 f"chunk {self.transforms.chunk!r} has no meaning for past actions; use num_past_actions=0 and "
                 "past_action_input='none', or chunk 'relative'"
             )
+
+    def _check_objective(self) -> None:
+        """Raises ConfigError where the model, or how it is run, is not what the objective trains."""
+        objective, solver = self.training.objective, self.policy.sampler.solver
+        usual = OBJECTIVES[objective].solver
+        if self.model.step_end_input != (objective in _AVERAGES):
+            raise ConfigError(
+                f"objective {objective!r} needs model.step_end_input={str(objective in _AVERAGES).lower()}; "
+                "training.objective sets it where it is given as a setting"
+            )
+        if (solver == "mip") != (objective == "mip"):
+            raise ConfigError(f"policy.sampler.solver {solver!r} is not for objective {objective!r}; use {usual!r}")
+        if self.training.trained == "decoder" and self.model.architecture == "entangled":
+            raise ConfigError(
+                "training.trained='decoder' leaves the encoder as it is, and the entangled architecture has no encoder "
+                "apart from its decoder; use trained='all'"
+            )
+
+    def with_objective(self, objective: Objective) -> "ExperimentConfig":
+        """The same experiment with another objective, and with the decoder's inputs and the sampler that go with it."""
+        if objective not in OBJECTIVES:
+            raise UnknownNameError("training objective", objective, OBJECTIVES)
+        return replace(
+            self,
+            model=replace(self.model, step_end_input=objective in _AVERAGES),
+            training=replace(self.training, objective=objective),
+            policy=replace(self.policy, sampler=OBJECTIVES[objective]),
+        )

@@ -1,4 +1,4 @@
-"""LightningModule: optimisation of the flow-matching loss, moving average, validation by sampled chunks."""
+"""LightningModule: optimisation of the loss, moving average, validation by sampled chunks."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from scd_robot.training.batches import TrainingBatch
 from scd_robot.training.compat import lightning
 from scd_robot.training.config import ExperimentConfig, TrainingConfig
 from scd_robot.training.ema import Ema
-from scd_robot.training.objective import flow_matching_terms, select_samples, velocity_error
+from scd_robot.training.objective import loss_terms, select_samples, velocity_error
 
 __all__ = ["ScdLightningModule", "learning_rate_factor"]
 
@@ -44,6 +44,9 @@ class ScdLightningModule(lightning.LightningModule):
         super().__init__()
         self.experiment = experiment
         self.model = build_model(experiment.model)
+        if experiment.training.trained == "decoder":
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name.startswith("decoder."))
         self.normalizer = normalizer
         self.ema = Ema(self.model, experiment.training.ema_decay)
         self.evaluated_at = -1  # step of the last closed-loop evaluation
@@ -51,9 +54,13 @@ class ScdLightningModule(lightning.LightningModule):
         self._sums: dict[str, tuple[float, float]] = {}
 
     def load_weights(self, source: Checkpoint) -> None:
-        """Starts from a checkpoint's weights, and the moving average from them."""
+        """Starts from a checkpoint's weights, and the moving average from them.
+
+        A decoder that is newly told where its steps end begins as one that is not.
+        """
+        new = {name: w for name, w in self.model.state_dict().items() if name.startswith("decoder.step_length.")}
         try:
-            self.model.load_state_dict(source.weights)
+            self.model.load_state_dict({**new, **source.weights})
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"the weights of {source.path} do not fit its configuration: {reason}") from error
@@ -72,7 +79,8 @@ class ScdLightningModule(lightning.LightningModule):
         """AdamW with a learning rate of its own for the decoder and weight decay on matrices only."""
         training = self.experiment.training
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        for name, parameter in trained:
             groups.setdefault((name.startswith("decoder."), parameter.ndim > 1), []).append(parameter)
         settings = [
             {
@@ -94,7 +102,7 @@ class ScdLightningModule(lightning.LightningModule):
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Mean over the counted tokens of the global batch, whatever share of it this device holds."""
-        total, count = flow_matching_terms(self.model, self.normalizer, batch)
+        total, count = loss_terms(self.model, self.normalizer, batch, self.experiment.training.objective)
         world_size = self.trainer.world_size
         sums = torch.stack((total.detach(), count.to(total.dtype)))
         if world_size > 1:
@@ -138,7 +146,7 @@ class ScdLightningModule(lightning.LightningModule):
     def validation_step(self, batch: TrainingBatch, batch_idx: int) -> None:
         """Loss, and error of chunks sampled with the policy's sampler, on held-out episodes."""
         samples = select_samples(self.model, self.normalizer, batch)
-        total, count = velocity_error(self.model, samples, batch.draws)
+        total, count = velocity_error(self.model, samples, batch.draws, self.experiment.training.objective)
         future = slice(self.model.config.num_past_actions, None)
         noise = batch.draws.noise.flatten(0, 2)[:, future]
         plan = self.model.plan(samples.context, sampler=self.experiment.policy.sampler, noise=noise)

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scd_robot.diffusion import corrupt, interpolate
+from scd_robot.diffusion import corrupt, interpolate, mean_flow, shortcut
 from scd_robot.model import ActionModel
 from scd_robot.normalization import Normalizer
 from scd_robot.training.batches import Draws, TrainingBatch
+from scd_robot.training.config import Objective
 
-__all__ = ["DecoderSamples", "encode_batch", "flow_matching_terms", "select_samples", "velocity_error"]
+__all__ = ["DecoderSamples", "encode_batch", "loss_terms", "select_samples", "velocity_error"]
+
+_AVERAGE_VELOCITY = {"mean_flow": mean_flow, "shortcut": shortcut}
 
 
 @dataclass(frozen=True)
@@ -82,25 +85,42 @@ def select_samples(model: ActionModel[Any], normalizer: Normalizer, batch: Train
     return DecoderSamples(model.samples(context, copies), data, flat(valid), committed, flat(draws.position_valid))
 
 
-def flow_matching_terms(model: ActionModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+def loss_terms(
+    model: ActionModel[Any], normalizer: Normalizer, batch: TrainingBatch, objective: Objective = "flow_matching"
+) -> tuple[Tensor, Tensor]:
     """The training loss of a batch, see `velocity_error`."""
-    return velocity_error(model, select_samples(model, normalizer, batch), batch.draws)
+    return velocity_error(model, select_samples(model, normalizer, batch), batch.draws, objective)
 
 
-def velocity_error(model: ActionModel[Any], samples: DecoderSamples, draws: Draws) -> tuple[Tensor, Tensor]:
+def velocity_error(
+    model: ActionModel[Any], samples: DecoderSamples, draws: Draws, objective: Objective = "flow_matching"
+) -> tuple[Tensor, Tensor]:
     """Sum of squared velocity errors over counted tokens (mean over Da), and their number, both scalars.
 
-    The mean over a global batch is the quotient of the two sums over all devices.
+    The mean over a global batch is the quotient of the two sums over all devices. Velocities are those of `objective`:
+    averages over steps for mean_flow and shortcut. For mip, whose flow times are 0 and `MIP_TIME`, the data is
+    predicted as x + (1 - t) * velocity, from zeros at 0; errors of velocities are its errors divided by 1 - t, as in
+    its authors' code.
     """
     config = model.config
     context = samples.context
     if config.context_corruption:
         context = corrupt(context, draws.corruption.flatten(0, 2), config.context_corruption)
-    flow_time = draws.flow_time.flatten()[:, None]
+    flow_time, noise = draws.flow_time.flatten()[:, None], draws.noise.flatten(0, 2)
+    end_time = draws.end_time.flatten()[:, None] if config.step_end_input else flow_time
+    if objective == "mip":
+        noise = torch.where(flow_time[..., None] > 0, noise, 0.0)
     if config.max_delay_steps:
-        flow_time = torch.where(samples.committed, 1.0, flow_time)
-    path = interpolate(draws.noise.flatten(0, 2), samples.data, flow_time)
-    velocity = model.velocity(path.x_t, flow_time, context, samples.valid)
+        flow_time, end_time = (torch.where(samples.committed, 1.0, time) for time in (flow_time, end_time))
+    path = interpolate(noise, samples.data, flow_time)
+
+    def velocity(x: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        return model.velocity(x, start, context, samples.valid, end)
+
+    if objective in _AVERAGE_VELOCITY:
+        said, target = _AVERAGE_VELOCITY[objective](velocity, path.x_t, flow_time, end_time, path.velocity)
+    else:
+        said, target = velocity(path.x_t, flow_time, flow_time), path.velocity
     counted = samples.valid & ~samples.committed & samples.counted[:, None]
-    error = (velocity.float() - path.velocity).square().mean(-1)
+    error = (said.float() - target).square().mean(-1)
     return torch.where(counted, error, 0.0).sum(), counted.sum()

@@ -67,6 +67,8 @@ def begin(
         "source": data.spec.source,
         "init": None if source is None else {"step": source.step, "statistics": init_statistics},
     }
+    if source is not None and (teacher := source.config.get("training", {}).get("objective", "flow_matching")) != experiment.training.objective:
+        origin["teacher"] = {"objective": teacher, "weights_sha256": source.weights_sha256}
     if resume:
         return _resumed(out, experiment, origin)
     if source is not None and init_statistics == "checkpoint":
@@ -191,6 +193,8 @@ def _read_init(init: Path, statistics: str | None, experiment: ExperimentConfig,
     old = from_json(ScdConfig, source.config["model"], "model")
     # What layers see of the history may change; their weights are the same.
     before, after = ({**to_json(model), "local_layers": None} for model in (old, experiment.model))
+    if experiment.model.step_end_input:  # an input that changes nothing at first
+        before["step_end_input"] = True
     changed = _differences(before, after)
     if changed:
         raise ShapeError(f"{source.path} has another architecture ({changed}); fine-tuning needs the same")

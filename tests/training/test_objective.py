@@ -11,7 +11,7 @@ from scd_robot.model import ScdModel
 from scd_robot.normalization import Normalizer, compute_statistics
 from scd_robot.training.batches import SegmentDataset, TrainingBatch
 from scd_robot.training.config import ExperimentConfig
-from scd_robot.training.objective import encode_batch, flow_matching_terms, select_samples
+from scd_robot.training.objective import encode_batch, loss_terms, select_samples
 
 DATA = tiny_data()
 ALL = np.arange(len(LENGTHS))
@@ -70,7 +70,7 @@ def test_what_lies_outside_the_episode_is_never_learned() -> None:
     segments = batch.segments
     spoiled = {name: torch.where(outside, 1e4, getattr(segments, name)) for name in ("label", "executed")}
     poisoned = dataclasses.replace(batch, segments=dataclasses.replace(segments, **spoiled))
-    clean, dirty = (flow_matching_terms(model, normalizer, b) for b in (batch, poisoned))
+    clean, dirty = (loss_terms(model, normalizer, b) for b in (batch, poisoned))
     torch.testing.assert_close(clean, dirty)
 
 
@@ -82,9 +82,7 @@ def test_padding_after_a_segment_changes_nothing() -> None:
     padding = ~batch.segments.step_valid[..., None]
     observation = {k: torch.where(padding, 1e3, v) for k, v in batch.segments.observation.items()}
     poisoned = dataclasses.replace(batch, segments=dataclasses.replace(batch.segments, observation=observation))
-    torch.testing.assert_close(
-        flow_matching_terms(model, normalizer, batch), flow_matching_terms(model, normalizer, poisoned)
-    )
+    torch.testing.assert_close(loss_terms(model, normalizer, batch), loss_terms(model, normalizer, poisoned))
 
 
 def test_a_virtual_reset_equals_a_new_stream() -> None:
@@ -113,7 +111,7 @@ def test_committed_actions_are_the_executed_ones_and_carry_no_loss() -> None:
     assert counted_tokens.all()
     assert samples.committed.any()
     assert not samples.committed[:, :2].any()
-    _, count = flow_matching_terms(model, normalizer, batch)
+    _, count = loss_terms(model, normalizer, batch)
     expected = (samples.valid & ~samples.committed & samples.counted[:, None]).sum()
     assert count == expected
     assert count < (samples.valid & samples.counted[:, None]).sum()
@@ -123,7 +121,7 @@ def test_committed_actions_are_the_executed_ones_and_carry_no_loss() -> None:
 def test_every_parameter_gets_a_gradient(fusion: str) -> None:
     experiment = tiny_experiment(model={"fusion": fusion, "memory_gate": True, "max_delay_steps": 2})
     model, normalizer = parts(experiment)
-    total, count = flow_matching_terms(model, normalizer, batch_of(experiment))
+    total, count = loss_terms(model, normalizer, batch_of(experiment))
     (total / count).backward()
     without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert not without
@@ -151,7 +149,7 @@ def test_a_memoryless_target_is_learned() -> None:
         data, dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, max_steps=1000)), ALL
     )
     for step in range(250):
-        total, count = flow_matching_terms(model, normalizer, dataset[step])
+        total, count = loss_terms(model, normalizer, dataset[step])
         optimizer.zero_grad()
         (total / count).backward()
         optimizer.step()

@@ -86,7 +86,7 @@ def test_a_silent_sensor_changes_nothing_that_is_learned():
     from scd_robot.model import ScdModel
     from scd_robot.normalization import Normalizer, compute_statistics
     from scd_robot.training.batches import SegmentDataset
-    from scd_robot.training.objective import flow_matching_terms
+    from scd_robot.training.objective import loss_terms
 
     experiment = tiny_experiment(model={"observation_tokens": "per_key"})
     data = silent_goal()
@@ -100,12 +100,12 @@ def test_a_silent_sensor_changes_nothing_that_is_learned():
     normalizer = Normalizer({k: compute_statistics(data.arrays[k], k) for k in keys}, dict.fromkeys(keys, "identity"))
     every = np.arange(data.num_episodes)
     losses = [
-        flow_matching_terms(model, normalizer, SegmentDataset(d, experiment, every)[0])[0]
+        loss_terms(model, normalizer, SegmentDataset(d, experiment, every)[0])[0]
         for d in (data, replace(data, arrays={**data.arrays, "goal": spoiled}))
     ]
     assert torch.equal(*losses)
     heard = {key: array for key, array in data.arrays.items() if not key.startswith(PRESENT)}
-    other = flow_matching_terms(model, normalizer, SegmentDataset(replace(data, arrays=heard), experiment, every)[0])[0]
+    other = loss_terms(model, normalizer, SegmentDataset(replace(data, arrays=heard), experiment, every)[0])[0]
     assert other != losses[0]
 
 
