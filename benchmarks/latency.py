@@ -7,7 +7,7 @@ float32, one thread, batch 1, through `ScdPolicy` with numpy in and out: checks,
 Latency does not depend on the values of the weights, so they are random. All configurations take turns within each
 round, so that other load on the machine meets them alike. Times are of the wall clock (time.perf_counter).
 
-- encoder step: `observe`; plan: `plan`; planning tick: both; idle tick: a control step that follows a running plan.
+- encoder step, plan, planning tick, idle tick: see `scd_robot.analysis.latency`.
 - floor: the larger of operations / measured GFLOP/s (a large float32 matrix product) and bytes / measured bandwidth
   (of reading arrays, the best size: weights and cache fit into the processor's caches) that the same computation
   needs at the least, on one thread.
@@ -20,8 +20,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import datetime
 import sys
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from job import describe_machine
 
+from scd_robot.analysis.latency import take_turns, timed
 from scd_robot.diffusion import SamplerConfig
 from scd_robot.model import ScdConfig, ScdModel, build_model
 from scd_robot.normalization import FieldStatistics, Normalizer
@@ -40,7 +41,6 @@ from scd_robot.types import ArraySpec, DatasetSpec
 
 HISTORIES = (1, 16, 64, 256, 1024)
 STEPS = (1, 2, 4, 8, 16)
-IDLE_TICKS = 4
 DATASET = DatasetSpec(
     {"proprio": ArraySpec((4,)), "object": ArraySpec((14,)), "goal": ArraySpec((3,))}, 4, 0.0125, "benchmark"
 )
@@ -67,41 +67,6 @@ def make_policy(history: int, denoising_steps: int, **model: Any) -> ScdPolicy:
 def observation(rng: np.random.Generator) -> dict[str, np.ndarray]:
     """One random observation, batch 1."""
     return {key: rng.standard_normal((1, *spec.shape), np.float32) for key, spec in DATASET.observation.items()}
-
-
-def timed(call) -> float:  # type: ignore[no-untyped-def]
-    """Milliseconds of one call."""
-    started = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - started)
-
-
-def one_tick(policy: ScdPolicy, rng: np.random.Generator, into: dict[str, list[float]]) -> None:
-    """A planning tick and the idle ticks after it."""
-    now = observation(rng)
-    encoder, plan = timed(lambda: policy.observe(now)), timed(policy.plan)
-    into["encoder step"].append(encoder)
-    into["plan"].append(plan)
-    into["planning tick"].append(encoder + plan)
-    for _ in range(IDLE_TICKS):
-        now = observation(rng)
-        into["idle tick"].append(timed(lambda now=now: policy.act(now)))
-
-
-def take_turns(policies: dict[Any, ScdPolicy], rounds: int) -> dict[Any, dict[str, list[float]]]:
-    """Times of every policy; the first tenth of the rounds warms up and is dropped."""
-    rng = np.random.default_rng(0)
-    names = ("encoder step", "plan", "planning tick", "idle tick")
-    times = {key: {name: [] for name in names} for key in policies}
-    for policy in policies.values():  # fill the window, as in a long-running loop
-        for _ in range(policy.spec.history_length):
-            policy.observe(observation(rng))
-    for index in range(rounds + rounds // 10):
-        if index == rounds // 10:
-            times = {key: {name: [] for name in names} for key in policies}
-        for key, policy in policies.items():
-            one_tick(policy, rng, times[key])
-    return times
 
 
 def elapsed(rounds: int, history: int = 64, late: int = 10_000) -> dict[str, list[float]]:
@@ -190,12 +155,13 @@ def main() -> None:
     print(f"one thread: {machine['gflops']:.0f} GFLOP/s, {machine['gb_per_s']:.1f} GB/s; torch {torch.__version__}")
     print(f"load average at the start: {os.getloadavg()[0]:.2f}; times in ms, p50 / p95 / p99")
 
-    by_history = take_turns({w: make_policy(w, 8) for w in HISTORIES}, arguments.rounds)
+    observe = partial(observation, np.random.default_rng(0))
+    by_history = take_turns({w: make_policy(w, 8) for w in HISTORIES}, observe, arguments.rounds)
     base = metaworld_state(DATASET).model
     floors = {w: floor_ms(replace(base, history_length=w), 8, machine) for w in HISTORIES}
     show("History length (control steps per layer), 8 denoising steps", "history", by_history, floors)
 
-    by_steps = take_turns({n: make_policy(64, n) for n in STEPS}, arguments.rounds)
+    by_steps = take_turns({n: make_policy(64, n) for n in STEPS}, observe, arguments.rounds)
     step_floors = {n: floor_ms(replace(base, history_length=64), n, machine) for n in STEPS}
     show("Denoising steps (NFE), history 64", "NFE", by_steps, step_floors)
 

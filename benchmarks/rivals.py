@@ -16,14 +16,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import datetime
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from job import code_version, describe_machine
-from latency import make_policy, percentiles, take_turns
+from latency import make_policy, observation, percentiles
 
+from scd_robot.analysis.latency import take_turns
 from scd_robot.output import write_json
 from scd_robot.presets import metaworld_state
 
@@ -48,7 +50,7 @@ def main() -> None:
     print(f"load average at the start: {os.getloadavg()[0]:.2f}; torch {torch.__version__}; ms, p50 / p99\n")
     keys = [(history, steps, arm) for history in HISTORIES for steps in STEPS for arm in ARMS]
     policies = {(w, n, arm): make_policy(w, n, **ARMS[arm]) for w, n, arm in keys}
-    times = take_turns(policies, arguments.rounds)
+    times = take_turns(policies, partial(observation, np.random.default_rng(0)), arguments.rounds)
     for entry in times.values():
         idle = np.array(entry["idle tick"]).reshape(len(entry["planning tick"]), -1).mean(axis=1)
         entry["control step"] = list((np.array(entry["planning tick"]) + (EXECUTED - 1) * idle) / EXECUTED)

@@ -27,13 +27,16 @@ class CausalBlock(nn.Module):
         num_heads: N.
         mlp_ratio: hidden width of the MLP, in units of D.
         memory_gate: adds a zero-initialised gate per head on attention to earlier control steps.
+        bias: queries, keys and values have a bias, which a constant shift before them folds into.
     """
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: int = 4, memory_gate: bool = False) -> None:
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: int = 4, memory_gate: bool = False, bias: bool = False
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attention_norm = nn.LayerNorm(width, eps=1e-6, bias=False)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width)
         self.mlp_norm = nn.LayerNorm(width, eps=1e-6, bias=False)
         self.mlp = _mlp(width, mlp_ratio)

@@ -1,0 +1,121 @@
+"""Conversion of an entangled model: what is copied computes the same, and what cannot be is refused."""
+
+import dataclasses
+
+import pytest
+import torch
+from model_streams import randomised, stream_of
+
+from scd_robot.errors import ConfigError
+from scd_robot.model import ScdConfig, ScdModel
+from scd_robot.model.convert import fold, parse_layers, separable_config, separate
+from scd_robot.nn import CausalBlock, RotaryEmbedding, window_mask
+
+ENTANGLED = ScdConfig(
+    observation_shapes={"a": (3,), "b": (2,)},
+    action_dim=2,
+    architecture="entangled",
+    width=32,
+    num_heads=2,
+    encoder_layers=3,
+    decoder_layers=1,
+    history_length=5,
+    observation_tokens="per_key",
+    chunk_length=4,
+    num_past_actions=3,
+    context_corruption=0,
+)
+
+
+@pytest.mark.parametrize("flow_time", [0.0, 1.0])
+@torch.no_grad()
+def test_a_folded_layer_computes_what_the_modulated_one_does(flow_time: float) -> None:
+    source = randomised(ENTANGLED)
+    block, steps, group = source.decoder.blocks[1], 9, 2
+    modulation = source.decoder.condition(torch.full((1, 1), flow_time, dtype=torch.float64)).blocks[1]
+    plain = CausalBlock(32, 2, bias=True).double()
+    plain.load_state_dict(fold(block, modulation))
+    x = torch.randn(2, steps * group, 32, dtype=torch.float64)
+    mask, own = window_mask(steps, group, 5)
+    rotary = RotaryEmbedding(16)(torch.arange(steps).repeat_interleave(group)[None], torch.float64)
+    expected, _ = block.history(x, modulation, rotary, mask)
+    torch.testing.assert_close(plain(x, rotary, mask, own), expected, atol=1e-11, rtol=1e-11)
+
+
+def converted(encoder=(0, 1, 2), decoder=(0, 3), tokens=2, **changes) -> tuple:
+    source = randomised(dataclasses.replace(ENTANGLED, **changes))
+    config = separable_config(source.config, encoder, decoder, tokens)
+    return source, separate(source, config, encoder, decoder).eval()
+
+
+@pytest.mark.parametrize("changes", [{}, {"observation_tokens": "joint"}, {"past_action_input": "full"}])
+@torch.no_grad()
+def test_history_features_of_the_encoder_are_the_entangled_ones(changes) -> None:
+    """In one pass and step by step, also after eviction: no slot of any control step enters."""
+    source, model = converted(**changes)
+    observation, past = stream_of(source.config, 2, 23, torch.float64)
+    past = past if source.config.past_action_input != "none" else None
+    group = source.tokenizer.tokens_per_step
+    found: list[torch.Tensor] = []
+    model.encoder.blocks[-1].register_forward_hook(lambda module, args, out: found.append(out))
+    model.encode(observation, past)
+    features = found[0].unflatten(1, (23, -1))[:, :, :group]
+    with_less = dataclasses.replace(source.config, encoder_layers=2, decoder_layers=1)  # the source's first 3 layers
+    shallow = type(source)(with_less).double()
+    shallow.load_state_dict({k: v for k, v in source.state_dict().items() if not k.startswith("decoder.blocks.3")})
+    expected = shallow.encode(observation, past)
+    torch.testing.assert_close(features, expected, atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_slots_begin_as_action_queries_and_decoder_layers_are_copies() -> None:
+    source, model = converted(tokens=4)
+    past = source.config.num_past_actions
+    queries = source.decoder.embed(torch.zeros(4, 2, dtype=torch.float64)) + source.decoder.position[past:]
+    torch.testing.assert_close(model.tokenizer.type_embedding[-4:], queries)
+    for place, layer in enumerate((0, 3)):
+        copied, original = model.decoder.blocks[place].state_dict(), source.decoder.blocks[layer].state_dict()
+        assert all(torch.equal(copied[name], value) for name, value in original.items())
+    for name in ("embed.weight", "head.bias", "position", "flow_time.mlp.0.weight", "head_modulation.weight"):
+        assert torch.equal(model.decoder.state_dict()[name], source.decoder.state_dict()[name])
+
+
+@torch.no_grad()
+def test_a_converted_model_streams() -> None:
+    """Private slots: a step from the cache equals one pass, with an absent observation now and then."""
+    source, model = converted()
+    assert isinstance(model, ScdModel)
+    observation, _ = stream_of(source.config, 2, 20, torch.float64)
+    present = {"a": torch.rand(2, 20) > 0.3, "b": torch.rand(2, 20) > 0.3}
+    whole, cache = model.encode(observation, present=present), model.new_cache(2)
+    for t in range(20):
+        step, there = ({key: value[:, t] for key, value in given.items()} for given in (observation, present))
+        context = model.encode_step(step, cache, present=there)
+        torch.testing.assert_close(context, whole[:, t], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("0:5", (0, 1, 2, 3, 4)), ("first:1,last:1", (0, 5)), ("0, 3,5", (0, 3, 5)), ("last:2", (4, 5)), ("2:3", (2,))],
+)
+def test_layers_are_read(text, layers) -> None:
+    assert parse_layers(text, 6) == layers
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a", "0:7", "6", "-1", "first", "last:7", "first:0", "3:3", "5:2", "1,1", "3,0", "first:4,last:4", ":2"],
+)
+def test_layers_that_are_not_there_are_refused_with_their_number(text) -> None:
+    with pytest.raises(ConfigError, match="the model has 6 layers, 0 to 5"):
+        parse_layers(text, 6)
+
+
+def test_what_cannot_be_converted_is_refused() -> None:
+    separable = dataclasses.replace(ENTANGLED, architecture="separable")
+    with pytest.raises(ConfigError, match="only entangled"):
+        separable_config(separable, (0,), (1,), 1)
+    with pytest.raises(ConfigError, match="exceeds chunk_length 4"):
+        separable_config(ENTANGLED, (0,), (1,), 5)
+    with pytest.raises(ConfigError, match=r"local_layers.*0:3.*\[0, 3\]"):
+        separable_config(dataclasses.replace(ENTANGLED, local_layers=1), (0, 3), (1,), 1)
