@@ -240,13 +240,12 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         config = {**config, "model": {"history_stride": 1, **config["model"]}, "transforms": transforms}
     if schema < 3:
         config = {**config, "model": {"architecture": "separable", "local_layers": 0, **config["model"]}}
-    if schema < 4:
-        config = {**config, "model": {"encoder_bias": False, "context_slots": "shared", **config["model"]}}
     if schema < 3 and "training" in config:
         later = {"group_by_length": False, "idle_weight": 1.0, "disturbance_threshold": 0.0}
         config = {**config, "training": {**later, **config["training"]}}
     if schema < 4:
-        config = {**config, "model": {"step_end_input": False, **config["model"]}}
+        later = {"encoder_bias": False, "context_slots": "shared", "step_end_input": False}
+        config = {**config, "model": {**later, **config["model"]}}
     if schema < 4 and "training" in config:
         config = {**config, "training": {"objective": "flow_matching", "trained": "all", **config["training"]}}
     return config

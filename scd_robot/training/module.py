@@ -71,7 +71,7 @@ class ScdLightningModule(lightning.LightningModule):
         if self.device_mesh is None or isinstance(next(self.model.parameters()), DTensor):
             return
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
-        for method in ("encode", "velocity", "plan"):
+        for method in ("encode", "encode_at", "velocity", "plan"):
             register_fsdp_forward_method(self.model, method)
         self.ema = Ema(self.model, self.experiment.training.ema_decay)
 
