@@ -244,8 +244,8 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         later = {"group_by_length": False, "idle_weight": 1.0, "disturbance_threshold": 0.0}
         config = {**config, "training": {**later, **config["training"]}}
     if schema < 4:
-        later = {"encoder_bias": False, "context_slots": "shared", "step_end_input": False}
-        config = {**config, "model": {**later, **config["model"]}}
+        parts = {"encoder_bias": False, "context_slots": "shared", "step_end_input": False}
+        config = {**config, "model": {**parts, **config["model"]}}
     if schema < 4 and "training" in config:
         config = {**config, "training": {"objective": "flow_matching", "trained": "all", **config["training"]}}
     return config

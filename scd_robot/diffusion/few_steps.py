@@ -65,9 +65,10 @@ def mean_flow(
     """
     moves = (end_time > flow_time).to(x.dtype)
     with sdpa_kernel(SDPBackend.MATH):
-        said, change = torch.func.jvp(
+        along = torch.func.jvp(
             lambda x, t: average(x, t, end_time), (x, flow_time), (velocity * moves[..., None], moves)
         )
+    said, change = along[0], along[1]
     return said, (velocity + (end_time - flow_time)[..., None] * change).detach()
 
 
