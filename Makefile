@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-versio
 ROBOMIMIC_NEEDS := imageio psutil six tensorboardX termcolor
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench robosuite lerobot clean distclean
+.PHONY: help demo test lint bench robosuite lerobot rivals clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -43,11 +43,13 @@ bench: $(VENV)/.sim  ## run benchmarks/latency.py, or another with BENCH=five_ta
 robosuite: $(VENV)-robosuite/.made  ## run the tests beside robosuite, with its older numpy and zarr
 	$(VENV)-robosuite/bin/python -m pytest -m "not slow" $(ARGS)
 
-lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot itself read a dataset that we wrote (1.4 GB on disk)
+lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot itself read a dataset that we wrote (1.7 GB on disk)
 	rm -rf build/lerobot && mkdir -p build/lerobot
 	$(BIN)/python tests/lerobot_env/write_example.py build/lerobot/dataset build/lerobot/expected.npz
 	HF_HUB_OFFLINE=1 $(VENV)-lerobot/bin/python tests/lerobot_env/check_lerobot.py \
 	    build/lerobot/dataset build/lerobot/expected.npz
+
+rivals: $(VENV)-lerobot/.made  ## make the environment of benchmarks/outside, the same (1.7 GB on disk)
 
 clean:  ## remove what builds and tools left
 	rm -rf build dist scd_robot.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -85,7 +87,7 @@ $(VENV)-robosuite/.made: $(VENV)-robosuite/.venv pyproject.toml constraints/robo
 	    --constraint constraints/robosuite.txt --no-deps "robomimic>=0.3,<0.4"
 	@touch $@
 
-# LeRobot's own requirements exclude this torch: only what its datasets need is installed, at fixed versions.
+# LeRobot's own requirements exclude this torch: only what is used of it is installed, at fixed versions.
 $(VENV)-lerobot/.made: $(VENV)-lerobot/.venv constraints/lerobot.txt
 	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps \
 	    --requirement constraints/lerobot.txt

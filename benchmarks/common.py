@@ -31,6 +31,7 @@ from scd_robot.output import write_json, write_text
 __all__ = ["Given", "Job", "Recording", "benchmark_parser", "run_benchmark"]
 
 POLL_S = 0.5
+RIVAL_PYTHON = Path(__file__).parents[1] / ".venv-lerobot" / "bin" / "python"
 
 logger = logging.getLogger("benchmarks")
 
@@ -54,6 +55,9 @@ def benchmark_parser(description: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--report", action="store_true", help="print the tables of what is done, run nothing")
     parser.add_argument("--parallel", type=int, default=2, help="jobs side by side (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each training (default %(default)s)")
+    parser.add_argument(
+        "--rival-python", default=str(RIVAL_PYTHON), help="of the environment of rivals, if there are any"
+    )
     shrink = parser.add_argument_group("to try the plumbing, into another --out; such numbers mean nothing")
     shrink.add_argument("--episodes", type=int, help="episodes of each evaluation")
     shrink.add_argument("--max-steps", type=int, help="optimiser steps of each training")
@@ -74,7 +78,7 @@ def run_benchmark(options: argparse.Namespace, jobs: Sequence[Job], report: Repo
                 print(f"{_status(options.out, job):8} {job.name}  {' '.join(job.settings)}")
             return 0
         if not options.report:
-            failed = run_queue(options.out, chosen, options.parallel, options.threads)
+            failed = run_queue(options.out, chosen, options.parallel, options.threads, options.rival_python)
         text = report(read_results(options.out, jobs))
         if (options.out / "results").is_dir():
             write_text(options.out / "report.md", text + "\n")
@@ -109,9 +113,8 @@ def _shrunk(job: Job, options: argparse.Namespace) -> Job:
     recording = job.recording
     if options.demonstrations and isinstance(recording, Recording):
         recording = replace(recording, episodes=options.demonstrations)
-    curve = min(job.curve, options.episodes or job.curve)
     episodes = options.episodes or job.episodes
-    return replace(job, recording=recording, settings=tuple(settings), episodes=episodes, curve=curve)
+    return replace(job, recording=recording, settings=tuple(settings), episodes=episodes)
 
 
 # ----------------------------------------------------------------------------------------------------------- queue
@@ -143,12 +146,19 @@ def _status(out: Path, job: Job) -> str:
     return str(result["status"])
 
 
-def run_queue(out: Path, jobs: Sequence[Job], parallel: int, threads: int) -> int:
+def run_queue(
+    out: Path, jobs: Sequence[Job], parallel: int, threads: int, rival_python: str = str(RIVAL_PYTHON)
+) -> int:
     """Runs what is not done yet, and returns the number of jobs that failed.
 
     Raises:
+        ConfigError: there are rivals, and no environment for them.
         OutputError: another queue works in `out`, it cannot be written, or holds results of other jobs.
     """
+    if any(job.rival for job in jobs) and not Path(rival_python).is_file():
+        raise ConfigError(
+            f"rivals need an environment of their own, and {rival_python} is not there; run 'make rivals'"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
@@ -162,7 +172,7 @@ def run_queue(out: Path, jobs: Sequence[Job], parallel: int, threads: int) -> in
         waiting = [job for job in jobs if _status(out, job) != "done"]
         logger.info("%d jobs, %d of them done; %d at once", len(jobs), len(jobs) - len(waiting), parallel)
         ready = _record_all(out, waiting)
-        return len(waiting) - len(ready) + _run_all(out, ready, len(jobs), parallel, threads)
+        return len(waiting) - len(ready) + _run_all(out, ready, len(jobs), parallel, threads, rival_python)
 
 
 def _record_all(out: Path, jobs: Sequence[Job]) -> list[Job]:
@@ -185,7 +195,7 @@ def _record_all(out: Path, jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if job.recording not in errors]
 
 
-def _run_all(out: Path, jobs: Sequence[Job], total: int, parallel: int, threads: int) -> int:
+def _run_all(out: Path, jobs: Sequence[Job], total: int, parallel: int, threads: int, rival_python: str) -> int:
     waiting, failed, durations = list(jobs), 0, []
     running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = {}
     number = total - len(jobs)
@@ -202,7 +212,8 @@ def _run_all(out: Path, jobs: Sequence[Job], total: int, parallel: int, threads:
                 logger.info("[%d/%d] start %s", number, total, job.name)
                 order = out / "work" / job.name / "order.json"
                 command = " ".join(["python", *sys.argv])
-                write_json(order, {"job": asdict(job), "out": out.resolve(), "threads": threads, "command": command})
+                about = {"threads": threads, "rival_python": rival_python, "command": command}
+                write_json(order, {"job": asdict(job), "out": out.resolve(), **about})
                 (out / "results" / f"{job.name}.json").unlink(missing_ok=True)
                 running[job.name] = (job, _start("job", order, threads), time.monotonic())
             time.sleep(POLL_S)

@@ -1,8 +1,11 @@
-"""The headline: separable against entangled on the same data, updates, start states and, read at the end, CPU time.
+"""The headline: separable beside the entangled rival, Diffusion Policy and BC-RNN, on the same data and start states.
 
 Every arm has one run per seed. Its checkpoints are evaluated along the way, so that the arms can be read at equal
-updates (the last checkpoint) and at equal CPU time (the entangled rival's last checkpoint that cost no more than all of
-the separable model's training). The rival's learning rate was chosen with as many trials as ours: `--tune`.
+updates (the last checkpoint) and at equal CPU time (the last checkpoint that cost no more than all of the separable
+model's training). The entangled rival's learning rate was chosen with as many trials as ours: `--tune`. The others'
+policies (`make rivals`) have about 1.5 million parameters (BC-RNN more: robomimic's own size) and train for MINUTES of
+one core, with a cosine that ends there (BC-RNN: a constant learning rate, as published); Diffusion Policy runs with
+DDIM, 16 steps of 100, as its paper does on robots.
 
     python benchmarks/headline.py --tune                        which learning rate suits each architecture
     python benchmarks/headline.py --pusht pusht_cchi_v7_replay.zarr
@@ -63,6 +66,14 @@ TASKS = {
 }  # fmt: skip
 PUSHT = "pusht:observation=keypoints,starts=benchmark"
 
+MINUTES = 15
+_TIME = (f"training.cpu_seconds={60 * MINUTES}", "training.max_steps=1000000", "training.validate_every=200")
+_DDIM = ("policy.noise_scheduler_type=DDIM", "policy.num_inference_steps=16")
+OUTSIDE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Diffusion Policy, CNN": ("outside.diffusion", (*_TIME, "model.network=unet", *_DDIM)),
+    "Diffusion Policy, transformer": ("outside.diffusion", (*_TIME, "model.network=transformer", *_DDIM)),
+    "BC-RNN": ("outside.bc_rnn", _TIME),
+}
 _ENTANGLED = ("model.architecture=entangled", "model.context_corruption=0")
 ARMS: dict[str, tuple[str, ...]] = {
     "separable": (),
@@ -74,7 +85,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 OURS, RIVAL = "separable", "entangled"
 LEARNING_RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3")  # of the trials; the preset has 1e-3
 TUNED_ON = {"assembly": 400, "push-hidden": 600}  # updates at which the presets succeed in about 80 %
-CHECKPOINTS, CURVE_EPISODES = 10, 50
+READINGS = 5
 AIM_TIME, AIM_OF_FINAL = 0.6, 0.9
 
 
@@ -92,7 +103,7 @@ def make_jobs(tasks: Mapping[str, Task]) -> list[Job]:
         _job(name, task, arm, seed)
         for seed in THREE
         for name, task in tasks.items()
-        for arm in ARMS
+        for arm in (*ARMS, *(OUTSIDE if isinstance(task.recording, Recording) else ()))
         if seed in task.seeds
     ]
 
@@ -105,25 +116,22 @@ def make_trials() -> list[Job]:
             for rate in LEARNING_RATES:
                 job = _job(name, replace(TASKS[name], updates=updates), arm, 0)
                 settings = (*job.settings, f"training.learning_rate={rate}")
-                trials.append(replace(job, name=_trial_name(name, arm, rate), settings=settings, curve=0))
+                trials.append(replace(job, name=_trial_name(name, arm, rate), settings=settings, readings=1))
     return trials
 
 
 def _job(name: str, task: Task, arm: str, seed: int) -> Job:
-    budget = (f"training.max_steps={task.updates}", f"training.validate_every={task.updates // CHECKPOINTS}")
-    return Job(
-        _name(name, arm, seed),
-        task.recording,
-        task.environment,
-        (*task.settings, *budget, *ARMS[arm]),
-        seed,
-        preset=task.preset,
-        curve=CURVE_EPISODES,
-    )
+    where = (_name(name, arm, seed), task.recording, task.environment)
+    if arm in OUTSIDE:
+        module, settings = OUTSIDE[arm]
+        return Job(*where, settings, seed, rival=module, readings=READINGS)
+    budget = (f"training.max_steps={task.updates}", f"training.validate_every={task.updates // READINGS}")
+    settings = (*task.settings, *budget, *ARMS[arm])
+    return Job(*where, settings, seed, preset=task.preset, readings=READINGS)
 
 
 def _name(task: str, arm: str, seed: int) -> str:
-    return f"{task}_{arm.replace(' ', '-').replace(':', '+')}_seed{seed}"
+    return f"{task}_{arm.replace(', ', '-').replace(' ', '-').replace(':', '+')}_seed{seed}"
 
 
 def _trial_name(task: str, arm: str, rate: str) -> str:
@@ -139,7 +147,7 @@ def make_report(results: Results, tasks: Mapping[str, Task], latency: Path) -> s
     failed = [f"- FAILED {name}: {result['error']}" for name, result in results.items() if name not in done]
     parts = ["## Separable and entangled, side by side"]
     for name, task in tasks.items():
-        if any(_results(done, name, task, arm) for arm in ARMS):
+        if any(_results(done, name, task, arm) for arm in (*ARMS, *OUTSIDE)):
             parts += [f"### {task.environment}, {task.updates} updates", _table(done, name, task)]
             parts += ["\n".join(_verdicts(done, name, task))]
     parts += [_latency(latency), "\n".join(failed), start_state_line(done.values()), provenance(done)]
@@ -186,7 +194,7 @@ def _table(done: Results, name: str, task: Task) -> str:
     )  # fmt: skip
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     rival, ours = (_results(done, name, task, arm) for arm in (RIVAL, OURS))
-    for arm in ARMS:
+    for arm in (*ARMS, *OUTSIDE):
         found = _results(done, name, task, arm)
         if not found:
             rows.append(f"| {arm} | 0 |" + " - |" * (len(head) - 2))
@@ -241,7 +249,7 @@ def _points(result: Mapping[str, Any]) -> list[tuple[float, float]]:
     cpu_s, training = _cpu_s(result), result["training"]
     if cpu_s is None:
         return []
-    points = [(point["step"], point["successes"] / point["valid"]) for point in result["curve"] if point["valid"]]
+    points = [(reading["updates"], reading["evaluation"]["success_rate"]) for reading in result["readings"]]
     points.append((training["steps"], result["evaluation"]["success_rate"]))
     return [(cpu_s * step / training["steps"], rate) for step, rate in points if rate is not None]
 

@@ -10,15 +10,18 @@ import logging
 import math
 import os
 import re
+import shutil
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from scd_robot.dotted import parse_options
 from scd_robot.errors import ConfigError, OutputError
 from scd_robot.output import write_json
 from scd_robot.sim_eval import provenance
@@ -26,6 +29,7 @@ from scd_robot.sim_eval import provenance
 __all__ = ["SCHEMA", "Given", "Job", "Recording", "Result", "failure", "read_json"]
 
 SCHEMA = 1
+_POLICY = "policy."
 
 logger = logging.getLogger("benchmarks.job")
 
@@ -72,9 +76,11 @@ class Job:
         seed: of the training.
         preset: named experiment.
         episodes: of the evaluation.
-        curve: of the evaluation of each earlier checkpoint, one every training.validate_every updates; 0 = none.
         begins_from: name of another job, on the same recording, whose weights and normalisation this one begins with.
         denoising_steps: evaluated again in `environment` with these numbers of them.
+        rival: module of a rival in the place of our preset, "outside.diffusion" for one; it is trained and run in an
+            environment of its own, with settings training.*, model.* and policy.*.
+        readings: so many checkpoints, evenly spaced and the last among them, are evaluated in `environment`.
     """
 
     name: str
@@ -85,20 +91,23 @@ class Job:
     preset: str = "metaworld_state"
     episodes: int = 100
     also: tuple[str, ...] = ()
-    curve: int = 0
     begins_from: str = ""
     denoising_steps: tuple[int, ...] = ()
+    rival: str = ""
+    readings: int = 1
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._=+-]+", self.name):
             raise ConfigError(f"a job's name may hold letters, digits and . _ = + - only, got {self.name!r}")
+        if self.rival and (self.begins_from or self.denoising_steps):
+            raise ConfigError(f"{self.name}: begins_from and denoising_steps are for our own policies, not for rivals")
 
     def training_identity(self) -> dict[str, Any]:
         """What the trained weights depend on, as plain JSON types."""
         settings = list(self.settings)
         begins = {"begins_from": self.begins_from} if self.begins_from else {}
-        trained = {"recording": asdict(self.recording), "preset": self.preset, "settings": settings, "seed": self.seed}
-        return {**trained, **begins}
+        learner = {"rival": self.rival} if self.rival else {"preset": self.preset}
+        return {"recording": asdict(self.recording), **learner, "settings": settings, "seed": self.seed, **begins}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Job":
@@ -150,22 +159,21 @@ def _record(recording: Recording, out: Path) -> None:
 
 def _run_job(job: Job, out: Path, order: Mapping[str, Any]) -> Result:
     """Trains and evaluates."""
-    training = _train_once(job, out, order["threads"])
-    import torch
-
-    from scd_robot.policies import load_policy
     from scd_robot.sim_eval import evaluate
 
-    torch.set_num_threads(1)  # small batches; the simulators have the rest
-    run = out / "work" / job.name / "run"
-    policy = load_policy(run)
-    evaluation, *others = (
-        evaluate(policy, environment, job.episodes, policy_name=job.name, progress=False)
-        for environment in (job.environment, *job.also)
-    )
+    training = _train_rival(job, out, order) if job.rival else _train_once(job, out, order["threads"])
+    load, checkpoints = _rival_checkpoints(job, out, order) if job.rival else _own_checkpoints(job, out)
+    readings, wanted = [], evenly_spaced(checkpoints, job.readings)
+    for checkpoint in wanted:
+        policy = load(checkpoint["path"])
+        environments = (job.environment, *job.also) if checkpoint is wanted[-1] else (job.environment,)
+        found = [evaluate(policy, name, job.episodes, policy_name=job.name, progress=False) for name in environments]
+        told = {"updates": checkpoint["updates"], "wall_s": checkpoint["wall_s"]}
+        readings.append({**told, "evaluation": found[0].to_json()})
+    evaluation, *others = found
     by_steps = {
         str(steps): evaluate(
-            load_policy(run, num_denoising_steps=steps),
+            load(checkpoints[-1]["path"], num_denoising_steps=steps),
             job.environment,
             job.episodes,
             policy_name=job.name,
@@ -184,7 +192,7 @@ def _run_job(job: Job, out: Path, order: Mapping[str, Any]) -> Result:
         "evaluation": evaluation.to_json(),
         "by_denoising_steps": by_steps,
         "also": {other.environment.name: other.to_json() for other in others},
-        "curve": _curve(job, run) if job.curve else [],
+        "readings": readings[:-1],
         "versions": {**training["versions"], **evaluation.versions},
         "machine": describe_machine(),
         "code": code_version(),
@@ -206,28 +214,6 @@ def _open(recording: Recording | Given, out: Path) -> Any:
     if isinstance(recording, Given):
         return open_dataset(recording.path, list(recording.keys) or None, control_dt=recording.control_dt)
     return open_dataset(out / "recordings" / f"{recording.name}.zarr")
-
-
-def _curve(job: Job, run: Path) -> list[dict[str, Any]]:
-    """Success of all checkpoints but the last, oldest first; those that are kept in `run` are not evaluated again."""
-    from scd_robot.checkpoint import list_checkpoints, read_step
-    from scd_robot.policies import load_policy
-    from scd_robot.sim_eval import evaluate
-
-    points = []
-    for checkpoint in list_checkpoints(run)[:-1]:
-        kept = run.parent / "curve" / f"{checkpoint.name}_{job.curve}.json"
-        if not kept.is_file():
-            result = evaluate(load_policy(checkpoint), job.environment, job.curve, num_videos=0, progress=False)
-            known = {
-                "step": read_step(checkpoint),
-                "successes": result.successes,
-                "valid": len(result.valid),
-                "best_reward": result.mean_best_reward,
-            }
-            write_json(kept, known)
-        points.append(read_json(kept))
-    return points
 
 
 def _train_once(job: Job, out: Path, threads: int) -> dict[str, Any]:
@@ -270,6 +256,83 @@ def _train_once(job: Job, out: Path, threads: int) -> dict[str, Any]:
     del summary["seconds"]  # of the last session only
     write_json(folder / "training.json", summary)
     return dict(summary)
+
+
+def _own_checkpoints(job: Job, out: Path) -> tuple[Callable[[Path], Any], list[dict[str, Any]]]:
+    """How a checkpoint of ours becomes a policy, and all of them: `path`, `updates`, `wall_s`, oldest first."""
+    import torch
+
+    from scd_robot.checkpoint import list_checkpoints, read_step
+    from scd_robot.policies import load_policy
+
+    torch.set_num_threads(1)  # small batches; the simulators have the rest
+    folder = out / "work" / job.name
+    sessions, found, written = _sessions(job, folder / "sessions.json"), [], []
+    for path in list_checkpoints(folder / "run"):
+        written.append((path / "manifest.json").stat().st_mtime)
+        found.append({"path": path, "updates": read_step(path), "wall_s": useful_seconds(sessions, written)})
+    return load_policy, found
+
+
+def _train_rival(job: Job, out: Path, order: Mapping[str, Any]) -> dict[str, Any]:
+    """As `_train_once`, of a rival in its own environment; a training that was cut off begins again."""
+    folder = out / "work" / job.name
+    sessions = _sessions(job, folder / "sessions.json")
+    if (folder / "training.json").is_file():
+        return dict(read_json(folder / "training.json"))
+    from scd_robot.datasets.hdf5.robomimic_writer import write_robomimic
+
+    write_json(folder / "sessions.json", {"trained": job.training_identity(), "starts": [*sessions, time.time()]})
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    data = _open(job.recording, out)
+    write_robomimic(data, folder / "demonstrations.hdf5", overwrite=True, progress=False)
+    settings = [setting for setting in job.settings if not setting.startswith(_POLICY)]
+    arguments = {"dataset": folder / "demonstrations.hdf5", "out": folder / "run", "seed": job.seed}
+    arguments["threads"] = order["threads"]
+    command = [order["rival_python"], "-P", Path(__file__).parent / "outside" / "train.py", job.rival]
+    command += [word for name, value in arguments.items() for word in (f"--{name}", value)]
+    command += ["--set", *settings] if settings else []
+    # It ends when its standard input does, and with it when this process does.
+    with subprocess.Popen([str(word) for word in command], stdin=subprocess.PIPE) as process:
+        if code := process.wait():
+            raise ConfigError(f"the training of {job.rival} ended with code {code}; see {folder / 'log.txt'}")
+    newest = _rival_checkpoints(job, out, order)[1][-1]
+    config = read_json(newest["path"] / "config.json")
+    summary = {
+        "checkpoint": str(newest["path"].relative_to(out)),
+        "steps": newest["updates"],
+        "parameters": config["parameters"],
+        "wall_s": newest["wall_s"],
+        "cpu_s": newest["cpu_s"],
+        "threads": order["threads"],
+        "sessions": len(sessions) + 1,
+        "config": config,
+        "versions": {f"rival/{name}": version for name, version in config["versions"].items()},
+    }
+    write_json(folder / "training.json", summary)
+    return summary
+
+
+def _rival_checkpoints(
+    job: Job, out: Path, order: Mapping[str, Any]
+) -> tuple[Callable[[Path], Any], list[dict[str, Any]]]:
+    """As `_own_checkpoints`."""
+    from scd_robot.sim_eval.policy_process import PolicyProcess
+
+    options = parse_options([setting.removeprefix(_POLICY) for setting in job.settings if setting.startswith(_POLICY)])
+
+    def load(path: Path) -> Any:
+        named = "outside.run:load_run", {"run": str(path), **options}
+        return PolicyProcess(order["rival_python"], *named, folder=Path(__file__).parent)
+
+    paths = sorted((out / "work" / job.name / "run" / "checkpoints").glob("step_*"))
+    return load, [{"path": path, **read_json(path / "progress.json")} for path in paths]
+
+
+def evenly_spaced(checkpoints: Sequence[Any], count: int) -> list[Any]:
+    """So many of them, the last among them; all where there are fewer."""
+    total = len(checkpoints)
+    return [checkpoints[-(-total * (i + 1) // count) - 1] for i in range(count)] if total > count else [*checkpoints]
 
 
 def _sessions(job: Job, path: Path) -> list[float]:

@@ -18,6 +18,7 @@ __all__ = [
     "pair",
     "percent",
     "provenance",
+    "readings_table",
     "start_state_line",
     "success_counts",
 ]
@@ -98,6 +99,22 @@ def arms_table(results: Mapping[str, Result], names: Sequence[str]) -> str:
     return "\n".join(rows)
 
 
+def readings_table(results: Mapping[str, Result], names: Sequence[str]) -> str:
+    """One row per job: success after so many updates and minutes of training."""
+    rows = ["| arm | updates, training min: successes |", "|---|---|"]
+    for name in names:
+        result = results.get(name)
+        if result is None or result["status"] != "done":
+            continue
+        last = {"updates": result["training"]["steps"], "wall_s": result["training"]["wall_s"]}
+        cells = []
+        for reading in (*result.get("readings", ()), {**last, "evaluation": result["evaluation"]}):
+            successes, valid = success_counts(reading)
+            cells.append(f"{reading['updates']}, {reading['wall_s'] / 60:.1f}: {successes}/{valid}")
+        rows.append(f"| {name} | {'; '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def comparison_table(results: Mapping[str, Result], pairs: Sequence[tuple[str, str]]) -> str:
     """One row per (arm, reference) of which both are done, from the same start states.
 
@@ -131,6 +148,7 @@ def provenance(results: Mapping[str, Result]) -> str:
     machines = sorted({f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in done})
     threads = sorted({r["training"]["threads"] for r in done})
     packages = ("scd_robot", "python", "torch", "lightning", "mujoco", "metaworld", "numpy")
+    packages += tuple(f"rival/{name}" for name in ("lerobot", "robomimic", "diffusers", "torch"))
     versions = sorted(
         {", ".join(f"{name} {r['versions'][name]}" for name in packages if name in r["versions"]) for r in done}
     )

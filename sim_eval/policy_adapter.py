@@ -3,15 +3,15 @@
 Shapes: B rows stepped side by side, Da action width.
 """
 
-import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from scd_robot.dotted import takes
 from scd_robot.errors import ConfigError, ScdRobotError, ShapeError
 from scd_robot.types import ActionArray, ActionKind, EnvironmentSpec, Observation, PolicySpec
 
@@ -33,7 +33,7 @@ class PolicyAdapter:
         policy: has `reset()`, optionally with `rows` and `episodes`; `act(observation)`, optionally with
             `executed_action`; optionally `drain_timings()`: the wall milliseconds per call since it was last asked,
             under "encoder_ms" and "plan_ms", and the rows of each plan under "plan_rows"; and optionally `planned`
-            (B,): for which rows the last `act` planned.
+            (B,): for which rows the last `act` planned, and `takes_rows`: False where `reset` ignores its `rows`.
     """
 
     def __init__(self, policy: Any) -> None:
@@ -41,9 +41,9 @@ class PolicyAdapter:
             if not callable(getattr(policy, method, None)):
                 raise ConfigError(f"a policy needs the methods reset and act; {type(policy).__name__} has no {method}")
         self._policy = policy
-        self._takes_executed_action = _takes(policy.act, "executed_action")
-        self._takes_episodes = _takes(policy.reset, "episodes")
-        self.takes_rows = _takes(policy.reset, "rows")
+        self._takes_executed_action = takes(policy.act, "executed_action")
+        self._takes_episodes = takes(policy.reset, "episodes")
+        self.takes_rows = takes(policy.reset, "rows") and getattr(policy, "takes_rows", True)
         self.act_ms: list[float] = []
         self._drain()
 
@@ -181,12 +181,3 @@ def _check_action_kind(trained: ActionKind, environment: EnvironmentSpec) -> Non
         f"the policy was trained on actions that are {words[trained]}, environment {name!r} takes them for "
         f"{words[taken]}; {asks}"
     )
-
-
-def _takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function has a parameter of this name, or takes any."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError:  # written in C, without a signature
-        return False
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

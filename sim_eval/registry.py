@@ -10,12 +10,10 @@ An environment that is not registered is named `module:callable`; its module may
 """
 
 import importlib
-import os
-import re
-import sys
 from types import ModuleType
 from typing import cast
 
+from scd_robot.dotted import import_dotted, is_dotted
 from scd_robot.errors import ConfigError, UnknownNameError
 from scd_robot.types import Environment
 
@@ -28,7 +26,6 @@ _FACTORIES = {
     "robosuite": "scd_robot.sim_eval.robosuite:make",
     "scd_memory": "scd_robot.sim_eval.memory:make",
 }
-_DOTTED_NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
 def make_environment(name: str) -> Environment:
@@ -45,9 +42,8 @@ def make_environment(name: str) -> Environment:
         MissingDependencyError: the simulator is not installed; names the command that installs it.
     """
     known = known_environments()
-    dotted = _DOTTED_NAME.fullmatch(name)
-    if dotted and dotted[1] not in known:
-        return _make_own(*dotted.groups())
+    if is_dotted(name) and name.partition(":")[0] not in known:
+        return cast(Environment, import_dotted(name, "environment")())
     base, options = parse_name(name)
     prefix, _, task = base.partition("/")
     if base not in known:
@@ -92,23 +88,3 @@ def parse_name(name: str) -> tuple[str, dict[str, int | str]]:
 
 def _module(prefix: str) -> ModuleType:
     return importlib.import_module(_FACTORIES[prefix].partition(":")[0])
-
-
-def _make_own(module_name: str, attribute: str) -> Environment:
-    """Calls something of the user's own; the program `scd`, unlike `python`, does not look into the current folder."""
-    folder = os.getcwd()
-    if folder not in sys.path:
-        sys.path.append(folder)  # last, so that a file of the user's hides no installed package
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and lacks something itself
-        raise ConfigError(
-            f"cannot import {module_name} for the environment {module_name}:{attribute} ({error}): looked among the "
-            f"installed packages and in {folder}; start this where {module_name.partition('.')[0]} lies, or name its "
-            "folder with PYTHONPATH=..."
-        ) from error
-    if not hasattr(module, attribute):
-        raise UnknownNameError(f"callable in module {module_name}", attribute, vars(module))
-    return cast(Environment, getattr(module, attribute)())

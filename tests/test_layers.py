@@ -10,7 +10,7 @@ CHECKOUT = Path(__file__).parent.parent
 PACKAGE = CHECKOUT / "scd_robot"
 MAPPED = ("datasets", "policies", "sim_eval")
 
-BASE = {"errors", "types", "seeding", "config", "output"}
+BASE = {"errors", "types", "dotted", "seeding", "config", "output"}
 NUMERICS = BASE | {"normalization", "rotations", "transforms"}
 NETWORK = NUMERICS | {"nn", "diffusion", "model"}
 TRAINED = NETWORK | {"checkpoint"}
@@ -20,6 +20,7 @@ EVERYTHING = TRAINED | {"policies", "datasets", "control", "sim_eval", "training
 ALLOWED = {
     "errors": set(),
     "types": {"errors"},
+    "dotted": {"errors"},
     "seeding": {"errors"},
     "config": {"errors"},
     "output": {"errors"},

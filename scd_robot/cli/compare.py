@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from scd_robot.cli.policy_source import is_named, named_policies, refuse_checkpoint_options
+
 __all__ = ["compare"]
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,8 @@ def compare(
     seed: int | None = None,
     device: str = "cpu",
     reproducible: bool = False,
+    policy_options: tuple[str, ...] = (),
+    policy_python: str | None = None,
     env_python: str | None = None,
     num_videos: int = 6,
     out: Path | None = None,
@@ -35,7 +39,8 @@ def compare(
 
     FIRST (A) and SECOND (B) are each an evaluation of 'scd eval' (its folder or result.json), several, one per training
     seed (a folder of them, or a quoted pattern like 'sweep/push/a_seed*'), or, with --env, a checkpoint (or run), which
-    is evaluated now, or several of them (a quoted pattern like 'runs/a_seed*'). One evaluation each gives the exact
+    is evaluated now, or several of them (a quoted pattern like 'runs/a_seed*'), or a policy of your own,
+    package.module:callable. One evaluation each gives the exact
     McNemar test and a paired interval; several trainings in both arms an interval over seeds and start states, the
     wider of a bootstrap and Welch's t. Evaluations of the same weights count as one training; where an arm has only
     one, the verdict is about these checkpoints. A is non-inferior to B where the lower end of the 95 % interval of A -
@@ -54,6 +59,8 @@ def compare(
         seed: of the noise of checkpoints; replaces their own.
         device: torch device for checkpoints.
         reproducible: see 'scd eval --help'.
+        policy_options: KEY=VALUE for arms that are named package.module:callable, the same for both.
+        policy_python: python of another environment for them, as in 'scd eval'.
         env_python: python of another environment, with scd_robot and the simulator, as in 'scd eval'.
         num_videos: start states that only one arm solved to show side by side in the report, from the actions that the
             evaluations kept; 0 = none.
@@ -74,11 +81,14 @@ def compare(
         raise ConfigError(f"episodes must be at least 1 and sequential 0 or more, got {episodes} and {sequential}")
     if out is not None:
         check_output_folder(out, overwrite)
+    named = named_policies([first, second], policy_options, policy_python, env_python)
+    for path in filter(is_named, (first, second)):
+        refuse_checkpoint_options(path, {"reproducible": reproducible})
     arms = [find_arm(path, env) for path in (first, second)]
     if env is not None and any(arm.checkpoints for arm in arms):
         wanted = range(first_episode, first_episode + episodes)
         settings = Settings(env, wanted, sequential, num_envs, env_python, device, seed, reproducible)
-        evaluate_arms(arms, settings, out)
+        evaluate_arms(arms, settings, out, named)
     elif sequential:
         raise ConfigError("--sequential decides how much is evaluated, and both arms are evaluations already")
     documents = arms[0].documents, arms[1].documents

@@ -2,11 +2,12 @@
 
 import glob
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scd_robot.cli.policy_source import is_named
 from scd_robot.errors import ConfigError
 
 __all__ = ["ArmSource", "Settings", "evaluate_arms", "find_arm"]
@@ -44,7 +45,7 @@ class ArmSource:
     Attributes:
         path: as it was named.
         evaluations: folder and `result.json` of each.
-        checkpoints: to be evaluated.
+        checkpoints: to be evaluated, or the dotted name of one policy.
         actions: (steps, action width) of the first evaluation by episode, where it was made now.
     """
 
@@ -67,6 +68,10 @@ def find_arm(path: Path, env: str | None) -> ArmSource:
     """
     from scd_robot.sim_eval.saved import find_evaluations
 
+    if is_named(path):
+        if env is None:
+            raise ConfigError(f"{path} is a policy to be evaluated; give --env")
+        return ArmSource(path, checkpoints=[path])
     pattern = not path.exists() and glob.has_magic(str(path))
     places = [Path(one) for one in sorted(glob.glob(str(path)))] if pattern else [path]
     if not pattern and not path.exists():
@@ -94,12 +99,12 @@ def _is_checkpoint(path: Path) -> bool:
     return (path / "model.safetensors").is_file() or bool(list_checkpoints(path))
 
 
-def evaluate_arms(arms: Sequence[ArmSource], settings: Settings, out: Path | None) -> None:
+def evaluate_arms(arms: Sequence[ArmSource], settings: Settings, out: Path | None, named: Callable[..., Any]) -> None:
     """Evaluates the checkpoints of both arms, with --sequential block by block until the difference is decided.
 
     Where the other arm is evaluated already, its episodes are those that count, and no others are run. With `out` the
     evaluations are in its folders a and b (one for each checkpoint in there, if there are several), also where the
-    difference was decided early.
+    difference was decided early. `named` makes policies by dotted name, see `policy_source.named_policies`.
 
     Raises:
         ConfigError: an arm does not fit --sequential, or what would be evaluated now.
@@ -113,12 +118,17 @@ def evaluate_arms(arms: Sequence[ArmSource], settings: Settings, out: Path | Non
         count = len(arm.evaluations) + len(arm.checkpoints)
         if settings.sequential and count > 1:
             raise ConfigError(f"--sequential is for one evaluation of each arm, and {count} were found in {arm.path}")
-    loaded = [[read_checkpoint(path) for path in arm.checkpoints] for arm in arms]
+    loaded = [[path if is_named(path) else read_checkpoint(path) for path in arm.checkpoints] for arm in arms]
     indices = _episodes_to_run([found for arm in arms for found in arm.evaluations], settings)
     growing: list[list[_Evaluation]] = []
     for arm, checkpoints, name in zip(arms, loaded, "ab", strict=True):
         options = {"seed": settings.seed, "reproducible": settings.reproducible}
-        policies = [make_policy(checkpoint, settings.device, **options) for checkpoint in checkpoints]
+        policies = [
+            named(one, settings.env, settings.seed)()
+            if isinstance(one, Path)
+            else make_policy(one, settings.device, **options)
+            for one in checkpoints
+        ]
         places = _folders(arm, None if out is None else out / name, arms)
         parts = zip(policies, map(str, arm.checkpoints), places, strict=True)
         growing.append([_Evaluation(policy, path, place, settings) for policy, path, place in parts])

@@ -7,11 +7,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from scd_robot.cli.policy_source import is_named, named_policies, refuse_checkpoint_options
+
 __all__ = ["evaluate", "headline", "make_policy"]
 
 
 def evaluate(
-    checkpoint: Annotated[Path, tyro.conf.Positional],
+    policy: Annotated[Path, tyro.conf.Positional],
     /,
     *,
     env: str,
@@ -27,6 +29,8 @@ def evaluate(
     seed: int | None = None,
     device: str = "cpu",
     reproducible: bool = False,
+    policy_options: tuple[str, ...] = (),
+    policy_python: str | None = None,
     latency_ms: tuple[float, ...] = (0.0,),
     jitter_ms: float = 0.0,
     drop: float = 0.0,
@@ -39,13 +43,14 @@ def evaluate(
     overwrite: bool = False,
     json: Path | None = None,
 ) -> None:
-    """Runs a checkpoint in closed loop and reports its success rate with an interval, its times and its videos.
+    """Runs a policy in closed loop and reports its success rate with an interval, its times and its videos.
 
-    Episode i always starts from the same state, whatever the checkpoint. A crash of the simulator makes an episode
+    Episode i always starts from the same state, whatever the policy. A crash of the simulator makes an episode
     invalid, which is neither success nor failure. OUT gets report.html, result.json, episodes.jsonl and videos/.
 
     Args:
-        checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint).
+        policy: a checkpoint's folder, or a training run's (its newest checkpoint), or package.module:callable,
+            something of your own that makes an object with reset and act (docs/evaluation.md).
         env: environment, for example metaworld/push-v3 or metaworld/push-v3:goal_steps=5.
         episodes: how many.
         out: folder for the report; by default nothing is written.
@@ -61,6 +66,9 @@ def evaluate(
         device: torch device of the policy.
         reproducible: plan for all environments whenever one is due: with the same --num-envs and kind of CPU an episode
             is then bitwise the same however episodes are divided (first_episode, --ray); takes more time.
+        policy_options: KEY=VALUE for a policy of your own, values in JSON or plain text, for example seed=1 run=runs/a;
+            they are keyword arguments of the callable.
+        policy_python: python of another environment for a policy of your own, with numpy and what that policy needs.
         latency_ms: the policy sees every observation so late; several values give a curve of success against delay,
             over the same start states, and an evaluation in a folder of its own for each.
         jitter_ms: and up to so much later, evenly distributed.
@@ -88,26 +96,29 @@ def evaluate(
     if out is not None:
         check_output_folder(out, overwrite)
     troubles = _faults(latency_ms, jitter_ms, drop, freeze)
-    found = read_checkpoint(checkpoint)
-    demonstrations = _check_diagnosis(found, diagnose_history, dataset, troubles)
-    load = functools.partial(
-        make_policy,
-        found,
-        device,
-        num_denoising_steps=num_denoising_steps,
-        num_executed=num_executed,
-        guidance_scale=guidance_scale,
-        num_samples=num_samples,
-        seed=seed,
-        reproducible=reproducible,
-    )
+    overrides = {
+        "num_denoising_steps": num_denoising_steps,
+        "num_executed": num_executed,
+        "guidance_scale": guidance_scale,
+        "num_samples": num_samples,
+        "reproducible": reproducible,
+    }
+    named = named_policies([policy], policy_options, policy_python, env_python)
+    demonstrations: dict[str, Any] = {}
+    load: Callable[[], Any]
+    if is_named(policy):
+        refuse_checkpoint_options(policy, {**overrides, "diagnose_history": diagnose_history, "dataset": dataset})
+        load = named(policy, env, seed)
+    else:
+        found = read_checkpoint(policy)
+        demonstrations = _check_diagnosis(found, diagnose_history, dataset, troubles)
+        load = functools.partial(make_policy, found, device, seed=seed, **overrides)
     where: dict[str, Any] = {"first_episode": first_episode, "max_steps": max_steps, "num_envs": num_envs}
     options = {**where, "overwrite": overwrite, "num_videos": num_videos}
     jobs = []
     for faults in troubles:
         folder = out / f"latency_{faults.latency_ms:g}ms" if out is not None and len(troubles) > 1 else out
-        named = {"policy_name": str(checkpoint), "faults": faults}
-        jobs.append(EvaluationJob(load, env, episodes, out=folder, **options, **named))
+        jobs.append(EvaluationJob(load, env, episodes, out=folder, policy_name=str(policy), faults=faults, **options))
     if out is not None and overwrite:  # of other delays, say
         remove_delay_curve(out)
     documents, quiet = [], str(json) == "-"

@@ -1,7 +1,6 @@
 """The verb `scd sweep`."""
 
 import functools
-import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +8,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from scd_robot.cli.policy_source import is_named, named_policies, refuse_checkpoint_options
+
 __all__ = ["sweep"]
 
 
 def sweep(
-    checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    policies: Annotated[tuple[Path, ...], tyro.conf.Positional],
     /,
     *,
     env: tuple[str, ...],
@@ -25,27 +26,32 @@ def sweep(
     num_videos: int = 0,
     device: str = "cpu",
     reproducible: bool = False,
+    policy_options: tuple[str, ...] = (),
+    policy_python: str | None = None,
     ray: str | None = None,
     json: Path | None = None,
 ) -> int:
-    """Evaluates every checkpoint in every environment, from the same start states, on one machine or a cluster.
+    """Evaluates every policy in every environment, from the same start states, on one machine or a cluster.
 
-    OUT gets an evaluation for each in OUT/ENVIRONMENT/CHECKPOINT, with a further folder for each of --seeds, and
+    OUT gets an evaluation for each in OUT/ENVIRONMENT/POLICY, with a further folder for each of --seeds, and
     sweep.json. Started again, it does what is missing, has no report, or had no valid episode. Where one fails the
     others go on, and the exit code is 2.
     'scd compare' takes these folders, also as patterns: 'OUT/ENVIRONMENT/a_seed*' is an arm of several trainings.
 
     Args:
-        checkpoints: folders of checkpoints, or of training runs (their newest checkpoints).
+        policies: folders of checkpoints, or of training runs (their newest checkpoints), or package.module:callable,
+            see 'scd eval --help'.
         env: environments.
         out: folder for the evaluations.
         episodes: how many in each.
         first_episode: index of the first.
-        seeds: of the policies' noise, each evaluated; by default each checkpoint's own.
+        seeds: of the policies' noise, each evaluated; by default each policy's own.
         num_envs: environments side by side.
         num_videos: successes and failures to replay into videos, so many of each; 0 = none.
         device: torch device of the policies.
         reproducible: see 'scd eval --help'.
+        policy_options: KEY=VALUE for all policies that are named package.module:callable.
+        policy_python: python of another environment for them.
         ray: address of a running Ray cluster ("auto", "ray://host:10001"), see 'scd eval --help'.
         json: write the table to this file too ("-": standard output).
     """
@@ -57,22 +63,31 @@ def sweep(
 
     if json is not None:
         check_target(json)
-    if not checkpoints or not env:
-        raise ConfigError("a sweep needs at least one checkpoint and one --env")
-    loaded = [read_checkpoint(find_checkpoint(path)) for path in checkpoints]
-    labels = short_names([str(path) for path in checkpoints])
-    options: dict[str, Any] = {"first_episode": first_episode, "num_envs": num_envs, "num_videos": num_videos}
+    if not policies or not env:
+        raise ConfigError("a sweep needs at least one policy and one --env")
+    named = named_policies(policies, policy_options, policy_python)
+    for source in filter(is_named, policies):
+        refuse_checkpoint_options(source, {"reproducible": reproducible})
+    loaded = {source: read_checkpoint(find_checkpoint(source)) for source in policies if not is_named(source)}
     jobs: dict[Path, EvaluationJob] = {}
     documents: dict[Path, dict[str, Any]] = {}
-    pairs = itertools.product(zip(env, _folder_names(env), strict=True), zip(loaded, labels, strict=True))
-    for ((name, place), (checkpoint, label)), seed in itertools.product(pairs, seeds or (None,)):
-        target = out / place / label / (f"seed_{seed}" if seed is not None else "")
-        policy = functools.partial(make_policy, checkpoint, device, seed=seed, reproducible=reproducible)
-        told = str(checkpoint.path)
-        jobs[target] = EvaluationJob(policy, name, episodes, target, overwrite=True, policy_name=told, **options)
-        wanted = range(first_episode, first_episode + episodes), checkpoint.weights_sha256, seed, reproducible
-        if document := _finished(target, *wanted):
-            documents[target] = document
+    for name, place in zip(env, _folder_names(env), strict=True):
+        for source, label in zip(policies, short_names([str(path) for path in policies]), strict=True):
+            for seed in seeds or (None,):
+                target = out / place / label / (f"seed_{seed}" if seed is not None else "")
+                if source in loaded:
+                    checkpoint = loaded[source]
+                    make = functools.partial(make_policy, checkpoint, device, seed=seed, reproducible=reproducible)
+                    wanted = {"weights_sha256": checkpoint.weights_sha256, "reproducible": reproducible}
+                else:
+                    make = named(source, name, seed)
+                    wanted = {"module": dict(zip(("name", "options"), make.args, strict=False))}
+                options: dict[str, Any] = {"first_episode": first_episode, "num_envs": num_envs}
+                options |= {"num_videos": num_videos, "overwrite": True}
+                options["policy_name"] = str(loaded[source].path if source in loaded else source)
+                jobs[target] = EvaluationJob(make, name, episodes, target, **options)
+                if document := _finished(target, range(first_episode, first_episode + episodes), seed, wanted):
+                    documents[target] = document
     failures: dict[Path | None, str] = {}
 
     def note_failure(job: EvaluationJob, error: Exception) -> None:
@@ -128,9 +143,7 @@ def _folder_names(environments: Sequence[str]) -> list[str]:
     return names
 
 
-def _finished(
-    target: Path, episodes: range, weights: str, seed: int | None, reproducible: bool
-) -> dict[str, Any] | None:
+def _finished(target: Path, episodes: range, seed: int | None, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The evaluation in a folder; None where there is none, it was killed, or the simulator failed in every episode.
 
     Raises:
@@ -143,21 +156,23 @@ def _finished(
     if not there or there[0][0] != target:
         return None
     document = there[0][1]
-    if difference := _difference(document, episodes, weights, seed, reproducible):
+    if difference := _difference(document, episodes, seed, wanted):
         raise OutputError(f"{target} holds another evaluation ({difference}); choose another --out")
     complete = (target / "report.html").is_file()  # the last that is written
     return document if complete and document["success_rate"] is not None else None
 
 
-def _difference(
-    document: dict[str, Any], episodes: range, weights: str, seed: int | None, reproducible: bool
-) -> str | None:
-    """In what an evaluation differs from the one that is asked for; None = in nothing."""
+def _difference(document: dict[str, Any], episodes: range, seed: int | None, wanted: dict[str, Any]) -> str | None:
+    """In what an evaluation differs from the one that is asked for, of a `wanted` policy; None = in nothing."""
     policy = document.get("provenance", {}).get("policy", {})
-    if policy.get("weights_sha256") != weights:
+    if policy.get("weights_sha256") != wanted.get("weights_sha256", policy.get("weights_sha256")):
         return f"of other weights, {document['policy']}"
+    module = policy.get("module", {})
+    if {key: module.get(key) for key in wanted.get("module", {})} != wanted.get("module", {}):
+        return f"of {module.get('name', document['policy'])} with options {module.get('options')}"
     if seed is not None and policy["settings"].get("seed") != seed:
         return f"with seed {policy['settings'].get('seed')}"
+    reproducible = wanted.get("reproducible", False)
     if policy.get("reproducible", False) != reproducible:
         return f"with{'out' if reproducible else ''} --reproducible"
     first, count = document["seeds"]["first_episode"], document["episodes"]

@@ -1,0 +1,65 @@
+"""What `scd eval`, `sweep` and `compare` evaluate: checkpoints, or policies of the user's own by dotted name."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["is_named", "named_policies", "refuse_checkpoint_options"]
+
+
+def is_named(source: Path) -> bool:
+    """Whether this is `package.module:callable` and not a path."""
+    from scd_robot.dotted import is_dotted
+
+    return is_dotted(str(source)) and not source.exists()
+
+
+def named_policies(
+    sources: Sequence[Path], options: Sequence[str], python: str | None, env_python: str | None = None
+) -> Callable[..., Any]:
+    """How policies by dotted name are made: a function of the name, the environment, and the seed of the noise.
+
+    Args:
+        sources: all that is evaluated.
+        options: KEY=VALUE for all named policies.
+        python: interpreter for them.
+        env_python: interpreter for the environments.
+
+    Raises:
+        ConfigError: options without a named policy.
+    """
+    from scd_robot.dotted import parse_options
+    from scd_robot.errors import ConfigError
+
+    if (options or python) and not any(map(is_named, sources)):
+        raise ConfigError(
+            "--policy-options and --policy-python are for policies by dotted name (package.module:callable), got "
+            f"{', '.join(map(str, sources))}"
+        )
+    given = parse_options(options)
+
+    def maker(name: Path, environment: str, seed: int | None = None) -> Callable[[], Any]:
+        from scd_robot.sim_eval.named_policy import make_named_policy
+
+        chosen = given if seed is None else {**given, "seed": seed}
+        return functools.partial(
+            make_named_policy, str(name), chosen, environment, env_python=env_python, python=python
+        )
+
+    return maker
+
+
+def refuse_checkpoint_options(source: Path, options: Mapping[str, Any]) -> None:
+    """Refuses options (by name; None and False = not given) that only checkpoints have.
+
+    Raises:
+        ConfigError: one is given.
+    """
+    from scd_robot.errors import ConfigError
+
+    for name, value in options.items():
+        if value not in (None, False, 0):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for checkpoints; give {source} options of its own with --policy-options"
+            )
