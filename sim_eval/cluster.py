@@ -48,8 +48,8 @@ def connect(address: str) -> Any:
     if not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # a bare one where its processes take longer than it waits for them
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise SimulatorError(
                 f"no Ray cluster answers at {address!r} ({reason}); start one with 'ray start --head'"
             ) from error

@@ -201,9 +201,11 @@ class _ProcessRenderer:
 
     def __init__(self, backend: str) -> None:
         try:
-            context_class: Any = importlib.import_module(f"mujoco.{backend}").GLContext
+            context_class = _context_class(backend)
             self._context = context_class(64, 64)
             self._parking = context_class(64, 64)
+            if backend == "egl":  # others use MuJoCo's display too; at exit it is not shut down before they are done
+                atexit.unregister(importlib.import_module("OpenGL.EGL").eglTerminate)
         except Exception as error:  # the bindings raise ImportError, RuntimeError, AttributeError and GLError alike
             raise RenderError(
                 f"OpenGL backend {backend!r} does not work here ({type(error).__name__}: {error}); {_TRY_ANOTHER}"
@@ -309,6 +311,17 @@ class _ProcessRenderer:
         model = uploaded.model()
         if model is not None:
             self._evicted[key] = model
+
+
+def _context_class(backend: str) -> Any:
+    """MuJoCo's, but silent at exit: another library (dm_control) may have shut the common display down by then."""
+    made: Any = importlib.import_module(f"mujoco.{backend}").GLContext
+
+    def free_silently(self: Any) -> None:
+        with contextlib.suppress(Exception):
+            self.free()
+
+    return type("GLContext", (made,), {"__del__": free_silently})
 
 
 def _find_camera(model: "mujoco.MjModel", camera: "int | str | mujoco.MjvCamera") -> "mujoco.MjvCamera":

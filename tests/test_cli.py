@@ -1,13 +1,18 @@
 """The program `scd`: verbs, help, and one clear sentence with exit code 2 for what the user can mend."""
 
 import errno
+import importlib
+import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated
 
 import pytest
+import tyro
 
 from scd_robot.cli.main import VERBS, Verb, main
 from scd_robot.errors import DatasetError, UnknownNameError
@@ -50,6 +55,53 @@ def test_help_lists_every_verb_and_its_summary(capsys: pytest.CaptureFixture[str
 def test_every_verb_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*name.split(), "--help"]) == 0
     assert f"scd {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(VERBS))
+def test_help_names_what_is_to_be_given_and_wraps_at_the_width_of_the_terminal(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([*name.split(), "--help"]) == 0
+    shown = capsys.readouterr().out
+    function = getattr(importlib.import_module(VERBS[name].module), VERBS[name].function)
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            assert f" {parameter.name.upper().removesuffix('S')}" in shown.splitlines()[0]
+    assert "{None}" not in shown
+    assert "--no-overwrite" not in shown
+    docstring = inspect.getdoc(function) or ""
+    for text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", docstring.partition("Args:")[2], flags=re.MULTILINE):
+        words = " ".join(text[1].split())
+        assert text[0] == "read" or words[:90] in shown, f"{text[0]} is cut"  # "read" is a group of options
+
+
+def test_options_are_passed_on_as_they_are(install_verb: InstallVerb) -> None:
+    called = []
+
+    def verb(
+        source: Annotated[Path, tyro.conf.Positional],
+        /,
+        *,
+        count: int | None = None,
+        on: bool = False,
+        many: tuple[int, ...] = (),
+    ) -> int:
+        """Does.
+
+        Args:
+            source: what.
+            count: how many.
+            on: whether.
+            many: which.
+        """
+        called.append((source, count, on, many))
+        return 3
+
+    install_verb(verb)
+    assert main(["train", "a/b", "--count", "4", "--on"]) == 3
+    assert main(["train", "c"]) == 3
+    assert called == [(Path("a/b"), 4, True, ()), (Path("c"), None, False, ())]
 
 
 @pytest.mark.parametrize("arguments", [[], ["data"]])

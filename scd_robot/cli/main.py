@@ -160,9 +160,11 @@ def run_verb(name: str, arguments: Sequence[str]) -> int:
         raise UnknownNameError("verb", name, VERBS)
     import tyro
 
+    from scd_robot.cli.options import CONFIG, readable
+
     function = getattr(importlib.import_module(VERBS[name].module), VERBS[name].function)
     try:
-        code = tyro.cli(function, prog=f"scd {name}", args=list(arguments))
+        code = tyro.cli(readable(function), prog=f"scd {name}", args=list(arguments), config=CONFIG)
     except SystemExit as stop:  # tyro has shown the help (0) or what is wrong with the options (2)
         return stop.code if isinstance(stop.code, int) else EXIT_BAD_INPUT
     return EXIT_DONE if code is None else int(code)

@@ -26,16 +26,30 @@ ENVIRONMENT = "toy_environment:make_point"
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two workers on this machine, which find the test's modules."""
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 2**20,
-        runtime_env={"env_vars": {"PYTHONPATH": path}},
-    )
+    """Two workers on this machine, which find the test's modules.
+
+    Whatever else the machine does must not decide: a worker may take its time to begin, and is not ended where others
+    use up the memory. Ray's own processes have 30 s to begin, which nothing changes: they are started again.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
+        patch.setenv("RAY_worker_register_timeout_seconds", "600")
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        for attempts_left in (2, 1, 0):
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=2,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    object_store_memory=100 * 2**20,
+                )
+                break
+            except Exception as error:  # Ray raises no kind of its own
+                if not attempts_left or "timed out during startup" not in str(error):
+                    raise
+                ray.shutdown()
     yield "auto"
     ray.shutdown()
 
@@ -72,7 +86,8 @@ class Mortal:
         if self._calls > 30 and min(self._steps) > 2:
             with contextlib.suppress(FileNotFoundError):
                 self._death.unlink()
-                will = {"steps": self._steps, "simulators": [child.pid for child in multiprocessing.active_children()]}
+                simulators = [(child.pid, started(child.pid)) for child in multiprocessing.active_children()]
+                will = {"steps": self._steps, "simulators": simulators}
                 self._death.with_name("will").write_text(json.dumps(will))
                 os.kill(os.getpid(), signal.SIGKILL)
         self._steps = [steps + 1 for steps in self._steps]
@@ -83,11 +98,13 @@ def make_mortal(make, run, death):
     return Mortal(make(run), death)
 
 
-def is_running(pid):
+def started(pid):
+    """When a process began, in the system's ticks; None where it is no longer running."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
 
 
 @pytest.fixture(scope="module")
@@ -156,11 +173,11 @@ def test_a_shard_that_dies_amid_its_episodes_leaves_no_trace(cluster, toy, make,
     assert len(will["steps"]) == 3
     assert min(will["steps"]) > 2
     assert_bitwise(result, local)
-    assert len(will["simulators"]) == 1
-    deadline = time.monotonic() + 30
-    while is_running(will["simulators"][0]) and time.monotonic() < deadline:
+    [(pid, began)] = will["simulators"]
+    deadline = time.monotonic() + 300
+    while started(pid) == began and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not is_running(will["simulators"][0])
+    assert started(pid) != began
 
 
 def test_what_the_user_can_mend_is_told_from_the_node(cluster, toy, tiny_run):
@@ -192,7 +209,7 @@ def test_outputs_are_written_here(cluster, toy, tiny_run, tmp_path):
 
 
 class Impatient(Steered):
-    """Waits for a file before it begins the 30th episode, though not for ever."""
+    """Waits for a file before it begins the 30th episode."""
 
     def __init__(self, policy, file):
         super().__init__(policy)
@@ -200,10 +217,8 @@ class Impatient(Steered):
         self.reset = self._reset
 
     def _reset(self, rows=None, episodes=None):
-        if 30 in episodes:
-            deadline = time.monotonic() + 30
-            while not self._file.exists() and time.monotonic() < deadline:
-                time.sleep(0.05)
+        while 30 in episodes and not self._file.exists():
+            time.sleep(0.05)
         self._policy.reset(rows=rows, episodes=episodes)
 
 
@@ -216,11 +231,14 @@ def test_episodes_of_a_shard_are_kept_as_it_ends(cluster, toy, tiny_run, tmp_pat
     log, go = tmp_path / "out" / "episodes.jsonl", tmp_path / "go"
     policy = functools.partial(make_impatient, tiny_run, go)
     job = EvaluationJob(policy, ENVIRONMENT, 40, tmp_path / "out", num_envs=3, num_videos=0)
-    wait = ray.wait
+    wait, waits = ray.wait, []
 
     def end(*arguments, **options):
         if log.exists():
             raise KeyboardInterrupt
+        waits.append(arguments)
+        if len(waits) > 1:  # the first shard has ended and was not kept: let the second one end as well
+            go.touch()
         return wait(*arguments, **options)
 
     with monkeypatch.context() as patch:

@@ -198,16 +198,27 @@ def test_another_thread_is_refused():
     assert "thread" in caught[0]
 
 
-def test_process_that_rendered_exits_silently():
-    code = (
-        "import mujoco\n"
-        "from scd_robot.sim_eval.rendering import render_frame\n"
-        f"model = mujoco.MjModel.from_xml_string('''{SCENE.format('1 0 0')}''')\n"
-        "data = mujoco.MjData(model)\n"
-        "mujoco.mj_forward(model, data)\n"
-        "render_frame(model, data, 32, 32, 'front')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+OURS = f"""
+import mujoco
+from scd_robot.sim_eval.rendering import render_frame
+model = mujoco.MjModel.from_xml_string('''{SCENE.format("1 0 0")}''')
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+render_frame(model, data, 32, 32, 'front')
+"""
+OTHERS = f"""
+import dm_control.mujoco
+physics = dm_control.mujoco.Physics.from_xml_string('''{SCENE.format("1 0 0")}''')
+physics.render(32, 32, 'front')
+"""
+
+
+@pytest.mark.parametrize("code", [OURS, OURS + OTHERS, OTHERS + OURS], ids=["alone", "first", "second"])
+def test_process_that_rendered_exits_silently(code):
+    """Also beside dm_control, which uses the same display and shuts it down."""
+    if OTHERS in code:
+        pytest.importorskip("dm_control")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
