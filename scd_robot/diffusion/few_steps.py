@@ -11,6 +11,7 @@ Shapes: B batch, L tokens, Da action width.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -48,9 +49,9 @@ def mean_flow(
 
     The derivative of the definition by t, along the path and with `end` held, gives the target
 
-        u = v + (end - t) * du/dt,   du/dt = v * du/dx + du/dt,
+        u = v + (end - t) * d,   d = (du/dx) v + du/dt,
 
-    a Jacobian-vector product in forward mode. Of attention's kernels only the plain one has such derivatives, on the
+    in which d is a Jacobian-vector product in forward mode. Of attention's kernels only the plain one has such derivatives, on the
     CPU and on GPUs alike, so that one is used.
 
     Args:
@@ -65,9 +66,10 @@ def mean_flow(
     """
     moves = (end_time > flow_time).to(x.dtype)
     with sdpa_kernel(SDPBackend.MATH):
-        said, change = torch.func.jvp(
+        pair = torch.func.jvp(
             lambda x, t: average(x, t, end_time), (x, flow_time), (velocity * moves[..., None], moves)
         )
+    said, change = cast(tuple[Tensor, Tensor], pair)
     return said, (velocity + (end_time - flow_time)[..., None] * change).detach()
 
 

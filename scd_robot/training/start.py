@@ -67,7 +67,11 @@ def begin(
         "source": data.spec.source,
         "init": None if source is None else {"step": source.step, "statistics": init_statistics},
     }
-    if source is not None and (teacher := source.config.get("training", {}).get("objective", "flow_matching")) != experiment.training.objective:
+    if (
+        source is not None
+        and (teacher := source.config.get("training", {}).get("objective", "flow_matching"))
+        != experiment.training.objective
+    ):
         origin["teacher"] = {"objective": teacher, "weights_sha256": source.weights_sha256}
     if resume:
         return _resumed(out, experiment, origin)
