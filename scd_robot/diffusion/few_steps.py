@@ -51,8 +51,8 @@ def mean_flow(
 
         u = v + (end - t) * d,   d = (du/dx) v + du/dt,
 
-    in which d is a Jacobian-vector product in forward mode. Of attention's kernels only the plain one has such derivatives, on the
-    CPU and on GPUs alike, so that one is used.
+    in which d is a Jacobian-vector product in forward mode. Of attention's kernels only the plain one has such
+    derivatives, so that one is used.
 
     Args:
         average: called as average(x, flow_time, end_time) -> (B, L, Da); differentiable.

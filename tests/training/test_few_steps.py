@@ -73,7 +73,7 @@ def test_one_setting_brings_what_goes_with_an_objective(objective: str) -> None:
     ("settings", "told"),
     [
         (["training.objective=mean_flow", "model.step_end_input=false"], "step_end_input"),
-        (["model.step_end_input=true"], "needs model.step_end_input=false"),
+        (["policy.sampler.solver=average", "model.step_end_input=true"], "not for objective 'flow_matching'"),
         (["training.objective=mip", "policy.sampler.solver=euler"], "not for objective 'mip'; use 'mip'"),
         (["policy.sampler.solver=mip", "policy.sampler.num_denoising_steps=2"], "not for objective 'flow_matching'"),
         (["training.objective=mip", "policy.sampler.num_denoising_steps=4"], "1 or 2 denoising steps, got 4"),
