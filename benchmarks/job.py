@@ -141,22 +141,19 @@ def _run_job(job: Job, out: Path, order: Mapping[str, Any]) -> Result:
     from scd_robot.sim_eval import evaluate
 
     torch.set_num_threads(1)  # small batches; the simulators have the rest
-    policy = load_policy(out / "work" / job.name / "run")
-    evaluation, *others = (
-        evaluate(policy, environment, job.episodes, policy_name=job.name, progress=False)
-        for environment in (job.environment, *job.also)
-    )
     run = out / "work" / job.name / "run"
+
+    def evaluated(environment: str, steps: int | None = None) -> Any:
+        policy = load_policy(run, num_denoising_steps=steps)
+        return evaluate(policy, environment, job.episodes, policy_name=job.name, progress=False)
+
+    evaluation = evaluated(job.environment)
+    usual = training["config"]["policy"]["sampler"]["num_denoising_steps"]
     by_steps = {
-        str(steps): evaluate(
-            load_policy(run, num_denoising_steps=steps),
-            job.environment,
-            job.episodes,
-            policy_name=job.name,
-            progress=False,
-        ).to_json()
+        str(steps): (evaluation if steps == usual else evaluated(job.environment, steps)).to_json()
         for steps in job.denoising_steps
     }
+    others = [evaluated(environment) for environment in job.also]
     return {
         "schema": SCHEMA,
         "name": job.name,
