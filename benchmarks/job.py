@@ -171,13 +171,18 @@ def _run_job(job: Job, out: Path, order: Mapping[str, Any]) -> Result:
         told = {"updates": checkpoint["updates"], "wall_s": checkpoint["wall_s"]}
         readings.append({**told, "evaluation": found[0].to_json()})
     evaluation, *others = found
+    usual = 0 if job.rival else training["config"]["policy"]["sampler"]["num_denoising_steps"]
     by_steps = {
-        str(steps): evaluate(
-            load(checkpoints[-1]["path"], num_denoising_steps=steps),
-            job.environment,
-            job.episodes,
-            policy_name=job.name,
-            progress=False,
+        str(steps): (
+            evaluation
+            if steps == usual
+            else evaluate(
+                load(checkpoints[-1]["path"], num_denoising_steps=steps),
+                job.environment,
+                job.episodes,
+                policy_name=job.name,
+                progress=False,
+            )
         ).to_json()
         for steps in job.denoising_steps
     }

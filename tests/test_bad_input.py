@@ -101,7 +101,7 @@ class TestUnknownNames:
             ("training.learning_rate=nan", "must be finite"),
             ("training.weight_decay=nan", "must be finite"),
             ("policy.sampler=euler", "policy.sampler is a group of settings; set one of them: policy.sampler.solver"),
-            ("policy.sampler.solver=rk4", "one of 'euler', 'heun', 'midpoint', got 'rk4'"),
+            ("policy.sampler.solver=rk4", "one of 'euler', 'heun', 'midpoint', 'average', 'mip', got 'rk4'"),
             ("model.memory_gate=perhaps", "must be true or false, got 'perhaps'"),
             ("training.betas=0.9,high", "got '0.9,high'"),
             ("model.width=17", "must be a multiple of"),

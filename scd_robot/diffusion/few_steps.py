@@ -11,6 +11,7 @@ Shapes: B batch, L tokens, Da action width.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -48,10 +49,10 @@ def mean_flow(
 
     The derivative of the definition by t, along the path and with `end` held, gives the target
 
-        u = v + (end - t) * du/dt,   du/dt = v * du/dx + du/dt,
+        u = v + (end - t) * d,   d = (du/dx) v + du/dt,
 
-    a Jacobian-vector product in forward mode. Of attention's kernels only the plain one has such derivatives, on the
-    CPU and on GPUs alike, so that one is used.
+    in which d is a Jacobian-vector product in forward mode. Of attention's kernels only the plain one has such
+    derivatives, so that one is used.
 
     Args:
         average: called as average(x, flow_time, end_time) -> (B, L, Da); differentiable.
@@ -65,10 +66,10 @@ def mean_flow(
     """
     moves = (end_time > flow_time).to(x.dtype)
     with sdpa_kernel(SDPBackend.MATH):
-        along = torch.func.jvp(
+        pair = torch.func.jvp(
             lambda x, t: average(x, t, end_time), (x, flow_time), (velocity * moves[..., None], moves)
         )
-    said, change = along[0], along[1]
+    said, change = cast(tuple[Tensor, Tensor], pair)
     return said, (velocity + (end_time - flow_time)[..., None] * change).detach()
 
 

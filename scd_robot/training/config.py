@@ -159,13 +159,12 @@ class ExperimentConfig:
     def _check_objective(self) -> None:
         """Raises ConfigError where the model, or how it is run, is not what the objective trains."""
         objective, solver = self.training.objective, self.policy.sampler.solver
-        usual = OBJECTIVES[objective].solver
-        if self.model.step_end_input != (objective in _AVERAGES):
+        usual, averages = OBJECTIVES[objective].solver, objective in _AVERAGES
+        if averages and not self.model.step_end_input:
             raise ConfigError(
-                f"objective {objective!r} needs model.step_end_input={str(objective in _AVERAGES).lower()}; "
-                "training.objective sets it where it is given as a setting"
+                f"objective {objective!r} needs model.step_end_input=true; as a setting, training.objective sets it too"
             )
-        if (solver == "mip") != (objective == "mip"):
+        if (solver == "mip") != (objective == "mip") or (solver == "average" and not averages):
             raise ConfigError(f"policy.sampler.solver {solver!r} is not for objective {objective!r}; use {usual!r}")
         if self.training.trained == "decoder" and self.model.architecture == "entangled":
             raise ConfigError(

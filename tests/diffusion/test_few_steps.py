@@ -198,8 +198,8 @@ def test_one_step_finds_both_modes_where_flow_matching_gives_their_mean() -> Non
     noise = torch.randn(1000, 1, 1, generator=torch.Generator().manual_seed(0))
     start, end = torch.zeros(1000, 1), torch.ones(1000, 1)
     plain = noise + learned(None)(noise, start, start).detach()
-    assert (plain.abs() < 0.75).float().mean() > 0.9
+    assert (plain.abs() > 0.5).float().mean() < 0.2
     for objective in OBJECTIVES:
         x = noise + learned(objective)(noise, start, end).detach()
-        assert ((x.abs() - 1).abs() < 0.35).float().mean() > 0.65, objective
+        assert ((x.abs() - 1).abs() < 0.5).float().mean() > 0.8, objective
         assert abs(x.sign().mean()) < 0.15, objective

@@ -23,6 +23,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "guided": {"guidance_scale": 1.5, "model": {"context_corruption": 0.1}},
     "verified": {"num_samples": 3},
     "heun": {"sampler": {"solver": "heun", "num_denoising_steps": 3}},
+    "average": {"sampler": {"solver": "average", "num_denoising_steps": 2}, "model": {"step_end_input": True}},
+    "mip": {"sampler": {"solver": "mip", "num_denoising_steps": 2}},
 }
 
 
