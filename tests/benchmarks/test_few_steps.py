@@ -65,6 +65,6 @@ def test_a_job_waits_for_the_weights_it_begins_with() -> None:
 def test_a_job_whose_teacher_failed_fails_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = JOBS["push-v3_mip-distilled"]
     monkeypatch.setattr(common, "_start", lambda *_: pytest.fail("nothing may be started"))
-    assert common._run_all(tmp_path, [student], total=1, parallel=1, threads=1) == 1
+    assert common._run_all(tmp_path, [student], total=1, parallel=1, threads=1, rival_python="unused") == 1
     told = common.read_results(tmp_path, [student])[student.name]["error"]
     assert told == "push-v3_flow_matching, whose weights it begins with, is not done"
