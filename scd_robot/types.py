@@ -237,7 +237,11 @@ class Environment(Protocol):
         ...
 
     def expert_action(self) -> ActionArray:
-        """The scripted expert's action (Da,) for the present state, clipped to the bounds and without noise."""
+        """The scripted expert's action (Da,) for the present state, clipped to the bounds and without noise.
+
+        Raises:
+            ConfigError: there is no expert.
+        """
         ...
 
     def close(self) -> None:

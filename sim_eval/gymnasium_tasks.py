@@ -185,9 +185,9 @@ class GymnasiumEnvironment:
         """There is none.
 
         Raises:
-            SimulatorError: always.
+            ConfigError: always.
         """
-        raise SimulatorError(f"{self.spec.name} has no scripted expert; train on recorded demonstrations instead")
+        raise ConfigError(f"{self.spec.name} has no scripted expert; train on recorded demonstrations instead")
 
     def render(self, height: int, width: int) -> NDArray[np.uint8]:
         """An RGB frame (height, width, 3) of the present state."""

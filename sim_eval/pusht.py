@@ -246,9 +246,9 @@ class PushtEnvironment:
         """There is none.
 
         Raises:
-            SimulatorError: always.
+            ConfigError: always.
         """
-        raise SimulatorError(f"{self.spec.name} has no scripted expert; train on recorded demonstrations instead")
+        raise ConfigError(f"{self.spec.name} has no scripted expert; train on recorded demonstrations instead")
 
     def render(self, height: int, width: int) -> NDArray[np.uint8]:
         """An RGB frame (height, width, 3) of the present state; 96 x 96 is what `img` holds."""

@@ -14,8 +14,9 @@ from scd_robot.datasets.zarr.writer import ZarrWriter
 from scd_robot.errors import ConfigError, SimulatorError
 from scd_robot.recording.attempt import RecordingConfig
 from scd_robot.recording.workers import available_cpus, run_attempts
+from scd_robot.seeding import RECORDING, derive_seed
 from scd_robot.sim_eval.registry import make_environment
-from scd_robot.types import DatasetSpec, EnvironmentSpec
+from scd_robot.types import DatasetSpec, Environment, EnvironmentSpec
 
 __all__ = ["record_demonstrations"]
 
@@ -59,7 +60,7 @@ def record_demonstrations(
         disturbances; plain JSON types.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: a number is out of range, or the environment has no expert.
         UnknownNameError, MissingDependencyError: the environment cannot be made.
         SimulatorError: the expert fails far too often (10 attempts per episode and 20 more), or a process died.
         OutputError: `out` exists or cannot be written; the finished episodes are kept.
@@ -76,6 +77,7 @@ def record_demonstrations(
     attempts = 0
     with contextlib.closing(make_environment(environment)) as simulator:
         spec = simulator.spec
+        _check_expert(simulator, seed)
         with (
             ZarrWriter(out, _dataset_spec(spec), _metadata(spec, config), overwrite) as writer,
             tqdm(total=episodes, desc=f"recording {spec.name}", unit="episode", disable=not progress) as bar,
@@ -112,6 +114,15 @@ def record_demonstrations(
         "action_noise": action_noise,
         "disturbances": disturbances,
     }
+
+
+def _check_expert(environment: Environment, seed: int) -> None:
+    """Raises ConfigError where there is no expert; whatever else goes wrong here is for the attempts to tell."""
+    if not callable(getattr(environment, "expert_action", None)):
+        raise ConfigError(f"{environment.spec.name} has no scripted expert: its class needs a method expert_action()")
+    with contextlib.suppress(SimulatorError):
+        environment.reset(derive_seed(RECORDING, seed, 0))
+        environment.expert_action()
 
 
 def _dataset_spec(spec: EnvironmentSpec) -> DatasetSpec:

@@ -83,6 +83,23 @@ def test_demonstrations_are_the_first_successes_and_failures_are_counted(toy, tm
     assert (dataset.metadata["attempts"], dataset.metadata["failures"]) == (summary["attempts"], summary["failures"])
 
 
+class Unled(ToyEnvironment):
+    def expert_action(self):
+        raise ConfigError("toy has no scripted expert")
+
+
+class Bare(ToyEnvironment):
+    expert_action = None
+
+
+@pytest.mark.parametrize("kind", [Unled, Bare])
+def test_without_an_expert_nothing_is_tried(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("scd_robot.recording.record.make_environment", lambda name: kind())
+    with pytest.raises(ConfigError, match="toy has no scripted expert"):
+        record_demonstrations("toy", 4, tmp_path / "a.zarr", progress=False)
+    assert not (tmp_path / "a.zarr").exists()
+
+
 @pytest.mark.parametrize(("steps_after_success", "length"), [(0, 3), (2, 5), (10, 6)])
 def test_episode_ends_some_steps_after_success_or_with_the_environment(steps_after_success, length):
     config = RecordingConfig("toy", steps_after_success=steps_after_success)

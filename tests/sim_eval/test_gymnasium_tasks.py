@@ -37,7 +37,7 @@ def test_an_episode_follows_from_its_seed(task):
     assert environment.render(48, 64).shape == (48, 64, 3)
     with pytest.raises(SimulatorError, match="truncated after 3"):
         environment.step(action)
-    with pytest.raises(SimulatorError, match="no scripted expert"):
+    with pytest.raises(ConfigError, match="no scripted expert"):
         environment.expert_action()
     environment.close()
 

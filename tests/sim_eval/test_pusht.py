@@ -243,7 +243,7 @@ class TestWithSimulator:
             environment.render(96, 96)
 
     def test_there_is_no_expert(self):
-        with pytest.raises(SimulatorError, match="no scripted expert"):
+        with pytest.raises(ConfigError, match="no scripted expert"):
             PushtEnvironment().expert_action()
 
     def test_frame_shows_pusher_and_block_where_they_are(self):
