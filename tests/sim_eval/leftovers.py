@@ -30,7 +30,9 @@ def main(kind, name, times):
             del other
         if (number + 1) % max(times // 20, 1) == 0:
             gc.collect()
-            print(json.dumps([resident_bytes(), threading.active_count(), len(os.listdir("/proc/self/fd"))]), flush=True)
+            print(
+                json.dumps([resident_bytes(), threading.active_count(), len(os.listdir("/proc/self/fd"))]), flush=True
+            )
 
 
 def resident_bytes():
