@@ -4,6 +4,7 @@ A second opinion: nothing here is shared with `limits.Limiter`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,8 @@ class InspectedRobot:
         limits: their definition.
         period_s: seconds between commands, by which velocities are told.
         clock: two commands may not be less than half a period apart.
+        pose: where the robot really is, from which commands begin after a hold and after a failed send; None = where
+            its last sample said.
         violations: a sentence for each.
         commands: so many were checked.
     """
@@ -34,22 +37,23 @@ class InspectedRobot:
     limits: Limits
     period_s: float
     clock: Clock
+    pose: Callable[[], Command] | None = None
     violations: list[str] = field(default_factory=list)
     commands: int = 0
     _last: list[float] | None = None
     _change: list[float] = field(default_factory=list)
-    _pose: Command | None = None
+    _told: Command | None = None
     _sent_s: float = -math.inf
 
     def observe(self) -> Sample:
         """The robot's sample."""
         sample = self.robot.observe()
         if sample.pose is not None:
-            self._pose = sample.pose
+            self._told = sample.pose
         return sample
 
     def hold(self) -> None:
-        """From here on commands begin anew, where the robot last said it is."""
+        """From here on commands begin anew, where the robot is then."""
         self._last = None
         self.robot.hold()
 
@@ -62,7 +66,11 @@ class InspectedRobot:
         self._sent_s = now
         values = [float(x) for x in np.asarray(command).ravel()]
         self._check(values)
-        self.robot.send(command)
+        try:
+            self.robot.send(command)
+        except Exception:
+            self._last = None
+            raise
 
     def _check(self, values: list[float]) -> None:
         limits = self.limits
@@ -70,7 +78,8 @@ class InspectedRobot:
             self.violations.append(f"command {self.commands} has {len(values)} numbers")
             return
         if self._last is None:
-            pose = [math.nan] * len(values) if self._pose is None else [float(x) for x in self._pose]
+            at = self._told if self.pose is None else self.pose()
+            pose = [math.nan] * len(values) if at is None else [float(x) for x in at]
             self._last = [p if rest is None else rest for p, rest in zip(pose, limits.rest, strict=True)]
             self._change = [0.0] * len(values)
         change = [value - last for value, last in zip(values, self._last, strict=True)]

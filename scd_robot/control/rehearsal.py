@@ -233,7 +233,7 @@ def rehearse(
     script = Script(incidents, clock, SPEC.control_dt)
     middle = (np.array(limits.low) + limits.high) / 2
     robot = ScriptedRobot(script, clock, middle, tells_executed)
-    port = InspectedRobot(robot, limits, SPEC.control_dt / config.servo_steps, clock)
+    port = InspectedRobot(robot, limits, SPEC.control_dt / config.servo_steps, clock, lambda: robot.pose)
     policy = ScriptedPolicy(script, seed)
 
     def duration_s() -> float:

@@ -64,7 +64,7 @@ executions = st.builds(
 configs = st.builds(LoopConfig, st.integers(1, 4), executions, watchdogs, guards)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     script=st.lists(incidents, max_size=6),
     config=configs,
