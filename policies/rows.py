@@ -4,6 +4,7 @@ Shapes: B rows, Ta chunk length, k past actions (at least 1 is kept), Da action 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,30 @@ from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.model import ActionModel
 from scd_robot.types import ActionArray
 
-__all__ = ["Rows"]
+__all__ = ["PlanInput", "Rows"]
+
+
+@dataclass(frozen=True)
+class PlanInput:
+    """All that a plan is made from besides the weights; nothing that the policy does later changes it.
+
+    Attributes:
+        rows: (n,) which rows of the policy.
+        context: of those rows.
+        state: (n, Do) by key, what chunks are relative to.
+        noise: (n, S, L, Da) where the sampler begins.
+        corruption: (n or 0, K, D) of guidance.
+        past: (n, k, Da) executed actions, newest last, in the dataset's units.
+        past_known: (n, k) bool.
+    """
+
+    rows: NDArray[np.int64]
+    context: Any
+    state: dict[str, NDArray[np.float32]]
+    noise: NDArray[np.float32]
+    corruption: NDArray[np.float32]
+    past: NDArray[np.float32]
+    past_known: NDArray[np.bool_]
 
 
 class Rows:

@@ -8,7 +8,7 @@ Shapes: B rows, Ta chunk length, k past actions, Da action width, d committed ac
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from scd_robot.errors import ActionError, CheckpointError, ConfigError, ShapeErr
 from scd_robot.model import ActionModel, ActionPlan, Conditioning, ScdConfig, build_model, check_sampler
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.inputs import check_widths, checked_action, model_observation
-from scd_robot.policies.rows import Rows
+from scd_robot.policies.rows import PlanInput, Rows
 from scd_robot.policies.sampling import inference, plan_noise
 from scd_robot.transforms import TransformConfig, Transforms
 from scd_robot.types import ActionArray, DatasetSpec, Observation, PolicySpec
@@ -261,16 +261,7 @@ class ScdPolicy:
         Returns:
             (B, Ta, Da); action 0 is for the control step last observed.
         """
-        rows = self._observed("plan")
-        late = np.flatnonzero((rows.position - 1) % self.model.config.history_stride)
-        if len(late):
-            raise ConfigError(
-                f"plan() of rows {late.tolist()} is due only in control steps in which the encoder runs, every "
-                f"{self.model.config.history_stride} (history_stride)"
-            )
-        if not rows.position.all():
-            waiting = np.flatnonzero(rows.position == 0).tolist()
-            raise ConfigError(f"plan() needs an observation of rows {waiting} first, which were just reset")
+        rows = self._plannable("plan")
         if delay_steps < 0:
             raise ConfigError(f"delay_steps must not be negative, got {delay_steps}")
         if prefix is None and delay_steps:
@@ -282,6 +273,49 @@ class ScdPolicy:
         chunk = self._sample_chunks(everyone, prefix)
         rows.follow(everyone, chunk)
         return chunk
+
+    @property
+    def may_plan(self) -> bool:
+        """Whether `snapshot` and `plan` are possible now: all rows were observed, and the encoder ran for them."""
+        rows = self._rows
+        if rows is None or self._context is None or not rows.position.all():
+            return False
+        return not ((rows.position - 1) % self.model.config.history_stride).any()
+
+    @property
+    def max_prefix(self) -> int:
+        """Most actions that `plan_from` and `plan` take as committed."""
+        return self.model.config.max_delay_steps or self.spec.chunk_length - 1
+
+    def snapshot(self) -> PlanInput:
+        """What a plan from the last observation is made from, for `plan_from`, in another thread say.
+
+        Each snapshot has noise of its own, as each plan has.
+
+        Raises:
+            ConfigError: a plan is not due; see `may_plan`.
+        """
+        rows = self._plannable("snapshot")
+        given = self._plan_input(np.arange(rows.batch_size))
+        rows.num_plans += 1
+        with inference(self.device, rows.batch_size):
+            copied = self._of_rows(given.context, torch.as_tensor(given.rows, device=self.device))
+        return replace(given, context=copied)
+
+    def plan_from(self, given: PlanInput, prefix: ActionArray | None = None) -> ActionArray:
+        """Samples a chunk from a snapshot; changes nothing, so that `observe` may run in another thread meanwhile.
+
+        Args:
+            given: from `snapshot`.
+            prefix: (B, d, Da) actions committed from the snapshot's control step on; the chunk begins with them.
+
+        Returns:
+            (B, Ta, Da), what `plan` would have given then; action 0 is for the snapshot's control step.
+        """
+        if prefix is not None:
+            count = np.shape(prefix)[1] if np.ndim(prefix) == 3 else 0
+            prefix = self._checked_action("prefix", prefix, (len(given.rows), count, self.spec.action_dim))
+        return self._denoise(given, prefix)
 
     def act(self, observation: Observation, executed_action: ActionArray | None = None) -> ActionArray:
         """Observes, plans for the rows whose plan is used up, and returns each row's next action (B, Da)."""
@@ -316,60 +350,85 @@ class ScdPolicy:
 
     def _sample_chunks(self, chosen: NDArray[np.int64], prefix: ActionArray | None) -> ActionArray:
         """New chunks (rows, Ta, Da) for some rows."""
-        rows, config = self._observed("plan"), self.config
-        copies, with_past = config.num_samples, config.num_samples > 1
         started = time.perf_counter()
-        guided = config.guidance_scale != 1.0
+        chunk = self._denoise(self._plan_input(chosen), prefix)
+        self._timings["plan_ms"].append(1e3 * (time.perf_counter() - started))
+        self._timings["plan_rows"].append(len(chosen))
+        return chunk
+
+    def _plan_input(self, chosen: NDArray[np.int64]) -> PlanInput:
+        """Of some rows; the context of all rows is not copied."""
+        rows = self._observed("plan")
+        guided, copies = self.config.guidance_scale != 1.0, self.config.num_samples
         noise, corruption = plan_noise(
-            self.model.config, rows, chosen, seed=config.seed, num_samples=copies, guided=guided
+            self.model.config, rows, chosen, seed=self.config.seed, num_samples=copies, guided=guided
         )
-        with inference(self.device, len(chosen)):
-            assert self._context is not None
-            context, committed, past_known = self._context, None, None
-            if len(chosen) < rows.batch_size:
+        context = self._context
+        if len(chosen) < rows.batch_size:
+            with inference(self.device, len(chosen)):
                 context = self._of_rows(context, torch.as_tensor(chosen, device=self.device))
-            state = {key: value[chosen] for key, value in self._state.items()}
+        state = {key: value[chosen] for key, value in self._state.items()}
+        return PlanInput(chosen, context, state, noise, corruption, rows.past[chosen], rows.past_known[chosen])
+
+    def _denoise(self, given: PlanInput, prefix: ActionArray | None) -> ActionArray:
+        """Chunks (rows, Ta, Da); reads nothing of the policy that a control step changes."""
+        config, count = self.config, len(given.rows)
+        copies, with_past = config.num_samples, config.num_samples > 1
+        with inference(self.device, count):
+            context, committed, past_known = given.context, None, None
             if prefix is not None:
-                committed = self._normalised_actions(prefix, state).repeat_interleave(copies, 0)
+                committed = self._normalised_actions(prefix, given.state).repeat_interleave(copies, 0)
             if with_past:
                 context = self._repeated(context, copies)
-                past_known = torch.as_tensor(rows.past_known[chosen], device=self.device).repeat_interleave(copies, 0)
+                past_known = torch.as_tensor(given.past_known, device=self.device).repeat_interleave(copies, 0)
             if self._conditioning is None:
                 self._conditioning = self.model.conditioning(config.sampler)
             plan = self.model.plan(
                 context,
                 sampler=config.sampler,
-                noise=torch.as_tensor(noise, device=self.device).flatten(0, 1),
+                noise=torch.as_tensor(given.noise, device=self.device).flatten(0, 1),
                 prefix=committed,
                 guidance_scale=config.guidance_scale,
-                corruption_noise=torch.as_tensor(corruption, device=self.device).repeat_interleave(copies, 0),
+                corruption_noise=torch.as_tensor(given.corruption, device=self.device).repeat_interleave(copies, 0),
                 with_past=with_past,
                 past_valid=past_known,
                 conditioning=self._conditioning,
             )
-            actions = plan.actions if plan.past is None else self._most_faithful(rows, chosen, plan, state)
+            actions = plan.actions if plan.past is None else self._most_faithful(given, plan)
             chunk = self.normalizer.denormalize("action", actions).cpu().numpy()
-            chunk = self.transforms.undo_action(self.transforms.undo_chunk(chunk, state)).astype(np.float32, copy=False)
+            chunk = self.transforms.undo_action(self.transforms.undo_chunk(chunk, given.state))
+            chunk = chunk.astype(np.float32, copy=False)
         if not np.isfinite(chunk).all():
-            row = int(chosen[np.argwhere(~np.isfinite(chunk))[0][0]])
+            row = int(given.rows[np.argwhere(~np.isfinite(chunk))[0][0]])
             raise ActionError(f"the plan of row {row} holds a NaN or infinite action; stop the robot and reset the row")
         if prefix is not None:
             chunk[:, : prefix.shape[1]] = prefix
-        self._timings["plan_ms"].append(1e3 * (time.perf_counter() - started))
-        self._timings["plan_rows"].append(len(chosen))
         return chunk
 
-    def _most_faithful(
-        self, rows: Rows, chosen: NDArray[np.int64], plan: ActionPlan, state: Mapping[str, NDArray[Any]]
-    ) -> Tensor:
+    def _most_faithful(self, given: PlanInput, plan: ActionPlan) -> Tensor:
         """Of each row's samples the actions (rows, Ta, Da) of that whose past is nearest to what was executed."""
         assert plan.past is not None
-        believed = plan.past.unflatten(0, (len(chosen), -1))  # (rows, S, k, Da)
-        executed = self._normalised_actions(rows.past[chosen], state)
-        known = torch.as_tensor(rows.past_known[chosen], device=self.device)
+        count = len(given.rows)
+        believed = plan.past.unflatten(0, (count, -1))  # (rows, S, k, Da)
+        executed = self._normalised_actions(given.past, given.state)
+        known = torch.as_tensor(given.past_known, device=self.device)
         error = (believed - executed[:, None]).square().sum(-1)
         best = (error * known[:, None]).sum(-1).argmin(-1)
-        return plan.actions.unflatten(0, (len(chosen), -1))[torch.arange(len(chosen), device=self.device), best]
+        return plan.actions.unflatten(0, (count, -1))[torch.arange(count, device=self.device), best]
+
+    def _plannable(self, call: str) -> Rows:
+        """Raises ConfigError where a plan of all rows is not due."""
+        rows = self._observed(call)
+        late = np.flatnonzero((rows.position - 1) % self.model.config.history_stride)
+        if len(late):
+            raise ConfigError(
+                f"{call}() of rows {late.tolist()} is due only in control steps in which the encoder runs, every "
+                f"{self.model.config.history_stride} (history_stride)"
+            )
+        if not rows.position.all():
+            waiting = np.flatnonzero(rows.position == 0).tolist()
+            raise ConfigError(f"{call}() needs an observation of rows {waiting} first, which were just reset")
+        return rows
 
     def _observed(self, call: str) -> Rows:
         if self._rows is None or self._context is None:

@@ -1,0 +1,496 @@
+"""The control loop. START HERE: `ControlLoop._control_step` is what happens in a control step.
+
+One thread observes, encodes and commands; another one plans (`planner`), a third one writes records (`recorder`). What
+they share are queues. Other threads call `pause`, `resume`, `reset` and `stop`, which go through a queue as well.
+
+Shapes: Da action width, Ta chunk length, d committed actions.
+"""
+
+import logging
+import queue
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+from scd_robot.control.clock import Clock, MonotonicClock, Pacer
+from scd_robot.control.interfaces import Command, Robot, Sample, StreamingPolicy
+from scd_robot.control.limits import Limiter, Limits
+from scd_robot.control.planner import Planner, ThreadPlanner
+from scd_robot.control.planning import Planning
+from scd_robot.control.recorder import FlightRecorder
+from scd_robot.control.settings import LoopConfig, LoopReport, State, check_settings, describe_settings, percentiles
+from scd_robot.control.watchdog import FAULTS, ObservationGate
+from scd_robot.errors import ActionError
+from scd_robot.types import ActionArray
+
+__all__ = ["ControlLoop"]
+
+logger = logging.getLogger(__name__)
+
+_LEAST_SPACING = 0.5  # of the servo period, between two commands
+_KEPT_TIMES = 100_000
+_HOLD_ATTEMPTS = 3
+
+
+class ControlLoop:
+    """Drives one robot with one policy.
+
+    Args:
+        robot: see `Robot`.
+        policy: see `StreamingPolicy`; nobody else may use it while the loop runs.
+        limits: what every command keeps to.
+        config: settings.
+        clock: the machine's, or a virtual one.
+        planner: None = a thread.
+        recorder: None = as the settings say.
+
+    Attributes:
+        state: see docs/control.md.
+        faults: how often each kind began.
+    """
+
+    def __init__(
+        self,
+        robot: Robot,
+        policy: StreamingPolicy,
+        limits: Limits,
+        config: LoopConfig | None = None,
+        *,
+        clock: Clock | None = None,
+        planner: Planner | None = None,
+        recorder: FlightRecorder | None = None,
+    ) -> None:
+        config, spec = config or LoopConfig(), policy.spec
+        check_settings(limits, config, spec.action_dim, set(spec.observation))
+        self._robot, self._policy, self._limits, self._config = robot, policy, limits, config
+        self._clock: Clock = clock or MonotonicClock()
+        self._planner: Planner = planner or ThreadPlanner(policy)
+        self._control_dt, self._servo_dt = spec.control_dt, spec.control_dt / config.servo_steps
+        self._recorder = recorder or FlightRecorder(config.recorder, spec.observation, spec.action_dim, spec.control_dt)
+        self._recorder.about = {"control_dt": spec.control_dt, "settings": describe_settings(config, limits)}
+        self._places = np.array([rest is None for rest in limits.rest])
+        self._rest = np.array([0.0 if rest is None else rest for rest in limits.rest])
+        self._limiter = Limiter(limits, self._servo_dt)
+        self._planning = Planning(policy, self._planner, config.execution, limits.rest)
+        self._gate = ObservationGate(dict(spec.observation), config.watchdog)
+        self._requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.state: State = "starting"
+        self.faults: Counter[str] = Counter()
+        self._intent: Literal["run", "pause", "stop"] = "run"
+        self._anchored = False  # the limiter knows where the robot is
+        self._hold_owed_s: float | None = None  # since when hold() has failed
+        self._released_s = -np.inf
+        self._active: set[str] = set()  # faults that go on
+        self._followed = False  # a plan of this epoch was followed
+        self._blend: float | None = None  # how much of the plan, while blending into it
+        self._goal: Command | None = None
+        self._from: Command = np.zeros(spec.action_dim)
+        self._command: Command | None = None  # the last one, if it was sent in the step before
+        self._sent_s = -np.inf
+        self._holding_since: float | None = None
+        self._encoded_s = -np.inf  # stamp of the sample that was encoded last
+        self._step, self._steps, self._commands = -1, 0, 0
+        self._encoder_ms: deque[float] = deque(maxlen=_KEPT_TIMES)
+
+    # What other threads may call.
+
+    def pause(self) -> None:
+        """Brakes, lets the robot hold, and then sends nothing: a human may take over."""
+        self._requests.put("pause")
+
+    def resume(self) -> None:
+        """Goes on after a pause, from where the robot is then, with an empty history."""
+        self._requests.put("resume")
+
+    def reset(self) -> None:
+        """Begins a new episode: empties the history; no plan of before is carried out any more."""
+        self._requests.put("reset")
+
+    def stop(self) -> None:
+        """Brakes, lets the robot hold, and ends `run`."""
+        self._requests.put("stop")
+
+    # The loop.
+
+    def run(self, max_steps: int | None = None, until: Callable[[], bool] | None = None) -> LoopReport:
+        """Runs until it is stopped; once only.
+
+        Args:
+            max_steps: control steps after which it stops; None = never.
+            until: asked in each control step; True stops it.
+
+        Returns:
+            The report. Whatever is raised is raised again after the robot holds and a record is written.
+        """
+        pacer = Pacer(self._clock, self._servo_dt)
+        try:
+            self._release()
+            while self.state != "stopped":
+                step, part = divmod(pacer.wait(), self._config.servo_steps)
+                if step > self._step:
+                    if (max_steps is not None and self._steps >= max_steps) or (until is not None and until()):
+                        self._intent = "stop"
+                    gap, self._step = step - self._step - 1, step
+                    self._control_step(gap, pacer.lateness_s)
+                self._servo_step(part)
+        except BaseException as error:
+            self._fault("loop_error", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._finish(pacer)
+        return self._report(pacer)
+
+    def _control_step(self, gap: int, late_s: float) -> None:
+        """One observation in, one goal out.
+
+        Args:
+            gap: control steps that were missed before it.
+            late_s: how late it is.
+        """
+        self._obey()
+        if gap > self._config.watchdog.max_gap_steps and self._intent == "run":
+            self._fault("clock_gap", f"{gap} control steps were missed")
+            self._new_epoch()
+        self._look()
+        self._collect_plan()
+        if self._hold_owed_s is not None:
+            self._release()
+        if self._intent == "run" and not self._anchored:
+            self._anchor()
+        self._goal, rate = None, 0.0
+        if self._intent == "run" and self._anchored:
+            rate = self._rate()
+            self._encode()
+            self._ask_for_plan()
+            self._goal = self._next_goal(rate)
+            self._from = self._limiter.last
+        self._settle(rate)
+        self._steps += 1
+        self._note(late_s, rate)
+
+    def _servo_step(self, part: int) -> None:
+        """One command out, if the limiter knows where the robot is."""
+        if self._anchored:
+            target = None
+            if self._goal is not None:
+                target = self._between(self._from, self._goal, part)
+            self._send(target)
+        if self._intent != "run":
+            if self._anchored and self._limiter.still:
+                self._release()
+            if not self._anchored and (self._hold_owed_s is None or self._hold_is_hopeless()):
+                self._change_state("paused" if self._intent == "pause" else "stopped")
+
+    def _between(self, start: Command, goal: Command, part: int) -> Command:
+        """The target of a servo step: on the way to a place, an increment or velocity as it is."""
+        share = (part + 1) / self._config.servo_steps
+        return np.where(self._places, start + share * (goal - start), goal)
+
+    def _send(self, target: Command | None) -> None:
+        self._clock.sleep_until(self._sent_s + _LEAST_SPACING * self._servo_dt)
+        command = self._limiter.step(target)
+        self._sent_s = self._clock.now()
+        self._commands += 1
+        try:
+            self._robot.send(command)
+        except Exception as error:  # nobody knows whether the robot follows it: it must tell where it is
+            self._fault("robot_send", f"{type(error).__name__}: {error}")
+            self._command = None
+            self._release()
+            if self._config.watchdog.robot_error == "stop":
+                self._intent = "stop"
+        else:
+            self._command = command
+
+    def _obey(self) -> None:
+        """What other threads asked for."""
+        while True:
+            try:
+                request = self._requests.get_nowait()
+            except queue.Empty:
+                return
+            self._event(request, "asked for")
+            if request == "stop":
+                self._intent = "stop"
+            elif request == "pause" and self._intent == "run":
+                self._intent = "pause"
+            elif request == "resume" and self._intent == "pause":
+                self._intent = "run"
+                self._gate.forget_freezing()
+                self._new_epoch()
+            elif request == "reset":
+                self._new_epoch()
+
+    def _look(self) -> None:
+        """Takes in the robot's newest sample."""
+        try:
+            sample = self._robot.observe()
+        except Exception as error:
+            self._condition("robot_observe", True, f"{type(error).__name__}: {error}")
+            return
+        self._condition("robot_observe", False)
+        problem = self._gate.admit(sample, self._clock.now())
+        self._condition("bad_observation", problem is not None, problem or "")
+
+    def _collect_plan(self) -> None:
+        """Follows a plan that is there."""
+        result = self._planning.collect(self._steps, self._clock.now())
+        if result is None:
+            return
+        if result.chunk is None:
+            self._fault("plan_error", result.error)
+            if self._config.watchdog.plan_error == "stop":
+                self._intent = "stop"
+        elif self._planning.executor.has_actions:
+            self._condition("plan_late", False)
+
+    def _anchor(self) -> None:
+        """Tells the limiter where the robot is, by a sample that is fresh and newer than its last hold."""
+        sample = self._gate.newest
+        if sample is None or sample.stamp_s < self._released_s or self._is_stale():
+            return
+        try:
+            self._limiter.start(sample.pose)
+        except ActionError as error:
+            self._condition("bad_pose", True, str(error))
+            return
+        self._condition("bad_pose", False)
+        self._anchored = True
+
+    def _is_stale(self) -> bool:
+        return self._gate.age_s(self._clock.now()) > self._config.watchdog.max_age_s
+
+    def _rate(self) -> float:
+        """How fast chunks are played in this step: 1, `slow_rate`, or 0 = hold."""
+        config, rate = self._config.watchdog, 1.0
+        key = self._gate.frozen_key()
+        age = self._gate.age_s(self._clock.now())
+        for kind, reaction, active, detail in (
+            ("stale_observation", config.stale_observation, self._is_stale(), f"{age:.3f} s old"),
+            ("frozen_observation", config.frozen_observation, key is not None, f"{key!r} repeats itself"),
+        ):
+            self._condition(kind, active, detail)
+            if active:
+                rate = min(rate, self._react(reaction))
+        if config.late_plan == "slow" and self._followed and self._planning.overdue(self._steps):
+            rate = min(rate, config.slow_rate)
+        return rate
+
+    @property
+    def _blind(self) -> bool:
+        """Whether no plan may be made from what is seen."""
+        return bool(self._active & {"stale_observation", "frozen_observation"})
+
+    def _react(self, reaction: str) -> float:
+        """The rate that goes with a reaction."""
+        if reaction == "slow":
+            return self._config.watchdog.slow_rate
+        if reaction == "stop":
+            self._intent = "stop"
+        self._drop_plans()  # what comes after the fault is planned after it
+        return 0.0
+
+    def _encode(self) -> None:
+        """One encoder step of the newest good sample, in every control step: time does not skip, as in training."""
+        sample = self._gate.newest
+        assert sample is not None, "anchored by one"
+        started = self._clock.now()
+        try:
+            self._policy.observe(
+                {key: sample.observation[key][None] for key in self._policy.spec.observation}, self._executed(sample)
+            )
+        except Exception as error:
+            self._fault("encoder_error", f"{type(error).__name__}: {error}")
+            self._new_epoch()
+        self._encoded_s = sample.stamp_s
+        self._encoder_ms.append(1e3 * (self._clock.now() - started))
+
+    def _executed(self, sample: Sample) -> ActionArray | None:
+        """(1, Da) what the robot did in the step before: as it tells, or else as it was sent."""
+        told = sample.executed if sample.stamp_s > self._encoded_s else None
+        known = self._command if told is None else told
+        fitting = self._fitting(known)
+        return None if fitting is None or not np.isfinite(fitting).all() else fitting[None].astype(np.float32)
+
+    def _ask_for_plan(self) -> None:
+        """Asks for the next plan when its time has come."""
+        if self._blind:
+            return
+        split = self._planning.ask(self._steps, self._clock.now(), self._prefix)
+        if split is not None:
+            detail = f"{self._planning.delay_steps} control steps per plan"
+            self._condition("delay_too_long", not split.fits, detail)
+
+    def _prefix(self, count: int) -> ActionArray | None:
+        """(1, d, Da) what will be carried out in the control steps from this one on, behind the limits."""
+        goals = self._planning.executor.upcoming(count)
+        if self._blend is not None or not len(goals):
+            return None
+        targets, start = [], self._limiter.last
+        for goal in goals:
+            targets += [self._between(start, goal, part) for part in range(self._config.servo_steps)]
+            start = goal
+        commands = self._limiter.preview(targets)[self._config.servo_steps - 1 :: self._config.servo_steps]
+        return np.stack(commands)[None].astype(np.float32)
+
+    def _next_goal(self, rate: float) -> Command | None:
+        """The goal of this control step; None = brake and stand still."""
+        if rate == 0 or self._intent != "run":
+            return None
+        goal = self._planning.executor.take(rate)
+        if goal is None:
+            if self._followed and not self._blind:
+                self._condition("plan_late", True, "all actions are used up")
+                if self._config.watchdog.late_plan == "stop":
+                    self._intent = "stop"
+            return None
+        if not self._followed:
+            self._followed = True
+            if self._config.start.is_far(goal, self._limiter.last, self._limits.rest):
+                self._fault("far_start", f"the first action is {np.round(goal - self._limiter.last, 4).tolist()} away")
+                if self._config.start.reaction == "refuse":
+                    self._intent = "stop"
+                    return None
+                self._blend, self._from = 0.0, self._limiter.last
+        return self._blended(goal)
+
+    def _blended(self, goal: Command) -> Command:
+        """On the way into the plan: a growing part of what is left to the goal."""
+        if self._blend is None:
+            return goal
+        left = 1.0 - self._blend
+        self._blend += self._control_dt / self._config.start.blend_s
+        if self._blend >= 1.0:
+            self._blend = None
+            return goal
+        share = (self._control_dt / self._config.start.blend_s) / left
+        last = self._limiter.last
+        return np.where(self._places, last + share * (goal - last), self._rest + self._blend * (goal - self._rest))
+
+    def _new_epoch(self) -> None:
+        """Forgets the history and all plans, also those that are being made."""
+        self._drop_plans()
+        self._policy.reset()
+
+    def _drop_plans(self) -> None:
+        self._planning.drop()
+        self._followed, self._blend = False, None
+        self._condition("plan_late", False)
+
+    def _release(self) -> None:
+        """Lets the robot hold by its own means; commands begin again from where it is then."""
+        self._anchored, self._command = False, None
+        self._new_epoch()
+        try:
+            self._robot.hold()
+        except Exception as error:
+            self._hold_owed_s = self._clock.now() if self._hold_owed_s is None else self._hold_owed_s
+            self._condition("robot_hold", True, f"{type(error).__name__}: {error}")
+        else:
+            self._hold_owed_s = None
+            self._condition("robot_hold", False)
+        self._released_s = self._clock.now()
+
+    def _hold_is_hopeless(self) -> bool:
+        """Whether a loop that is to stop has waited for long enough for the robot to accept hold()."""
+        assert self._hold_owed_s is not None
+        waited = self._clock.now() - self._hold_owed_s
+        return self._intent == "stop" and waited > self._config.watchdog.give_up_s
+
+    def _settle(self, rate: float) -> None:
+        """Names the state, and gives up after holding for too long."""
+        if self._intent != "run":
+            return
+        now = self._clock.now()
+        if self._goal is not None:
+            self._change_state("running" if rate == 1.0 else "slow")
+            self._holding_since = None
+            return
+        self._holding_since = now if self._holding_since is None else self._holding_since
+        self._change_state("starting" if not self._followed and not self._active else "holding")
+        if now - self._holding_since > self._config.watchdog.give_up_s:
+            self._fault("gave_up", f"held for {now - self._holding_since:.1f} s")
+            self._intent = "stop"
+
+    # Records.
+
+    def _change_state(self, state: State) -> None:
+        if state != self.state:
+            self._event(state, f"was {self.state}")
+            self.state = state
+        if state == "paused":
+            self._holding_since = None
+
+    def _condition(self, kind: str, active: bool, detail: str = "") -> None:
+        """A fault that goes on for a while counts once."""
+        if active and kind not in self._active:
+            self._active.add(kind)
+            self._fault(kind, detail)
+        elif not active and kind in self._active:
+            self._active.discard(kind)
+            self._event(kind, "is over")
+
+    def _fault(self, kind: str, detail: str) -> None:
+        assert kind in FAULTS, kind
+        self.faults[kind] += 1
+        logger.warning("control step %d: %s (%s)", self._step, FAULTS[kind], detail)
+        self._recorder.event(self._clock.now(), self._step, kind, detail, fault=True)
+
+    def _event(self, kind: str, detail: str) -> None:
+        self._recorder.event(self._clock.now(), self._step, kind, detail, fault=False)
+
+    def _note(self, late_s: float, rate: float) -> None:
+        """Keeps the step; `command` is the last one of the step before."""
+        sample, now = self._gate.newest, self._clock.now()
+        values = {
+            "step": self._step, "time_s": now, "late_ms": 1e3 * late_s, "age_s": self._gate.age_s(now), "rate": rate,
+            "epoch": self._planning.epoch, "state": self.state, "target": self._goal, "command": self._command,
+            "executed": self._fitting(sample and sample.executed), "pose": self._fitting(sample and sample.pose),
+        }  # fmt: skip
+        self._recorder.step(values, None if sample is None else sample.observation)
+        if (failure := self._recorder.failure()) is not None:
+            self._fault("recorder_error", failure)
+        self._recorder.flush(now, self._summary())
+
+    def _fitting(self, value: Any) -> Command | None:
+        """What a robot tells, if it is as wide as a command."""
+        array = None if value is None else np.asarray(value, np.float64)
+        return array if array is not None and array.shape == self._places.shape else None
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "state": self.state,
+            "steps": self._steps,
+            "faults": dict(self.faults),
+            "plans": dict(self._planning.counts),
+        }
+
+    def _finish(self, pacer: Pacer) -> None:
+        """Whatever happened: the robot holds, and what is not on disk is written."""
+        for _ in range(_HOLD_ATTEMPTS if self.state != "stopped" else 0):
+            try:
+                self._robot.hold()
+                break
+            except Exception as error:
+                self._fault("robot_hold", f"{type(error).__name__}: {error}")
+        self.state = "stopped"
+        self._planner.close()
+        self._recorder.flush(self._clock.now(), {**self._summary(), "pacing": pacer.report()}, last=True)
+        self._recorder.close()
+        while (failure := self._recorder.failure()) is not None:
+            self._fault("recorder_error", failure)
+
+    def _report(self, pacer: Pacer) -> LoopReport:
+        times = {"encoder": percentiles(self._encoder_ms), "plan": percentiles(self._planning.times_ms)}
+        return LoopReport(
+            self.state,
+            self._steps,
+            self._commands,
+            dict(self.faults),
+            dict(self._planning.counts),
+            pacer.report(),
+            times,
+            self._planning.delay_steps,
+        )

@@ -1,0 +1,108 @@
+"""Which plans are asked for, when, and what becomes of them.
+
+Shapes: Da action width, d committed actions.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable
+
+from scd_robot.control.delay import DelayEstimator, Split, split_chunk
+from scd_robot.control.executor import ChunkExecutor, ExecutionConfig
+from scd_robot.control.interfaces import StreamingPolicy
+from scd_robot.control.planner import Planner, PlanRequest, PlanResult
+from scd_robot.types import ActionArray
+
+__all__ = ["Planning"]
+
+_KEPT_TIMES = 100_000
+
+
+class Planning:
+    """Keeps one plan in the making, and the executor in chunks.
+
+    Args:
+        policy: that plans.
+        planner: where.
+        config: how chunks are carried out.
+        rest: (Da,) see `Limits`.
+
+    Attributes:
+        executor: follows the chunks.
+        epoch: plans of another one are dropped.
+        counts: of plans, see `LoopReport`.
+        times_ms: from a request to its plan being followed.
+    """
+
+    def __init__(
+        self, policy: StreamingPolicy, planner: Planner, config: ExecutionConfig, rest: tuple[float | None, ...]
+    ) -> None:
+        self._policy, self._planner, self._config = policy, planner, config
+        self._delay = DelayEstimator(config.delay)
+        self._flying: PlanRequest | None = None
+        self.executor = ChunkExecutor(config, rest)
+        self.epoch = 0
+        self.counts: Counter[str] = Counter()
+        self.times_ms: deque[float] = deque(maxlen=_KEPT_TIMES)
+
+    @property
+    def delay_steps(self) -> int:
+        """The guess for the next plan."""
+        return self._delay.delay_steps
+
+    @property
+    def split(self) -> Split:
+        """How chunks are used at this delay."""
+        spec = self._policy.spec
+        return split_chunk(spec.chunk_length, self._config.num_executed or spec.num_executed, self.delay_steps)
+
+    def drop(self) -> None:
+        """Forgets all plans, also the one in the making."""
+        self.epoch += 1
+        self.executor.clear()
+
+    def overdue(self, steps: int) -> bool:
+        """Whether the plan in the making takes longer than was committed to; `steps` as of `ask`."""
+        return self._flying is not None and steps - self._flying.steps > self._flying.committed
+
+    def collect(self, steps: int, now_s: float) -> PlanResult | None:
+        """A plan that is there, of this epoch; if it is good, it is followed from now on unless it comes too late."""
+        result = self._planner.poll()
+        if result is None:
+            return None
+        request, self._flying = result.request, None
+        self.times_ms.append(1e3 * (now_s - request.asked_s))
+        if request.epoch != self.epoch:
+            self.counts["dropped"] += 1
+            return None
+        if result.chunk is None:
+            self.counts["failed"] += 1
+            return result
+        self._delay.add(steps - request.steps)
+        followed = self.executor.accept(result.chunk, self.executor.consumed - request.consumed)
+        self.counts["followed" if followed else "too_late"] += 1
+        return result
+
+    def ask(self, steps: int, now_s: float, prefix: Callable[[int], ActionArray | None]) -> Split | None:
+        """Asks for the next plan if its time has come and no other is in the making.
+
+        Args:
+            steps: control steps of the loop so far.
+            now_s: the time [s].
+            prefix: gives what will be carried out in up to d control steps from this one on, (1, d, Da), or None.
+
+        Returns:
+            How the running chunk is split, where a plan was asked for.
+        """
+        split = self.split
+        if self._planner.busy or not self._policy.may_plan or not self.executor.wants_plan(split):
+            return None
+        committed = None
+        if self._config.strategy == "prefix":
+            committed = prefix(min(split.delay_steps, self._policy.max_prefix))
+        given = self._policy.snapshot()
+        self._flying = PlanRequest(
+            self.epoch, given, committed, self.executor.consumed, steps, split.delay_steps, now_s
+        )
+        self.counts["asked"] += 1
+        self._planner.submit(self._flying)
+        return split

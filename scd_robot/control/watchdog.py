@@ -1,0 +1,172 @@
+"""What counts as a fault, and what the loop does about it: every choice is a setting.
+
+Shapes: Da action width.
+"""
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+
+from scd_robot.control.interfaces import Command, Sample
+from scd_robot.errors import ConfigError
+from scd_robot.types import ArraySpec
+
+__all__ = ["FAULTS", "ObservationGate", "Reaction", "StartGuard", "WatchdogConfig"]
+
+Reaction = Literal["hold", "slow", "stop"]
+
+FAULTS = {
+    "robot_observe": "the robot's observe() failed",
+    "robot_send": "the robot's send() failed",
+    "robot_hold": "the robot's hold() failed; it is called again in each control step",
+    "bad_observation": "an observation has missing keys, other shapes, or NaN",
+    "stale_observation": "the newest good observation is too old",
+    "frozen_observation": "a sensor repeats itself",
+    "encoder_error": "the policy failed to take in an observation",
+    "plan_error": "a plan failed, or is not finite",
+    "plan_late": "all actions are used up before the next plan is there",
+    "delay_too_long": "plans take more than half a chunk",
+    "clock_gap": "the loop stood still for too long",
+    "far_start": "the first action is far from where the robot is",
+    "bad_pose": "the robot stands outside of its limits, or does not tell where",
+    "gave_up": "it had to hold for too long",
+    "recorder_error": "a flight record could not be written",
+    "loop_error": "a bug of the loop, or an interruption",
+}
+"""Every kind of fault that is recorded."""
+
+
+@dataclass(frozen=True)
+class StartGuard:
+    """For the first action after a start, a reset or a pause.
+
+    Attributes:
+        max_distance: (Da,) how far it may be from the robot's pose, in dimensions that name a place; None = any.
+        reaction: where it is farther: "blend" goes from the pose into the plan over `blend_s`; "refuse" stops.
+        blend_s: seconds.
+    """
+
+    max_distance: tuple[float, ...] | None = None
+    reaction: Literal["blend", "refuse"] = "blend"
+    blend_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.reaction not in ("blend", "refuse"):
+            raise ConfigError(f"the start guard's reaction must be 'blend' or 'refuse', got {self.reaction!r}")
+        if not self.blend_s > 0:
+            raise ConfigError(f"blend_s must be positive [s], got {self.blend_s}")
+
+    def is_far(self, target: Command, pose: Command, rest: tuple[float | None, ...]) -> bool:
+        """Whether an action (Da,) is too far from the pose (Da,)."""
+        if self.max_distance is None:
+            return False
+        places = np.array([value is None for value in rest])
+        return bool((np.abs(target - pose) > self.max_distance)[places].any())
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """Thresholds and reactions.
+
+    "hold" brakes, stands still, and goes on when it is over; "slow" goes on at `slow_rate`, and holds where there is
+    nothing to go on with; "stop" brakes and ends.
+
+    Attributes:
+        max_age_s: of an observation.
+        stale_observation: reaction to older ones; also to those that never come or are bad.
+        frozen_keys: observation keys that are never twice the same, such as those of a camera.
+        max_frozen_s: how long they may be all the same.
+        frozen_observation: reaction.
+        late_plan: reaction when a plan takes longer than was committed to ("slow"), or than there are actions.
+        plan_error: reaction to a plan that failed; "retry" goes on with the running chunk and asks again.
+        robot_error: reaction to a failed send; "hold" lets the robot hold and begins anew from its pose.
+        max_gap_steps: control steps that may be missed at once; after more the history is begun anew.
+        slow_rate: see above.
+        give_up_s: seconds of holding without a break after which it stops.
+    """
+
+    max_age_s: float = 0.2
+    stale_observation: Reaction = "hold"
+    frozen_keys: tuple[str, ...] = ()
+    max_frozen_s: float = 1.0
+    frozen_observation: Reaction = "hold"
+    late_plan: Reaction = "hold"
+    plan_error: Literal["retry", "stop"] = "retry"
+    robot_error: Literal["hold", "stop"] = "hold"
+    max_gap_steps: int = 5
+    slow_rate: float = 0.5
+    give_up_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        special = {"plan_error": ("retry", "stop"), "robot_error": ("hold", "stop")}
+        for name in ("stale_observation", "frozen_observation", "late_plan", "plan_error", "robot_error"):
+            choices = special.get(name, get_args(Reaction))
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("max_age_s", "max_frozen_s", "give_up_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive [s], got {getattr(self, name)}")
+        if not 0 < self.slow_rate < 1:
+            raise ConfigError(f"slow_rate must be in (0, 1), got {self.slow_rate}")
+        if self.max_gap_steps < 1:
+            raise ConfigError(f"max_gap_steps must be at least 1, got {self.max_gap_steps}")
+
+
+@dataclass
+class ObservationGate:
+    """Lets good samples in.
+
+    Attributes:
+        spec: of the observations, by key.
+        config: thresholds.
+        newest: the last good sample; None = none yet.
+    """
+
+    spec: dict[str, ArraySpec]
+    config: WatchdogConfig
+    newest: Sample | None = None
+    _changed: dict[str, tuple[int, float]] = field(default_factory=dict)  # by key: checksum, stamp when it was new
+
+    def admit(self, sample: Sample, now_s: float) -> str | None:
+        """Takes in a sample; returns what is wrong with it, or None."""
+        if self.newest is not None and sample.stamp_s <= self.newest.stamp_s:
+            return None  # seen already, or overtaken
+        problem = self._problem(sample, now_s)
+        if problem is not None:
+            return problem
+        for key in self.config.frozen_keys:
+            checksum = zlib.crc32(np.ascontiguousarray(sample.observation[key]).data)
+            if key not in self._changed or self._changed[key][0] != checksum:
+                self._changed[key] = (checksum, sample.stamp_s)
+        self.newest = sample
+        return None
+
+    def age_s(self, now_s: float) -> float:
+        """Of the newest good sample [s]; infinite where there is none."""
+        return float("inf") if self.newest is None else now_s - self.newest.stamp_s
+
+    def frozen_key(self) -> str | None:
+        """A key that has repeated itself for too long."""
+        if self.newest is None:
+            return None
+        limit = self.newest.stamp_s - self.config.max_frozen_s
+        return next((key for key, (_, since) in self._changed.items() if since < limit), None)
+
+    def forget_freezing(self) -> None:
+        """Begins to watch for repetition anew."""
+        self._changed = {}
+
+    def _problem(self, sample: Sample, now_s: float) -> str | None:
+        if not np.isfinite(sample.stamp_s) or sample.stamp_s > now_s + self.config.max_age_s:
+            return f"its time stamp {sample.stamp_s} lies in the future: is it of the loop's clock?"
+        for key, spec in self.spec.items():
+            value = sample.observation.get(key)
+            if value is None:
+                return f"{key!r} is missing"
+            if np.shape(value) != spec.shape:
+                return f"{key!r} must be {spec.shape}, got {np.shape(value)}"
+            if np.asarray(value).dtype.kind == "f" and not np.isfinite(value).all():
+                return f"{key!r} holds NaN or infinite values"
+        return None
