@@ -48,7 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 3
+SCHEMA = 4
 _FORMAT = "scd_robot checkpoint"
 _JSON_FILES = ("config", "dataset", "normalization", "origin", "metrics")
 _PACKAGES = ("scd_robot", "torch", "lightning", "numpy", "zarr", "safetensors")
@@ -243,6 +243,13 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
     if schema < 3 and "training" in config:
         later = {"group_by_length": False, "idle_weight": 1.0, "disturbance_threshold": 0.0}
         config = {**config, "training": {**later, **config["training"]}}
+    if schema < 4:
+        images = {"encoder": "convolutional", "channels": [16, 32, 64], "patch_size": 8, "tokens_per_image": 2}
+        config = {**config, "model": {"images": images, **config["model"]}}
+    if schema < 4 and "training" in config:
+        augmentation = {"shift": 0.03, "brightness": 0.1, "contrast": 0.1, "saturation": 0.1}
+        training = {"augmentation": augmentation, "images_in_memory_gb": 2.0, **config["training"]}
+        config = {**config, "training": training}
     return config
 
 
