@@ -208,16 +208,18 @@ def test_schema_and_policy_of_the_future_are_refused(run_folder, readers, tmp_pa
     refused(readers(run_folder)["eval"], "unknown policy type 'sdc'; did you mean 'scd'", unchanged=[tmp_path])
 
 
-@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize("schema", [1, 2, 3])
 def test_checkpoints_of_earlier_schemas_are_read(schema, run_folder) -> None:
     checkpoint = find_checkpoint(run_folder)
     now = read_checkpoint(run_folder).config
     old = json.loads(json.dumps(now))
-    for name in ("group_by_length", "idle_weight", "disturbance_threshold"):
-        del old["training"][name]
+    del old["model"]["images"], old["training"]["augmentation"], old["training"]["images_in_memory_gb"]
+    if schema < 3:
+        for name in ("group_by_length", "idle_weight", "disturbance_threshold"):
+            del old["training"][name]
+        del old["model"]["architecture"], old["model"]["local_layers"]
     if schema == 1:
         del old["model"]["history_stride"], old["transforms"]
-    del old["model"]["architecture"], old["model"]["local_layers"]
     (checkpoint / "config.json").write_text(json.dumps(old))
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "schema": schema}))
@@ -239,7 +241,7 @@ def test_new_fields_come_with_a_new_schema(tiny_run) -> None:
         )
 
     fields = [n for n in names(read_checkpoint(tiny_run).config) if "observation_shapes" not in n]
-    assert (SCHEMA, hashlib.sha256(" ".join(fields).encode()).hexdigest()[:12]) == (3, "4647d5f3f5f9"), fields
+    assert (SCHEMA, hashlib.sha256(" ".join(fields).encode()).hexdigest()[:12]) == (4, "a831057d2987"), fields
 
 
 def test_published_checkpoint_needs_no_training_state(run_folder, readers, tmp_path, refused) -> None:

@@ -4,7 +4,7 @@ Because nothing depends on what was drawn before, a run that was killed continue
 devices together see what one device would have seen.
 
 Shapes: B segments, T encoder steps (longest segment), k past actions, Ta chunk length, L = k + Ta, M positions, S noise
-draws, Da action width, K context tokens, D width.
+draws, Da action width, K context tokens, D width, V cameras.
 """
 
 from collections.abc import Iterator
@@ -40,6 +40,8 @@ class Draws:
         corruption: (B, M, S, K, D), or empty where the model has none.
         past_action_noise: (B, T, Da), or empty where the model has none.
         delay: (B, M, S) int64 committed actions.
+        image_shift: (B, V, 2) how pictures are moved, see `augmentation.augmented`; (0, V, 2) = not at all.
+        image_colour: (B, V, 3).
     """
 
     stream: Tensor
@@ -50,6 +52,8 @@ class Draws:
     corruption: Tensor
     past_action_noise: Tensor
     delay: Tensor
+    image_shift: Tensor
+    image_colour: Tensor
 
 
 @dataclass
@@ -149,6 +153,9 @@ class SegmentDataset(Dataset[TrainingBatch]):
         noises_past = model.past_action_input == "noised"
         past_noise = np.zeros((batch if noises_past else 0, steps, model.action_dim), np.float32)
         delay = np.zeros((batch, positions, copies), np.int64)
+        cameras, augmentation = len(model.image_keys), training.augmentation
+        augments = cameras > 0 and augmentation.is_on and not self._validation
+        shift, colour = (np.zeros((batch * augments, cameras, n), np.float32) for n in (2, 3))
         begins_inside = segments.start > segments.episode_start
         for i, key in enumerate(keys):
             rng, steps_here = keyed_rng(*key), int(segments.lengths[i])
@@ -171,7 +178,9 @@ class SegmentDataset(Dataset[TrainingBatch]):
                 rng.standard_normal(dtype=np.float32, out=corruption[i])
             if noises_past:
                 past_noise[i, :steps_here] = rng.standard_normal((steps_here, model.action_dim), np.float32)
-        fields = (stream, position, position_valid, flow_time, noise, corruption, past_noise, delay)
+            if augments:
+                shift[i], colour[i] = augmentation.draw(cameras, rng)
+        fields = (stream, position, position_valid, flow_time, noise, corruption, past_noise, delay, shift, colour)
         return Draws(*(torch.from_numpy(x) for x in fields))
 
 
