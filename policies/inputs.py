@@ -1,6 +1,6 @@
 """What a policy is given: looked at before anything is computed with it, and made into what its model takes.
 
-Shapes: B rows, Da action width.
+Shapes: B rows, Da action width; H W C picture.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,16 @@ __all__ = ["check_widths", "checked_action", "model_observation"]
 def check_widths(config: ScdConfig, normalizer: Normalizer, dataset: DatasetSpec) -> None:
     """Raises ShapeError where model, statistics and specification are not of one dataset."""
     specified = {key: spec.shape for key, spec in dataset.observation.items()} | {"action": (dataset.action_dim,)}
-    for key, shape in {**config.observation_shapes, "action": (config.action_dim,)}.items():
+    for key in config.image_keys:
+        spec, shape = dataset.observation.get(key), config.observation_shapes[key]
+        if spec is None or (tuple(spec.shape), spec.dtype) != (tuple(shape), "uint8"):
+            has = "none" if spec is None else f"{spec.dtype} {tuple(spec.shape)}"
+            raise ShapeError(
+                f"the model takes pictures {key!r} as uint8 {tuple(shape)}, the dataset's specification has {has}; "
+                "they must be of one checkpoint"
+            )
+    vectors = {key: config.observation_shapes[key] for key in config.vector_keys}
+    for key, shape in {**vectors, "action": (config.action_dim,)}.items():
         statistics = normalizer.statistics.get(key)
         found = (specified.get(key), None if statistics is None else (statistics.width,))
         if found != (tuple(shape), tuple(shape)):
@@ -40,42 +49,102 @@ def model_observation(
         observation: arrays (B, ...) by the recording's keys.
         sources: the recording's key of each key of the model.
         transforms: between the recording and the model.
-        may_be_absent: whether keys may be left out, or None.
+        may_be_absent: whether keys may be left out, or None. Pictures may be None always: they have tokens of their
+            own.
 
     Returns:
-        Arrays (B, ...) by the model's keys; and which keys are there, if some are not.
+        Arrays (B, ...) by the model's keys, vectors float32 and pictures uint8; and False for each of them that is
+        absent.
 
     Raises:
-        ShapeError: missing keys, wrong widths, several batch sizes, NaN or infinite values.
+        ShapeError: missing keys, wrong widths, several batch sizes, NaN or infinite values; pictures that are none.
     """
     seen: dict[str, NDArray[Any]] = {}
     absent = []
     batch = None
     for key, source in sources.items():
+        spec = transforms.recorded.observation[source]
+        is_picture = spec.dtype == "uint8" and len(spec.shape) == 3
         if observation.get(source) is None:
-            if not may_be_absent:
-                raise ShapeError(f"observation {source!r} is missing; got {sorted(observation)}")
+            if not may_be_absent and not (is_picture and source in observation):
+                none = "; give None where the camera sent nothing in this control step" if is_picture else ""
+                raise ShapeError(f"observation {source!r} is missing; got {sorted(observation)}{none}")
             absent.append(key)
             continue
-        value = _as_float32(observation[source], f"observation {source!r}")
+        name = f"observation {source!r}"
+        value: NDArray[Any] = (
+            _as_picture(observation[source], name, spec.shape) if is_picture else _as_float32(observation[source], name)
+        )
         batch = len(value) if batch is None and value.ndim else batch
-        shape = transforms.recorded.observation[source].shape
-        if value.shape != (batch, *shape) or not batch:
-            expected = ", ".join(map(str, ("B", *shape)))
-            raise ShapeError(
-                f"observation {source!r} must be ({expected}) with one B >= 1 for all keys, got {value.shape}"
-            )
-        if not np.isfinite(value).all():
+        if value.shape != (batch, *spec.shape) or not batch:
+            expected = ", ".join(map(str, ("B", *spec.shape)))
+            raise ShapeError(f"{name} must be ({expected}) with one B >= 1 for all keys, got {value.shape}")
+        if is_picture:
+            _check_content(value, name)
+        elif not np.isfinite(value).all():
             row = int(np.argwhere(~np.isfinite(value))[0][0])
-            raise ShapeError(f"observation {source!r} holds a NaN or infinite value in row {row}")
+            raise ShapeError(f"{name} holds a NaN or infinite value in row {row}")
         seen[key] = transforms.convert(key, value)
     if batch is None:
         raise ShapeError(f"no observation key is there; expected {sorted(sources.values())}")
     for key in absent:
         if any(part.key == key for part in transforms.config.chunk_parts):
             raise ShapeError(f"observation {key!r} may not be absent: actions are relative to it")
-        seen[key] = np.zeros((batch, *transforms.spec.observation[key].shape), np.float32)
-    return seen, dict.fromkeys(seen, True) | dict.fromkeys(absent, False) if absent else {}
+        spec = transforms.spec.observation[key]
+        seen[key] = np.zeros((batch, *spec.shape), spec.dtype)
+    return seen, dict.fromkeys(absent, False)
+
+
+def _as_picture(values: Any, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Pictures (B, H, W, C) uint8; raises ShapeError that names what else it is."""
+    array = np.asarray(values)
+    expected = f"(B, {', '.join(map(str, shape))}) uint8 of 0 to 255"
+    found = f"{array.shape} {array.dtype}"
+    if array.shape[1:] != shape:
+        raise ShapeError(f"{name} must be {expected}, got {found}{_shape_hint(array.shape, shape)}")
+    if array.dtype.kind == "f":
+        mend = "np.round(255 * picture)" if array.size and np.nanmax(array) <= 1 else "np.round(picture)"
+        raise ShapeError(f"{name} must be {expected}, got {found}: give {mend}.astype(np.uint8)")
+    if array.dtype != np.uint8:
+        raise ShapeError(f"{name} must be {expected}, got {found}: convert what is of 0 to 255 with astype(np.uint8)")
+    return array
+
+
+def _shape_hint(found: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """What to do about pictures of another shape than (B, *shape)."""
+    height, width, channels = shape
+    if found == shape:
+        return ": there is no batch axis; give picture[None]"
+    if found[1:] == (channels, height, width):
+        return ": channels come last; give np.moveaxis(picture, 1, -1)"
+    if found[1:] == (height, width) and channels == 1:
+        return ": the channel's axis is missing; give picture[..., None]"
+    if found[1:] in ((height, width), (height, width, 1)):
+        return f": this is grey, the policy was trained with {channels} channels"
+    if found[1:3] == (height, width) and len(found) == 4:
+        alpha = (
+            ": the fourth (alpha) is not known to it; give picture[..., :3]" if (found[3], channels) == (4, 3) else ""
+        )
+        return f": the policy was trained with {channels} channels{alpha}"
+    if len(found) == 4 and found[3] == channels:
+        return ": a picture of another size; resize it to that of the training, or use that camera's settings"
+    return ": is it another camera?"
+
+
+def _check_content(pictures: NDArray[np.uint8], name: str) -> None:
+    """Refuses pictures (B, H, W, C) in which there is nothing to be seen."""
+    rows = pictures.reshape(len(pictures), -1)
+    low, high = rows.min(axis=1), rows.max(axis=1)
+    for row in np.flatnonzero(low == high)[:1]:
+        raise ShapeError(
+            f"{name} is {low[row]} everywhere in row {row}: the camera gave no picture; mend it, or give None for this "
+            "control step"
+        )
+    for row in np.flatnonzero(high <= 1)[:1]:
+        raise ShapeError(
+            f"{name} holds nothing but 0 and 1 in row {row}: a picture of 0 to 1 was converted to uint8; give "
+            "np.round(255 * picture).astype(np.uint8)"
+        )
 
 
 def checked_action(name: str, action: ActionArray, shape: tuple[int, ...]) -> ActionArray:

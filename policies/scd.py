@@ -182,12 +182,14 @@ class ScdPolicy:
         """Advances every row's history by one control step, without planning.
 
         Args:
-            observation: arrays (B, ...), all keys of `spec.observation` (others are ignored). A model with a token for
-                each key does without some of them: what is left out, or None, is absent in this step.
+            observation: arrays (B, ...), all keys of `spec.observation` (others are ignored), pictures (B, H, W, C)
+                uint8. A model with a token for each key does without some of them: what is left out, or None, is absent
+                in this step. Pictures may be None in any model.
             executed_action: (B, Da) what the robot did in the last step; None = what the policy asked for.
 
         Raises:
-            ShapeError: missing keys, wrong widths, a batch size other than before, NaN or infinite values.
+            ShapeError: missing keys, wrong widths, a batch size other than before, NaN or infinite values; pictures of
+                another size or type, or of one colour.
         """
         may_be_absent = self.model.config.observation_tokens == "per_key"
         seen, present = model_observation(observation, self._sources, self.transforms, may_be_absent)
@@ -219,10 +221,9 @@ class ScdPolicy:
         state = {part.key: seen[part.key] for part in self.transforms.config.chunk_parts}
         active = None if encodes.all() else torch.as_tensor(encodes, device=self.device)
         with inference(self.device, rows.batch_size):
-            normalised = {
-                key: self.normalizer.normalize(key, torch.as_tensor(value, device=self.device))
-                for key, value in seen.items()
-            }
+            normalised = self.normalizer.normalize_observation(
+                {key: torch.as_tensor(value, device=self.device) for key, value in seen.items()}
+            )
             there = {
                 key: torch.full((rows.batch_size,), is_there, device=self.device) for key, is_there in present.items()
             }

@@ -245,9 +245,13 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         config = {**config, "training": {**later, **config["training"]}}
     if schema < 4:
         parts = {"encoder_bias": False, "context_slots": "shared", "step_end_input": False}
-        config = {**config, "model": {**parts, **config["model"]}}
+        images = {"encoder": "convolutional", "channels": [16, 32, 64], "patch_size": 8, "tokens_per_image": 2}
+        config = {**config, "model": {**parts, "images": images, **config["model"]}}
     if schema < 4 and "training" in config:
-        config = {**config, "training": {"objective": "flow_matching", "trained": "all", **config["training"]}}
+        objective = {"objective": "flow_matching", "trained": "all"}
+        augmentation = {"shift": 0.03, "brightness": 0.1, "contrast": 0.1, "saturation": 0.1}
+        pictures = {"augmentation": augmentation, "images_in_memory_gb": 2.0}
+        config = {**config, "training": {**objective, **pictures, **config["training"]}}
     return config
 
 

@@ -114,6 +114,13 @@ class Normalizer(nn.Module):
         center, gain = self._buffers_of(key, x, "center", "gain")
         return (x - center) * gain
 
+    def normalize_observation(self, observation: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Vectors (..., Do) by key normalised; pictures, uint8, as they are: their encoder knows their range."""
+        return {
+            key: value if value.dtype == torch.uint8 else self.normalize(key, value.float())
+            for key, value in observation.items()
+        }
+
     def denormalize(self, key: str, x: Tensor) -> Tensor:
         """Inverse of `normalize`; constant dimensions come out as their constant."""
         center, half = self._buffers_of(key, x, "center", "half")

@@ -14,12 +14,13 @@ from typing import Any, cast
 from scd_robot.config import from_json, to_json
 from scd_robot.errors import ConfigError, DatasetError, UnknownNameError
 from scd_robot.model import ScdConfig
+from scd_robot.nn import ImageConfig
 from scd_robot.policies.scd import ScdPolicyConfig
 from scd_robot.training.config import ExperimentConfig, Objective, TrainingConfig
 from scd_robot.transforms import ChunkPart, TransformConfig, Transforms
 from scd_robot.types import DatasetSpec
 
-__all__ = ["PRESETS", "memory_state", "metaworld_state", "pusht_state", "resolve", "with_settings"]
+__all__ = ["PRESETS", "image", "memory_state", "metaworld_state", "pusht_state", "resolve", "with_settings"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,42 @@ def memory_state(dataset: DatasetSpec) -> ExperimentConfig:
     )
 
 
+def image(dataset: DatasetSpec) -> ExperimentConfig:
+    """Policy for any dataset with pictures, and vectors where there are some: as metaworld_state, for fewer steps.
+
+    Larger pictures go through more layers. The history covers 64 control steps, since a batch holds the pictures of
+    whole segments.
+    """
+    shapes: dict[str, tuple[int, ...]] = {
+        key: spec.shape
+        for key, spec in dataset.observation.items()
+        if len(spec.shape) == 1 or (len(spec.shape) == 3 and spec.dtype == "uint8")
+    }
+    pictures = [shape for shape in shapes.values() if len(shape) == 3]
+    if not pictures:
+        raise DatasetError(f"preset image needs pictures (H, W, C) uint8, got {sorted(dataset.observation)}")
+    others = sorted(set(dataset.observation) - set(shapes))
+    if others:
+        logger.warning("%s are neither pictures nor vectors: this preset trains without them", ", ".join(others))
+    layers = 3
+    while max(shape[0] * shape[1] for shape in pictures) > 256 * 4**layers:
+        layers += 1
+    layers = min(layers, min(min(shape[:2]) for shape in pictures).bit_length() - 1)
+    return ExperimentConfig(
+        preset="image",
+        model=ScdConfig(
+            observation_shapes=shapes,
+            action_dim=dataset.action_dim,
+            history_length=64,
+            images=ImageConfig(channels=(16, 32, 64, 128, 128, 128)[:layers]),
+        ),
+        training=TrainingConfig(max_steps=4000, segment_length=64, validate_every=250),
+        policy=ScdPolicyConfig(),
+    )
+
+
 PRESETS: dict[str, Callable[[DatasetSpec], ExperimentConfig]] = {
+    "image": image,
     "memory_state": memory_state,
     "metaworld_state": metaworld_state,
     "pusht_state": pusht_state,

@@ -19,6 +19,7 @@ PUSHT = DatasetSpec(
     {"state": ArraySpec((5,)), "keypoint": ArraySpec((9, 2)), "img": SPEC.observation["camera"]}, 3, 0.1
 )
 FITTING = {  # by preset a dataset, and the model's observations
+    "image": (SPEC, {"proprio": (4,), "camera": (8, 8, 3)}),
     "memory_state": (SPEC, {"proprio": (4,)}),
     "metaworld_state": (SPEC, {"proprio": (4,)}),
     "pusht_state": (PUSHT, {"state": (5,), "keypoint": (18,)}),
@@ -40,6 +41,20 @@ def test_state_preset_reads_vectors_only_and_says_so(caplog: pytest.LogCaptureFi
     assert "camera are no vectors" in caplog.text
     with pytest.raises(DatasetError, match=r"needs vector observations, got \['camera'\]"):
         resolve("metaworld_state", DatasetSpec({"camera": SPEC.observation["camera"]}, 3, 0.1))
+
+
+def test_image_preset_takes_pictures_of_any_size(caplog: pytest.LogCaptureFixture) -> None:
+    def with_pictures(**sizes: tuple[int, int]) -> DatasetSpec:
+        cameras = {key: ArraySpec((*size, 3), "uint8") for key, size in sizes.items()}
+        return DatasetSpec({**cameras, "points": ArraySpec((9, 2)), "depth": ArraySpec((8, 8, 1))}, 3, 0.1)
+
+    for sizes, layers in (({"a": (96, 96)}, 3), ({"a": (64, 64), "b": (480, 640)}, 6), ({"a": (224, 224)}, 4)):
+        model = resolve("image", with_pictures(**sizes)).model
+        assert model.observation_shapes == {key: (*size, 3) for key, size in sizes.items()}
+        assert len(model.images.channels) == layers
+    assert "depth, points are neither pictures nor vectors" in caplog.text
+    with pytest.raises(DatasetError, match=r"needs pictures \(H, W, C\) uint8, got \['proprio'\]"):
+        resolve("image", DatasetSpec({"proprio": SPEC.observation["proprio"]}, 3, 0.1))
 
 
 def test_pusht_preset_names_what_it_misses() -> None:
@@ -73,6 +88,8 @@ def test_unknown_preset_suggests_the_nearest() -> None:
         ("training.betas=[0.8, 0]", (0.8, 0.0)),
         ("model.fusion=concat", "concat"),
         ("model.memory_gate=True", True),
+        ("model.images.channels=8,16", (8, 16)),
+        ("training.augmentation.shift=0", 0.0),
         ("model.observation_shapes.proprio=9", (9,)),
         ("policy.sampler.num_denoising_steps=4", 4),
     ],

@@ -43,7 +43,7 @@ class ActionPlan:
 class ActionModel(nn.Module, Generic[ContextT]):
     """Tokenizer, what is made of the history (a context of the subclass's type), and the denoising of action chunks.
 
-    All inputs and outputs are normalised tensors.
+    All inputs and outputs are normalised tensors, pictures uint8.
     """
 
     # has position, prepare(context), condition(flow_time, end_time) and velocity(x, conditioning, prepared, valid)
@@ -67,7 +67,7 @@ class ActionModel(nn.Module, Generic[ContextT]):
         """Contexts (B, T, K, D) of all control steps of a stream, in one pass.
 
         Args:
-            observation: (B, T, Do) by key.
+            observation: by key (B, T, Do), or pictures (B, T, H, W, C) uint8.
             past_action: (B, T, Da) executed one step before, where the configuration reads it.
             past_action_valid: (B, T) bool; None = all but step 0 of each stream.
             present: (B, T) bool by key, for keys absent in some steps.
@@ -113,7 +113,7 @@ class ActionModel(nn.Module, Generic[ContextT]):
         """The context of one more control step (B, K, D); equal to `encode` over the whole stream at that step.
 
         Args:
-            observation: (B, Do) by key.
+            observation: by key (B, Do), or pictures (B, H, W, C) uint8.
             cache: from `new_cache`; advanced in place.
             active: (B,) bool, rows that take the step; the others stay as they are and their context means nothing.
             past_action: (B, Da) executed one step before, where the configuration reads it; ignored in the first

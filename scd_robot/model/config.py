@@ -1,9 +1,10 @@
 """Architecture of one Separable Causal Diffusion model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from scd_robot.errors import ConfigError
+from scd_robot.nn import ImageConfig
 
 __all__ = ["ScdConfig"]
 
@@ -13,7 +14,8 @@ class ScdConfig:
     """Architecture; widths of observations and actions come from the dataset.
 
     Attributes:
-        observation_shapes: shape by observation key, without batch and time axes; vectors only.
+        observation_shapes: shape by observation key, without batch and time axes: vectors (n,), and pictures (H, W, C),
+            which are uint8.
         action_dim: Da, width of one action.
         architecture: "separable", or "entangled": the rival `CausalDitModel` of the same width and of encoder_layers +
             decoder_layers layers, all of which see the history at every denoising step. It reads no fusion,
@@ -29,7 +31,7 @@ class ScdConfig:
             The receptive field is encoder_layers * (W - 1) + 1 control steps (times history_stride).
         history_stride: the encoder runs in every so many control steps only; W counts these.
         observation_tokens: "joint" gives all vectors of a control step one token; "per_key" one token per key, of
-            which any may be absent.
+            which any may be absent. Pictures always have tokens of their own and may be absent.
         num_context_tokens: K, context tokens a plan reads, each from a slot of its own in the step's group.
         chunk_length: Ta, future actions in one plan; action 0 is for the current control step.
         num_past_actions: k, executed actions that the decoder learns to denoise as well (past-token prediction, arXiv
@@ -48,6 +50,7 @@ class ScdConfig:
             (training-time real-time chunking, arXiv 2512.05964); 0 = off.
         step_end_input: the decoder is told where its denoising step ends and gives the average velocity until there;
             for the objectives mean_flow and shortcut.
+        images: how pictures become tokens; nothing where there are none.
     """
 
     observation_shapes: dict[str, tuple[int, ...]]
@@ -74,6 +77,7 @@ class ScdConfig:
     context_slots: Literal["shared", "private"] = "shared"
     max_delay_steps: int = 0
     step_end_input: bool = False
+    images: ImageConfig = field(default_factory=ImageConfig)
 
     def __post_init__(self) -> None:
         if not self.observation_shapes:
@@ -81,9 +85,12 @@ class ScdConfig:
         for key, shape in self.observation_shapes.items():
             if key in ("action", "past_action"):
                 raise ConfigError(f"an observation key must not be called {key!r}, the name of what the policy gives")
-            if len(shape) != 1 or shape[0] < 1:
+            if len(shape) == 3 and shape[2] in (1, 3, 4):
+                self.images.places(key, shape)
+            elif len(shape) != 1 or shape[0] < 1:
                 raise ConfigError(
-                    f"observation {key!r} has shape {tuple(shape)}; this model takes vectors (n,) with n >= 1"
+                    f"observation {key!r} has shape {tuple(shape)}; this model takes vectors (n,) with n >= 1, and "
+                    "pictures (H, W, C) with 1, 3 or 4 channels"
                 )
         positive = ("action_dim", "width", "num_heads", "encoder_layers", "decoder_layers", "mlp_ratio")
         for name in (*positive, "history_length", "history_stride", "num_context_tokens", "chunk_length"):
@@ -123,6 +130,16 @@ class ScdConfig:
                 + ", ".join(f"{name} {value}" for name, value in needed.items())
                 + f"; got {found}"
             )
+
+    @property
+    def vector_keys(self) -> list[str]:
+        """Observation keys of vectors, sorted."""
+        return sorted(key for key, shape in self.observation_shapes.items() if len(shape) == 1)
+
+    @property
+    def image_keys(self) -> list[str]:
+        """Observation keys of pictures, sorted."""
+        return sorted(key for key, shape in self.observation_shapes.items() if len(shape) == 3)
 
     @property
     def depth(self) -> int:

@@ -1,8 +1,9 @@
-"""Building blocks: windowed causal attention, its ring cache, transformer blocks, embeddings."""
+"""Building blocks: windowed causal attention, its ring cache, transformer blocks, embeddings, image encoders."""
 
 from scd_robot.nn.attention import attend, multi_head_attention, window_mask
 from scd_robot.nn.blocks import AdaLNBlock, CausalBlock, CausalDitBlock, modulate
 from scd_robot.nn.embeddings import FlowTimeEmbedding, RotaryEmbedding, apply_rotary
+from scd_robot.nn.images import ImageConfig, ImageEncoder
 from scd_robot.nn.kv_cache import KVCache
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "CausalBlock",
     "CausalDitBlock",
     "FlowTimeEmbedding",
+    "ImageConfig",
+    "ImageEncoder",
     "KVCache",
     "RotaryEmbedding",
     "apply_rotary",

@@ -4,7 +4,7 @@ Because nothing depends on what was drawn before, a run that was killed continue
 devices together see what one device would have seen.
 
 Shapes: B segments, T encoder steps (longest segment), k past actions, Ta chunk length, L = k + Ta, M positions, S noise
-draws, Da action width, K context tokens, D width.
+draws, Da action width, K context tokens, D width, V cameras.
 """
 
 from collections.abc import Iterator
@@ -41,6 +41,8 @@ class Draws:
         past_action_noise: (B, T, Da), or empty where the model has none.
         delay: (B, M, S) int64 committed actions.
         end_time: (B, M, S) where steps from flow_time end, or empty where the model does not ask for it.
+        image_shift: (B, V, 2) how pictures are moved, see `augmentation.augmented`; (0, V, 2) = not at all.
+        image_colour: (B, V, 3).
     """
 
     stream: Tensor
@@ -52,6 +54,8 @@ class Draws:
     past_action_noise: Tensor
     delay: Tensor
     end_time: Tensor
+    image_shift: Tensor
+    image_colour: Tensor
 
 
 @dataclass
@@ -152,6 +156,9 @@ class SegmentDataset(Dataset[TrainingBatch]):
         past_noise = np.zeros((batch if noises_past else 0, steps, model.action_dim), np.float32)
         delay = np.zeros((batch, positions, copies), np.int64)
         end_time = np.empty((batch if model.step_end_input else 0, positions, copies), np.float32)
+        cameras, augmentation = len(model.image_keys), training.augmentation
+        augments = cameras > 0 and augmentation.is_on and not self._validation
+        shift, colour = (np.zeros((batch * augments, cameras, n), np.float32) for n in (2, 3))
         begins_inside = segments.start > segments.episode_start
         for i, key in enumerate(keys):
             rng, steps_here = keyed_rng(*key), int(segments.lengths[i])
@@ -179,7 +186,10 @@ class SegmentDataset(Dataset[TrainingBatch]):
                 past_noise[i, :steps_here] = rng.standard_normal((steps_here, model.action_dim), np.float32)
             if model.step_end_input:
                 end_time[i] = sample_step_end(flow_time[i], rng)
-        fields = (stream, position, position_valid, flow_time, noise, corruption, past_noise, delay, end_time)
+            if augments:
+                shift[i], colour[i] = augmentation.draw(cameras, rng)
+        drawn = (stream, position, position_valid, flow_time, noise, corruption, past_noise, delay)
+        fields = (*drawn, end_time, shift, colour)
         return Draws(*(torch.from_numpy(x) for x in fields))
 
 

@@ -8,6 +8,7 @@ from scd_robot.errors import ConfigError, UnknownNameError
 from scd_robot.model import ScdConfig
 from scd_robot.normalization import Mode
 from scd_robot.policies.scd import ScdPolicyConfig
+from scd_robot.training.augmentation import AugmentationConfig
 from scd_robot.transforms import TransformConfig
 
 __all__ = ["OBJECTIVES", "ExperimentConfig", "Objective", "TrainingConfig"]
@@ -66,6 +67,8 @@ class TrainingConfig:
         validation_segments: most held-out segments per validation.
         precision: "32-true", or "bf16-mixed" where the device is fast at it.
         num_workers: processes that prepare batches; 0 = the training process itself, best for vectors.
+        augmentation: of pictures.
+        images_in_memory_gb: pictures that take no more than this are read once and kept, others in every batch.
     """
 
     objective: Objective = "flow_matching"
@@ -97,6 +100,8 @@ class TrainingConfig:
     validation_segments: int = 32
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     num_workers: int = 0
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    images_in_memory_gb: float = 2.0
 
     def __post_init__(self) -> None:
         for value, choices in ((self.objective, tuple(OBJECTIVES)), (self.trained, ("all", "decoder"))):
@@ -107,7 +112,7 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         not_negative = ("seed", "burn_in", "warmup_steps", "weight_decay", "gradient_clip", "num_workers")
-        for name in (*not_negative, "disturbance_threshold"):
+        for name in (*not_negative, "disturbance_threshold", "images_in_memory_gb"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("learning_rate", "decoder_learning_rate_factor"):

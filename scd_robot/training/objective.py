@@ -13,6 +13,7 @@ from torch import Tensor
 from scd_robot.diffusion import corrupt, interpolate, mean_flow, shortcut
 from scd_robot.model import ActionModel
 from scd_robot.normalization import Normalizer
+from scd_robot.training.augmentation import augmented
 from scd_robot.training.batches import Draws, TrainingBatch
 from scd_robot.training.config import Objective
 
@@ -48,16 +49,18 @@ def encode_batch(model: ActionModel[Any], normalizer: Normalizer, batch: Trainin
 def _history(model: ActionModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> dict[str, Any]:
     """What the model is shown of the segments, as keyword arguments of `ActionModel.encode`."""
     segments = batch.segments
-    observation = {key: normalizer.normalize(key, value.float()) for key, value in segments.observation.items()}
+    seen = augmented(segments.observation, batch.draws.image_shift, batch.draws.image_colour)
+    # Pictures past a segment's end are not there, so that nobody encodes them.
+    pictures = {key: segments.present.get(key, True) & segments.step_valid for key in model.config.image_keys}
     past_action = None
     if model.config.past_action_input != "none":
         past_action = normalizer.normalize("action", segments.past_action)
         if model.config.past_action_input == "noised" and model.training:
             past_action = past_action + model.config.past_action_noise * batch.draws.past_action_noise
     return {
-        "observation": observation,
+        "observation": normalizer.normalize_observation(seen),
         "past_action": past_action,
-        "present": segments.present or None,
+        "present": {**segments.present, **pictures} or None,
         "stream": batch.draws.stream,
     }
 

@@ -23,7 +23,7 @@ from scd_robot.training.config import ExperimentConfig
 from scd_robot.training.datamodule import EpisodeDataModule
 from scd_robot.training.module import ScdLightningModule
 from scd_robot.training.start import begin, check_fits
-from scd_robot.training.transformed import transformed
+from scd_robot.training.transformed import transformed, with_pictures_in_memory
 
 __all__ = ["train"]
 
@@ -87,6 +87,7 @@ def train(
         raise OutputError(
             f"{out} already holds a run at {list_checkpoints(out)[-1].name}; choose another --out, or --resume it"
         )
+    data = with_pictures_in_memory(data, experiment.model.image_keys, experiment.training.images_in_memory_gb)
     start = begin(data, experiment, out, resume=resume, init=init, init_statistics=init_statistics)
     lightning.seed_everything(experiment.training.seed, verbose=False)
     module = ScdLightningModule(experiment, start.normalizer)

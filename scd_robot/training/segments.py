@@ -127,10 +127,12 @@ class SegmentReader:
         if self._vectors is not None:
             together = self._steps_of(self._vectors, segments, steps)
             parts = dict(zip(self._widths, together.split(list(self._widths.values()), dim=-1), strict=True))
-        return {
-            key: parts[key] if key in parts else self._steps_of(array, segments, steps)
-            for key, array in self._observation.items()
-        }
+        for key, array in self._observation.items():
+            if array.ndim == 4:
+                parts[key] = read_pictures(array, segments)
+            elif key not in parts:
+                parts[key] = self._steps_of(array, segments, steps)
+        return parts
 
     def _steps_of(self, array: RowArray, segments: SegmentBatch, steps: Indices) -> Tensor:
         if segments.stride > 1:
@@ -146,6 +148,19 @@ class SegmentReader:
 def is_vector(array: RowArray) -> bool:
     """Rows of float32 numbers in memory."""
     return isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype == np.float32
+
+
+def read_pictures(array: RowArray, segments: SegmentBatch) -> Tensor:
+    """Pictures (B, T, H, W, C): each is copied once, and past a segment's end there is nothing but zeros."""
+    lengths = segments.lengths
+    out = torch.zeros((len(lengths), int(lengths.max()), *array.shape[1:]), dtype=torch.uint8)
+    for segment, (start, stop, length) in enumerate(zip(segments.start, segments.stop, lengths, strict=True)):
+        place = out.numpy()[segment, :length]
+        if isinstance(array, LazyArray) and segments.stride == 1:
+            array.read_into(int(start), int(stop), place)
+        else:
+            place[:] = array[start:stop][:: segments.stride]  # on disk neighbours lie in one piece
+    return out
 
 
 def gather(array: RowArray, index: NDArray[np.int64]) -> Tensor:

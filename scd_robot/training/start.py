@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scd_robot.checkpoint import Checkpoint, read_checkpoint, resume_file
 from scd_robot.config import from_json, to_json
 from scd_robot.datasets import ACTION, PRESENT, EpisodeDataset
-from scd_robot.errors import CheckpointError, ConfigError, ShapeError
+from scd_robot.errors import CheckpointError, ConfigError, DatasetError, ShapeError
 from scd_robot.model import ScdConfig
 from scd_robot.normalization import Mode, Normalizer, compute_statistics
 from scd_robot.training.callbacks import RESUME_FILE
@@ -26,7 +26,9 @@ __all__ = ["Start", "begin", "check_fits", "fit_normalizer"]
 
 logger = logging.getLogger(__name__)
 
-_SAMPLED_ROWS = 4096  # of each array enter the fingerprint
+_SAMPLED_ROWS = 4096  # of each array enter the fingerprint, fewer where they are large
+_SAMPLED_BYTES = 1 << 26
+_CHECKED_PICTURES = 16
 _CHUNKS_IN_STATISTICS = 1 << 15
 
 
@@ -81,9 +83,7 @@ def begin(
 def fit_normalizer(data: EpisodeDataset, experiment: ExperimentConfig) -> Normalizer:
     """Statistics of the training episodes; held-out ones do not enter them."""
     rows = EpisodeDataModule(data, experiment).statistics_rows()
-    modes: dict[str, Mode] = dict.fromkeys(
-        experiment.model.observation_shapes, experiment.training.observation_normalization
-    )
+    modes: dict[str, Mode] = dict.fromkeys(experiment.model.vector_keys, experiment.training.observation_normalization)
     modes["action"] = experiment.training.action_normalization
     statistics = {
         key: compute_statistics(data.arrays[key][_rows_present(data, key, rows)], key) for key in modes if key != ACTION
@@ -121,7 +121,9 @@ def fingerprint(data: EpisodeDataset) -> str:
     digest = hashlib.sha256(np.asarray(data.episode_ends, np.int64).tobytes())
     for key in sorted(data.arrays):
         array = data.arrays[key]
-        rows = np.linspace(0, len(array) - 1, min(len(array), _SAMPLED_ROWS)).astype(np.int64)
+        row_bytes = max(1, array.nbytes // max(1, len(array)))
+        count = min(len(array), _SAMPLED_ROWS, max(16, _SAMPLED_BYTES // row_bytes))
+        rows = np.linspace(0, len(array) - 1, count).astype(np.int64)
         digest.update(f"{key} {array.shape} {array.dtype}".encode())
         digest.update(np.ascontiguousarray(array[rows]).tobytes())
     return digest.hexdigest()
@@ -138,13 +140,15 @@ def check_fits(data: EpisodeDataset, experiment: ExperimentConfig) -> None:
         raise ShapeError(
             f"the model gives actions of width {model.action_dim}, the dataset's are {data.spec.action_dim}"
         )
+    for key in model.image_keys:
+        _check_pictures(data, key)
     if model.leaks_past_actions:
         logger.warning(
             "past_action_input='full' shows the encoder the very actions that num_past_actions=%d asks the decoder to "
             "predict: past-token prediction then teaches nothing; use 'noised' or 'none'",
             model.num_past_actions,
         )
-    held = [key for key in model.observation_shapes if PRESENT + key in data.arrays]
+    held = [key for key in model.vector_keys if PRESENT + key in data.arrays]
     if held and model.observation_tokens == "joint":
         raise ConfigError(
             f"{', '.join(held)} are absent in some control steps: that needs model.observation_tokens=per_key"
@@ -157,6 +161,26 @@ def check_fits(data: EpisodeDataset, experiment: ExperimentConfig) -> None:
             longest,
             experiment.training.segment_length,
         )
+
+
+def _check_pictures(data: EpisodeDataset, key: str) -> None:
+    """Raises DatasetError where pictures are not uint8 of 0 to 255, told from some of them."""
+    array = data.arrays[key]
+    if array.dtype != np.uint8:
+        raise DatasetError(
+            f"pictures {key!r} must be uint8 of 0 to 255, the dataset has {array.dtype}; depth and other measurements "
+            "are no pictures: leave them out (keys of --transforms)"
+        )
+    rows = np.linspace(0, len(array) - 1, min(len(array), _CHECKED_PICTURES)).astype(np.int64)
+    some = array[np.unique(rows)]
+    if some.max() <= 1:
+        raise DatasetError(
+            f"pictures {key!r} hold nothing but {'0 and 1' if some.max() else '0'} in {len(some)} frames looked at: "
+            "pictures of 0 to 1 were stored as uint8, or the camera gave none; record them as uint8 of 0 to 255"
+        )
+    flat = some.reshape(len(some), -1)
+    if (flat.min(axis=1) == flat.max(axis=1)).any():
+        logger.warning("some pictures %r are of one colour everywhere: 'scd data validate' tells which", key)
 
 
 def _resumed(out: Path, experiment: ExperimentConfig, origin: dict[str, Any]) -> Start:

@@ -1,5 +1,7 @@
-"""A dataset as the model sees it."""
+"""A dataset as the model sees it, in memory where it fits."""
 
+import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +11,9 @@ from scd_robot.datasets import ACTION, EXECUTED_ACTION, PRESENT, EpisodeDataset
 from scd_robot.datasets.lazy import LazyArray, MappedArray, RowArray
 from scd_robot.transforms import TransformConfig, Transforms
 
-__all__ = ["transformed"]
+__all__ = ["transformed", "with_pictures_in_memory"]
+
+logger = logging.getLogger(__name__)
 
 
 def transformed(data: EpisodeDataset, config: TransformConfig) -> EpisodeDataset:
@@ -34,3 +38,19 @@ def transformed(data: EpisodeDataset, config: TransformConfig) -> EpisodeDataset
         if key in data.arrays:
             arrays[key] = transforms.action(np.asarray(data.arrays[key][:]))
     return replace(data, spec=transforms.spec, arrays=arrays)
+
+
+def with_pictures_in_memory(data: EpisodeDataset, keys: Iterable[str], most_gb: float) -> EpisodeDataset:
+    """The dataset with the pictures of `keys` read once and for all, if together they take at most `most_gb` GB."""
+    on_disk = [key for key in keys if isinstance(data.arrays[key], LazyArray)]
+    size = sum(data.arrays[key].nbytes for key in on_disk) / 1e9
+    if not on_disk or size > most_gb:
+        if on_disk:
+            logger.info(
+                "pictures of %.1f GB are read from disk in every batch (training.images_in_memory_gb is %g); more "
+                "training.num_workers read ahead",
+                size,
+                most_gb,
+            )
+        return data
+    return data.load(on_disk)

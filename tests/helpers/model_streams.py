@@ -1,4 +1,4 @@
-"""Models with random weights, and streams of observations to run them on."""
+"""Models with random weights, and streams of observations, vectors and pictures, to run them on."""
 
 import torch
 
@@ -20,7 +20,9 @@ def randomised(config: ScdConfig, dtype: torch.dtype = torch.float64) -> ScdMode
 def stream_of(config: ScdConfig, batch: int, steps: int, dtype: torch.dtype) -> tuple[dict, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     observation = {
-        key: torch.randn(batch, steps, shape[0], generator=generator, dtype=dtype)
+        key: torch.randn(batch, steps, *shape, generator=generator, dtype=dtype)
+        if len(shape) == 1
+        else torch.randint(0, 256, (batch, steps, *shape), generator=generator, dtype=torch.uint8)
         for key, shape in config.observation_shapes.items()
     }
     return observation, torch.randn(batch, steps, config.action_dim, generator=generator, dtype=dtype)

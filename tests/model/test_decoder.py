@@ -205,7 +205,7 @@ def test_wrong_noise_and_prefix_are_refused() -> None:
         ({"history_length": 0}, "history_length must be at least 1, got 0"),
         ({"fusion": "film"}, "fusion must be one of"),
         ({"observation_shapes": {}}, "observation_shapes is empty"),
-        ({"observation_shapes": {"image": (8, 8, 3)}}, "takes vectors"),
+        ({"observation_shapes": {"image": (8, 8)}}, "takes vectors"),
         ({"max_delay_steps": 6}, "below chunk_length"),
         ({"context_corruption": -0.1}, "must not be negative"),
     ],

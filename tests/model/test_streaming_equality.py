@@ -6,7 +6,9 @@ import pytest
 import torch
 from model_streams import randomised, stream_of
 
+from scd_robot.errors import ShapeError
 from scd_robot.model import ScdConfig, ScdModel
+from scd_robot.nn import ImageConfig
 
 CONFIG = ScdConfig(
     observation_shapes={"a": (3,), "b": (2,)},
@@ -20,6 +22,8 @@ CONFIG = ScdConfig(
     num_context_tokens=2,
     chunk_length=4,
 )
+CAMERAS = {"a": (3,), "eye": (16, 24, 3), "wrist": (9, 12, 1)}
+SMALL = ImageConfig(channels=(8, 8), tokens_per_image=3)
 VARIANTS = {
     "per_key": {},
     "joint": {"observation_tokens": "joint"},
@@ -29,6 +33,12 @@ VARIANTS = {
     "window_two": {"history_length": 2},
     "private_slots": {"context_slots": "private", "encoder_bias": True},
     "private_slots_gate": {"context_slots": "private", "memory_gate": True},
+    "cameras": {"observation_shapes": CAMERAS, "images": SMALL, "observation_tokens": "joint"},
+    "patches": {
+        "observation_shapes": {"eye": (16, 24, 4)},
+        "images": ImageConfig(encoder="patch", tokens_per_image=1),
+        "past_action_input": "full",
+    },
 }
 
 
@@ -142,6 +152,41 @@ def test_absent_tokens_influence_nothing_and_no_row_is_nan() -> None:
         torch.testing.assert_close(context, full[:, t], atol=1e-10, rtol=0)
     nothing = {key: torch.zeros(2, steps, dtype=torch.bool) for key in CONFIG.observation_shapes}
     assert torch.isfinite(model.encode(observation, present=nothing)).all()
+
+
+@pytest.mark.parametrize("architecture", ["separable", "entangled"])
+@torch.no_grad()
+def test_an_absent_camera_influences_nothing(architecture: str) -> None:
+    changes = {"observation_shapes": CAMERAS, "images": SMALL, "observation_tokens": "joint"}
+    if architecture == "entangled":
+        changes |= {"architecture": "entangled", "context_corruption": 0, "num_context_tokens": 1}
+    config = dataclasses.replace(CONFIG, **changes)
+    model = randomised(config)
+    steps = 25
+    observation, _ = stream_of(config, 2, steps, torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    present = {key: torch.rand(2, steps, generator=generator) < 0.5 for key in ("eye", "wrist")}
+    full = model.encode(observation, present=present)
+    spoiled = {key: torch.where(there[..., None, None, None], observation[key], 255) for key, there in present.items()}
+    cache = model.new_cache(2)
+    for t in range(steps):
+        now = {key: value[:, t] for key, value in {**observation, **spoiled}.items()}
+        context = model.encode_step(now, cache, present={key: there[:, t] for key, there in present.items()})
+        features = context if architecture == "separable" else context.features[:, 0]
+        torch.testing.assert_close(features, full[:, t], atol=1e-10, rtol=0)
+    assert (model.encode(observation) - full).abs().max() > 1e-3
+    nothing = {key: torch.zeros(2, steps, dtype=torch.bool) for key in present}
+    assert torch.isfinite(model.encode(observation, present=nothing)).all()
+
+
+@torch.no_grad()
+def test_pictures_of_another_size_or_type_are_refused() -> None:
+    config = dataclasses.replace(CONFIG, observation_shapes=CAMERAS, images=SMALL)
+    model = randomised(config)
+    observation, _ = stream_of(config, 1, 2, torch.float64)
+    for wrong in (observation["eye"] / 255, observation["eye"][:, :, :8], observation["eye"][0]):
+        with pytest.raises(ShapeError, match=r"pictures 'eye' must be \(B, T, 16, 24, 3\) uint8"):
+            model.encode({**observation, "eye": wrong})
 
 
 @torch.no_grad()

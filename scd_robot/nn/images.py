@@ -1,0 +1,147 @@
+"""A picture becomes a few tokens: features of its places, then learned queries that attend to them.
+
+Shapes: N pictures, H W C picture, h w places of its feature map, F features of a place, K tokens, D width.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from scd_robot.errors import ConfigError
+from scd_robot.nn.attention import multi_head_attention
+
+__all__ = ["ImageConfig", "ImageEncoder"]
+
+_FREQUENCIES = 4  # of the sines and cosines that tell a place
+_MOST_PLACES = 1024
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How pictures become tokens; every camera has an encoder of its own, trained from scratch.
+
+    Attributes:
+        encoder: "convolutional", or "patch": patches are embedded each by itself.
+        channels: convolutional: features of the layers, each of which halves the sides of what it gets.
+        patch_size: patch: side of a square patch [pixel]; must divide height and width.
+        tokens_per_image: K, 1 to 16.
+    """
+
+    encoder: Literal["convolutional", "patch"] = "convolutional"
+    channels: tuple[int, ...] = (16, 32, 64)
+    patch_size: int = 8
+    tokens_per_image: int = 2
+
+    def __post_init__(self) -> None:
+        if self.encoder not in ("convolutional", "patch"):
+            raise ConfigError(f"images.encoder must be convolutional or patch, got {self.encoder!r}")
+        if not self.channels or min(self.channels) < 1 or any(n % 8 for n in self.channels):
+            raise ConfigError(f"images.channels must be multiples of 8, at least one of them, got {self.channels}")
+        if self.patch_size < 1:
+            raise ConfigError(f"images.patch_size must be at least 1, got {self.patch_size}")
+        if not 1 <= self.tokens_per_image <= 16:
+            raise ConfigError(f"images.tokens_per_image must be in 1..16, got {self.tokens_per_image}")
+
+    def places(self, key: str, shape: tuple[int, ...]) -> tuple[int, int]:
+        """(h, w) of the feature map of pictures (H, W, C).
+
+        Raises:
+            ConfigError: the encoder does not fit such pictures.
+        """
+        height, width = shape[:2]
+        if self.encoder == "patch":
+            if height % self.patch_size or width % self.patch_size:
+                raise ConfigError(
+                    f"images.patch_size {self.patch_size} must divide the sides of {key!r}, {height} x {width}; choose "
+                    "another one, or resize the pictures (images of --transforms)"
+                )
+            places = (height // self.patch_size, width // self.patch_size)
+        else:
+            if min(height, width) < 2 ** len(self.channels):
+                raise ConfigError(
+                    f"pictures {key!r} of {height} x {width} are too small to be halved {len(self.channels)} times; "
+                    "give images.channels fewer numbers"
+                )
+            factor = 2 ** len(self.channels)
+            places = (-(-height // factor), -(-width // factor))
+        if math.prod(places) > _MOST_PLACES:
+            raise ConfigError(
+                f"the feature map of {key!r} would be {places[0]} x {places[1]}, over {_MOST_PLACES} places; give "
+                "images.channels more numbers (or patch_size a larger one), or resize the pictures"
+            )
+        return places
+
+
+class ImageEncoder(nn.Module):
+    """Features of places by a small network, and attention of K learned queries to them.
+
+    What is attended to carries its place in the picture as Fourier features, so that a query can tell where something
+    is. The queries pool as in Lee et al., "Set Transformer", arXiv 1810.00825, section 3.2.
+
+    Args:
+        config: settings.
+        key: of the pictures, for messages.
+        shape: (H, W, C).
+        width: D.
+        num_heads: heads of the queries.
+    """
+
+    coordinates: Tensor
+
+    def __init__(self, config: ImageConfig, key: str, shape: tuple[int, ...], width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        if config.encoder == "patch":
+            self.features, features = _patch_features(shape[2], config.patch_size, width), width
+        else:
+            self.features, features = _convolutions(shape[2], config.channels), config.channels[-1]
+        self.norm = nn.LayerNorm(features, eps=1e-6)
+        self.project = nn.Linear(features, width)
+        self.register_buffer("coordinates", _fourier(config.places(key, shape)), persistent=False)
+        self.place = nn.Linear(self.coordinates.shape[1], width, bias=False)
+        self.queries = nn.Parameter(torch.randn(config.tokens_per_image, width))
+        self.keys_values = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Tokens (N, K, D) of pictures (N, H, W, C) uint8."""
+        weight = self.project.weight
+        x = images.movedim(-1, 1).to(weight.dtype) / 127.5 - 1
+        x = self.features(x).flatten(2).transpose(1, 2)
+        x = gelu(self.project(self.norm(x)) + self.place(self.coordinates.to(weight.dtype)), approximate="tanh")
+        keys, values = self.keys_values(x).unflatten(-1, (2, self.num_heads, -1)).transpose(1, 3).unbind(2)
+        queries = self.queries.unflatten(-1, (self.num_heads, -1)).transpose(0, 1).to(keys.dtype)
+        tokens: Tensor = self.out(multi_head_attention(queries.expand(len(x), -1, -1, -1), keys, values))
+        return tokens
+
+
+def _convolutions(channels_in: int, channels: tuple[int, ...]) -> nn.Sequential:
+    """(N, C, H, W) to (N, channels[-1], h, w)."""
+    layers: list[nn.Module] = []
+    for i, count in enumerate(channels):
+        kernel = 5 if i == 0 else 3
+        layers += [nn.Conv2d(channels_in, count, kernel, stride=2, padding=kernel // 2), nn.GroupNorm(8, count)]
+        layers += [nn.GELU(approximate="tanh")]
+        channels_in = count
+    return nn.Sequential(*layers)
+
+
+def _patch_features(channels: int, patch_size: int, width: int) -> nn.Sequential:
+    """(N, C, H, W) to (N, D, h, w): each patch through a perceptron."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, patch_size, stride=patch_size),
+        nn.GELU(approximate="tanh"),
+        nn.Conv2d(width, width, 1),
+    )
+
+
+def _fourier(places: tuple[int, int]) -> Tensor:
+    """(h * w, 2 + 4 * _FREQUENCIES) row and column of each place in [-1, 1], and sines and cosines of them."""
+    axes = [(torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1 for n in places]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+    angles = (grid[..., None] * math.pi * 2.0 ** torch.arange(_FREQUENCIES, dtype=torch.float64)).flatten(1)
+    return torch.cat((grid, angles.sin(), angles.cos()), dim=1).float()
