@@ -43,11 +43,12 @@ bench: $(VENV)/.sim  ## run benchmarks/latency.py, or another with BENCH=five_ta
 robosuite: $(VENV)-robosuite/.made  ## run the tests beside robosuite, with its older numpy and zarr
 	$(VENV)-robosuite/bin/python -m pytest -m "not slow" $(ARGS)
 
-lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot itself read a dataset that we wrote (1.7 GB on disk)
+lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot read a dataset of ours, and check its policy as a rival (1.7 GB)
 	rm -rf build/lerobot && mkdir -p build/lerobot
 	$(BIN)/python tests/lerobot_env/write_example.py build/lerobot/dataset build/lerobot/expected.npz
 	HF_HUB_OFFLINE=1 $(VENV)-lerobot/bin/python tests/lerobot_env/check_lerobot.py \
 	    build/lerobot/dataset build/lerobot/expected.npz
+	$(VENV)-lerobot/bin/python tests/lerobot_env/check_rivals.py build/lerobot/dataset build/lerobot/dataset.hdf5
 
 rivals: $(VENV)-lerobot/.made  ## make the environment of benchmarks/outside, the same (1.7 GB on disk)
 

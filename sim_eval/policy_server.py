@@ -14,6 +14,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import struct
 import sys
 import traceback
@@ -151,6 +152,7 @@ def main(descriptor: int) -> None:
         descriptor: of its end of a socket pair.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other side's to handle
     connection = Connection(descriptor)
     server: _Server | None = None
     while True:

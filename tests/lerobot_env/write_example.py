@@ -3,7 +3,8 @@
     python write_example.py DATASET EXPECTED.npz [RECORDING]
 
 Runs in the environment of scd_robot. Without a RECORDING, a dataset that scd_robot opens, everything the writer can
-write is made up: several files, tasks, lists, tables and single numbers, gray and odd images.
+write is made up: several files, tasks, lists, tables and single numbers, gray and odd images; and DATASET.hdf5 gets two
+lists of it as robomimic reads them, for check_rivals.py.
 """
 
 import sys
@@ -11,6 +12,7 @@ import sys
 import numpy as np
 
 from scd_robot.datasets import open_dataset
+from scd_robot.datasets.hdf5.robomimic_writer import write_robomimic
 from scd_robot.datasets.lerobot import writer as lerobot_writer
 from scd_robot.datasets.schema import DONE, EXECUTED_ACTION, REWARD, SIM_STATE, EpisodeDataset
 from scd_robot.types import ArraySpec, DatasetSpec
@@ -79,5 +81,6 @@ if __name__ == "__main__":
     else:
         dataset = made_up()
         lerobot_writer.DATA_BYTES = 1  # a data file for each episode
+        write_robomimic(dataset.with_keys(["state", "gripper"]), f"{sys.argv[1]}.hdf5", progress=False)
     lerobot_writer.write_lerobot(dataset, sys.argv[1], overwrite=True, progress=False)
     np.savez(sys.argv[2], **expected_arrays(dataset))

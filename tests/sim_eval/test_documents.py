@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from scd_robot.sim_eval import evaluate
 
 DOCS = Path(__file__).parents[2] / "docs"
 VALIDATOR = Draft202012Validator(json.loads((DOCS / "result.schema.json").read_text()))
-FREE = {"versions", "settings", "trained_from", "trained_with", "by_age"}  # their keys are data
+FREE = {"versions", "settings", "options", "trained_from", "trained_with", "by_age"}  # their keys are data
 BY_KIND = {"success", "plan_change"}  # of history.json: their first keys are data
 POINT = "toy_environment:make_point"
 
@@ -31,6 +32,17 @@ def written(tiny_run, tiny_store, tmp_path_factory):
         diagnosis = ["--diagnose-history", "2", "--dataset", str(tiny_store), "--json", str(out / "told.json")]
         assert main([*checkpoint, *diagnosis, "--out", str(out / "run")]) == 0
         assert main([*checkpoint, "--latency-ms", "0", "100", "--out", str(out / "late")]) == 0
+        patch.chdir(Path(__file__).parent)  # where toy_policy lies
+        named = [
+            "eval",
+            "toy_policy:GoToGoal",
+            *common,
+            "--policy-options",
+            "seed=1",
+            "--policy-python",
+            sys.executable,
+        ]
+        assert main([*named, "--out", str(out / "named")]) == 0
         both = ["--env", POINT, "metaworld/pusch-v3", "--episodes", "2"]
         assert main(["sweep", str(tiny_run), *both, "--out", str(out / "sweep")]) == 2
     found = {name: [json.loads(p.read_text()) for p in sorted(out.rglob(name))] for name in DOCUMENTS}

@@ -38,7 +38,7 @@ def test_it_is_given_options_and_the_environment_and_tells_what_it_is(python):
     assert result.successes == 3
     told = result.provenance["policy"]
     assert told["type"] == NAME
-    assert told["weights_sha256"] == "weights 3"
+    assert told["weights_sha256"] == f"{3:064x}"
     assert told["settings"] == {"gain": 4.0, "seed": 3}
     assert told["module"]["options"] == told["settings"]
     assert told["module"]["sha256"] == hashlib.sha256((FOLDER / "toy_policy.py").read_bytes()).hexdigest()

@@ -10,7 +10,7 @@ class GoToGoal:
 
     def __init__(self, environment, gain=5.0, seed=0):
         self.gain = gain if environment.action_dim == 2 and environment.name == "toy/point" else 0.0
-        self.provenance = {"weights_sha256": f"weights {seed}"}
+        self.provenance = {"weights_sha256": f"{seed:064x}"}
         self.planned = None
         self._steps = None
 
