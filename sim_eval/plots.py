@@ -24,6 +24,7 @@ __all__ = [
     "bars_plot",
     "cuts_plot",
     "delay_plot",
+    "flight_plot",
     "latency_plot",
     "layers_plot",
     "pairs_plot",
@@ -207,6 +208,20 @@ def layers_plot(x: Sequence[float], lines: Mapping[Any, Sequence[float | None]],
         figure.axes.set_xticks(list(x))
     figure.label(x_label, y_label)
     return figure.svg(f"{y_label} by {x_label}")
+
+
+def flight_plot(times: Sequence[float], lines: Mapping[str, Sequence[float]], marks: Sequence[float], y: str) -> str:
+    """SVG of numbers over time [s], the first line the strongest, with dashes where faults began; NaN leaves gaps."""
+    figure = _Figure(2.2)
+    for number, (name, values) in enumerate(lines.items()):
+        colour = _COLOURS["accent" if number == 0 else "muted"]
+        figure.axes.plot(times, values, color=colour, linewidth=1.2 if number == 0 else 0.8, label=name)
+    for at in marks:
+        figure.axes.axvline(at, color=_COLOURS["failure"], linewidth=0.8, linestyle="--")
+    if len(lines) > 1:
+        figure.legend()
+    figure.label("time before the end of the record [s]", y)
+    return figure.svg(f"{y} over time")
 
 
 def bars_plot(rates: Mapping[str, tuple[float | None, Sequence[float]]]) -> str:

@@ -20,6 +20,7 @@ def run_python(*arguments: str, folder: Path) -> str:
     "code",
     [
         "import scd_robot, scd_robot.types, scd_robot.errors, scd_robot.seeding",
+        "import scd_robot.control, scd_robot.control.rehearsal",
         "from scd_robot.cli.main import main; main(['--help'])",
         "from scd_robot.cli.main import main; main(['trian'])",
     ],

@@ -187,8 +187,8 @@ class Limiter:
         wanted = np.sign(wanted) * np.minimum(np.abs(wanted), self._stoppable(np.abs(wanted)))
         least = np.maximum(-self._velocity, self._change - self._acceleration)
         most = np.minimum(self._velocity, self._change + self._acceleration)
-        least = np.maximum(least, -self._stoppable(self._last - self._low))
-        most = np.minimum(most, self._stoppable(self._high - self._last))
+        least = np.maximum(least, -self._stoppable(self._last - self._low) * (1 - _ROUNDING))
+        most = np.minimum(most, self._stoppable(self._high - self._last) * (1 - _ROUNDING))
         return np.asarray(np.clip(wanted, np.minimum(least, most), most))
 
     def _stoppable(self, distance: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -202,7 +202,7 @@ class Limiter:
             n = np.maximum(n, 1.0)
             free = np.isinf(a) | (n == 1.0)
             most = (far + np.where(free, 0.0, a) * n * (n - 1.0) / 2.0) / n
-        return np.where(free, far, most) * (1 - _ROUNDING)
+        return np.where(free, far, most)
 
     def _braked(self, change: NDArray[np.float64]) -> NDArray[np.float64]:
         """The change after this one that slows down most."""

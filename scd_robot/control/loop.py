@@ -218,6 +218,7 @@ class ControlLoop:
                 self._intent = "pause"
             elif request == "resume" and self._intent == "pause":
                 self._intent = "run"
+                self._released_s = self._clock.now()  # what was seen while somebody moved the robot does not count
                 self._gate.forget_freezing()
                 self._new_epoch()
             elif request == "reset":

@@ -10,6 +10,7 @@ import logging
 import queue
 import shutil
 import threading
+import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from scd_robot.errors import ConfigError, OutputError
 from scd_robot.output import check_local, to_plain
 from scd_robot.types import ArraySpec
 
-__all__ = ["SCHEMA", "FlightRecorder", "RecorderConfig", "read_record", "write_record"]
+__all__ = ["SCHEMA", "FlightRecorder", "RecorderConfig", "find_record", "read_record", "write_record"]
 
 logger = logging.getLogger(__name__)
 
@@ -215,6 +216,20 @@ def write_record(target: Path, arrays: Arrays, document: Mapping[str, Any]) -> N
         ) from error
 
 
+def find_record(folder: Path) -> Path:
+    """The folder itself if it is a record, else the last record in it.
+
+    Raises:
+        OutputError: there is none.
+    """
+    if (folder / "record.json").exists():
+        return folder
+    records = sorted(folder.glob("flight-*/record.json"))
+    if not records:
+        raise OutputError(f"{folder} holds no flight record (a folder flight-001-... with record.json and steps.npz)")
+    return records[-1].parent
+
+
 def read_record(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Arrays and document of a record.
 
@@ -227,7 +242,7 @@ def read_record(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
             arrays = {name.replace(".", "/", 1): stored[name] for name in stored.files}
     except FileNotFoundError as error:
         raise OutputError(f"{folder} is no flight record: it has no {Path(error.filename).name}") from error
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise OutputError(f"the flight record {folder} is damaged: {error}") from error
     if document.get("schema") != SCHEMA:
         raise OutputError(

@@ -60,9 +60,9 @@ def test_a_target_is_reached_without_overshoot_and_stays():
     limiter = Limiter(limits(), DT)
     limiter.start(np.array([0.0]))
     path = [limiter.step(np.array([1.0]))[0] for _ in range(100)]
-    assert max(path) <= 1.0
+    assert max(path) <= 1.0 + 1e-12
     assert path[-1] == pytest.approx(1.0)
-    assert (np.diff(path) >= 0).all()
+    assert (np.diff(path) >= -1e-12).all()
 
 
 def test_targets_within_wide_limits_pass_unchanged():

@@ -161,3 +161,11 @@ def test_holding_for_too_long_gives_up():
     done = rehearse(script, config, LIMITS["places"], steps=200)
     assert done.report.faults["gave_up"] == 1
     assert done.report.steps < 60
+
+
+def test_what_was_seen_while_a_human_moved_the_robot_is_not_where_it_is():
+    script = [Incident("pause", 20, 12), Incident("drop", 31, 3)]
+    done = rehearse(script, LoopConfig(), LIMITS["places"], steps=80)
+    assert done.violations == []
+    assert done.states["paused"] >= 10
+    assert done.states["running"] >= 50

@@ -185,3 +185,39 @@ def test_timings_are_handed_over_once(make, stream) -> None:
 def test_unknown_type_suggests_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'scd'"):
         policy_class("sdc")
+
+
+def test_a_plan_from_a_snapshot_is_the_plan_of_then(make, stream) -> None:
+    """However the history goes on meanwhile: so a control loop plans beside its observations."""
+    acting, beside = make(), make()
+    observations = stream(2, 12)
+    for step, observation in enumerate(observations):
+        acting.observe(observation)
+        beside.observe(observation)
+        assert beside.may_plan
+        if step != 5:
+            continue
+        prefix = np.full((2, 2, 2), 0.25, np.float32)
+        for committed in (None, prefix):
+            expected, given = acting.plan(committed), beside.snapshot()
+            for later in observations[6:]:
+                beside.observe(later)
+            np.testing.assert_allclose(beside.plan_from(given, committed), expected, atol=1e-6)
+            beside.reset(episodes=[0, 1])
+            for earlier in observations[:6]:
+                beside.observe(earlier)
+            beside.snapshot()  # as acting has made a plan
+        break
+
+
+def test_each_snapshot_has_noise_of_its_own_and_planning_changes_nothing(make, stream) -> None:
+    policy = make()
+    assert not policy.may_plan
+    policy.observe(stream(1, 1)[0])
+    first, second = policy.snapshot(), policy.snapshot()
+    chunk = policy.plan_from(first)
+    assert (policy.plan_from(second) != chunk).any()
+    np.testing.assert_array_equal(policy.plan_from(first), chunk)
+    assert 1 <= policy.max_prefix < policy.spec.chunk_length
+    policy.reset()
+    assert not policy.may_plan

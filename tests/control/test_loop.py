@@ -1,0 +1,251 @@
+"""The loop: epochs, start guard, pauses, committed actions, and how it ends."""
+
+import numpy as np
+import pytest
+
+from scd_robot.control import (
+    ControlLoop,
+    DelayConfig,
+    ExecutionConfig,
+    Limits,
+    LoopConfig,
+    RecorderConfig,
+    StartGuard,
+    VirtualClock,
+    WatchdogConfig,
+)
+from scd_robot.control.planner import VirtualPlanner
+from scd_robot.control.recorder import FlightRecorder, read_record
+from scd_robot.control.rehearsal import SPEC, Script, ScriptedPolicy, ScriptedRobot
+from scd_robot.errors import ConfigError, OutputError
+
+DT = SPEC.control_dt
+WIDE = Limits.of_box((-10.0, -10.0), (10.0, 10.0))
+
+
+class Constant(ScriptedPolicy):
+    """Plans to stay at `goal`, as it was when the plan was asked for; keeps what it is given."""
+
+    def __init__(self, script, goal):
+        super().__init__(script, 0)
+        self.goal, self.prefixes, self.executed, self.resets = np.array(goal), [], [], 0
+
+    def reset(self, rows=None, episodes=None):
+        super().reset()
+        self.resets += 1
+
+    def observe(self, observation, executed_action=None):
+        super().observe(observation, executed_action)
+        self.executed.append(executed_action)
+
+    def snapshot(self):
+        return self.goal.copy()
+
+    def plan_from(self, given, prefix=None):
+        self.prefixes.append(prefix)
+        chunk = np.tile(given, (1, SPEC.chunk_length, 1)).astype(np.float32)
+        if prefix is not None:
+            chunk[:, : prefix.shape[1]] = prefix
+        return chunk
+
+
+class Scene:
+    """A loop in virtual time; `sent` holds the commands, `at[step]()` is called before a control step."""
+
+    def __init__(self, config=None, limits=WIDE, goal=(1.0, 1.0), plan_steps=1.5, tells_executed=False):
+        config = config or LoopConfig()
+        self.clock = VirtualClock()
+        script = Script([], self.clock, DT)
+        self.robot = ScriptedRobot(script, self.clock, np.zeros(2), tells_executed)
+        self.policy = Constant(script, goal)
+        self.plan_steps, self.sent, self.at, self.states = plan_steps, [], {}, []
+        send = self.robot.send
+
+        def watched(command):
+            self.sent.append((round(self.clock.now() / DT, 3), *command))
+            send(command)
+
+        self.robot.send = watched
+        planner = VirtualPlanner(self.policy, self.clock, lambda: self.plan_steps * DT)
+        recorder = FlightRecorder(config.recorder, SPEC.observation, 2, DT, background=False)
+        self.loop = ControlLoop(
+            self.robot, self.policy, limits, config, clock=self.clock, planner=planner, recorder=recorder
+        )
+
+    def run(self, steps):
+        def before():
+            self.states.append(self.loop.state)
+            self.at.pop(len(self.states) - 1, lambda: None)()
+            return False
+
+        return self.loop.run(steps, before)
+
+    def places(self):
+        return np.array([row[1] for row in self.sent])
+
+
+def test_a_chunk_planned_before_a_reset_is_never_executed_after_it():
+    scene = Scene(plan_steps=3.5)
+
+    def change_the_goal():
+        scene.policy.goal = np.array([-2.0, -2.0])
+        scene.loop.reset()
+
+    scene.at[10] = change_the_goal  # a plan for the old goal is in the making: one was asked for in step 8 or so
+    scene.loop._planning._config = ExecutionConfig(num_executed=1)
+    report = scene.run(30)
+    after = np.array([row[1] for row in scene.sent if row[0] >= 10])
+    assert report.plans["dropped"] == 1
+    assert set(np.round(after, 3)) == {1.0, -2.0}
+    assert (np.diff(after) <= 0).all(), "it stays until there is a plan of after the reset, and then follows that"
+    assert scene.policy.resets >= 3  # at the start, at the reset and at the end
+
+
+def test_a_far_start_is_blended_into():
+    scene = Scene(LoopConfig(start=StartGuard((0.5, 0.5), "blend", blend_s=10 * DT)))
+    report = scene.run(30)
+    path = scene.places()
+    assert report.faults["far_start"] == 1
+    np.testing.assert_allclose(np.diff(path[path > 0]), [*[0.1] * 9, *[0.0] * (np.sum(path > 0) - 10)], atol=1e-6)
+
+
+def test_a_far_start_is_refused():
+    scene = Scene(LoopConfig(start=StartGuard((0.5, 0.5), "refuse")))
+    report = scene.run(30)
+    assert (report.faults["far_start"], report.state) == (1, "stopped")
+    np.testing.assert_array_equal(scene.places(), 0)
+    assert scene.robot.held >= 2  # at the start and at the end
+
+
+def test_a_near_start_is_no_fault():
+    scene = Scene(LoopConfig(start=StartGuard((1.5, 1.5), "refuse")))
+    assert scene.run(10).faults == {}
+    assert scene.places()[-1] == 1
+
+
+def test_a_human_takes_over_and_the_loop_goes_on_from_where_the_robot_is():
+    slow = Limits((-10.0, -10.0), (10.0, 10.0), (4.0, 4.0), (1e3, 1e3), (None, None))
+    scene = Scene(limits=slow)
+
+    def move():
+        assert scene.loop.state == "paused"
+        scene.robot.pose = np.array([5.0, 5.0])
+
+    scene.at |= {10: scene.loop.pause, 20: move, 25: scene.loop.resume}
+    scene.run(40)
+    times = np.array([row[0] for row in scene.sent])
+    assert not ((times >= 12) & (times < 25)).any(), "nothing is sent while a human moves the robot"
+    first = next(row for row in scene.sent if row[0] >= 25)
+    assert abs(first[1] - 5.0) <= 4.0 * DT + 1e-9
+    assert scene.places()[-1] < 4.0
+    assert "paused" in scene.states
+
+
+def test_a_robot_that_was_left_outside_of_its_limits_is_not_commanded():
+    narrow = Limits.of_box((-1.0, -1.0), (1.0, 1.0))
+    scene = Scene(limits=narrow, goal=(0.5, 0.5))
+    scene.robot.pose = np.array([1.5, 0.0])
+    scene.at[20] = lambda: setattr(scene.robot, "pose", np.array([0.9, 0.0]))
+    report = scene.run(40)
+    assert report.faults == {"bad_pose": 1}
+    assert scene.sent[0][0] >= 20
+    assert scene.places()[-1] == 0.5
+
+
+def test_committed_actions_are_what_is_carried_out_behind_the_limits():
+    slow = Limits((-10.0, -10.0), (10.0, 10.0), (2.0, 2.0), (1e3, 1e3), (None, None))
+    config = LoopConfig(execution=ExecutionConfig("prefix", 4, delay=DelayConfig(warm_up=0)))
+    scene = Scene(config, limits=slow, goal=(3.0, 3.0), plan_steps=2.5)
+    scene.run(30)
+    prefixes = [prefix for prefix in scene.policy.prefixes if prefix is not None]
+    assert len(prefixes) > 3
+    assert {prefix.shape for prefix in prefixes} == {(1, 3, 2)}
+    path = scene.places().astype(np.float32)
+    for prefix in prefixes[:-1]:
+        runs = [np.allclose(path[i : i + 3], prefix[0, :, 0]) for i in range(len(path) - 2)]
+        assert any(runs), "the three commands that were sent while it was planned"
+
+
+def test_the_history_advances_in_every_control_step_and_learns_what_was_sent():
+    scene = Scene(plan_steps=5.5)
+    scene.run(30)
+    assert scene.policy.encoded == 30
+    sent = scene.places()
+    told = [executed[0, 0] for executed in scene.policy.executed if executed is not None]
+    np.testing.assert_allclose(told, sent[: len(told)].astype(np.float32))
+
+
+def test_servo_steps_lie_between_the_goals():
+    ramp = Scene(LoopConfig(servo_steps=4), goal=(1.0, 1.0))
+    ramp.run(10)
+    path = ramp.places()
+    start = int(np.flatnonzero(path > 0)[0])
+    np.testing.assert_allclose(path[start : start + 5], [0.25, 0.5, 0.75, 1.0, 1.0])
+    np.testing.assert_allclose(np.diff([row[0] for row in ramp.sent]), 0.25, atol=2e-3)
+
+
+def test_increments_are_not_interpolated_and_standing_still_is_rest():
+    limits = Limits.of_box((-1.0, -1.0), (1.0, 1.0), rest=(0.0, 0.0))
+    scene = Scene(LoopConfig(servo_steps=2), limits=limits, goal=(0.5, 0.5))
+    scene.at[10] = scene.loop.pause
+    scene.run(12)
+    assert set(np.round(scene.places(), 6)) == {0.0, 0.5}
+    assert scene.places()[-1] == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError("a bug")])
+def test_whatever_is_raised_lets_the_robot_hold_and_leaves_a_record(tmp_path, error):
+    scene = Scene(LoopConfig(recorder=RecorderConfig(tmp_path)))
+
+    def fail():
+        raise error
+
+    scene.at[10] = fail
+    with pytest.raises(type(error)):
+        scene.run(30)
+    assert scene.robot.held >= 2
+    arrays, document = read_record(tmp_path / "flight-001-loop_error")
+    assert document["faults"] == {"loop_error": 1}
+    assert len(arrays["step"]) == 10
+    np.testing.assert_allclose(arrays["command"][-1], [1.0, 1.0])
+    np.testing.assert_allclose(arrays["observation/state"][-1], [1.0, 1.0])
+
+
+def test_the_ring_keeps_the_last_steps_only(tmp_path):
+    scene = Scene(LoopConfig(recorder=RecorderConfig(tmp_path, seconds=8 * DT)))
+    scene.at[29] = lambda: scene.loop._fault("plan_error", "for the record")
+    scene.run(30)
+    arrays, document = read_record(next(tmp_path.iterdir()))
+    np.testing.assert_array_equal(arrays["step"], np.arange(22, 30))
+    assert [event["kind"] for event in document["events"] if event["fault"]] == ["plan_error"]
+    assert document["settings"]["limits"]["low"] == [-10.0, -10.0]
+
+
+def test_a_folder_that_is_no_record_is_refused(tmp_path):
+    with pytest.raises(OutputError, match="no flight record"):
+        read_record(tmp_path)
+    (tmp_path / "record.json").write_text("{")
+    with pytest.raises(OutputError, match="damaged"):
+        read_record(tmp_path)
+
+
+def test_a_record_does_not_take_another_ones_place(tmp_path):
+    (tmp_path / "flight-001-plan_error").mkdir()
+    scene = Scene(LoopConfig(recorder=RecorderConfig(tmp_path)))
+    scene.at[5] = lambda: scene.loop._fault("plan_error", "for the record")
+    report = scene.run(10)
+    assert report.faults["recorder_error"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["flight-001-plan_error", "flight-002-plan_error"]
+
+
+@pytest.mark.parametrize(
+    ("config", "limits", "told"),
+    [
+        ({}, Limits.of_box((0.0,), (1.0,)), "2 actions"),
+        ({"start": StartGuard((1.0,))}, WIDE, "max_distance"),
+        ({"watchdog": WatchdogConfig(frozen_keys=("wrist",))}, WIDE, "wrist"),
+    ],
+)
+def test_settings_that_do_not_fit_the_policy_are_refused(config, limits, told):
+    with pytest.raises(ConfigError, match=told):
+        Scene(LoopConfig(**config), limits=limits)
