@@ -11,19 +11,18 @@ Shapes: B batch, L tokens, Da action width.
 """
 
 from collections.abc import Callable
-from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = ["MIP_TIME", "mean_flow", "sample_mip_time", "sample_step_end", "shortcut"]
 
 AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 MIP_TIME = 0.9  # flow time of MIP's second step, t* in arXiv 2512.01809
+MEAN_FLOW_LEAD = 0.03  # of the quotient of differences
 _INSTANTANEOUS = 0.5  # share of draws whose step has no length: flow matching, on which everything else rests
 
 
@@ -43,16 +42,23 @@ def sample_mip_time(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray
 
 
 def mean_flow(
-    average: AverageVelocity, x: Tensor, flow_time: Tensor, end_time: Tensor, velocity: Tensor
+    average: AverageVelocity,
+    x: Tensor,
+    flow_time: Tensor,
+    end_time: Tensor,
+    velocity: Tensor,
+    lead: float = MEAN_FLOW_LEAD,
 ) -> tuple[Tensor, Tensor]:
     """MeanFlow (Geng et al., arXiv 2505.13447, eq. 6 to 11; its times run from data to noise).
 
     The derivative of the definition by t, along the path and with `end` held, gives the target
 
-        u = v + (end - t) * d,   d = (du/dx) v + du/dt,
+        u = v + (end - t) * du,   du = derivative of u(x_t, t, end) along the path.
 
-    in which d is a Jacobian-vector product in forward mode. Of attention's kernels only the plain one has such
-    derivatives, so that one is used.
+    The paper takes du from a Jacobian-vector product. Here it is a quotient of differences over `lead`: networks that
+    embed flow time by fine sinusoids, as ours do, were never taught a slope at that scale. The exact derivative of a
+    trained decoder is three times as large as its change over 0.03, and (end - t) * du then larger than u itself. The
+    quotient costs less, too, and works with every kernel of attention.
 
     Args:
         average: called as average(x, flow_time, end_time) -> (B, L, Da); differentiable.
@@ -60,17 +66,18 @@ def mean_flow(
         flow_time: (B, L) or (B, 1), t.
         end_time: as flow_time, at least t; where both are equal the target is `velocity`.
         velocity: (B, L, Da), of the path through x.
+        lead: flow time from t to the second point of the quotient, or to `end` where that is nearer.
 
     Returns:
         The network's average velocity, and its target, through which no gradient flows; each (B, L, Da).
     """
-    moves = (end_time > flow_time).to(x.dtype)
-    with sdpa_kernel(SDPBackend.MATH):
-        pair = torch.func.jvp(
-            lambda x, t: average(x, t, end_time), (x, flow_time), (velocity * moves[..., None], moves)
-        )
-    said, change = cast(tuple[Tensor, Tensor], pair)
-    return said, (velocity + (end_time - flow_time)[..., None] * change).detach()
+    ahead = torch.minimum(flow_time + lead, end_time)
+    step, rest = (ahead - flow_time)[..., None], (end_time - ahead)[..., None]
+    said = average(x, flow_time, end_time)
+    with torch.no_grad():
+        change = average(x + step * velocity, ahead, end_time) - said
+        target = velocity + torch.where(rest > 0, rest / step * change, 0.0)
+    return said, target
 
 
 def shortcut(

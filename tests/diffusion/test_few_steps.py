@@ -22,6 +22,7 @@ from scd_robot.diffusion import (
 from scd_robot.errors import ConfigError
 
 OBJECTIVES = [mean_flow, shortcut]
+LEAD = 1e-6  # of quotients in float64
 MEAN, STD = 0.7, 0.3  # of Gaussian data; 0 would be a single point
 
 
@@ -59,9 +60,10 @@ def points(batch: int = 5, length: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_average_velocity_of_the_flow_is_its_own_target(objective: Callable, std: float) -> None:
     x, time, end = points()
-    said, target = objective(lambda *at: average(*at, std), x, time, end, marginal(x, time, std))
+    options = {"lead": LEAD} if objective is mean_flow else {}
+    said, target = objective(lambda *at: average(*at, std), x, time, end, marginal(x, time, std), **options)
     torch.testing.assert_close(said, average(x, time, end, std))
-    torch.testing.assert_close(target, said)
+    torch.testing.assert_close(target, said, atol=1e-5, rtol=1e-5)
 
 
 def test_mean_flow_takes_the_derivative_along_the_path() -> None:
@@ -71,10 +73,11 @@ def test_mean_flow_takes_the_derivative_along_the_path() -> None:
     def anything(x: Tensor, time: Tensor, end: Tensor) -> Tensor:
         return torch.sin(x.cumsum(1) * (1 + time[..., None])) + (end - time)[..., None] ** 2
 
-    _, target = mean_flow(anything, x, time, end, velocity)
+    _, target = mean_flow(anything, x, time, end, velocity, LEAD)
     ahead, behind = (anything(x + s * velocity, time + s, end) for s in (eps, -eps))
     expected = velocity + (end - time)[..., None] * (ahead - behind) / (2 * eps)
-    torch.testing.assert_close(target, expected, atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(target, expected, atol=1e-4, rtol=1e-4)
+    assert (target - velocity).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -95,9 +98,9 @@ def test_tokens_that_are_clean_already_do_not_move() -> None:
     def mixes(x: Tensor, time: Tensor, end: Tensor) -> Tensor:
         return (x * (1 + time[..., None])).sum(1, keepdim=True).expand_as(x)
 
-    _, target = mean_flow(mixes, x, time, end, velocity)
+    _, target = mean_flow(mixes, x, time, end, velocity, LEAD)
     change = (still + still * time[..., None] + x * torch.tensor([0.0, 1.0])[:, None]).sum(1)
-    torch.testing.assert_close(target[:, 1], velocity[:, 1] + (end - time)[:, 1:] * change)
+    torch.testing.assert_close(target[:, 1], velocity[:, 1] + (end - time)[:, 1:] * change, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -113,6 +116,13 @@ def test_gradients_flow_through_what_is_said_and_stop_at_the_target(objective: C
     (found,) = torch.autograd.grad(said.sum(), weight)
     (expected,) = torch.autograd.grad(said_by(x, time, end).sum(), weight)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_quotient_over_a_straight_path_is_exact_at_any_length() -> None:
+    x, time, end = points()
+    for lead in (0.03, 0.1, 1.0):  # the last reaches beyond every end
+        said, target = mean_flow(lambda *at: average(*at, 0.0), x, time, end, marginal(x, time, 0.0), lead)
+        torch.testing.assert_close(target, said)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 16])
