@@ -241,7 +241,7 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
     if schema < 3:
         config = {**config, "model": {"architecture": "separable", "local_layers": 0, **config["model"]}}
     if schema < 4:
-        config = {**config, "model": {"encoder_bias": False, "context_slots": "shared", **config["model"]}}
+        config = {**config, "model": {"encoder_bias": False, **config["model"]}}
     if schema < 3 and "training" in config:
         later = {"group_by_length": False, "idle_weight": 1.0, "disturbance_threshold": 0.0}
         config = {**config, "training": {**later, **config["training"]}}

@@ -67,6 +67,8 @@ def begin(
         "source": data.spec.source,
         "init": None if source is None else {"step": source.step, "statistics": init_statistics},
     }
+    if source is not None and "conversion" in source.origin:  # what was fine-tuned is still what was converted
+        origin["conversion"] = source.origin["conversion"]
     if resume:
         return _resumed(out, experiment, origin)
     if source is not None and init_statistics == "checkpoint":

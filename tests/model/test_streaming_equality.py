@@ -27,8 +27,7 @@ VARIANTS = {
     "past_action": {"past_action_input": "full"},
     "memoryless": {"history_length": 1},
     "window_two": {"history_length": 2},
-    "private_slots": {"context_slots": "private", "encoder_bias": True},
-    "private_slots_gate": {"context_slots": "private", "memory_gate": True},
+    "bias": {"encoder_bias": True},
 }
 
 
