@@ -244,7 +244,7 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         later = {"group_by_length": False, "idle_weight": 1.0, "disturbance_threshold": 0.0}
         config = {**config, "training": {**later, **config["training"]}}
     if schema < 4:
-        parts = {"encoder_bias": False, "context_slots": "shared", "step_end_input": False}
+        parts = {"encoder_bias": False, "step_end_input": False}
         images = {"encoder": "convolutional", "channels": [16, 32, 64], "patch_size": 8, "tokens_per_image": 2}
         config = {**config, "model": {**parts, "images": images, **config["model"]}}
     if schema < 4 and "training" in config:

@@ -56,7 +56,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 
 def _lines(description: dict[str, Any]) -> list[str]:
     dataset, config = description["dataset"], description["config"]
-    model = config["model"]
+    model, conversion = config["model"], description["origin"].get("conversion")
     lines = [
         f"checkpoint   {description['checkpoint']}",
         f"policy       {description['policy']}, preset {config['preset']}, step {description['step']}"
@@ -69,6 +69,7 @@ def _lines(description: dict[str, Any]) -> list[str]:
         f"receptive field {description['receptive_field']}",
         f"plan         chunk of {model['chunk_length']}, {config['policy']['num_executed']} executed, "
         f"{config['policy']['sampler']['num_denoising_steps']} {config['policy']['sampler']['solver']} steps",
+        *([] if conversion is None else [_converted(conversion)]),
         "versions     " + ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
         "metrics",
         *(
@@ -87,6 +88,12 @@ def _lines(description: dict[str, Any]) -> list[str]:
         f"  {name} = {value}" for name, value in _flatten(config) if not name.startswith("model.observation_shapes")
     ]
     return lines
+
+
+def _converted(conversion: dict[str, Any]) -> str:
+    """Where the layers of a converted policy come from."""
+    parts = (f"{part} {', '.join(map(str, conversion[f'{part}_layers']))}" for part in ("encoder", "decoder"))
+    return f"converted    from {conversion['source']}, layers: {'; '.join(parts)}"
 
 
 def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:

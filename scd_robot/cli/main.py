@@ -84,6 +84,9 @@ VERBS = {
     "sweep": Verb("scd_robot.cli.sweep", "sweep", "evaluate checkpoints in environments, here or on a cluster"),
     "compare": Verb("scd_robot.cli.compare", "compare", "tell which of two policies is better"),
     "probe": Verb("scd_robot.cli.probe", "probe", "what an entangled policy repeats while it denoises, layer by layer"),
+    "convert-policy": Verb(
+        "scd_robot.cli.convert", "convert_policy", "make an entangled policy separable, with brief fine-tuning"
+    ),
     "replay-log": Verb("scd_robot.cli.replay_log", "replay_log", "show what a control loop's flight recorder kept"),
     "doctor": Verb("scd_robot.cli.doctor", "doctor", "what works here, which versions clash, what to install"),
     "info": Verb("scd_robot.cli.checkpoint_info", "info", "what a checkpoint holds: sizes, dataset, metrics, versions"),

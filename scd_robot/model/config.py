@@ -19,8 +19,8 @@ class ScdConfig:
         action_dim: Da, width of one action.
         architecture: "separable", or "entangled": the rival `CausalDitModel` of the same width and of encoder_layers +
             decoder_layers layers, all of which see the history at every denoising step. It reads no fusion,
-            num_context_tokens, context_corruption, memory_gate, encoder_bias and context_slots, which must be as by
-            default, the corruption 0.
+            num_context_tokens, context_corruption, memory_gate and encoder_bias, which must be as by default, the
+            corruption 0.
         local_layers: entangled only: in the last so many layers nothing attends to earlier control steps.
         width: D, of encoder and decoder tokens.
         num_heads: N; must divide `width` into an even head width.
@@ -44,8 +44,6 @@ class ScdConfig:
         context_corruption: eta, noise added to the RMS-normalised context in training.
         memory_gate: zero-initialised gate per head on attention to earlier control steps (arXiv 2604.18933).
         encoder_bias: the encoder's queries, keys and values have a bias, as converted layers need (convert.py).
-        context_slots: who sees a context slot: "shared" all tokens of the window, "private" the slots of the same
-            control step alone, so that the history's features do not depend on them.
         max_delay_steps: largest prefix of committed actions that training shows to the decoder as clean
             (training-time real-time chunking, arXiv 2512.05964); 0 = off.
         step_end_input: the decoder is told where its denoising step ends and gives the average velocity until there;
@@ -74,7 +72,6 @@ class ScdConfig:
     context_corruption: float = 0.05
     memory_gate: bool = False
     encoder_bias: bool = False
-    context_slots: Literal["shared", "private"] = "shared"
     max_delay_steps: int = 0
     step_end_input: bool = False
     images: ImageConfig = field(default_factory=ImageConfig)
@@ -106,7 +103,6 @@ class ScdConfig:
             ("observation_tokens", ("joint", "per_key")),
             ("fusion", ("concat", "prefix")),
             ("past_action_input", ("none", "noised", "full")),
-            ("context_slots", ("shared", "private")),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -121,7 +117,6 @@ class ScdConfig:
             "num_context_tokens": 1,
             "memory_gate": False,
             "encoder_bias": False,
-            "context_slots": "shared",
         }
         if self.architecture == "entangled" and any(getattr(self, name) != value for name, value in needed.items()):
             found = ", ".join(f"{name} {getattr(self, name)}" for name in needed)

@@ -5,7 +5,7 @@
     slots    <- embedded action queries at high noise: the mean of the noise at the positions of the chunk
     decoder  <- layers of the entangled model as they are, with their embedding, flow time and head
 
-After Bai et al., arXiv 2602.10095, section 4.3 (post-training): layers are copied, an encoder and a decoder may have
+After the post-training of Bai et al., arXiv 2602.10095: layers are copied, an encoder and a decoder may have
 some in common, and the encoder is fed the current frame at high noise. Here that frame is the action chunk.
 
 Shapes: Ta chunk length, K context tokens, D width.
@@ -13,7 +13,7 @@ Shapes: Ta chunk length, K context tokens, D width.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def separable_config(
     encoder: Sequence[int],
     decoder: Sequence[int],
     num_context_tokens: int,
-    fusion: str = "concat",
+    fusion: Literal["concat", "prefix"] = "prefix",
     context_corruption: float = 0.05,
 ) -> ScdConfig:
     """The architecture that `separate` makes of an entangled one.
@@ -95,7 +95,6 @@ def separable_config(
         fusion=fusion,
         context_corruption=context_corruption,
         encoder_bias=True,
-        context_slots="private",
     )
 
 
@@ -103,9 +102,8 @@ def separable_config(
 def separate(source: CausalDitModel, config: ScdConfig, encoder: Sequence[int], decoder: Sequence[int]) -> ScdModel:
     """A separable model with the weights of an entangled one's layers.
 
-    The features of its history tokens after encoder layer i are those of the source after layer `encoder[i]`, exactly,
-    where `encoder` counts from 0 without gaps: context slots are seen by nobody else ("private"). The slots themselves
-    are treated as the history is, at flow time 1.
+    An encoder layer does with any tokens exactly what the source's layer does with history. Context slots are treated
+    likewise, at flow time 1, and unlike the source's noisy tokens they are seen by the history.
 
     Args:
         source: entangled.

@@ -4,7 +4,6 @@ Shapes: B batch, T control steps, P tokens per control step, K context tokens, D
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -52,7 +51,6 @@ class CausalEncoder(nn.Module):
         mask, own = window_mask(
             steps, group, self.config.history_length, stream=stream, token_valid=token_valid, device=tokens.device
         )
-        mask = self._hide_slots(mask, own)
         positions = torch.arange(first_position, first_position + steps, device=tokens.device)
         rotary = self.rotary(positions.repeat_interleave(group)[None], tokens.dtype)
         x = tokens.flatten(1, 2)
@@ -72,7 +70,6 @@ class CausalEncoder(nn.Module):
             active: (B,) bool, rows that take the step; None = all.
         """
         plan = cache.begin_step(token_valid, active)
-        plan = replace(plan, mask=self._hide_slots(plan.mask, plan.own))
         rotary = self.rotary(plan.position[:, None], tokens.dtype)
         x = tokens
         for layer, block in enumerate(cast(Iterable[CausalBlock], self.blocks)):
@@ -95,18 +92,6 @@ class CausalEncoder(nn.Module):
             device=device,
             dtype=dtype,
         )
-
-    def _hide_slots(self, mask: Tensor, own: Tensor) -> Tensor:
-        """Of a mask (B or 1, 1, queries or 1, keys) over whole groups: private slots are seen by their like alone."""
-        if self.config.context_slots == "shared":
-            return mask
-        group = (
-            torch.arange(self.tokens_per_step, device=mask.device)
-            >= self.tokens_per_step - self.config.num_context_tokens
-        )
-        asks = group.repeat(max(1, mask.shape[-2] // self.tokens_per_step))[:, None]
-        mask = mask & (~group.repeat(mask.shape[-1] // self.tokens_per_step) | (asks & own))
-        return mask | ~mask.any(dim=-1, keepdim=True)  # a group without observations has nobody else to see
 
     def _context(self, x: Tensor) -> Tensor:
         context: Tensor = self.norm(x[..., -self.config.num_context_tokens :, :])

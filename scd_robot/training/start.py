@@ -73,6 +73,8 @@ def begin(
         teacher = source.config.get("training", {}).get("objective", "flow_matching")
         if teacher != experiment.training.objective:
             origin["teacher"] = {"objective": teacher, "weights_sha256": source.weights_sha256}
+    if source is not None and "conversion" in source.origin:  # what was fine-tuned is still what was converted
+        origin["conversion"] = source.origin["conversion"]
     if resume:
         return _resumed(out, experiment, origin)
     if source is not None and init_statistics == "checkpoint":

@@ -7,7 +7,7 @@ import torch
 from model_streams import randomised, stream_of
 
 from scd_robot.errors import ConfigError
-from scd_robot.model import ScdConfig, ScdModel
+from scd_robot.model import CausalDitModel, ScdConfig
 from scd_robot.model.convert import fold, parse_layers, separable_config, separate
 from scd_robot.nn import CausalBlock, RotaryEmbedding, window_mask
 
@@ -50,21 +50,18 @@ def converted(encoder=(0, 1, 2), decoder=(0, 3), tokens=2, **changes) -> tuple:
 
 @pytest.mark.parametrize("changes", [{}, {"observation_tokens": "joint"}, {"past_action_input": "full"}])
 @torch.no_grad()
-def test_history_features_of_the_encoder_are_the_entangled_ones(changes) -> None:
-    """In one pass and step by step, also after eviction: no slot of any control step enters."""
+def test_the_encoder_makes_of_history_what_the_entangled_layers_do(changes) -> None:
+    """Over a whole stream and three layers; without the context slots, which the source has not."""
     source, model = converted(**changes)
     observation, past = stream_of(source.config, 2, 23, torch.float64)
-    past = past if source.config.past_action_input != "none" else None
-    group = source.tokenizer.tokens_per_step
+    tokens, _ = source.tokenizer(observation, past if source.config.past_action_input != "none" else None)
+    shallow = CausalDitModel(dataclasses.replace(source.config, encoder_layers=2)).double()  # the first three layers
+    shallow.load_state_dict({k: v for k, v in source.state_dict().items() if not k.startswith("decoder.blocks.3")})
     found: list[torch.Tensor] = []
     model.encoder.blocks[-1].register_forward_hook(lambda module, args, out: found.append(out))
-    model.encode(observation, past)
-    features = found[0].unflatten(1, (23, -1))[:, :, :group]
-    with_less = dataclasses.replace(source.config, encoder_layers=2, decoder_layers=1)  # the source's first 3 layers
-    shallow = type(source)(with_less).double()
-    shallow.load_state_dict({k: v for k, v in source.state_dict().items() if not k.startswith("decoder.blocks.3")})
-    expected = shallow.encode(observation, past)
-    torch.testing.assert_close(features, expected, atol=1e-10, rtol=1e-10)
+    model.encoder(tokens)
+    expected = shallow.decoder.history(tokens, None, None, 0).features.flatten(1, 2)
+    torch.testing.assert_close(found[0], expected, atol=1e-10, rtol=1e-10)
 
 
 @torch.no_grad()
@@ -78,20 +75,6 @@ def test_slots_begin_as_action_queries_and_decoder_layers_are_copies() -> None:
         assert all(torch.equal(copied[name], value) for name, value in original.items())
     for name in ("embed.weight", "head.bias", "position", "flow_time.mlp.0.weight", "head_modulation.weight"):
         assert torch.equal(model.decoder.state_dict()[name], source.decoder.state_dict()[name])
-
-
-@torch.no_grad()
-def test_a_converted_model_streams() -> None:
-    """Private slots: a step from the cache equals one pass, with an absent observation now and then."""
-    source, model = converted()
-    assert isinstance(model, ScdModel)
-    observation, _ = stream_of(source.config, 2, 20, torch.float64)
-    present = {"a": torch.rand(2, 20) > 0.3, "b": torch.rand(2, 20) > 0.3}
-    whole, cache = model.encode(observation, present=present), model.new_cache(2)
-    for t in range(20):
-        step, there = ({key: value[:, t] for key, value in given.items()} for given in (observation, present))
-        context = model.encode_step(step, cache, present=there)
-        torch.testing.assert_close(context, whole[:, t], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -31,14 +31,13 @@ VARIANTS = {
     "past_action": {"past_action_input": "full"},
     "memoryless": {"history_length": 1},
     "window_two": {"history_length": 2},
-    "private_slots": {"context_slots": "private", "encoder_bias": True},
-    "private_slots_gate": {"context_slots": "private", "memory_gate": True},
     "cameras": {"observation_shapes": CAMERAS, "images": SMALL, "observation_tokens": "joint"},
     "patches": {
         "observation_shapes": {"eye": (16, 24, 4)},
         "images": ImageConfig(encoder="patch", tokens_per_image=1),
         "past_action_input": "full",
     },
+    "bias": {"encoder_bias": True},
 }
 
 
