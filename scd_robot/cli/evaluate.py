@@ -60,7 +60,7 @@ def evaluate(
         seed: of the policy's noise; replaces the checkpoint's.
         device: torch device of the policy.
         reproducible: plan for all environments whenever one is due: with the same --num-envs and kind of CPU an episode
-            is then bitwise the same however episodes are divided (first_episode, --ray); takes more time.
+            is then bitwise the same however episodes are divided (--first-episode, --ray); takes more time.
         latency_ms: the policy sees every observation so late; several values give a curve of success against delay,
             over the same start states, and an evaluation in a folder of its own for each.
         jitter_ms: and up to so much later, evenly distributed.
