@@ -129,6 +129,17 @@ class TestUnknownNames:
         arguments = train(store, tmp_path / "run", "--eval-env", "metaworld/psh-v3", "--eval-every", 2)
         refused(arguments, "'metaworld/push-v3'", unchanged=[tmp_path])
 
+    def test_a_task_for_evaluation_while_training_that_the_policy_will_not_fit(
+        self, store: Path, tmp_path: Path, train, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.syspath_prepend(str(Path(__file__).parent / "sim_eval"))
+        arguments = ["--eval-env", "toy_environment:make_taking_poses", "--eval-every", 2]
+        dataset = zarr.open_group(store, mode="r+").attrs["scd_robot"]
+        spec = {**dataset["spec"], "action_kind": "delta"}
+        zarr.open_group(store, mode="r+").attrs["scd_robot"] = {**dataset, "spec": spec}
+        told = "trained on actions that are changes (deltas)"
+        refused(train(store, tmp_path / "run", *arguments), told, unchanged=[tmp_path], at_once=False)
+
     def test_accelerator(self, store: Path, tmp_path: Path, train, refused: Refused) -> None:
         refused(train(store, tmp_path / "run", "--accelerator", "abacus"), "accelerator 'abacus'")
         assert list_checkpoints(tmp_path / "run") == []

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from scd_robot.cli.main import main
 from scd_robot.config import from_json, to_json
 from scd_robot.errors import ConfigError, DatasetError, UnknownNameError
 from scd_robot.presets import PRESETS, resolve, with_settings
@@ -34,6 +35,19 @@ def test_preset_takes_its_widths_from_the_dataset_and_survives_json(name: str) -
     assert experiment.model.action_dim == 3
     assert experiment.model.observation_shapes == shapes
     assert from_json(ExperimentConfig, json.loads(json.dumps(to_json(experiment)))) == experiment
+
+
+def test_presets_are_listed_where_a_user_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    assert main(["train", "--help"]) == 0
+    told = capsys.readouterr().out
+    for name, (dataset, _) in FITTING.items():
+        [row] = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        experiment = resolve(name, dataset)
+        assert row.endswith(f"| {experiment.training.max_steps:,} |")
+        if name != "pusht_state":
+            assert f" {experiment.model.history_length * experiment.model.history_stride} control steps" in row
+        assert name in told
 
 
 def test_state_preset_reads_vectors_only_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

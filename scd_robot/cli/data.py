@@ -32,9 +32,9 @@ def record(
     episodes stay readable.
 
     Args:
-        env: the environment, metaworld/TASK or metaworld/TASK:OPTION=INTEGER,...; for example metaworld/push-v3, or
-            metaworld/push-v3:goal_steps=5 to show the goal in the first 5 control steps only. Or MODULE:CALLABLE, an
-            environment of your own with an expert.
+        env: an environment with an expert: metaworld/TASK, scd_memory/TASK, or MODULE:CALLABLE of your own; options
+            follow a colon, as in metaworld/push-v3:goal_steps=5, which shows the goal in the first 5 control steps only
+            (docs/evaluation.md lists environments and options).
         episodes: successful demonstrations to record.
         out: folder of the new store.
         seed: start states and noise follow from it; evaluations never start from the same states.

@@ -65,7 +65,7 @@ def evaluate(
         seed: of the policy's noise; replaces the checkpoint's.
         device: torch device of the policy.
         reproducible: plan for all environments whenever one is due: with the same --num-envs and kind of CPU an episode
-            is then bitwise the same however episodes are divided (first_episode, --ray); takes more time.
+            is then bitwise the same however episodes are divided (--first-episode, --ray); takes more time.
         policy_options: KEY=VALUE for a policy of your own, values in JSON or plain text, for example seed=1 run=runs/a;
             they are keyword arguments of the callable.
         policy_python: python of another environment for a policy of your own, with numpy and what that policy needs.

@@ -32,13 +32,16 @@ options before the verb:
   -v, --verbose  log details, and show the traceback of errors in the input as well
 
 a first run, about as 'scd demo' does it:
-  scd data record metaworld/push-v3 --episodes 100 --out data/push.zarr --seed 0
-  scd train metaworld_state --dataset data/push.zarr --out runs/push --seed 0
+  scd data record metaworld/push-v3 --episodes 100 --action-noise 0.1 --out data/push.zarr
+  scd train metaworld_state --dataset data/push.zarr --out runs/push
   scd eval runs/push --env metaworld/push-v3 --episodes 50 --out runs/push-eval
 
 exit codes:
-  0 done, 2 bad usage or input (one sentence says what), 1 a bug of ours (with its traceback; from 'scd data validate':
-  something would spoil training; from 'scd doctor': something does not work), 130 interrupted"""
+  0    done
+  1    from 'scd data validate': something would spoil training; from 'scd data replay': the recording is not
+       reproduced; from 'scd doctor': something does not work; otherwise a bug of ours, with its traceback
+  2    bad usage or input (one sentence says what); from 'scd sweep': an evaluation failed
+  130  interrupted"""
 
 # What to do about the operating system's refusals; any other OSError is taken for a bug.
 FILE_HINTS = {

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -45,7 +46,8 @@ def train(
     interrupted continues with --resume and the same options, and ends with the same weights.
 
     Args:
-        preset: named experiment, for example metaworld_state; or the config.json of a checkpoint, to run it again.
+        preset: named experiment: metaworld_state (any vectors), memory_state or pusht_state (docs/training.md); or the
+            config.json of a checkpoint, to run it again.
         dataset: dataset of any known format (see 'scd data info --help'), or several, which are then mixed; widths of
             observations and actions are taken from it.
         weights: with several datasets, the share of control steps that each supplies, in any unit; by default by size.
@@ -95,7 +97,7 @@ def train(
         resume=resume,
         init=init,
         init_statistics=init_statistics,
-        evaluate=_evaluation(eval_env, eval_episodes) if eval_env else None,
+        evaluate=_evaluation(eval_env, eval_episodes, data.spec, experiment) if eval_env else None,
         evaluate_every=eval_every,
         accelerator=accelerator,
         devices=devices,
@@ -147,13 +149,33 @@ def _read_transforms(path: Path | None) -> Any:
     return from_json(TransformConfig, {**defaults, **given} if isinstance(given, dict) else given, str(path))
 
 
-def _evaluation(environment: str, episodes: int) -> Callable[[Any], dict[str, float]]:
-    """A closed-loop evaluation from the start states kept for validation; the environment is tried at once."""
+def _evaluation(environment: str, episodes: int, dataset: Any, experiment: Any) -> Callable[[Any], dict[str, float]]:
+    """A closed-loop evaluation from the start states kept for validation.
+
+    Whether the policy that is to be trained fits the environment is looked at now, rather than after the first hour.
+    """
     from scd_robot.seeding import VALIDATION
     from scd_robot.sim_eval import evaluate
+    from scd_robot.sim_eval.policy_adapter import check_policy_spec
     from scd_robot.sim_eval.workers import close_workers, start_workers
+    from scd_robot.transforms import Transforms
+    from scd_robot.types import PolicySpec
 
-    close_workers(start_workers(environment, 1))
+    sources, model = Transforms(experiment.transforms, dataset).sources, experiment.model
+    planned = PolicySpec(
+        observation={sources[key]: dataset.observation[sources[key]] for key in model.observation_shapes},
+        action_dim=dataset.action_dim,
+        control_dt=dataset.control_dt,
+        chunk_length=model.chunk_length,
+        num_executed=experiment.policy.num_executed,
+        history_length=model.history_length,
+        action_kind=dataset.action_kind,
+    )
+    workers = start_workers(environment, 1)
+    try:
+        check_policy_spec(SimpleNamespace(spec=planned), workers[0].spec)
+    finally:
+        close_workers(workers)
 
     def run(policy: Any) -> dict[str, float]:
         result = evaluate(policy, environment, episodes, seed_domain=VALIDATION, num_videos=0, progress=False)

@@ -1,5 +1,7 @@
 """What evaluations write, docs/evaluation.md and docs/result.schema.json have the same keys, at every depth."""
 
+import dataclasses
+import importlib
 import json
 import re
 import sys
@@ -10,11 +12,13 @@ from jsonschema import Draft202012Validator
 
 from scd_robot.cli.main import main
 from scd_robot.sim_eval import evaluate
+from scd_robot.sim_eval.registry import known_environments
 
 DOCS = Path(__file__).parents[2] / "docs"
 VALIDATOR = Draft202012Validator(json.loads((DOCS / "result.schema.json").read_text()))
 FREE = {"versions", "settings", "options", "trained_from", "trained_with", "by_age"}  # their keys are data
 BY_KIND = {"success", "plan_change"}  # of history.json: their first keys are data
+MODULES = {"gymnasium": "gymnasium_tasks", "scd_memory": "memory"}  # called otherwise than their environments
 POINT = "toy_environment:make_point"
 
 
@@ -83,6 +87,16 @@ def below(value, key=""):
     if key in BY_KIND:
         return set().union(*(below(one) for one in value.values()))
     return set(value).union(*(below(one, name) for name, one in value.items()))
+
+
+def test_every_environment_stands_in_the_documentation_with_its_options():
+    text = (DOCS / "evaluation.md").read_text()
+    for prefix in {name.partition("/")[0] for name in known_environments()}:
+        [row] = [line for line in text.splitlines() if re.match(rf"\| `{prefix}(/TASK)?` \|", line)]
+        module = importlib.import_module(f"scd_robot.sim_eval.{MODULES.get(prefix, prefix)}")
+        [options] = [kind for name, kind in vars(module).items() if name.endswith("Options")]
+        for field in dataclasses.fields(options):
+            assert re.search(rf"`{field.name}\b", row), f"{prefix}: {field.name}"
 
 
 @pytest.mark.parametrize("name", [*DOCUMENTS, "episodes.jsonl"])

@@ -104,6 +104,9 @@ def make_taking(kind, name="toy/point"):
     return environment
 
 
+make_taking_poses = functools.partial(make_taking, "absolute")
+
+
 def make_crashing_at_first():
     """Crashes in the first four episodes of an evaluation."""
     return PointEnvironment(faults={derive_seed(EVALUATION, episode): "raise" for episode in range(4)})
