@@ -11,7 +11,7 @@ __all__ = ["evaluate", "headline", "make_policy"]
 
 
 def evaluate(
-    checkpoint: Annotated[Path, tyro.conf.Positional],
+    checkpoint: Annotated[str, tyro.conf.Positional],
     /,
     *,
     env: str,
@@ -45,7 +45,8 @@ def evaluate(
     invalid, which is neither success nor failure. OUT gets report.html, result.json, episodes.jsonl and videos/.
 
     Args:
-        checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint).
+        checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint), or the address of a server
+            (ws://127.0.0.1:8000, see 'scd serve'; its API key is what the environment variable SCD_API_KEY holds).
         env: environment, for example metaworld/push-v3 or metaworld/push-v3:goal_steps=5.
         episodes: how many.
         out: folder for the report; by default nothing is written.
@@ -77,7 +78,6 @@ def evaluate(
         overwrite: replace an earlier evaluation in OUT.
         json: write the result to this file too ("-": standard output).
     """
-    from scd_robot.checkpoint import read_checkpoint
     from scd_robot.output import check_target, write_json
     from scd_robot.sim_eval.delay_curve import delay_curve, write_delay_curve
     from scd_robot.sim_eval.jobs import EvaluationJob, run_jobs
@@ -88,19 +88,23 @@ def evaluate(
     if out is not None:
         check_output_folder(out, overwrite)
     troubles = _faults(latency_ms, jitter_ms, drop, freeze)
-    found = read_checkpoint(checkpoint)
-    demonstrations = _check_diagnosis(found, diagnose_history, dataset, troubles)
-    load = functools.partial(
-        make_policy,
-        found,
-        device,
-        num_denoising_steps=num_denoising_steps,
-        num_executed=num_executed,
-        guidance_scale=guidance_scale,
-        num_samples=num_samples,
-        seed=seed,
-        reproducible=reproducible,
-    )
+    overrides = {
+        "num_denoising_steps": num_denoising_steps,
+        "num_executed": num_executed,
+        "guidance_scale": guidance_scale,
+        "num_samples": num_samples,
+        "seed": seed,
+    }
+    load: Callable[[], Any]
+    if checkpoint.startswith(("ws://", "wss://")):
+        _check_remote({**overrides, "reproducible": reproducible or None, "diagnose_history": diagnose_history or None})
+        demonstrations, load = {}, functools.partial(_remote_policy, checkpoint)
+    else:
+        from scd_robot.checkpoint import read_checkpoint
+
+        found = read_checkpoint(checkpoint)
+        demonstrations = _check_diagnosis(found, diagnose_history, dataset, troubles)
+        load = functools.partial(make_policy, found, device, reproducible=reproducible, **overrides)
     where: dict[str, Any] = {"first_episode": first_episode, "max_steps": max_steps, "num_envs": num_envs}
     options = {**where, "overwrite": overwrite, "num_videos": num_videos}
     jobs = []
@@ -173,6 +177,25 @@ def make_policy(checkpoint: Any, device: str, **overrides: Any) -> Any:
 
     torch.set_num_threads(1)
     return policy_of(checkpoint, device, **overrides)
+
+
+def _check_remote(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError where an option is given that only a policy in this process can keep."""
+    from scd_robot.errors import ConfigError
+
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} cannot be chosen through a server; give it to 'scd serve' where it has it"
+        )
+
+
+def _remote_policy(address: str) -> Any:
+    import os
+
+    from scd_robot.serve import RemotePolicy
+
+    return RemotePolicy(address, api_key=os.environ.get("SCD_API_KEY"))
 
 
 def _diagnose(

@@ -83,6 +83,7 @@ VERBS = {
     "sweep": Verb("scd_robot.cli.sweep", "sweep", "evaluate checkpoints in environments, here or on a cluster"),
     "compare": Verb("scd_robot.cli.compare", "compare", "tell which of two policies is better"),
     "probe": Verb("scd_robot.cli.probe", "probe", "what an entangled policy repeats while it denoises, layer by layer"),
+    "serve": Verb("scd_robot.cli.serve", "serve", "answer robots over the network: openpi's protocol, with history"),
     "doctor": Verb("scd_robot.cli.doctor", "doctor", "what works here, which versions clash, what to install"),
     "info": Verb("scd_robot.cli.checkpoint_info", "info", "what a checkpoint holds: sizes, dataset, metrics, versions"),
 }
