@@ -97,7 +97,8 @@ def evaluate(
     }
     load: Callable[[], Any]
     if checkpoint.startswith(("ws://", "wss://")):
-        _check_remote({**overrides, "reproducible": reproducible or None, "diagnose_history": diagnose_history or None})
+        local = {"reproducible": reproducible or None, "diagnose_history": diagnose_history or None, "dataset": dataset}
+        _check_remote({**overrides, **local})
         demonstrations, load = {}, functools.partial(_remote_policy, checkpoint)
     else:
         from scd_robot.checkpoint import read_checkpoint
@@ -110,7 +111,7 @@ def evaluate(
     jobs = []
     for faults in troubles:
         folder = out / f"latency_{faults.latency_ms:g}ms" if out is not None and len(troubles) > 1 else out
-        named = {"policy_name": str(checkpoint), "faults": faults}
+        named = {"policy_name": checkpoint, "faults": faults}
         jobs.append(EvaluationJob(load, env, episodes, out=folder, **options, **named))
     if out is not None and overwrite:  # of other delays, say
         remove_delay_curve(out)
@@ -237,7 +238,9 @@ def headline(result: Mapping[str, Any]) -> str:
         for name, batch in batches.items()
         if result[f"{name}_ms"]
     ]
+    rates = f"{result['successes']}/{valid} successes, {rate} (95 % interval {100 * low:.1f}-{100 * high:.1f} %)"
     return (
-        f"{result['env']}{troubles}: {result['successes']}/{valid} successes, {rate} "
-        f"(95 % interval {100 * low:.1f}-{100 * high:.1f} %), {result['invalid']} invalid{score}; " + ", ".join(times)
+        f"{result['env']}{troubles}: {rates}, {result['invalid']} invalid{score}"
+        + "; " * bool(times)
+        + ", ".join(times)
     )

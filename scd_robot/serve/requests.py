@@ -95,9 +95,9 @@ class RequestReader:
         for key in flat:
             if key.startswith("scd/"):
                 raise UnknownNameError("key of a request", key, _OURS)
-        endpoint = own.get("endpoint", "infer")
+        endpoint = _text(own, "endpoint") or "infer"
         if endpoint not in ("infer", "reset"):
-            raise UnknownNameError("endpoint", f"{endpoint!s:.80}", ("infer", "reset"))
+            raise UnknownNameError("endpoint", endpoint[:80], ("infer", "reset"))
         reset = _flag(own, "scd/reset") or _flag(own, "reset") or endpoint == "reset"
         restore, snapshot = _text(own, "scd/restore"), _text(own, "scd/snapshot")
         if reset and restore is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +36,13 @@ def connect() -> Iterator[Callable[..., PolicyClient]]:
             return stack.enter_context(PolicyClient(server.address, **options))
 
         yield begin
+
+
+@pytest.fixture
+def point(monkeypatch) -> str:
+    """Name of the toy environment of the evaluation tests, importable here and in worker processes."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "sim_eval"))
+    return "toy_environment:make_point"
 
 
 @pytest.fixture
