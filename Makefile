@@ -77,13 +77,13 @@ $(VENV)/.sim: $(VENV)/.made pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
 	@echo "Installing scd_robot, simulators and development tools into $(VENV) (2 GB on disk; a few minutes) ..."
-	$(PIP_INSTALL) --editable ".[sim,robotics,formats,ray,dev]" $(ROBOMIMIC_NEEDS) imagecodecs
+	$(PIP_INSTALL) --editable ".[sim,robotics,formats,ray,serve,dev]" $(ROBOMIMIC_NEEDS) imagecodecs
 	$(PIP_INSTALL) --no-deps "robomimic>=0.3,<0.4"
 	@touch $(VENV)/.sim $@
 
 $(VENV)-robosuite/.made: $(VENV)-robosuite/.venv pyproject.toml constraints/robosuite.txt
 	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
-	    --constraint constraints/robosuite.txt --editable ".[sim,formats,dev]" robosuite $(ROBOMIMIC_NEEDS)
+	    --constraint constraints/robosuite.txt --editable ".[sim,formats,serve,dev]" robosuite $(ROBOMIMIC_NEEDS)
 	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
 	    --constraint constraints/robosuite.txt --no-deps "robomimic>=0.3,<0.4"
 	@touch $@

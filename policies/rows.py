@@ -3,6 +3,7 @@
 Shapes: B rows, Ta chunk length, k past actions (at least 1 is kept), Da action width, S samples.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,9 @@ class PlanInput:
     past_known: NDArray[np.bool_]
 
 
+_PER_ROW = ("position", "origin", "chunk", "past", "past_known", "num_plans", "episode")
+
+
 class Rows:
     """State of B rows.
 
@@ -68,6 +72,33 @@ class Rows:
         self.num_plans = np.zeros(batch, np.int64)
         self.episode = _episode_numbers(episodes, batch)
         self.next_episode = int(self.episode.max()) + 1
+        self._stride = config.history_stride
+
+    @classmethod
+    def join(cls, parts: Sequence["Rows"]) -> "Rows":
+        """A copy of the rows of several, one after the other."""
+        joined = copy.copy(parts[0])
+        with torch.inference_mode():
+            joined.cache = type(joined.cache).join([part.cache for part in parts])
+        for name in _PER_ROW:
+            setattr(joined, name, np.concatenate([getattr(part, name) for part in parts]))
+        joined.next_episode = max(part.next_episode for part in parts)
+        return joined
+
+    def select(self, chosen: Sequence[int]) -> "Rows":
+        """A copy of some rows, which later steps do not change."""
+        index = np.asarray(chosen, np.int64)
+        some = copy.copy(self)
+        with torch.inference_mode():
+            some.cache = self.cache.select(torch.as_tensor(index, device=self.cache.position.device))
+        for name in _PER_ROW:
+            setattr(some, name, getattr(self, name)[index])
+        return some
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held, in bytes."""
+        return self.cache.num_bytes + sum(getattr(self, name).nbytes for name in _PER_ROW)
 
     @property
     def batch_size(self) -> int:
@@ -114,18 +145,38 @@ class Rows:
             store[begun, :-1] = store[begun, 1:]
             store[begun, -1] = value[begun]
 
+    def skip(self, steps: int, executed: ActionArray | None = None) -> None:
+        """Lets control steps pass that nobody observed; the rows must have begun.
+
+        Args:
+            steps: how many.
+            executed: (B, steps, Da) the actions that preceded them, the first one that of the step last observed;
+                None = what the chunk said.
+        """
+        unrecorded = max(0, steps - self.past.shape[1])  # their actions are forgotten again at once
+        self._pass(unrecorded)
+        for step in range(unrecorded, steps):
+            self.record_executed(None if executed is None else executed[:, step])
+            self._pass(1)
+
+    def _pass(self, steps: int) -> None:
+        encoded = -(-(self.position + steps) // self._stride) - -(-self.position // self._stride)
+        with torch.inference_mode():
+            self.cache.position += torch.as_tensor(encoded, device=self.cache.position.device)
+        self.position += steps
+
     def current_action(self) -> ActionArray:
         """(B, Da) the chunk's action for the control step last observed; its last one once it is used up."""
         index = np.clip(self.position - 1 - self.origin, 0, self.chunk.shape[1] - 1)
         return self.chunk[np.arange(self.batch_size), index].copy()
 
-    def upcoming(self, count: int) -> ActionArray:
-        """(B, count, Da) the running chunks' actions from the current control step on."""
-        left = self.chunk.shape[1] - self.age
+    def upcoming(self, count: int, chosen: NDArray[np.int64]) -> ActionArray:
+        """(n, count, Da) the running chunks' actions from the current control step on, of some rows (n,)."""
+        left = self.chunk.shape[1] - self.age[chosen]
         if (left < count).any():
             raise ConfigError(f"delay_steps {count} exceeds what is left of the running chunk, {max(0, left.min())}")
-        index = self.age[:, None] + np.arange(count)
-        return self.chunk[np.arange(self.batch_size)[:, None], index]
+        index = self.age[chosen, None] + np.arange(count)
+        return self.chunk[chosen[:, None], index]
 
     def follow(self, chosen: NDArray[np.int64], chunk: ActionArray) -> None:
         """Sets the chunks of some rows; action 0 is for the control step last observed."""

@@ -178,6 +178,31 @@ class ScdPolicy:
             raise ConfigError("reset(rows=...) before the first observation: the number of rows is not known yet")
         self._rows.reset(rows, episodes)
 
+    def new_history(self, episode: int) -> Rows:
+        """The memory of one row that has observed nothing yet, for `resume`; `episode` keys its noise."""
+        return Rows(self.model, [episode], self.spec.action_dim)
+
+    def resume(self, histories: Sequence[Rows]) -> None:
+        """Goes on with these memories as its rows, in this order, and forgets what it had; `observe` comes next.
+
+        They belong to the policy until `release` hands them back.
+
+        Args:
+            histories: one of each row, from `new_history` or `release`.
+        """
+        self._rows = histories[0] if len(histories) == 1 else Rows.join(histories)
+        self._context, self._state = None, {}
+
+    def release(self) -> list[Rows]:
+        """Hands over the memory of each row, for `resume`, and forgets it: rows may come and go between control steps.
+
+        What the encoder made of the last observation is not part of it: whoever wants a plan of it plans first.
+        """
+        rows, self._rows, self._context, self._state = self._rows, None, None, {}
+        if rows is None or rows.batch_size == 1:
+            return [] if rows is None else [rows]
+        return [rows.select([row]) for row in range(rows.batch_size)]
+
     def observe(self, observation: Observation, executed_action: ActionArray | None = None) -> None:
         """Advances every row's history by one control step, without planning.
 
@@ -248,31 +273,37 @@ class ScdPolicy:
         converted = self.transforms.chunk(self.transforms.action(actions), state)
         return self.normalizer.normalize("action", torch.as_tensor(converted, dtype=torch.float32, device=self.device))
 
-    def plan(self, prefix: ActionArray | None = None, delay_steps: int = 0) -> ActionArray:
-        """Samples a chunk for every row from the last observation, and follows it from now on.
+    def plan(
+        self, prefix: ActionArray | None = None, delay_steps: int = 0, rows: Sequence[int] | None = None
+    ) -> ActionArray:
+        """Samples a chunk for every row, or some, from the last observation, and follows it from now on.
 
         Args:
-            prefix: (B, d, Da) actions already committed from the current control step on; the chunk begins with them.
+            prefix: (n, d, Da) actions already committed from the current control step on; the chunk begins with them.
             delay_steps: commit so many actions of the running chunk instead (the control steps that will pass while
                 this plan is computed). With `prefix`, its length must be this or `delay_steps` 0.
+            rows: n numbers, ascending; None = all.
 
         A model trained with max_delay_steps = 0 was never shown clean actions: it sees the committed ones noised like
         the rest at every denoising step, which is less exact about how the plan goes on.
 
         Returns:
-            (B, Ta, Da); action 0 is for the control step last observed.
+            (n, Ta, Da); action 0 is for the control step last observed.
         """
-        rows = self._plannable("plan")
+        everyone = self._observed("plan").batch_size
+        chosen = np.arange(everyone) if rows is None else np.asarray(rows, np.int64)
+        if (np.diff(chosen) < 1).any():
+            raise ConfigError(f"rows must be different numbers in ascending order, got {chosen.tolist()}")
+        remembered = self._plannable("plan", chosen)
         if delay_steps < 0:
             raise ConfigError(f"delay_steps must not be negative, got {delay_steps}")
         if prefix is None and delay_steps:
-            prefix = rows.upcoming(delay_steps)
+            prefix = remembered.upcoming(delay_steps, chosen)
         elif prefix is not None:
             count = delay_steps or (np.shape(prefix)[1] if np.ndim(prefix) == 3 else 0)
-            prefix = checked_action("prefix", prefix, (rows.batch_size, count, self.spec.action_dim))
-        everyone = np.arange(rows.batch_size)
-        chunk = self._sample_chunks(everyone, prefix)
-        rows.follow(everyone, chunk)
+            prefix = checked_action("prefix", prefix, (len(chosen), count, self.spec.action_dim))
+        chunk = self._sample_chunks(chosen, prefix)
+        remembered.follow(chosen, chunk)
         return chunk
 
     @property
@@ -315,7 +346,7 @@ class ScdPolicy:
         """
         if prefix is not None:
             count = np.shape(prefix)[1] if np.ndim(prefix) == 3 else 0
-            prefix = self._checked_action("prefix", prefix, (len(given.rows), count, self.spec.action_dim))
+            prefix = checked_action("prefix", prefix, (len(given.rows), count, self.spec.action_dim))
         return self._denoise(given, prefix)
 
     def act(self, observation: Observation, executed_action: ActionArray | None = None) -> ActionArray:
@@ -417,17 +448,19 @@ class ScdPolicy:
         best = (error * known[:, None]).sum(-1).argmin(-1)
         return plan.actions.unflatten(0, (count, -1))[torch.arange(count, device=self.device), best]
 
-    def _plannable(self, call: str) -> Rows:
-        """Raises ConfigError where a plan of all rows is not due."""
+    def _plannable(self, call: str, chosen: NDArray[np.int64] | None = None) -> Rows:
+        """Raises ConfigError where a plan of the chosen rows (None = all) is not due."""
         rows = self._observed(call)
-        late = np.flatnonzero((rows.position - 1) % self.model.config.history_stride)
+        chosen = np.arange(rows.batch_size) if chosen is None else chosen
+        position = rows.position[chosen]
+        late = chosen[(position - 1) % self.model.config.history_stride != 0]
         if len(late):
             raise ConfigError(
                 f"{call}() of rows {late.tolist()} is due only in control steps in which the encoder runs, every "
                 f"{self.model.config.history_stride} (history_stride)"
             )
-        if not rows.position.all():
-            waiting = np.flatnonzero(rows.position == 0).tolist()
+        if not position.all():
+            waiting = chosen[position == 0].tolist()
             raise ConfigError(f"{call}() needs an observation of rows {waiting} first, which were just reset")
         return rows
 

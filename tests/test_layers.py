@@ -14,7 +14,17 @@ BASE = {"errors", "types", "dotted", "seeding", "config", "output"}
 NUMERICS = BASE | {"normalization", "rotations", "transforms"}
 NETWORK = NUMERICS | {"nn", "diffusion", "model"}
 TRAINED = NETWORK | {"checkpoint"}
-EVERYTHING = TRAINED | {"policies", "datasets", "control", "sim_eval", "training", "recording", "export", "analysis"}
+EVERYTHING = TRAINED | {
+    "policies",
+    "datasets",
+    "control",
+    "sim_eval",
+    "training",
+    "recording",
+    "export",
+    "analysis",
+    "serve",
+}
 
 # What each part may import besides itself.
 ALLOWED = {
@@ -38,6 +48,7 @@ ALLOWED = {
     "training": TRAINED | {"datasets", "policies"},
     "recording": BASE | {"datasets", "sim_eval", "control"},
     "export": TRAINED | {"policies"},
+    "serve": TRAINED | {"policies"},
     "analysis": TRAINED | {"datasets", "policies", "sim_eval", "control", "training"},
     "presets": EVERYTHING,
     "cli": EVERYTHING | {"presets"},
@@ -63,6 +74,7 @@ FORBIDDEN = {
     "recording": LIGHTNING | {"tyro"},
     "training": SIMULATORS | {"tyro"},
     "export": LIGHTNING | {"tyro"},
+    "serve": NETWORKS_NEED_NOT,
     "analysis": LIGHTNING | {"tyro"},
     "presets": LIGHTNING,
     "cli": LIGHTNING,

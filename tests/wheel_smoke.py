@@ -16,7 +16,18 @@ from pathlib import Path
 import scd_robot
 
 # Packages of the extras: absent from a bare installation.
-OPTIONAL = {"fsspec", "gym_pusht", "gymnasium", "matplotlib", "metaworld", "pyarrow", "pymunk", "robomimic"}
+OPTIONAL = {
+    "fsspec",
+    "gym_pusht",
+    "gymnasium",
+    "matplotlib",
+    "metaworld",
+    "msgpack",
+    "pyarrow",
+    "pymunk",
+    "robomimic",
+    "websockets",
+}
 
 
 def import_everything(allow_refusals: bool) -> list[str]:

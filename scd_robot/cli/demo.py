@@ -63,7 +63,7 @@ def demo(
     stages["train_s"] = time.monotonic() - started - stages["record_s"]
 
     _say(3, f"evaluating it over {episodes} episodes that start where no demonstration did", "about a minute")
-    evaluate(run, env=env, episodes=episodes, out=evaluation, overwrite=True)
+    evaluate(str(run), env=env, episodes=episodes, out=evaluation, overwrite=True)
     stages["total_s"] = time.monotonic() - started
 
     report = evaluation / "report.html"

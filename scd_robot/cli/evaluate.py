@@ -13,7 +13,7 @@ __all__ = ["evaluate", "headline", "make_policy"]
 
 
 def evaluate(
-    policy: Annotated[Path, tyro.conf.Positional],
+    policy: Annotated[str, tyro.conf.Positional],
     /,
     *,
     env: str,
@@ -50,7 +50,8 @@ def evaluate(
 
     Args:
         policy: a checkpoint's folder, or a training run's (its newest checkpoint), or package.module:callable,
-            something of your own that makes an object with reset and act (docs/evaluation.md).
+            something of your own that makes an object with reset and act (docs/evaluation.md), or the address of a
+            server (ws://127.0.0.1:8000, see 'scd serve'; its API key is what SCD_API_KEY in the environment holds).
         env: environment, for example metaworld/push-v3 or metaworld/push-v3:goal_steps=5.
         episodes: how many.
         out: folder for the report; by default nothing is written.
@@ -103,14 +104,19 @@ def evaluate(
         "num_samples": num_samples,
         "reproducible": reproducible,
     }
-    named = named_policies([policy], policy_options, policy_python, env_python)
+    source = Path(policy)
+    named = named_policies([source], policy_options, policy_python, env_python)
     demonstrations: dict[str, Any] = {}
     load: Callable[[], Any]
-    if is_named(policy):
-        refuse_checkpoint_options(policy, {**overrides, "diagnose_history": diagnose_history, "dataset": dataset})
-        load = named(policy, env, seed)
+    if policy.startswith(("ws://", "wss://")):
+        local = {"reproducible": reproducible or None, "diagnose_history": diagnose_history or None, "dataset": dataset}
+        _check_remote({**overrides, "seed": seed, **local})
+        load = functools.partial(_remote_policy, policy)
+    elif is_named(source):
+        refuse_checkpoint_options(source, {**overrides, "diagnose_history": diagnose_history, "dataset": dataset})
+        load = named(source, env, seed)
     else:
-        found = read_checkpoint(policy)
+        found = read_checkpoint(source)
         demonstrations = _check_diagnosis(found, diagnose_history, dataset, troubles)
         load = functools.partial(make_policy, found, device, seed=seed, **overrides)
     where: dict[str, Any] = {"first_episode": first_episode, "max_steps": max_steps, "num_envs": num_envs}
@@ -118,7 +124,7 @@ def evaluate(
     jobs = []
     for faults in troubles:
         folder = out / f"latency_{faults.latency_ms:g}ms" if out is not None and len(troubles) > 1 else out
-        jobs.append(EvaluationJob(load, env, episodes, out=folder, policy_name=str(policy), faults=faults, **options))
+        jobs.append(EvaluationJob(load, env, episodes, out=folder, policy_name=policy, faults=faults, **options))
     if out is not None and overwrite:  # of other delays, say
         remove_delay_curve(out)
     documents, quiet = [], str(json) == "-"
@@ -186,6 +192,25 @@ def make_policy(checkpoint: Any, device: str, **overrides: Any) -> Any:
     return policy_of(checkpoint, device, **overrides)
 
 
+def _check_remote(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError where an option is given that only a policy in this process can keep."""
+    from scd_robot.errors import ConfigError
+
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} cannot be chosen through a server; give it to 'scd serve' where it has it"
+        )
+
+
+def _remote_policy(address: str) -> Any:
+    import os
+
+    from scd_robot.serve import RemotePolicy
+
+    return RemotePolicy(address, api_key=os.environ.get("SCD_API_KEY"))
+
+
 def _diagnose(
     load: Callable[[], Any],
     env: str,
@@ -225,7 +250,9 @@ def headline(result: Mapping[str, Any]) -> str:
         for name, batch in batches.items()
         if result[f"{name}_ms"]
     ]
+    rates = f"{result['successes']}/{valid} successes, {rate} (95 % interval {100 * low:.1f}-{100 * high:.1f} %)"
     return (
-        f"{result['env']}{troubles}: {result['successes']}/{valid} successes, {rate} "
-        f"(95 % interval {100 * low:.1f}-{100 * high:.1f} %), {result['invalid']} invalid{score}; " + ", ".join(times)
+        f"{result['env']}{troubles}: {rates}, {result['invalid']} invalid{score}"
+        + "; " * bool(times)
+        + ", ".join(times)
     )

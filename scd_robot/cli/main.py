@@ -91,6 +91,7 @@ VERBS = {
         "scd_robot.cli.convert", "convert_policy", "make an entangled policy separable, with brief fine-tuning"
     ),
     "replay-log": Verb("scd_robot.cli.replay_log", "replay_log", "show what a control loop's flight recorder kept"),
+    "serve": Verb("scd_robot.cli.serve", "serve", "answer robots over the network: openpi's protocol, with history"),
     "doctor": Verb("scd_robot.cli.doctor", "doctor", "what works here, which versions clash, what to install"),
     "info": Verb("scd_robot.cli.checkpoint_info", "info", "what a checkpoint holds: sizes, dataset, metrics, versions"),
 }

@@ -6,6 +6,7 @@ different times, nothing is reallocated while a robot runs, and no operation wai
 Shapes: B batch rows, W window in control steps (`history_length`), P tokens per control step, N heads, Dh head width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +112,20 @@ class KVCache:
         """A snapshot that later steps do not change."""
         return KVCache(
             self.keys_values.clone(), self.slot_position.clone(), self.token_valid.clone(), self.position.clone()
+        )
+
+    def select(self, rows: Tensor) -> "KVCache":
+        """A copy of some rows (n,)."""
+        return KVCache(self.keys_values[:, rows], self.slot_position[rows], self.token_valid[rows], self.position[rows])
+
+    @classmethod
+    def join(cls, caches: Sequence["KVCache"]) -> "KVCache":
+        """A copy of the rows of several caches, one after the other."""
+        return cls(
+            torch.cat([cache.keys_values for cache in caches], dim=1),
+            torch.cat([cache.slot_position for cache in caches]),
+            torch.cat([cache.token_valid for cache in caches]),
+            torch.cat([cache.position for cache in caches]),
         )
 
     def begin_step(self, token_valid: Tensor | None = None, active: Tensor | None = None) -> StepPlan:

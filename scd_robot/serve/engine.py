@@ -1,0 +1,301 @@
+"""Histories of several connections and one policy: requests that wait together become one forward pass.
+
+Plain and synchronous: the server calls it from its one worker thread.
+
+Shapes: B requests computed together, n control steps, Ta chunk length, Da action width.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from scd_robot.errors import ConfigError, ScdRobotError, UnknownNameError
+from scd_robot.serve.requests import Request
+
+__all__ = ["Answer", "Engine", "Session"]
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_GAP = 1_000_000  # control steps
+
+
+@dataclass(eq=False)
+class Session:
+    """What is remembered of one connection.
+
+    Attributes:
+        history: the policy's memory of it; None = nothing was observed yet.
+        step: control step of the last observation, as the client counts.
+        planned: whether the last observation was answered with a plan.
+        ticks: the client sends every control step, for it has sent some without the wish for a plan.
+        snapshots: histories kept, by name.
+        prompt: last one.
+        name: last session_id.
+        evicted: the history was dropped while the client was silent, and it was not told yet.
+    """
+
+    history: Any = None
+    step: int = -1
+    planned: bool = False
+    ticks: bool = False
+    snapshots: dict[str, tuple[Any, int, bool]] = field(default_factory=dict)
+    prompt: str | None = None
+    name: str | None = None
+    evicted: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To one request.
+
+    Attributes:
+        message: to send.
+        rows: requests that were computed together.
+    """
+
+    message: dict[str, Any]
+    rows: int = 0
+
+
+@dataclass
+class _Job:
+    session: Session
+    request: Request
+    new: bool  # a history begins
+    gap: int  # control steps since the last observation
+    result: Answer | Exception | None = None
+
+
+class Engine:
+    """Runs batches of requests.
+
+    Args:
+        policy: see `scd_robot.policies.ScdPolicy`; used by nobody else.
+        steps_per_plan: control steps that a client lets pass after a plan if it does not tell; None = `num_executed`.
+        max_history_bytes: of a connection, snapshots included.
+        prompt_resets: a new prompt begins a new history.
+
+    Raises:
+        ConfigError: one history is larger than that.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        steps_per_plan: int | None = None,
+        max_history_bytes: int = 2**30,
+        prompt_resets: bool = False,
+    ) -> None:
+        self.policy = policy
+        self.steps_per_plan = policy.spec.num_executed if steps_per_plan is None else steps_per_plan
+        if self.steps_per_plan < 1:
+            raise ConfigError(f"steps_per_plan must be at least 1, got {self.steps_per_plan}")
+        self._stride = policy.model.config.history_stride
+        self._next_episode = 0
+        self._prompt_resets = prompt_resets
+        self._warned: set[str] = set()
+        self.history_bytes = policy.new_history(0).num_bytes
+        self._most_histories = max_history_bytes // self.history_bytes
+        if self._most_histories < 1:
+            raise ConfigError(
+                f"one history takes {self.history_bytes / 2**20:.1f} MB, a connection may have "
+                f"{max_history_bytes / 2**20:.1f} MB; allow more"
+            )
+
+    def warm_up(self) -> None:
+        """Plans once from zeros, so that the first request is not the slow one."""
+        spec = self.policy.spec.observation
+        zeros = {key: np.zeros(array.shape, array.dtype) for key, array in spec.items()}
+        result = self.run([(Session(), Request(observation=zeros))])[0]
+        if isinstance(result, Exception):
+            raise result
+        self._next_episode = 0
+        self._warned.clear()
+
+    def run(self, requests: Sequence[tuple[Session, Request]]) -> list[Answer | Exception]:
+        """Answers requests of different sessions.
+
+        Returns:
+            For each its answer or the error that it gets. After an `ScdRobotError` the history is as it was, but that
+            the observation is part of it where only the plan failed; after any other exception it is forgotten.
+        """
+        results: list[_Job | Exception] = []
+        for session, request in requests:
+            try:
+                results.append(self._prepare(session, request))
+            except ScdRobotError as error:
+                results.append(error)
+        jobs = [job for job in results if isinstance(job, _Job)]
+        for group in self._groups([job for job in jobs if job.request.observation is not None]):
+            try:
+                self._compute(group)
+            except Exception as error:
+                for job in group:
+                    job.session.history = None
+                    job.result = error
+        for job in jobs:
+            if not isinstance(job.result, Exception):
+                self._finish(job)
+        return [job if isinstance(job, Exception) else job.result for job in results]  # type: ignore[misc]
+
+    def forget(self, session: Session) -> bool:
+        """Drops the history of a client that has been silent; tells whether there was any."""
+        had = session.history is not None
+        session.history, session.evicted = None, session.evicted or had
+        session.snapshots.clear()
+        return had
+
+    def _prepare(self, session: Session, request: Request) -> _Job:
+        """Checks all that can be wrong, then does what comes before the observation."""
+        self._notice(session, request)
+        reset = request.reset or (request.session is not None and session.name not in (None, request.session))
+        reset = reset or (self._prompt_resets and request.prompt is not None and request.prompt != session.prompt)
+        history, step, planned = session.history, session.step, session.planned
+        if request.restore is not None:
+            if request.restore not in session.snapshots:
+                raise UnknownNameError("snapshot", request.restore, session.snapshots)
+            history, step, planned = session.snapshots[request.restore]
+            history = None if history is None else history.select([0])
+        if reset:
+            history, planned = None, False
+        kept = len(set(session.snapshots) | {request.snapshot}) if request.snapshot is not None else 0
+        if kept >= self._most_histories:
+            raise ConfigError(
+                f"a connection may keep {self._most_histories - 1} snapshots of {self.history_bytes / 2**20:.1f} MB; "
+                "start the server with a larger --max-history-mb"
+            )
+        gap = 1
+        if history is not None and request.observation is not None:
+            gap = self._gap(request, step, planned and not session.ticks and not request.observe_only)
+        position = 0 if history is None else int(history.position[0]) - 1 + gap
+        if request.kind == "plan" and position % self._stride:
+            raise ConfigError(
+                f"this policy plans every {self._stride} control steps, and this is number {position} of its history; "
+                "send scd/observe_only here"
+            )
+        job = _Job(session, request, new=history is None, gap=gap)
+        if history is None and request.observation is not None:
+            history = self._begin(request)
+            step = (request.step or 0) - 1
+        elif gap > 1:
+            executed = None if request.executed is None else request.executed[None, :-1]
+            history.skip(gap - 1, executed)
+        if request.observation is not None:
+            step = step + gap if request.step is None else request.step
+        session.history, session.step, session.planned = history, step, planned
+        session.ticks = session.ticks or request.observe_only
+        session.name, session.prompt = request.session or session.name, request.prompt or session.prompt
+        return job
+
+    def _begin(self, request: Request) -> Any:
+        episode = self._next_episode if request.episode is None else request.episode
+        self._next_episode += request.episode is None
+        return self.policy.new_history(episode)
+
+    def _gap(self, request: Request, last_step: int, follows: bool) -> int:
+        """Control steps from the last observation to this one; `follows`: it may have followed a plan."""
+        told = None if request.executed is None else len(request.executed)
+        if request.step is None:
+            gap = told if told is not None else self.steps_per_plan if follows else 1
+        else:
+            gap = request.step - last_step
+            if not 1 <= gap <= _LONGEST_GAP:
+                raise ConfigError(
+                    f"scd/step must be that of a later control step than {last_step} (at most {_LONGEST_GAP} later), "
+                    f"got {request.step}; send scd/reset where an episode begins"
+                )
+            if told not in (None, gap):
+                raise ConfigError(f"scd/executed must hold the {gap} actions since step {last_step}, got {told}")
+        return gap
+
+    def _notice(self, session: Session, request: Request) -> None:
+        """Says once what a plain client cannot know."""
+        plain = session.planned and not session.ticks
+        if request.kind == "plan" and plain and request.step is None and request.executed is None:
+            self._warn_once(
+                "a client sends one observation per plan: positions in the history are control steps, and without "
+                f"scd/step each plan counts for {self.steps_per_plan} (--steps-per-plan)"
+            )
+        if request.prompt is not None and session.prompt not in (None, request.prompt) and not self._prompt_resets:
+            self._warn_once("a client sends a new prompt; its history goes on (--prompt-resets begins a new one)")
+
+    def _warn_once(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            logger.warning("%s", sentence)
+
+    def _groups(self, jobs: Sequence[_Job]) -> list[list[_Job]]:
+        """What can be computed together: the same keys are there, and executed actions are told by all or by nobody."""
+        groups: dict[tuple[Any, ...], list[_Job]] = {}
+        for job in sorted(jobs, key=lambda job: job.new):  # where a history begins nothing was executed, so it fits any
+            assert job.request.observation is not None
+            keys, told = frozenset(job.request.observation), job.request.executed is not None
+            place = (keys, told)
+            if job.new:
+                place = (keys, (keys, True) in groups)
+            groups.setdefault(place, []).append(job)
+        return list(groups.values())
+
+    def _compute(self, group: list[_Job]) -> None:
+        """One step of the encoder, then the plans that are wanted."""
+        started = time.perf_counter()
+        self.policy.resume([job.session.history for job in group])
+        seen = [job.request.observation or {} for job in group]
+        observation = {key: np.stack([one[key] for one in seen]) for key in seen[0]}
+        told = any(job.request.executed is not None and not job.new for job in group)
+        executed = np.zeros((len(group), self.policy.spec.action_dim), np.float32)
+        for row, job in enumerate(group):
+            if job.request.executed is not None:
+                executed[row] = job.request.executed[-1]
+        self.policy.observe(observation, executed if told else None)
+        encoder_ms = 1e3 * (time.perf_counter() - started)
+        by_length: dict[int, list[int]] = {}
+        for row, job in enumerate(group):
+            if job.request.kind == "plan":
+                by_length.setdefault(0 if job.request.prefix is None else len(job.request.prefix), []).append(row)
+        for rows in by_length.values():
+            self._plan(group, rows)
+        for job, history in zip(group, self.policy.release(), strict=True):
+            job.session.history = history
+        infer_ms = 1e3 * (time.perf_counter() - started)
+        for job in group:
+            job.session.planned = job.request.kind == "plan" and not isinstance(job.result, Exception)
+            if not isinstance(job.result, Exception):
+                actions = {} if job.result is None else job.result.message
+                times = {"infer_ms": infer_ms, "encoder_ms": encoder_ms}
+                job.result = Answer({**actions, "policy_timing": times}, rows=len(group))
+
+    def _plan(self, group: list[_Job], rows: list[int]) -> None:
+        """Plans for some rows, whose prefixes are of one length."""
+        prefixes = [group[row].request.prefix for row in rows]
+        prefix = None if prefixes[0] is None else np.stack([one for one in prefixes if one is not None])
+        try:
+            chunks = self.policy.plan(prefix=prefix, rows=rows)
+        except ScdRobotError as error:
+            if len(rows) == 1:
+                group[rows[0]].result = error
+            else:  # of which row that is, each finds out alone
+                for row in rows:
+                    self._plan(group, [row])
+            return
+        for row, chunk in zip(rows, chunks, strict=True):
+            group[row].result = Answer({"actions": chunk.copy()})
+
+    def _finish(self, job: _Job) -> None:
+        """Keeps a snapshot, and adds what a client may want to know: numbers and truths only, no arrays."""
+        session, request = job.session, job.request
+        if request.snapshot is not None:
+            copy = None if session.history is None else session.history.select([0])
+            session.snapshots[request.snapshot] = (copy, session.step, session.planned)
+        answer = job.result if isinstance(job.result, Answer) else Answer({})
+        message = dict(answer.message)
+        if request.observation is not None:
+            message |= {"scd/step": session.step, "scd/new_history": job.new, "scd/rows": answer.rows}
+        if session.evicted and job.new:
+            message["scd/evicted"] = True
+        session.evicted = session.evicted and not job.new
+        job.result = Answer(message, answer.rows)

@@ -1,0 +1,203 @@
+"""Our client: no torch, no history lost in silence, and a policy that acts through a server as it does in process."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from small_policies import small_policy
+from websockets.sync.server import serve as serve_raw
+
+from scd_robot.cli.main import main
+from scd_robot.errors import ConfigError, ShapeError
+from scd_robot.policies import load_policy
+from scd_robot.serve import (
+    HistoryLostError,
+    PolicyClient,
+    RemotePolicy,
+    RequestRefusedError,
+    ServerUnreachableError,
+)
+from scd_robot.serve.server import ServerConfig, running_server
+from scd_robot.serve.wire import MessageError, pack
+from scd_robot.sim_eval import evaluate
+from scd_robot.sim_eval.output import read_actions
+
+
+@pytest.fixture
+def answering():
+    """`answering(*messages)`: address of a server that sends these, one after each message of the client."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(*messages):
+            def handle(connection):
+                for message in messages:
+                    connection.send(message)
+                    connection.recv()
+
+            server = stack.enter_context(serve_raw(handle, "127.0.0.1", 0))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            return f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+
+        yield begin
+
+
+def test_importing_the_client_loads_no_torch(tmp_path):
+    heavy = ("torch", "lightning", "zarr", "mujoco", "h5py", "tyro", "scipy")
+    code = (
+        "import sys; from scd_robot.serve import PolicyClient, RemotePolicy\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_remote_policy_acts_as_the_policy_does(start):
+    """Three rows with resets at different times, executed actions that differ from what was asked for."""
+    rng = np.random.default_rng(0)
+    observations = rng.uniform(-1, 1, (12, 2, 3, 2)).astype(np.float32)
+    server = start()
+    with contextlib.closing(RemotePolicy(server.address)) as remote:
+        policies = (remote, small_policy())
+        assert remote.spec == policies[1].spec
+        for policy in policies:
+            policy.reset(episodes=[4, 5, 6])
+        executed = None
+        for step, (position, goal) in enumerate(observations):
+            if step == 5:
+                for policy in policies:
+                    policy.reset(rows=[1], episodes=[9])
+            seen = {"position": position, "goal": goal}
+            actions = [policy.act(seen, executed) for policy in policies]
+            np.testing.assert_allclose(*actions, rtol=0, atol=1e-5)
+            np.testing.assert_array_equal(remote.planned, policies[1].planned)
+            executed = np.clip(actions[1] + 0.1, -1, 1)
+        assert server.metrics.value("scd_requests_total", kind="plan") < 3 * 12
+        for policy in policies:  # another number of rows, and nobody numbers the episodes
+            policy.reset()
+            assert policy.act({"position": position[:1], "goal": goal[:1]}).shape == (1, 2)
+            with pytest.raises(ShapeError, match=r"batch has 3 rows, the policy runs 1; call reset\(\)"):
+                policy.act(seen)
+
+
+def test_scd_eval_drives_an_environment_through_a_server(tiny_run, point, tmp_path):
+    """Episode by episode the same actions as of the policy in process."""
+    local, there = tmp_path / "local", tmp_path / "there"
+    options = ["--env", point, "--episodes", "3", "--max-steps", "12", "--num-videos", "0", "--num-envs", "2"]
+    assert main(["eval", str(tiny_run), *options, "--out", str(local)]) == 0
+    with running_server(load_policy(tiny_run), ServerConfig(port=0)) as server:
+        assert main(["eval", server.address, *options, "--out", str(there)]) == 0
+    results = [json.loads((folder / "result.json").read_text()) for folder in (local, there)]
+    hashes = [[one["initial_state_hash"] for one in result["episodes_detail"]] for result in results]
+    assert hashes[0] == hashes[1]
+    actions = [read_actions(folder) for folder in (local, there)]
+    assert sorted(actions[0]) == sorted(actions[1]) == [0, 1, 2]
+    for episode, expected in actions[0].items():
+        assert len(expected) == 12
+        np.testing.assert_allclose(actions[1][episode], expected, rtol=0, atol=1e-5)
+
+
+def test_options_that_a_server_keeps_are_refused(point, refused):
+    refused(["eval", "ws://127.0.0.1:1", "--env", point, "--num-executed", "2"], "--num-executed cannot be chosen")
+
+
+def test_a_connection_that_breaks_in_an_episode_is_made_anew_and_said(connect, stream):
+    observations = stream(3)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with running_server(small_policy(), ServerConfig(port=port)) as server:
+        client = connect(server)
+        client.infer(observations[0], reset=True, episode=0)
+    with running_server(small_policy(), ServerConfig(port=port)):
+        with pytest.raises(HistoryLostError, match="its history is lost"):
+            client.infer(observations[1])
+        assert client.infer(observations[2])["scd/new_history"]
+    with running_server(small_policy(), ServerConfig(port=port)):  # where an episode begins nothing is lost
+        assert client.infer(observations[0], reset=True)["scd/new_history"]
+
+
+def test_a_server_that_is_not_there_is_told():
+    with pytest.raises(ServerUnreachableError, match=r"no policy server answers at ws://127.0.0.1:1 .*scd serve"):
+        PolicyClient("ws://127.0.0.1:1", connect_timeout_s=0.1)
+    with pytest.raises(ConfigError, match="begins with ws://"):
+        PolicyClient("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "told"),
+    [
+        ("went wrong", RequestRefusedError, "refuses: went wrong"),
+        (b"\xc1", MessageError, "no msgpack message"),
+        (pack({"actions": np.full((4, 2), np.nan)}), MessageError, "finite"),
+        (pack({"actions": "left"}), MessageError, "finite"),
+    ],
+    ids=["text", "no message", "NaN", "no array"],
+)
+def test_answers_that_no_robot_should_follow_are_refused(answering, answer, error, told):
+    with PolicyClient(answering(pack({}), answer)) as client, pytest.raises(error, match=told):
+        client.infer({"x": np.zeros(2)})
+
+
+def test_a_late_answer_is_not_taken_for_the_next_one(start, connect, stream, monkeypatch):
+    policy, held = small_policy(), threading.Event()
+    server, observations, plan = start(policy), stream(2), policy.plan
+    client = connect(server, answer_timeout_s=0.2)
+    monkeypatch.setattr(policy, "plan", lambda **options: held.wait(30) and plan(**options))
+    with pytest.raises(ServerUnreachableError, match="did not answer within"):
+        client.infer(observations[0])
+    held.set()
+    monkeypatch.undo()
+    assert client.infer(observations[1], reset=True)["scd/step"] == 0
+
+
+def test_a_plain_openpi_server_is_no_policy_with_history(answering):
+    with pytest.raises(ConfigError, match="speaks 'plain openpi'"):
+        RemotePolicy(answering(pack({})))
+
+
+def test_a_remote_policy_that_failed_needs_a_reset(start):
+    with contextlib.closing(RemotePolicy(start().address)) as policy:
+        good = {"position": np.zeros((2, 2), np.float32), "goal": np.zeros((2, 2), np.float32)}
+        policy.act(good)
+        with pytest.raises(RequestRefusedError, match="NaN"):
+            policy.act({**good, "goal": np.array([[0, np.nan], [0, 0]])})
+        with pytest.raises(ConfigError, match=r"call reset\(\)"):
+            policy.act(good)
+        policy.reset()
+        assert policy.act(good).shape == (2, 2)
+
+
+def test_tls_is_spoken_with_a_certificate_of_ones_own(tmp_path, start, connect, stream):
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate),
+        ],
+        capture_output=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip("openssl cannot make a certificate here")
+    server = start(tls_cert=certificate, tls_key=key)
+    assert server.address.startswith("wss://")
+    assert connect(server, tls_ca=certificate).infer(stream(1)[0])["actions"].shape == (4, 2)
+    with pytest.raises(ServerUnreachableError, match="does not let us in"):
+        connect(server)
+    with pytest.raises(ConfigError, match="cannot use the certificate"):
+        start(tls_cert=tmp_path / "missing.pem")
+
+
+def test_evaluate_takes_a_remote_policy(start, point):
+    with (
+        contextlib.closing(RemotePolicy(start().address)) as policy,
+        pytest.raises(ShapeError) as error,
+    ):
+        evaluate(policy, point, 1, num_envs=1, num_videos=0, progress=False)
+    assert "control step of 0.1 s" in str(error.value)  # its specification is that of the policy behind the server

@@ -1,0 +1,427 @@
+"""What a connection is promised: the policy's plans, a history of its own, and errors that leave it as it was."""
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from small_policies import small_policy
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect as connect_raw
+
+from scd_robot.errors import ActionError, ConfigError
+from scd_robot.serve import PolicyClient, RequestRefusedError, ServerUnreachableError
+from scd_robot.serve.engine import Engine, Session
+from scd_robot.serve.requests import Request
+from scd_robot.serve.server import PolicyServer, ServerConfig, running_server
+from scd_robot.serve.wire import pack, unpack
+
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+def batched(observation):
+    return {key: value[None] for key, value in observation.items()}
+
+
+def fetch(server, path, **headers):
+    request = urllib.request.Request("http" + server.address.removeprefix("ws") + path, headers=headers)
+    return urllib.request.urlopen(request, timeout=10).read().decode()
+
+
+def test_metadata_comes_first_and_says_what_to_send(start, connect):
+    told = connect(start()).metadata
+    assert (told["protocol"], told["version"]) == ("openpi+scd", 1)
+    assert (told["action_horizon"], told["action_dim"], told["num_executed"]) == (4, 2, 2)
+    assert (told["control_hz"], told["history"]) == (10.0, 4)
+    assert set(told["keys"]) == {"position", "goal"}
+    assert told["keys"]["goal"]["shape"] == [2]
+    assert "control steps" in told["positions"]
+
+
+def test_plans_are_those_of_the_policy_with_every_step_observed(start, connect, stream):
+    client, policy = connect(start()), small_policy()
+    policy.reset(episodes=[3])
+    for step, observation in enumerate(stream(11)):
+        policy.observe(batched(observation))
+        plans = step % 3 == 0
+        begin = {"reset": True, "episode": 3} if step == 0 else {}
+        answer = client.infer(observation, observe_only=not plans, **begin)
+        assert answer["scd/step"] == step
+        assert answer["scd/new_history"] == (step == 0)
+        assert ("actions" in answer) == plans
+        if plans:
+            np.testing.assert_allclose(answer["actions"], policy.plan()[0], **CLOSE)
+            assert answer["actions"].dtype == np.float32
+
+
+def test_executed_actions_and_a_prefix_reach_the_policy(start, connect, stream):
+    client, policy = connect(start()), small_policy()
+    policy.reset(episodes=[0])
+    actions = np.random.default_rng(1).uniform(-1, 1, (6, 2)).astype(np.float32)
+    plain = []
+    for step, observation in enumerate(stream(6)):
+        executed = {"executed": actions[step]} if step else {"reset": True, "episode": 0}
+        prefix = actions[:2] if step == 5 else None
+        answer = client.infer(observation, prefix=prefix, **executed)
+        policy.observe(batched(observation), actions[step][None] if step else None)
+        expected = policy.plan(prefix=None if prefix is None else prefix[None])[0]
+        np.testing.assert_allclose(answer["actions"], expected, **CLOSE)
+        plain.append(answer["actions"])
+    np.testing.assert_array_equal(plain[-1][:2], actions[:2])
+
+
+@pytest.mark.parametrize("told", ["nothing", "step", "executed", "both"])
+def test_control_steps_that_nobody_observed_pass_in_the_history(start, connect, stream, told):
+    """A client that sends one observation per plan: the next one stands num_executed control steps later."""
+    client, policy = connect(start()), small_policy()
+    first, second = stream(2)
+    begun = client.infer(first, reset=True, episode=0)
+    options = {"step": 2} if told in ("step", "both") else {}
+    if told in ("executed", "both"):
+        options["executed"] = begun["actions"][:2]
+    answer = client.infer(second, **options)
+    assert answer["scd/step"] == 2
+    history = policy.new_history(0)
+    policy.resume([history])
+    policy.observe(batched(first))
+    chunk = policy.plan()
+    (history,) = policy.release()
+    history.skip(1)
+    assert history.cache.position.tolist() == [2]
+    policy.resume([history])
+    policy.observe(batched(second))
+    np.testing.assert_array_equal(history.past[0], chunk[0, :2])
+    np.testing.assert_allclose(answer["actions"], policy.plan()[0], **CLOSE)
+    assert abs(answer["actions"] - client.infer(second, reset=True, episode=0)["actions"]).max() > 1e-4
+
+
+def test_the_server_says_once_how_it_counts(start, connect, stream, caplog):
+    client = connect(start())
+    with caplog.at_level("WARNING", "scd_robot.serve"):
+        for observation in stream(4):
+            client.infer(observation)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [warning.count("positions in the history") for warning in warnings] == [1]
+
+
+def test_connections_have_histories_of_their_own_and_are_computed_together(start, connect, stream):
+    server = start(batch_window_s=5.0)
+    clients, streams = [connect(server) for _ in range(3)], [stream(5, seed) for seed in range(3)]
+    alone = []
+    for number, observations in enumerate(streams):
+        policy = small_policy()
+        policy.reset(episodes=[number])
+        alone.append([policy.act(batched(observation))[0] for observation in observations])
+    for step in range(5):
+        for number, client in enumerate(clients):
+            begin = {"reset": True, "episode": number} if step == 0 else {}
+            client.send(streams[number][step], observe_only=step % 2 == 1, **begin)
+        for number, client in enumerate(clients):
+            answer = client.receive()
+            assert answer["scd/rows"] == 3
+            if step % 2 == 0:
+                np.testing.assert_allclose(answer["actions"][0], alone[number][step], **CLOSE)
+
+
+def test_requests_of_all_kinds_in_one_batch_do_not_disturb_each_other(stream):
+    """As an engine sees them: executed told or not, prefixes of two lengths, a reset, an observation without a plan."""
+    observations = stream(3)
+    prefix = np.ones((2, 2), np.float32)
+    last = [
+        {},
+        {"executed": np.full((1, 2), 0.5, np.float32)},
+        {"prefix": prefix},
+        {"prefix": prefix[:1], "executed": np.full((2, 2), -0.5, np.float32), "step": 3},
+        {"observe_only": True},
+        {"reset": True, "episode": 9},
+    ]
+
+    def play(numbers):
+        engine = Engine(small_policy())
+        sessions = {number: Session() for number in numbers}
+        for step, observation in enumerate(observations):
+            options = [last[n] if step == 2 else {"observe_only": step == 1} for n in numbers]
+            options = [{"reset": step == 0, "episode": n, **o} for n, o in zip(numbers, options, strict=True)]
+            requests = [Request(observation=observation, **o) for o in options]
+            results = engine.run(list(zip(sessions.values(), requests, strict=True)))
+        return results
+
+    for number, together in enumerate(play(range(len(last)))):
+        (alone,) = play([number])
+        assert together.message["scd/step"] == alone.message["scd/step"]
+        assert ("actions" in together.message) == ("actions" in alone.message) == (number != 4)
+        if number != 4:
+            np.testing.assert_allclose(together.message["actions"], alone.message["actions"], **CLOSE)
+
+
+def test_one_row_whose_plan_fails_does_not_take_the_others_with_it(monkeypatch, stream):
+    policy, observations = small_policy(), stream(3)
+    engine, plan = Engine(policy), policy.plan
+
+    def fail(prefix=None, delay_steps=0, rows=None):
+        if 1 in rows:
+            raise ActionError("not this one")
+        return plan(prefix, delay_steps, rows)
+
+    monkeypatch.setattr(policy, "plan", fail)
+    requests = [(Session(), Request(observation=observation)) for observation in observations]
+    results = engine.run(requests)
+    assert [isinstance(result, ActionError) for result in results] == [False, True, False]
+    assert all(session.history.position == 1 for session, _ in requests)
+
+
+def test_a_snapshot_is_gone_back_to(start, connect, stream):
+    client, observations = connect(start()), stream(4)
+    client.infer(observations[0], reset=True, episode=0)
+    client.infer(observations[1], observe_only=True, snapshot="here")
+    first = client.infer(observations[2])
+    client.infer(observations[3])
+    again = client.infer(observations[2], restore="here")
+    np.testing.assert_array_equal(again["actions"], first["actions"])
+    assert again["scd/step"] == first["scd/step"] == 2
+    with pytest.raises(RequestRefusedError, match="unknown snapshot 'there'"):
+        client.infer(observations[2], restore="there")
+
+
+def test_a_connection_cannot_keep_more_than_its_memory(start, connect, stream):
+    size = small_policy().new_history(0).num_bytes
+    client = connect(start(max_history_bytes=3 * size))
+    (observation,) = stream(1)
+    for name in ("a", "b", "a"):
+        client.infer(observation, snapshot=name)
+    with pytest.raises(RequestRefusedError, match="may keep 2 snapshots"):
+        client.infer(observation, snapshot="c")
+    with pytest.raises(ConfigError, match="one history takes"):
+        PolicyServer(small_policy(), ServerConfig(max_history_bytes=size - 1))
+
+
+def test_a_silent_client_loses_its_history_and_is_told(start, connect, stream):
+    server = start(idle_timeout_s=0.2)
+    client, (first, second) = connect(server), stream(2)
+    client.infer(first)
+    deadline = time.monotonic() + 30
+    while not server.metrics.value("scd_evictions_total") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    answer = client.infer(second)
+    assert (answer["scd/new_history"], answer["scd/evicted"]) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("message", "new"),
+    [
+        ({"endpoint": "infer"}, False),
+        ({"reset": True}, True),
+        ({"session_id": "b"}, True),
+        ({"session_id": "a"}, False),
+        ({"prompt": "another task"}, False),
+    ],
+)
+def test_dialects_begin_histories(start, connect, stream, message, new):
+    client, (first, second) = connect(start()), stream(2)
+    client.infer({**first, "session_id": "a", "prompt": "a task"})
+    assert client.infer({**second, **message})["scd/new_history"] == new
+
+
+def test_a_new_prompt_begins_a_history_where_asked_for(start, connect, stream):
+    client, (first, second) = connect(start(prompt_resets=True)), stream(2)
+    client.infer({**first, "prompt": "a task"})
+    assert not client.infer({**second, "prompt": "a task"})["scd/new_history"]
+    assert client.infer({**second, "prompt": "another"})["scd/new_history"]
+
+
+def test_the_reset_endpoint_answers_with_its_text(start):
+    with connect_raw(start().address, compression=None) as raw:
+        raw.recv()
+        raw.send(pack({"endpoint": "reset"}))
+        assert raw.recv() == "reset successful"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"goal": None}, "'goal' is missing; expected goal float32 (2,), position float32 (2,); got position float32"),
+        ({"goal": np.zeros(3)}, "'goal' must be float32 (2,), got float64 (3,)"),
+        ({"goal": np.zeros((1, 2))}, "leave the batch axis out"),
+        ({"goal": np.array([0, np.nan])}, "NaN"),
+        ({"goal": [0.0, 1.0]}, "'goal' must be an array, got list"),
+        ({"goal": None, "observation.goal": np.zeros(2), "observation": {"goal": np.zeros(2)}}, "could be any of"),
+        ({"scd/stepp": 1}, "did you mean 'scd/step'"),
+        ({"scd/step": -1}, "scd/step must be a whole number"),
+        ({"scd/step": 0}, "later control step than 0"),
+        ({"scd/step": 10**9}, "later control step than 0"),
+        ({"scd/step": 3, "scd/executed": np.zeros((2, 2))}, "must hold the 3 actions"),
+        ({"scd/executed": np.zeros((1, 3))}, "scd/executed must be (n, 2)"),
+        ({"scd/prefix": np.zeros((4, 2))}, "commit fewer"),
+        ({"scd/prefix": np.full((1, 2), np.inf)}, "NaN or infinite"),
+        ({"scd/reset": 1}, "must be true or false"),
+        ({"scd/episode": 1}, "send scd/reset with it"),
+        ({"scd/reset": True, "scd/restore": "x"}, "exclude each other"),
+        ({"endpoint": "train"}, "unknown endpoint"),
+    ],
+)
+def test_a_request_that_does_not_fit_is_refused_and_changes_nothing(start, connect, stream, change, told):
+    client, observations = connect(start()), stream(3)
+    expected = small_policy()
+    expected.reset(episodes=[0])
+    client.infer(observations[0], reset=True, episode=0)
+    expected.act(batched(observations[0]))
+    with pytest.raises(RequestRefusedError) as refused:
+        client.infer({key: value for key, value in {**observations[1], **change}.items() if value is not None})
+    assert told in str(refused.value)
+    assert "Traceback" not in str(refused.value)
+    client.infer(observations[1], step=1, observe_only=True)
+    expected.act(batched(observations[1]))
+    actions = client.infer(observations[2], step=2)["actions"]
+    np.testing.assert_allclose(actions[0], expected.act(batched(observations[2]))[0], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "name", ["observation/{}", "observation.{}", "nested", "mapped", "mapped and nested"], ids=lambda name: name
+)
+def test_keys_are_found_flat_nested_and_mapped(start, connect, stream, name):
+    keys = {"position": "robot/xy", "goal": "robot/target"} if "mapped" in name else {}
+    client, (observation,) = connect(start(keys=keys)), stream(1)
+    expected = connect(start()).infer(observation, reset=True, episode=0)["actions"]
+    if name == "nested":
+        sent = {"observation": observation}
+    elif name == "mapped and nested":
+        sent = {"robot": {"xy": observation["position"], "target": observation["goal"]}}
+    elif name == "mapped":
+        sent = {keys[key]: value for key, value in observation.items()}
+    else:
+        sent = {name.format(key): value for key, value in observation.items()}
+    sent = {**sent, "observation/wrist_image": np.zeros((4, 4, 3), np.uint8)}
+    np.testing.assert_array_equal(client.infer(sent, reset=True, episode=0)["actions"], expected)
+
+
+def test_a_mapping_of_unknown_keys_is_refused():
+    with pytest.raises(KeyError, match="did you mean 'position'"):
+        PolicyServer(small_policy(), ServerConfig(keys={"positon": "x"}))
+    with pytest.raises(ConfigError, match="read from one key"):
+        PolicyServer(small_policy(), ServerConfig(keys={"position": "goal"}))
+
+
+def test_health_and_counters_are_told_while_a_plan_is_made(start, connect, stream, monkeypatch):
+    policy, held, entered = small_policy(), threading.Event(), threading.Event()
+    server, (observation,) = start(policy), stream(1)
+    client, plan = connect(server), policy.plan
+
+    def slow(**options):
+        entered.set()
+        held.wait(30)
+        return plan(**options)
+
+    monkeypatch.setattr(policy, "plan", slow)
+    client.send(observation)
+    assert entered.wait(30)
+    try:
+        assert fetch(server, "/healthz") == "OK\n"
+        assert "scd_connections 1\n" in fetch(server, "/metrics")
+    finally:
+        held.set()
+    client.receive()
+    told = fetch(server, "/metrics")
+    assert 'scd_requests_total{kind="plan"} 1\n' in told
+    assert "scd_request_ms_count 1\n" in told
+
+
+def test_only_who_has_the_key_comes_in(start, connect):
+    server = start(api_key="secret")
+    assert connect(server, api_key="secret").metadata
+    for wrong in (None, "", "secre", "secret ä", "secrets"):
+        headers = {} if wrong is None else {"Authorization": f"Api-Key {wrong}"}
+        with pytest.raises(InvalidStatus, match="401"), connect_raw(server.address, additional_headers=headers):
+            pass
+    with pytest.raises(ServerUnreachableError, match="401"):
+        connect(server, api_key="wrong")
+    assert fetch(server, "/healthz") == "OK\n"
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        fetch(server, "/metrics")
+    assert "scd_refused_total" in fetch(server, "/metrics", Authorization="Bearer secret")
+
+
+def test_web_pages_and_too_many_connections_are_turned_away(start, connect):
+    server = start(max_connections=1)
+    with pytest.raises(InvalidStatus, match="403"), connect_raw(server.address, origin="http://example.org"):
+        pass
+    connect(server)
+    with pytest.raises(ServerUnreachableError, match="503"):
+        connect(server, connect_timeout_s=0.1)
+
+
+def test_frames_that_are_too_large_end_the_connection_only(start, connect, stream):
+    server = start(max_frame_bytes=2000)
+    good, (observation,) = connect(server), stream(1)
+    with connect_raw(server.address, compression=None) as raw:
+        raw.recv()
+        raw.send(b"x" * 3000)
+        with pytest.raises(Exception, match="1009"):
+            raw.recv()
+    assert good.infer(observation)["actions"].shape == (4, 2)
+    with pytest.raises(ConfigError, match="allow more"):
+        PolicyServer(small_policy(), ServerConfig(max_frame_bytes=1000))
+
+
+def test_a_bug_of_ours_is_told_without_its_traceback(start, connect, stream, monkeypatch, caplog):
+    policy = small_policy()
+    server, (observation,) = start(policy), stream(1)
+    good, client = connect(server), connect(server)
+    good.infer(observation)
+    with monkeypatch.context() as patch, caplog.at_level("CRITICAL"):
+        patch.setattr(policy, "plan", lambda **_: 1 / 0)
+        with pytest.raises(RequestRefusedError) as refused:
+            client.infer(observation)
+    assert "internal error" in str(refused.value)
+    assert "division" not in str(refused.value)
+    assert good.infer(observation)["actions"].shape == (4, 2)
+
+
+def test_a_port_that_is_taken_is_told(start):
+    server = start()
+    port = int(server.address.rpartition(":")[2])
+    with (
+        pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1:{port}"),
+        running_server(small_policy(), ServerConfig(port=port)),
+    ):
+        pass
+
+
+def test_a_policy_that_encodes_every_second_step_says_when_it_plans(start, connect, stream):
+    client = connect(start(small_policy({"history_stride": 2})))
+    observations = stream(4)
+    client.infer(observations[0], reset=True)
+    with pytest.raises(RequestRefusedError, match="plans every 2 control steps"):
+        client.infer(observations[1], step=1)
+    client.infer(observations[1], step=1, observe_only=True)
+    assert "actions" in client.infer(observations[2], step=2)
+
+
+def test_a_policy_that_reads_the_keys_that_are_there_gets_them(start, connect, stream):
+    client = connect(start(small_policy({"observation_tokens": "per_key"})))
+    first, second = stream(2)
+    client.infer(first)
+    assert client.infer({"goal": second["goal"]})["actions"].shape == (4, 2)
+
+
+def test_answers_hold_no_array_but_the_actions(start, stream):
+    """openpi's ActionChunkBroker takes every array of an answer apart along its first axis."""
+    with connect_raw(start().address, compression=None) as raw:
+        raw.recv()
+        for observation in stream(3):
+            raw.send(pack(observation))
+            answer = unpack(raw.recv())
+            assert [key for key, value in answer.items() if isinstance(value, np.ndarray)] == ["actions"]
+            json.dumps({key: value for key, value in answer.items() if key != "actions"})
+
+
+def test_a_client_that_is_gone_leaves_the_others_alone(start, connect, stream):
+    server = start()
+    good, (observation,) = connect(server), stream(1)
+    for _ in range(5):
+        client = PolicyClient(server.address)
+        client.send(observation)
+        client.close()
+        assert good.infer(observation)["actions"].shape == (4, 2)
