@@ -28,7 +28,7 @@ from scd_robot.policies.scd import ScdPolicy
 from scd_robot.sim_eval import evaluate
 from scd_robot.sim_eval.comparison import compare
 from scd_robot.sim_eval.metrics import percentiles
-from scd_robot.training import EpisodeDataModule, ExperimentConfig, SegmentDataset, flow_matching_terms, train
+from scd_robot.training import EpisodeDataModule, ExperimentConfig, SegmentDataset, loss_terms, train
 from scd_robot.training.start import check_fits, fingerprint
 from scd_robot.training.transformed import transformed
 
@@ -211,7 +211,7 @@ def _held_out_loss(policy: ScdPolicy, data: EpisodeDataset, experiment: Experime
     """As training's val/loss: mean squared velocity error over held-out tokens; None where no episode is held out."""
     total, count = 0.0, 0.0
     for batch in EpisodeDataModule(data, _of(policy.model, experiment)).val_dataloader():
-        error, tokens = flow_matching_terms(policy.model, policy.normalizer, cast(Any, batch))
+        error, tokens = loss_terms(policy.model, policy.normalizer, cast(Any, batch), experiment.training.objective)
         total, count = total + float(error), count + float(tokens)
     return total / count if count else None
 
@@ -223,11 +223,12 @@ def _update_ms(
     episodes = EpisodeDataModule(data, experiment).train_episodes
     readers = {name: SegmentDataset(data, _of(model, experiment), episodes) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
+    objective = experiment.training.objective
     for index in range(min(_TIMED_UPDATES, experiment.training.max_steps)):
         for name, model in models.items():
             batch = readers[name][index]
             times[name].append(
-                timed(lambda m=model, b=batch: flow_matching_terms(m, policy.normalizer, b)[0].backward())  # type: ignore[misc]
+                timed(lambda m=model, b=batch: loss_terms(m, policy.normalizer, b, objective)[0].backward())  # type: ignore[misc]
             )
             model.zero_grad(set_to_none=True)
     return {name: float(np.median(values)) for name, values in times.items()}
