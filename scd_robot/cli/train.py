@@ -46,8 +46,8 @@ def train(
     interrupted continues with --resume and the same options, and ends with the same weights.
 
     Args:
-        preset: named experiment: metaworld_state (any vectors), memory_state or pusht_state (docs/training.md); or the
-            config.json of a checkpoint, to run it again.
+        preset: named experiment: metaworld_state (any vectors), image (pictures too), memory_state or pusht_state
+            (docs/training.md); or the config.json of a checkpoint, to run it again.
         dataset: dataset of any known format (see 'scd data info --help'), or several, which are then mixed; widths of
             observations and actions are taken from it.
         weights: with several datasets, the share of control steps that each supplies, in any unit; by default by size.
