@@ -18,10 +18,11 @@ from torch import Tensor
 
 from scd_robot.config import from_json
 from scd_robot.diffusion import SamplerConfig
-from scd_robot.errors import ActionError, CheckpointError, ConfigError, ShapeError
-from scd_robot.model import ActionModel, ActionPlan, Conditioning, ScdConfig, build_model, check_sampler
+from scd_robot.errors import CheckpointError, ConfigError, ShapeError
+from scd_robot.model import ActionModel, ScdConfig, build_model, check_sampler
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.inputs import check_widths, checked_action, model_observation
+from scd_robot.policies.planner import Planner
 from scd_robot.policies.rows import PlanInput, Rows
 from scd_robot.policies.sampling import inference, plan_noise
 from scd_robot.transforms import TransformConfig, Transforms
@@ -127,12 +128,20 @@ class ScdPolicy:
             history_length=architecture.history_length,
             action_kind=dataset.action_kind,
         )
+        self._planner = Planner(
+            self.model,
+            self.normalizer,
+            self.transforms,
+            sampler=self.config.sampler,
+            guidance_scale=self.config.guidance_scale,
+            num_samples=self.config.num_samples,
+            repeated=self._repeated,
+        )
         self.planned: NDArray[np.bool_] | None = None
         self._timings = _empty_timings()
         self._rows: Rows | None = None
         self._context: Any = None  # what plans are made from, of all rows; see the hooks at the end of the class
         self._state: dict[str, NDArray[np.float32]] = {}  # what chunks are relative to
-        self._conditioning: dict[float, Conditioning] | None = None  # of weights and sampler, which never change
         self._first_episodes: list[int] | None = None
         self._next_episode = 0
 
@@ -254,7 +263,7 @@ class ScdPolicy:
             }
             past, known = None, None
             if self.model.config.past_action_input != "none":
-                past = self._normalised_actions(rows.past[:, -1:], state)[:, 0]
+                past = self._planner.normalised_actions(rows.past[:, -1:], state)[:, 0]
                 known = torch.as_tensor(rows.past_known[:, -1], device=self.device)
             context = self.model.encode_step(
                 normalised, rows.cache, active, past_action=past, past_action_valid=known, present=there or None
@@ -267,11 +276,6 @@ class ScdPolicy:
         for key, value in state.items():
             kept = self._state.get(key, value)
             self._state[key] = np.where(encodes[:, None], value, kept)
-
-    def _normalised_actions(self, actions: NDArray[np.float32], state: Mapping[str, NDArray[Any]]) -> Tensor:
-        """Actions (rows, L, Da) as recorded, to (rows, L, Da) as the model has them; `state` (rows, Do) by key."""
-        converted = self.transforms.chunk(self.transforms.action(actions), state)
-        return self.normalizer.normalize("action", torch.as_tensor(converted, dtype=torch.float32, device=self.device))
 
     def plan(
         self, prefix: ActionArray | None = None, delay_steps: int = 0, rows: Sequence[int] | None = None
@@ -347,7 +351,7 @@ class ScdPolicy:
         if prefix is not None:
             count = np.shape(prefix)[1] if np.ndim(prefix) == 3 else 0
             prefix = checked_action("prefix", prefix, (len(given.rows), count, self.spec.action_dim))
-        return self._denoise(given, prefix)
+        return self._planner.denoise(given, prefix)
 
     def act(self, observation: Observation, executed_action: ActionArray | None = None) -> ActionArray:
         """Observes, plans for the rows whose plan is used up, and returns each row's next action (B, Da)."""
@@ -383,7 +387,7 @@ class ScdPolicy:
     def _sample_chunks(self, chosen: NDArray[np.int64], prefix: ActionArray | None) -> ActionArray:
         """New chunks (rows, Ta, Da) for some rows."""
         started = time.perf_counter()
-        chunk = self._denoise(self._plan_input(chosen), prefix)
+        chunk = self._planner.denoise(self._plan_input(chosen), prefix)
         self._timings["plan_ms"].append(1e3 * (time.perf_counter() - started))
         self._timings["plan_rows"].append(len(chosen))
         return chunk
@@ -401,52 +405,6 @@ class ScdPolicy:
                 context = self._of_rows(context, torch.as_tensor(chosen, device=self.device))
         state = {key: value[chosen] for key, value in self._state.items()}
         return PlanInput(chosen, context, state, noise, corruption, rows.past[chosen], rows.past_known[chosen])
-
-    def _denoise(self, given: PlanInput, prefix: ActionArray | None) -> ActionArray:
-        """Chunks (rows, Ta, Da); reads nothing of the policy that a control step changes."""
-        config, count = self.config, len(given.rows)
-        copies, with_past = config.num_samples, config.num_samples > 1
-        with inference(self.device, count):
-            context, committed, past_known = given.context, None, None
-            if prefix is not None:
-                committed = self._normalised_actions(prefix, given.state).repeat_interleave(copies, 0)
-            if with_past:
-                context = self._repeated(context, copies)
-                past_known = torch.as_tensor(given.past_known, device=self.device).repeat_interleave(copies, 0)
-            if self._conditioning is None:
-                self._conditioning = self.model.conditioning(config.sampler)
-            plan = self.model.plan(
-                context,
-                sampler=config.sampler,
-                noise=torch.as_tensor(given.noise, device=self.device).flatten(0, 1),
-                prefix=committed,
-                guidance_scale=config.guidance_scale,
-                corruption_noise=torch.as_tensor(given.corruption, device=self.device).repeat_interleave(copies, 0),
-                with_past=with_past,
-                past_valid=past_known,
-                conditioning=self._conditioning,
-            )
-            actions = plan.actions if plan.past is None else self._most_faithful(given, plan)
-            chunk = self.normalizer.denormalize("action", actions).cpu().numpy()
-            chunk = self.transforms.undo_action(self.transforms.undo_chunk(chunk, given.state))
-            chunk = chunk.astype(np.float32, copy=False)
-        if not np.isfinite(chunk).all():
-            row = int(given.rows[np.argwhere(~np.isfinite(chunk))[0][0]])
-            raise ActionError(f"the plan of row {row} holds a NaN or infinite action; stop the robot and reset the row")
-        if prefix is not None:
-            chunk[:, : prefix.shape[1]] = prefix
-        return chunk
-
-    def _most_faithful(self, given: PlanInput, plan: ActionPlan) -> Tensor:
-        """Of each row's samples the actions (rows, Ta, Da) of that whose past is nearest to what was executed."""
-        assert plan.past is not None
-        count = len(given.rows)
-        believed = plan.past.unflatten(0, (count, -1))  # (rows, S, k, Da)
-        executed = self._normalised_actions(given.past, given.state)
-        known = torch.as_tensor(given.past_known, device=self.device)
-        error = (believed - executed[:, None]).square().sum(-1)
-        best = (error * known[:, None]).sum(-1).argmin(-1)
-        return plan.actions.unflatten(0, (count, -1))[torch.arange(count, device=self.device), best]
 
     def _plannable(self, call: str, chosen: NDArray[np.int64] | None = None) -> Rows:
         """Raises ConfigError where a plan of the chosen rows (None = all) is not due."""

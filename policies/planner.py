@@ -1,0 +1,109 @@
+"""The half of a policy that makes plans: nothing in it changes from one control step to the next.
+
+Shapes: B rows, S samples of a row, Ta chunk length, k past actions, Da action width, d committed actions.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scd_robot.diffusion import SamplerConfig
+from scd_robot.errors import ActionError
+from scd_robot.model import ActionModel, ActionPlan, Conditioning
+from scd_robot.normalization import Normalizer
+from scd_robot.policies.rows import PlanInput
+from scd_robot.policies.sampling import inference
+from scd_robot.transforms import Transforms
+from scd_robot.types import ActionArray
+
+__all__ = ["Planner"]
+
+
+class Planner:
+    """Denoises chunks in the units of the dataset.
+
+    Args:
+        model: trained, on its device.
+        normalizer: statistics it was trained with, there too.
+        transforms: between the recording and the model.
+        sampler: solver and denoising steps.
+        guidance_scale: guidance by context corruption; 1 = off.
+        num_samples: S, of which the one that best agrees with the executed past is kept.
+        repeated: of a context and a number, each row's context so many times in a row.
+    """
+
+    def __init__(
+        self,
+        model: ActionModel[Any],
+        normalizer: Normalizer,
+        transforms: Transforms,
+        *,
+        sampler: SamplerConfig,
+        guidance_scale: float,
+        num_samples: int,
+        repeated: Callable[[Any, int], Any],
+    ) -> None:
+        self._model, self._normalizer, self._transforms = model, normalizer, transforms
+        self._sampler, self._guidance_scale, self._num_samples = sampler, guidance_scale, num_samples
+        self._repeated = repeated
+        self._conditioning: dict[float, Conditioning] | None = None  # of weights and sampler, which never change
+
+    def normalised_actions(self, actions: NDArray[np.float32], state: Mapping[str, NDArray[Any]]) -> Tensor:
+        """Actions (rows, L, Da) as recorded, to (rows, L, Da) as the model has them; `state` (rows, Do) by key."""
+        converted = self._transforms.chunk(self._transforms.action(actions), state)
+        device = self._model.decoder.position.device
+        return self._normalizer.normalize("action", torch.as_tensor(converted, dtype=torch.float32, device=device))
+
+    def denoise(self, given: PlanInput, prefix: ActionArray | None) -> ActionArray:
+        """Chunks (rows, Ta, Da), which begin with the committed actions `prefix` (rows, d, Da).
+
+        Raises:
+            ActionError: one holds a NaN or infinite action.
+        """
+        device, count = self._model.decoder.position.device, len(given.rows)
+        copies, with_past = self._num_samples, self._num_samples > 1
+        with inference(device, count):
+            context, committed, past_known = given.context, None, None
+            if prefix is not None:
+                committed = self.normalised_actions(prefix, given.state).repeat_interleave(copies, 0)
+            if with_past:
+                context = self._repeated(context, copies)
+                past_known = torch.as_tensor(given.past_known, device=device).repeat_interleave(copies, 0)
+            if self._conditioning is None:
+                self._conditioning = self._model.conditioning(self._sampler)
+            plan = self._model.plan(
+                context,
+                sampler=self._sampler,
+                noise=torch.as_tensor(given.noise, device=device).flatten(0, 1),
+                prefix=committed,
+                guidance_scale=self._guidance_scale,
+                corruption_noise=torch.as_tensor(given.corruption, device=device).repeat_interleave(copies, 0),
+                with_past=with_past,
+                past_valid=past_known,
+                conditioning=self._conditioning,
+            )
+            actions = plan.actions if plan.past is None else self._most_faithful(given, plan)
+            chunk = self._normalizer.denormalize("action", actions).cpu().numpy()
+            chunk = self._transforms.undo_action(self._transforms.undo_chunk(chunk, given.state))
+            chunk = chunk.astype(np.float32, copy=False)
+        if not np.isfinite(chunk).all():
+            row = int(given.rows[np.argwhere(~np.isfinite(chunk))[0][0]])
+            raise ActionError(f"the plan of row {row} holds a NaN or infinite action; stop the robot and reset the row")
+        if prefix is not None:
+            chunk[:, : prefix.shape[1]] = prefix
+        return chunk
+
+    def _most_faithful(self, given: PlanInput, plan: ActionPlan) -> Tensor:
+        """Of each row's samples the actions (rows, Ta, Da) of that whose past is nearest to what was executed."""
+        assert plan.past is not None
+        count, device = len(given.rows), plan.past.device
+        believed = plan.past.unflatten(0, (count, -1))  # (rows, S, k, Da)
+        executed = self.normalised_actions(given.past, given.state)
+        known = torch.as_tensor(given.past_known, device=device)
+        error = (believed - executed[:, None]).square().sum(-1)
+        best = (error * known[:, None]).sum(-1).argmin(-1)
+        return plan.actions.unflatten(0, (count, -1))[torch.arange(count, device=device), best]
