@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import ActionError
 from scd_robot.model import ActionModel, ActionPlan, Conditioning
 from scd_robot.normalization import Normalizer
+from scd_robot.policies.config import ScdPolicyConfig
 from scd_robot.policies.rows import PlanInput
 from scd_robot.policies.sampling import inference
 from scd_robot.transforms import Transforms
@@ -30,9 +30,7 @@ class Planner:
         model: trained, on its device.
         normalizer: statistics it was trained with, there too.
         transforms: between the recording and the model.
-        sampler: solver and denoising steps.
-        guidance_scale: guidance by context corruption; 1 = off.
-        num_samples: S, of which the one that best agrees with the executed past is kept.
+        config: how the model is run.
         repeated: of a context and a number, each row's context so many times in a row.
     """
 
@@ -41,15 +39,11 @@ class Planner:
         model: ActionModel[Any],
         normalizer: Normalizer,
         transforms: Transforms,
-        *,
-        sampler: SamplerConfig,
-        guidance_scale: float,
-        num_samples: int,
+        config: ScdPolicyConfig,
         repeated: Callable[[Any, int], Any],
     ) -> None:
         self._model, self._normalizer, self._transforms = model, normalizer, transforms
-        self._sampler, self._guidance_scale, self._num_samples = sampler, guidance_scale, num_samples
-        self._repeated = repeated
+        self._config, self._repeated = config, repeated
         self._conditioning: dict[float, Conditioning] | None = None  # of weights and sampler, which never change
 
     def normalised_actions(self, actions: NDArray[np.float32], state: Mapping[str, NDArray[Any]]) -> Tensor:
@@ -65,7 +59,7 @@ class Planner:
             ActionError: one holds a NaN or infinite action.
         """
         device, count = self._model.decoder.position.device, len(given.rows)
-        copies, with_past = self._num_samples, self._num_samples > 1
+        config, copies, with_past = self._config, self._config.num_samples, self._config.num_samples > 1
         with inference(device, count):
             context, committed, past_known = given.context, None, None
             if prefix is not None:
@@ -74,13 +68,13 @@ class Planner:
                 context = self._repeated(context, copies)
                 past_known = torch.as_tensor(given.past_known, device=device).repeat_interleave(copies, 0)
             if self._conditioning is None:
-                self._conditioning = self._model.conditioning(self._sampler)
+                self._conditioning = self._model.conditioning(config.sampler)
             plan = self._model.plan(
                 context,
-                sampler=self._sampler,
+                sampler=config.sampler,
                 noise=torch.as_tensor(given.noise, device=device).flatten(0, 1),
                 prefix=committed,
-                guidance_scale=self._guidance_scale,
+                guidance_scale=config.guidance_scale,
                 corruption_noise=torch.as_tensor(given.corruption, device=device).repeat_interleave(copies, 0),
                 with_past=with_past,
                 past_valid=past_known,

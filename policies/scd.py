@@ -8,7 +8,7 @@ Shapes: B rows, Ta chunk length, k past actions, Da action width, d committed ac
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scd_robot.config import from_json
-from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import CheckpointError, ConfigError, ShapeError
-from scd_robot.model import ActionModel, ScdConfig, build_model, check_sampler
+from scd_robot.model import ActionModel, ScdConfig, build_model
 from scd_robot.normalization import Normalizer
+from scd_robot.policies.config import ScdPolicyConfig
 from scd_robot.policies.inputs import check_widths, checked_action, model_observation
 from scd_robot.policies.planner import Planner
 from scd_robot.policies.rows import PlanInput, Rows
@@ -31,52 +31,6 @@ from scd_robot.types import ActionArray, DatasetSpec, Observation, PolicySpec
 __all__ = ["ScdPolicy", "ScdPolicyConfig"]
 
 _MOST_TIMINGS = 100_000  # a robot that runs for days and never asks for them must not run out of memory
-
-
-@dataclass(frozen=True)
-class ScdPolicyConfig:
-    """How a trained model is run.
-
-    Attributes:
-        num_executed: actions taken from one plan before the next.
-        sampler: solver and denoising steps.
-        guidance_scale: guidance by context corruption; 1 = off.
-        num_samples: plans sampled from one context, of which the one that best agrees with the executed past is kept
-            (self-verification, arXiv 2505.09561); 1 = off, more need a model with num_past_actions > 0.
-        seed: keys the noise, together with episode and plan number.
-    """
-
-    num_executed: int = 8
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    guidance_scale: float = 1.0
-    num_samples: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_executed", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must not be negative, got {self.seed}")
-
-    def check_fits(self, model: ScdConfig) -> None:
-        """Raises ConfigError where a model of this architecture cannot be run so."""
-        if self.num_executed > model.chunk_length:
-            raise ConfigError(f"num_executed {self.num_executed} exceeds the model's chunk_length {model.chunk_length}")
-        if self.num_samples > 1 and not model.num_past_actions:
-            raise ConfigError("num_samples > 1 picks by agreement with the past and needs num_past_actions > 0")
-        if self.num_samples > 1 and self.sampler.solver == "mip":
-            raise ConfigError(
-                "num_samples > 1 picks among different samples, and those of solver 'mip' are all the same"
-            )
-        check_sampler(model, self.sampler)
-        if self.num_executed % model.history_stride:
-            raise ConfigError(
-                f"num_executed {self.num_executed} must be a multiple of the model's history_stride "
-                f"{model.history_stride}: plans are made in control steps in which the encoder runs"
-            )
-        if self.guidance_scale != 1.0 and not model.context_corruption:
-            raise ConfigError("guidance_scale != 1 needs a model trained with context_corruption > 0")
 
 
 class ScdPolicy:
@@ -128,15 +82,7 @@ class ScdPolicy:
             history_length=architecture.history_length,
             action_kind=dataset.action_kind,
         )
-        self._planner = Planner(
-            self.model,
-            self.normalizer,
-            self.transforms,
-            sampler=self.config.sampler,
-            guidance_scale=self.config.guidance_scale,
-            num_samples=self.config.num_samples,
-            repeated=self._repeated,
-        )
+        self._planner = Planner(self.model, self.normalizer, self.transforms, self.config, self._repeated)
         self.planned: NDArray[np.bool_] | None = None
         self._timings = _empty_timings()
         self._rows: Rows | None = None
