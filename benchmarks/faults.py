@@ -124,6 +124,8 @@ def run_schedules(count: int, seed: int) -> bool:
         faults += Counter({} if done.report is None else done.report.faults)
         if done.violations or done.raised or (done.unrecorded and not forever):
             print(f"schedule {number}: {script}\n  {done.violations[:3]} {done.raised!r} unrecorded {done.unrecorded}")
+        if number % 500 == 499:
+            print(f"  after {number + 1} schedules: " + told(totals), flush=True)
     print(f"virtual time, {time.monotonic() - started:.0f} s: " + told(totals))
     print(f"  faults: {sum(faults.values())}: " + told(faults))
     return not (totals["unsafe"] or totals["raised"] or totals["unrecorded"])

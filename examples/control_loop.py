@@ -1,49 +1,53 @@
-"""A policy in a plain control loop, as on a robot: one observation in, one action out, every control step.
+"""A checkpoint drives a robot in real time: encoder in every step, plans beside it, every command within limits.
 
-The environment stands for the robot. Needs the extra [sim] and a checkpoint, such as one of train_from_python.py.
+The robot is a simulator that goes on by the wall clock in a process of its own. Needs the extra [sim] and a checkpoint,
+such as one of train_from_python.py. What the states and faults mean: docs/control.md.
 
     python examples/control_loop.py runs/example/run
+    scd replay-log runs/flights --out flight.html     after a fault
 """
 
 import argparse
-import contextlib
-import time
+import logging
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import scd_robot
+from scd_robot.control import ControlLoop, ExecutionConfig, LoopConfig, RecorderConfig, WatchdogConfig
 from scd_robot.seeding import EVALUATION, derive_seed
-from scd_robot.sim_eval import make_environment
+from scd_robot.sim_eval.simulated_robot import SimulatedRobot, limits_of
 
 
-def main(checkpoint: Path, name: str, episode: int, max_steps: int) -> None:
+def main(options: argparse.Namespace) -> None:
+    logging.basicConfig(format="%(message)s")
     torch.set_num_threads(1)  # a batch of one is fastest with one thread
-    policy = scd_robot.load_policy(checkpoint)
-    with contextlib.closing(make_environment(name)) as robot:
-        observation = robot.reset(derive_seed(EVALUATION, episode))
-        policy.reset(episodes=[episode])  # forgets the history; the episode's number keys the noise
-        executed = None
-        for step in range(min(max_steps, robot.spec.max_steps)):
-            # A policy works on a batch of rows, here of one robot. It encodes this observation into its history once,
-            # and denoises a new chunk of actions when the last one is used up (policy.spec.num_executed of them).
-            # executed_action is what the robot really did last time: a limiter may have changed what was asked for.
-            started = time.perf_counter()
-            batch = {key: value[None] for key, value in observation.items()}
-            action = policy.act(batch, executed_action=executed)[0]
-            elapsed_ms = 1e3 * (time.perf_counter() - started)
+    policy = scd_robot.load_policy(options.checkpoint)
+    control_dt = policy.spec.control_dt * options.slow_motion
+    policy.spec = replace(policy.spec, control_dt=control_dt)
 
-            planned = "  new plan" if policy.drain_timings()["plan_ms"] else ""
-            print(f"{step:4d}  {np.array2string(action, precision=3, sign=' ')}  {elapsed_ms:6.2f} ms{planned}")
+    # On a robot: a class with observe(), send(command) and hold() in the place of this one. Its actions are increments
+    # here, with which 0 stands still; for joint positions give rest=(None, ...) and the observation that is its pose.
+    seed = derive_seed(EVALUATION, options.episode)
+    with SimulatedRobot(options.environment, seed, control_dt=control_dt) as robot:
+        limits = limits_of(robot.spec, velocity=options.velocity / control_dt)
+        config = LoopConfig(
+            execution=ExecutionConfig(options.strategy),
+            watchdog=WatchdogConfig(max_age_s=max(0.1, 4 * control_dt)),
+            recorder=RecorderConfig(options.flights),
+        )
+        loop = ControlLoop(robot, policy, limits, config)
+        # loop.pause(), resume(), reset() and stop() may be called from another thread, a foot switch's for one.
+        report = loop.run(max_steps=options.max_steps, until=lambda: robot.finished)
 
-            # On a robot: wait here for the next tick, robot.spec.control_dt seconds after the last.
-            outcome = robot.step(action)
-            observation, executed = outcome.observation, outcome.executed_action[None]
-            if outcome.success or outcome.terminated or outcome.truncated:
-                print("success" if outcome.success else "no success", f"after {step + 1} control steps")
-                return
-    print(f"no success within {max_steps} control steps")
+    print("success" if robot.success else "no success", f"after {robot.steps} control steps of the robot")
+    for name, times in report.times_ms.items():
+        print(f"{name:8}", "  ".join(f"{key} {value:.2f} ms" for key, value in times.items()))
+    ticks, missed, worst_ms = (report.pacing[key] for key in ("ticks", "missed", "worst_late_ms"))
+    print(f"pacing   {missed} of {ticks + missed} control steps missed, at worst {worst_ms:.2f} ms late")
+    print(f"plans    {report.plans}, delay {report.delay_steps} control steps")
+    print(f"faults   {report.faults or 'none'}")
 
 
 if __name__ == "__main__":
@@ -52,5 +56,10 @@ if __name__ == "__main__":
     parser.add_argument("--environment", default="metaworld/push-v3")
     parser.add_argument("--episode", type=int, default=0)
     parser.add_argument("--max-steps", type=int, default=500)
-    options = parser.parse_args()
-    main(options.checkpoint, options.environment, options.episode, options.max_steps)
+    parser.add_argument("--strategy", choices=("prefix", "receding", "ensemble"), default="prefix")
+    parser.add_argument("--slow-motion", type=float, default=1.0, help="so many times slower than the data")
+    parser.add_argument(
+        "--velocity", type=float, default=1.0, help="most change of an action per control step, of its range"
+    )
+    parser.add_argument("--flights", type=Path, default=Path("runs/flights"), help="folder of flight records")
+    main(parser.parse_args())

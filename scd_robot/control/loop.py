@@ -8,6 +8,7 @@ Shapes: Da action width, Ta chunk length, d committed actions.
 
 import logging
 import queue
+import sys
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Literal
@@ -30,6 +31,7 @@ __all__ = ["ControlLoop"]
 logger = logging.getLogger(__name__)
 
 _LEAST_SPACING = 0.5  # of the servo period, between two commands
+_SWITCH_INTERVAL_S = 0.0005  # within which Python lets a plan in another thread give way; by itself it takes 5 ms
 _KEPT_TIMES = 100_000
 _HOLD_ATTEMPTS = 3
 
@@ -125,6 +127,8 @@ class ControlLoop:
             The report. Whatever is raised is raised again after the robot holds and a record is written.
         """
         pacer = Pacer(self._clock, self._servo_dt)
+        interval_s = sys.getswitchinterval()
+        sys.setswitchinterval(min(interval_s, _SWITCH_INTERVAL_S))
         try:
             self._release()
             while self.state != "stopped":
@@ -140,6 +144,7 @@ class ControlLoop:
             raise
         finally:
             self._finish(pacer)
+            sys.setswitchinterval(interval_s)
         return self._report(pacer)
 
     def _control_step(self, gap: int, late_s: float) -> None:
@@ -250,7 +255,7 @@ class ControlLoop:
     def _anchor(self) -> None:
         """Tells the limiter where the robot is, by a sample that is fresh and newer than its last hold."""
         sample = self._gate.newest
-        if sample is None or sample.stamp_s < self._released_s or self._is_stale():
+        if sample is None or sample.stamp_s <= self._released_s or self._is_stale():
             return
         try:
             self._limiter.start(sample.pose)

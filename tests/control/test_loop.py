@@ -169,7 +169,7 @@ def test_committed_actions_are_what_is_carried_out_behind_the_limits():
 def test_the_history_advances_in_every_control_step_and_learns_what_was_sent():
     scene = Scene(plan_steps=5.5)
     scene.run(30)
-    assert scene.policy.encoded == 30
+    assert scene.policy.encoded == 29  # the first sample is of the instant in which the robot was told to hold
     sent = scene.places()
     told = [executed[0, 0] for executed in scene.policy.executed if executed is not None]
     np.testing.assert_allclose(told, sent[: len(told)].astype(np.float32))
