@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-versio
 ROBOMIMIC_NEEDS := imageio psutil six tensorboardX termcolor
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench robosuite lerobot rivals clean distclean
+.PHONY: help demo test lint bench robosuite lerobot rivals openpi clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -52,16 +52,19 @@ lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot read a dataset of ou
 
 rivals: $(VENV)-lerobot/.made  ## make the environment of benchmarks/outside, the same (1.7 GB on disk)
 
+openpi: $(VENV)-openpi/.made $(VENV)/.dev  ## let the published openpi-client drive a task through our server
+	SCD_OPENPI_PYTHON=$(VENV)-openpi/bin/python $(BIN)/python -m pytest tests/serve/test_openpi_client.py $(ARGS)
+
 clean:  ## remove what builds and tools left
 	rm -rf build dist scd_robot.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## and the environments
-	rm -rf .venv .venv-robosuite .venv-lerobot
+	rm -rf .venv .venv-robosuite .venv-lerobot .venv-openpi
 
 # Stamps: an environment is filled again only when pyproject.toml or the constraints changed.
 
-$(VENV)/.made $(VENV)-robosuite/.venv $(VENV)-lerobot/.venv:
+$(VENV)/.made $(VENV)-robosuite/.venv $(VENV)-lerobot/.venv $(VENV)-openpi/.venv:
 	@command -v $(PYTHON) > /dev/null || { echo "make: there is no '$(PYTHON)'; name one with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo \
 	    "make: Python 3.11 to 3.13 is needed, '$(PYTHON)' is $$($(PYTHON) --version); name another with PYTHON=..." >&2; \
@@ -92,4 +95,9 @@ $(VENV)-robosuite/.made: $(VENV)-robosuite/.venv pyproject.toml constraints/robo
 $(VENV)-lerobot/.made: $(VENV)-lerobot/.venv constraints/lerobot.txt
 	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps \
 	    --requirement constraints/lerobot.txt
+	@touch $@
+
+$(VENV)-openpi/.made: $(VENV)-openpi/.venv constraints/openpi.txt
+	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps \
+	    --requirement constraints/openpi.txt
 	@touch $@

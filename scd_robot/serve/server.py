@@ -47,6 +47,7 @@ _POSITIONS = (
     "Positions in the history are control steps. Without scd/step or scd/executed an observation counts as the next "
     "one, but steps_per_plan later after a plan, if the client never sends scd/observe_only."
 )
+_LONGEST_REFUSAL = 4000  # characters: it repeats what the client sent
 _REASONS = {1007: "no message of this protocol", 1011: "internal error"}
 _LOOPBACK = ("localhost", "127.", "::1")
 
@@ -94,8 +95,8 @@ class ServerConfig:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
-        if self.api_key is not None and not self.api_key.strip():
-            raise ConfigError("the API key is empty; give one, or leave it out")
+        if self.api_key is not None and not (self.api_key.strip() and self.api_key.isascii()):
+            raise ConfigError("an API key must be ASCII and not empty; give one, or leave it out")
         if self.tls_key is not None and self.tls_cert is None:
             raise ConfigError("a TLS key without a certificate; give both")
 
@@ -203,7 +204,7 @@ class PolicyServer:
             return True
         given = request.headers.get_all("Authorization")
         scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
-        same = hmac.compare_digest(key.strip().encode(), self.config.api_key.strip().encode())
+        same = hmac.compare_digest(key.strip().encode(errors="replace"), self.config.api_key.strip().encode())
         return same and scheme.lower() in ("api-key", "bearer")
 
     # A connection.
@@ -265,7 +266,9 @@ class PolicyServer:
         except ScdRobotError as error:
             self.metrics.add("scd_errors_total", fault="client")
             logger.debug("refused a request: %s", error)
-            return f"{type(error).__name__}: {error}", 1007 if isinstance(error, MessageError) else None
+            return f"{type(error).__name__}: {error}"[:_LONGEST_REFUSAL], 1007 if isinstance(
+                error, MessageError
+            ) else None
         except Exception:
             self.metrics.add("scd_errors_total", fault="server")
             logger.exception("a request failed")

@@ -31,13 +31,13 @@ def valid_frames(rng: np.random.Generator) -> list[bytes]:
 def spoil(frame: bytes, rng: np.random.Generator) -> bytes:
     """Flips, drops, repeats or inserts bytes, or cuts the end off."""
     data = bytearray(frame)
-    for _ in range(rng.integers(1, 5)):
-        at, kind = int(rng.integers(len(data) or 1)), rng.integers(5)
-        if kind <= 1 and data:
+    for _ in range(rng.integers(1, 4)):
+        at, kind = int(rng.integers(len(data) or 1)), rng.integers(8)
+        if kind < 5 and data:
             data[at] ^= 1 << int(rng.integers(8))
-        elif kind == 2:
+        elif kind == 5:
             data[at : at + int(rng.integers(4))] = b""
-        elif kind == 3:
+        elif kind == 6:
             data[at:at] = rng.bytes(int(rng.integers(1, 4)))
         else:
             data = data[: at + 1] if rng.random() < 0.3 else data + data[at : at + 8]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from scd_robot.errors import ShapeError, UnknownNameError
+from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
 from scd_robot.policies.registry import POLICIES, policy_class
 from scd_robot.types import Policy, PolicySpec
 
@@ -221,3 +221,37 @@ def test_each_snapshot_has_noise_of_its_own_and_planning_changes_nothing(make, s
     assert 1 <= policy.max_prefix < policy.spec.chunk_length
     policy.reset()
     assert not policy.may_plan
+
+
+def test_histories_that_come_and_go_act_as_rows_that_stay(make, stream) -> None:
+    """Released and resumed in other batches, in another order, and with control steps that somebody else skipped."""
+    policy, observations = make(), stream(3, 10)
+    whole = act_all(policy, observations, episodes=[0, 1, 2])
+    policy.reset()
+    histories = [policy.new_history(episode) for episode in range(3)]
+    for step, observation in enumerate(observations):
+        for group in ([2, 0], [1]) if step % 3 else ([0, 1, 2],):
+            policy.resume([histories[row] for row in group])
+            actions = policy.act({key: value[group] for key, value in observation.items()})
+            for row, history in zip(group, policy.release(), strict=True):
+                histories[row] = history
+            np.testing.assert_allclose(actions, whole[step, group], atol=1e-5)
+    assert policy.release() == []
+    kept = histories[0].select([0])
+    histories[0].skip(3)
+    assert (histories[0].position.tolist(), kept.position.tolist()) == ([13], [10])
+    assert histories[0].cache.position.tolist() == [13]
+
+
+def test_a_plan_for_some_rows_leaves_the_others_alone(make, stream) -> None:
+    observations = stream(3, 2)
+    policy, other = make(), make()
+    for one in (policy, other):
+        one.reset(episodes=[0, 1, 2])
+        one.observe(observations[0])
+    everything, some = policy.plan(), other.plan(rows=[0, 2])
+    np.testing.assert_allclose(some, everything[[0, 2]], atol=1e-5)
+    for rows in ([2, 0], [1, 1]):
+        with pytest.raises(ConfigError, match="ascending"):
+            other.plan(rows=rows)
+    np.testing.assert_allclose(other.plan(rows=[1]), everything[[1]], atol=1e-5)

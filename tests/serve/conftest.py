@@ -6,10 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("websockets")
-pytest.importorskip("msgpack")
-
 from small_policies import small_policy
 
 from scd_robot.serve import PolicyClient

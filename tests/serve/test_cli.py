@@ -1,0 +1,58 @@
+"""`scd serve` from its start to SIGTERM, as a user runs it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scd_robot.serve import PolicyClient, ServerUnreachableError
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "client.py"
+
+
+def test_the_example_drives_a_served_checkpoint_until_sigterm(tiny_run, tmp_path):
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    options = ["--port", "0", "--api-key-file", str(key), "--keys", "position=robot/xy"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "scd_robot.cli.main", "serve", str(tiny_run), *options],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        lines = iter(server.stderr.readline, "")
+        address = next(found[0] for line in lines if (found := re.search(r"ws://[\d.:]+", line)))
+        assert address.startswith("ws://127.0.0.1:")
+        with pytest.raises(ServerUnreachableError, match="401"):
+            PolicyClient(address)
+        done = subprocess.run(
+            [sys.executable, EXAMPLE, address, "--steps", "6", "--api-key", "secret"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "robot/xy" in done.stdout
+        assert done.stdout.count("planned in") == 3
+        os.kill(server.pid, signal.SIGTERM)
+        assert server.wait(timeout=30) == 0
+    finally:
+        server.kill()
+        server.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--keys", "position"], "OURS=THEIRS"),
+        (["--keys", "position=x", "position=y"], "OURS=THEIRS"),
+        (["--keys", "positon=x"], "did you mean 'position'"),
+        (["--tls-key", "key.pem"], "a TLS key without a certificate"),
+        (["--max-history-mb", "0.0001"], "one history takes"),
+        (["--api-key-file", "missing"], "no such file"),
+        (["--port", "70000"], "port must be from 0 to 65535"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(tiny_run, refused, options, told):
+    refused(["serve", tiny_run, *options], told)
