@@ -96,6 +96,18 @@ def test_padding_and_absent_pictures_change_nothing_that_is_learned() -> None:
     assert torch.equal(loss_terms(model, normalizer, padded)[0], losses[0])
 
 
+@pytest.mark.parametrize("changes", [{}, {"history_length": 1}, {"observation_shapes": {"eye": (16, 24, 3)}}])
+def test_every_parameter_learns_also_in_bf16_without_memory_and_without_vectors(changes: dict) -> None:
+    data, experiment = picture_data(), tiny_experiment(model={**MODEL, **changes})
+    model, normalizer = parts(data, experiment)
+    for parameter in model.parameters():  # none of them at zero, where others get no gradient
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        total, count = flow_matching_terms(model, normalizer, batch_of(data, experiment))
+    (total / count).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
 class TestAugmentation:
     def test_it_is_drawn_by_seed_step_and_sample_for_each_segment_and_camera(self) -> None:
         data, experiment = picture_data(), tiny_experiment(model=MODEL)
