@@ -18,6 +18,7 @@ __all__ = ["ImageConfig", "ImageEncoder"]
 
 _FREQUENCIES = 4  # of the sines and cosines that tell a place
 _MOST_PLACES = 1024
+_PEAKED = 3.0  # standard deviation of the queries' logits at initialisation, about
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,15 @@ class ImageEncoder(nn.Module):
         self.project = nn.Linear(features, width)
         self.register_buffer("coordinates", _fourier(config.places(key, shape)), persistent=False)
         self.place = nn.Linear(self.coordinates.shape[1], width, bias=False)
-        self.queries = nn.Parameter(torch.randn(config.tokens_per_image, width))
+        self.place_norm = nn.LayerNorm(width, eps=1e-6)
+        # Peaked from the start, each head on few places: an even mean hides what is in one of them from the first
+        # updates, which then learn to do without pictures. For the same reason tokens are as large as vectors' tokens.
+        self.queries = nn.Parameter(_PEAKED * torch.randn(config.tokens_per_image, width))
         self.keys_values = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
+        for layer in (self.keys_values, self.out):
+            nn.init.normal_(layer.weight, std=width**-0.5)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Tokens (N, K, D) of pictures (N, H, W, C) uint8."""
@@ -113,7 +120,8 @@ class ImageEncoder(nn.Module):
         x = images.movedim(-1, 1).to(weight.dtype) / 127.5 - 1
         x = self.features(x).flatten(2).transpose(1, 2)
         x = gelu(self.project(self.norm(x)) + self.place(self.coordinates.to(weight.dtype)), approximate="tanh")
-        keys, values = self.keys_values(x).unflatten(-1, (2, self.num_heads, -1)).transpose(1, 3).unbind(2)
+        pairs = self.keys_values(self.place_norm(x)).unflatten(-1, (2, self.num_heads, -1))
+        keys, values = pairs.transpose(1, 3).unbind(2)
         queries = self.queries.unflatten(-1, (self.num_heads, -1)).transpose(0, 1).to(keys.dtype)
         tokens: Tensor = self.out(multi_head_attention(queries.expand(len(x), -1, -1, -1), keys, values))
         return tokens
