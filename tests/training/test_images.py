@@ -103,7 +103,7 @@ def test_every_parameter_learns_also_in_bf16_without_memory_and_without_vectors(
     for parameter in model.parameters():  # none of them at zero, where others get no gradient
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
     with torch.autocast("cpu", torch.bfloat16):
-        total, count = flow_matching_terms(model, normalizer, batch_of(data, experiment))
+        total, count = loss_terms(model, normalizer, batch_of(data, experiment))
     (total / count).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
