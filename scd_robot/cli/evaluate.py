@@ -145,6 +145,18 @@ def evaluate(
         document["history"] = _diagnose(load, env, diagnose_history, demonstrations, where, out, quiet)
     if json is not None:
         write_json(json, document)
+    _check_valid(documents)
+
+
+def _check_valid(documents: Sequence[Mapping[str, Any]]) -> None:
+    """Raises SimulatorError where the simulator failed in every episode of an evaluation."""
+    from scd_robot.errors import SimulatorError
+
+    empty = [document for document in documents if document["success_rate"] is None]
+    if empty:
+        reason = empty[0]["episodes_detail"][0]["reason"]
+        which = "no episode was valid" if len(documents) == 1 else f"{len(empty)} evaluations have no valid episode"
+        raise SimulatorError(f"{which}; the first ended with: {reason}; 'scd doctor' tells whether the simulator works")
 
 
 def _faults(latency_ms: Sequence[float], jitter_ms: float, drop: float, freeze: float) -> list[Any]:

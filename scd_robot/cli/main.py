@@ -40,7 +40,8 @@ exit codes:
   0    done
   1    from 'scd data validate': something would spoil training; from 'scd data replay': the recording is not
        reproduced; from 'scd doctor': something does not work; otherwise a bug of ours, with its traceback
-  2    bad usage or input (one sentence says what); from 'scd sweep': an evaluation failed
+  2    bad usage or input (one sentence says what); from 'scd eval' and 'scd sweep': an evaluation failed, or had
+       no valid episode
   130  interrupted"""
 
 # What to do about the operating system's refusals; any other OSError is taken for a bug.

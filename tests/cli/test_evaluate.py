@@ -80,3 +80,14 @@ def test_a_diagnosis_that_fails_does_not_take_the_result_with_it(arguments, tmp_
     document = json.loads((tmp_path / "result.json").read_text())
     assert document["episodes"] == 2
     assert "history" not in document
+
+
+def test_an_evaluation_without_a_valid_episode_is_kept_and_is_no_success(arguments, tmp_path, monkeypatch, capsys):
+    arguments[arguments.index("--env") + 1] = "toy_environment:make_crashing_while_told"
+    monkeypatch.setenv("TOY_CRASHES", "1")
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert "no valid episode" in told.out
+    assert "no episode was valid; the first ended with: " in told.err
+    assert "contact solver diverged" in told.err
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["invalid"] == 2
