@@ -111,8 +111,13 @@ def _decode(entries: dict[Any, Any]) -> Any:
         number = fields.get("data")
         if not isinstance(number, bool | int | float):
             raise MessageError(f"a numpy scalar must be a number, got {type(number).__name__}")
+        dtype = _dtype(fields.get("dtype"))
+        if dtype.kind in "iu":  # numpy 1 would wrap around
+            limits = np.iinfo(dtype)
+            if isinstance(number, float) or not limits.min <= number <= limits.max:
+                raise MessageError(f"a numpy scalar of {dtype} cannot be {number!r:.80}")
         with np.errstate(over="ignore"):
-            return _dtype(fields.get("dtype")).type(number)
+            return dtype.type(number)
     return entries
 
 
