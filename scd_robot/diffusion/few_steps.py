@@ -56,9 +56,8 @@ def mean_flow(
         u = v + (end - t) * du,   du = derivative of u(x_t, t, end) along the path.
 
     The paper takes du from a Jacobian-vector product. Here it is a quotient of differences over `lead`: networks that
-    embed flow time by fine sinusoids, as ours do, were never taught a slope at that scale. The exact derivative of a
-    trained decoder is three times as large as its change over 0.03, and (end - t) * du then larger than u itself. The
-    quotient costs less, too, and works with every kernel of attention.
+    embed flow time by fine sinusoids, as ours do, were never taught a slope at that scale. The quotient costs less,
+    too, and works with every kernel of attention.
 
     Args:
         average: called as average(x, flow_time, end_time) -> (B, L, Da); differentiable.

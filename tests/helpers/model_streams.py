@@ -4,6 +4,21 @@ import torch
 
 from scd_robot.model import ScdConfig, ScdModel, build_model
 
+ENTANGLED = ScdConfig(
+    observation_shapes={"a": (3,), "b": (2,)},
+    action_dim=2,
+    architecture="entangled",
+    width=32,
+    num_heads=2,
+    encoder_layers=2,
+    decoder_layers=1,
+    history_length=5,
+    observation_tokens="per_key",
+    chunk_length=4,
+    num_past_actions=3,
+    context_corruption=0,
+)
+
 
 def randomised(config: ScdConfig, dtype: torch.dtype = torch.float64) -> ScdModel:
     """A model with every parameter drawn at random, so that no zero-initialised gate hides a path."""

@@ -4,26 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from model_streams import randomised, stream_of
+from model_streams import ENTANGLED, randomised, stream_of
 
 from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import ConfigError
-from scd_robot.model import CausalDitModel, HistoryContext, ScdConfig, ScdModel, build_model
+from scd_robot.model import CausalDitModel, HistoryContext, ScdModel, build_model
 
-ENTANGLED = ScdConfig(
-    observation_shapes={"a": (3,), "b": (2,)},
-    action_dim=2,
-    architecture="entangled",
-    width=32,
-    num_heads=2,
-    encoder_layers=2,
-    decoder_layers=1,
-    history_length=5,
-    observation_tokens="per_key",
-    chunk_length=4,
-    num_past_actions=3,
-    context_corruption=0,
-)
 VARIANTS = {
     "per_key": {},
     "joint": {"observation_tokens": "joint"},
