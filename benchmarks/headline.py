@@ -2,9 +2,9 @@
 
 Every arm has one run per seed. Its checkpoints are evaluated along the way, so that the arms can be read at equal
 updates (the last checkpoint) and at equal CPU time (the last checkpoint that cost no more than all of the separable
-model's training). The entangled rival's learning rate was chosen with as many trials as ours: `--tune`. The others'
-policies (`make rivals`) have about 1.5 million parameters (BC-RNN more: robomimic's own size) and train for MINUTES of
-one core, with a cosine that ends there (BC-RNN: a constant learning rate, as published); Diffusion Policy runs with
+model's training). The entangled rival's learning rate and NFE are chosen with as many trials as ours: `--tune`;
+those of the policies from outside are not tuned (`make rivals`). They have about 1.5 million parameters (BC-RNN more:
+robomimic's own size) and train for MINUTES of one core, with a cosine that ends there (BC-RNN: a constant learning rate, as published); Diffusion Policy runs with
 DDIM, 16 steps of 100, as its paper does on robots.
 
     python benchmarks/headline.py --tune                        which learning rate suits each architecture
@@ -84,6 +84,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 OURS, RIVAL = "separable", "entangled"
 LEARNING_RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3")  # of the trials; the preset has 1e-3
+NFE = (4, 8, 16)  # of the trials; the preset has 8
 TUNED_ON = {"assembly": 400, "push-hidden": 600}  # updates at which the presets succeed in about 80 %
 READINGS = 5
 AIM_TIME, AIM_OF_FINAL = 0.6, 0.9
@@ -116,7 +117,9 @@ def make_trials() -> list[Job]:
             for rate in LEARNING_RATES:
                 job = _job(name, replace(TASKS[name], updates=updates), arm, 0)
                 settings = (*job.settings, f"training.learning_rate={rate}")
-                trials.append(replace(job, name=_trial_name(name, arm, rate), settings=settings, readings=1))
+                trials.append(
+                    replace(job, name=_trial_name(name, arm, rate), settings=settings, readings=1, denoising_steps=NFE)
+                )
     return trials
 
 
@@ -155,28 +158,31 @@ def make_report(results: Results, tasks: Mapping[str, Task], latency: Path) -> s
 
 
 def make_tuning_report(results: Results) -> str:
-    """Success by architecture and learning rate."""
-    lines = ["## Learning rates", "", "| task | arm | " + " | ".join(LEARNING_RATES) + " |"]
+    """Success by architecture, learning rate and NFE."""
+    lines = [
+        "## Learning rates; successes with NFE 4, 8, 16",
+        "",
+        "| task | arm | " + " | ".join(LEARNING_RATES) + " |",
+    ]
     lines.append("|" + "---|" * (2 + len(LEARNING_RATES)))
-    totals = dict.fromkeys(((arm, rate) for arm in (OURS, RIVAL) for rate in LEARNING_RATES), 0)
+    totals = {(arm, rate, steps): 0 for arm in (OURS, RIVAL) for rate in LEARNING_RATES for steps in NFE}
     for task, updates in TUNED_ON.items():
         for arm in (OURS, RIVAL):
             cells = []
             for rate in LEARNING_RATES:
                 result = results.get(_trial_name(task, arm, rate))
-                done = result is not None and result["status"] == "done"
-                cells.append(f"{result['evaluation']['successes']}/{_valid(result)}" if result and done else "-")
-                totals[arm, rate] += result["evaluation"]["successes"] if result and done else 0
+                if result is None or result["status"] != "done":
+                    cells.append("-")
+                    continue
+                counts = [result["by_denoising_steps"][str(steps)] for steps in NFE]
+                cells.append(", ".join(f"{one['successes']}/{one['episodes'] - one['invalid']}" for one in counts))
+                for steps, one in zip(NFE, counts, strict=True):
+                    totals[arm, rate, steps] += one["successes"]
             lines.append(f"| {task}, {updates} updates | {arm} | " + " | ".join(cells) + " |")
     for arm in (OURS, RIVAL):
-        best = max(LEARNING_RATES, key=lambda rate: totals[arm, rate])
-        lines.append(f"\n- {arm}: most successes with {best}")
+        _, rate, steps = max((key for key in totals if key[0] == arm), key=lambda key: totals[key])
+        lines.append(f"\n- {arm}: most successes with {rate} and NFE {steps}")
     return "\n".join([*lines, "", provenance(results)])
-
-
-def _valid(result: Mapping[str, Any]) -> int:
-    evaluation = result["evaluation"]
-    return int(evaluation["episodes"] - evaluation["invalid"])
 
 
 def _results(done: Results, name: str, task: Task, arm: str) -> list[dict[str, Any]]:

@@ -82,3 +82,15 @@ def test_arms_are_read_at_equal_cpu_time_too() -> None:
 def test_a_training_that_was_interrupted_has_no_cpu_time() -> None:
     text = report(arm_result("separable", 95, [9], None), arm_result("entangled", 90, [8], 300.0))
     assert "an arm never reached it" in text
+
+
+def test_trials_tell_learning_rate_and_steps_together() -> None:
+    results = {}
+    for job in headline.make_trials():
+        counts = {"4": 70, "8": 60, "16": 80 if "entangled_5e-4" in job.name else 50}
+        found = {steps: {"successes": n, "episodes": 100, "invalid": 0} for steps, n in counts.items()}
+        results[job.name] = result(job.name, [True]) | {"by_denoising_steps": found}
+    report = headline.make_tuning_report(results)
+    assert "- separable: most successes with 2.5e-4 and NFE 4" in report
+    assert "- entangled: most successes with 5e-4 and NFE 16" in report
+    assert "| 70/100, 60/100, 80/100 |" in report
