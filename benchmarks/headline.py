@@ -4,10 +4,10 @@ Every arm has one run per seed. Its checkpoints are evaluated along the way, so 
 updates (the last checkpoint) and at equal CPU time (the last checkpoint that cost no more than all of the separable
 model's training). The entangled rival's learning rate and NFE are chosen with as many trials as ours: `--tune`;
 those of the policies from outside are not tuned (`make rivals`). They have about 1.5 million parameters (BC-RNN more:
-robomimic's own size) and train for MINUTES of one core, with a cosine that ends there (BC-RNN: a constant learning rate, as published); Diffusion Policy runs with
-DDIM, 16 steps of 100, as its paper does on robots.
+robomimic's own size) and train for MINUTES of one core, with a cosine that ends there (BC-RNN: a constant learning
+rate, as published); Diffusion Policy runs with DDIM, 16 steps of 100, as its paper does on robots.
 
-    python benchmarks/headline.py --tune                        which learning rate suits each architecture
+    python benchmarks/headline.py --tune                        which learning rate and NFE suit each architecture
     python benchmarks/headline.py --pusht pusht_cchi_v7_replay.zarr
     python benchmarks/rivals.py                                 latency; the report quotes its last run
 
