@@ -40,11 +40,11 @@ Results = Mapping[str, dict[str, Any]]
 
 
 def make_jobs() -> list[Job]:
-    """Every task with the cue hidden and in view, for both arms and all seeds; the first seeds first."""
+    """Every task with the cue hidden and in view, for both arms and all seeds; first what says most."""
+    order = [(0, "hidden"), (0, "visible"), (1, "hidden"), (2, "hidden"), (1, "visible"), (2, "visible")]
     return [
         _job(task, view, arm, seed)
-        for seed in (0, 1, 2)
-        for view in VIEWS
+        for seed, view in order
         for task in MEMORY_TASKS
         for arm in ARMS
         if seed in _seeds(task)
