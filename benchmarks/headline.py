@@ -81,12 +81,20 @@ ARMS: dict[str, tuple[str, ...]] = {
     "separable 5:1": ("model.encoder_layers=5", "model.decoder_layers=1"),
     "entangled": _ENTANGLED,
     "history-1 twin": ("model.history_length=1",),
+    "separable, brief": (),
+    "converted": (),
 }
+# A brief training has this share of the updates, which is at most 15 % of the entangled model's computing. `converted`
+# begins with the entangled model's layers, `separable, brief` from scratch.
+BRIEF = ("separable, brief", "converted")
+SHARE = 0.24
+CONVERTS = ("0:5", "first:2,last:1")
 OURS, RIVAL = "separable", "entangled"
 LEARNING_RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3")  # of the trials; the preset has 1e-3
 NFE = (4, 8, 16)  # of the trials; the preset has 8
 TUNED_ON = {"assembly": 400, "push-hidden": 600}  # updates at which the presets succeed in about 80 %
 READINGS = 5
+_TICKS = ("planning tick", "idle tick", "control step")  # p50 / p99 [ms]
 AIM_TIME, AIM_OF_FINAL = 0.6, 0.9
 
 
@@ -128,9 +136,14 @@ def _job(name: str, task: Task, arm: str, seed: int) -> Job:
     if arm in OUTSIDE:
         module, settings = OUTSIDE[arm]
         return Job(*where, settings, seed, rival=module, readings=READINGS)
-    budget = (f"training.max_steps={task.updates}", f"training.validate_every={task.updates // READINGS}")
-    settings = (*task.settings, *budget, *ARMS[arm])
-    return Job(*where, settings, seed, preset=task.preset, readings=READINGS)
+    updates, readings = (round(SHARE * task.updates), 1) if arm in BRIEF else (task.updates, READINGS)
+    budget = (f"training.max_steps={updates}", f"training.validate_every={updates // readings}")
+    warmup = (f"training.warmup_steps={updates // 10}",) if arm in BRIEF else ()
+    settings = (*task.settings, *budget, *warmup, *ARMS[arm])
+    job = Job(*where, settings, seed, preset=task.preset, readings=readings)
+    if arm == "converted":
+        return replace(job, begins_from=_name(name, RIVAL, seed), converts=CONVERTS)
+    return job
 
 
 def _name(task: str, arm: str, seed: int) -> str:
@@ -300,10 +313,15 @@ def _latency(path: Path) -> str:
         return f"Latency has not been measured: python benchmarks/rivals.py writes {path}."
     measured = read_json(path)
     lines = [f"### Latency ({measured['command']}, {measured['date']}, code {measured['code']})", ""]
-    lines += ["| history, NFE, arm | planning tick / entangled's, median (5-95 %) |", "|---|---|"]
-    for key, ratio in measured["ratios"].items():
-        if not key.endswith(RIVAL):
-            lines.append(f"| {key} | {ratio['median']:.2f} ({ratio['p5']:.2f}-{ratio['p95']:.2f}) |")
+    head = ("history, NFE, arm", *_TICKS, "planning tick / entangled's, median (5-95 %)", "memory of a history [KiB]")
+    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for key, times in measured["times"].items():
+        history, _, arm = key.split(" ", 2)
+        cells = [f"{times[name]['p50']:.2f} / {times[name]['p99']:.2f}" for name in _TICKS]
+        ratio = measured["ratios"][key]
+        beside = "" if arm == RIVAL else f"{ratio['median']:.2f} ({ratio['p5']:.2f}-{ratio['p95']:.2f})"
+        memory = measured["memory_kib"][f"{history} {arm}"]
+        lines.append(f"| {key} | " + " | ".join(cells) + f" | {beside} | {memory:,.0f} |")
     for arm, ratio in measured["growth"].items():
         lines.append(f"\n- {arm}: planning tick with a history of 256 over 16: {ratio['median']:.2f}")
     return "\n".join(lines)

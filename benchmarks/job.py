@@ -77,6 +77,8 @@ class Job:
         preset: named experiment.
         episodes: of the evaluation.
         begins_from: name of another job, on the same recording, whose weights and normalisation this one begins with.
+        converts: layers of that job's entangled model that become encoder and decoder, as `scd convert-policy` takes
+            them; the model is then what follows from it, and settings are of the training.
         denoising_steps: evaluated again in `environment` with these numbers of them.
         rival: module of a rival in the place of our preset, "outside.diffusion" for one; it is trained and run in an
             environment of its own, with settings training.*, model.* and policy.*.
@@ -92,6 +94,7 @@ class Job:
     episodes: int = 100
     also: tuple[str, ...] = ()
     begins_from: str = ""
+    converts: tuple[str, ...] = ()
     denoising_steps: tuple[int, ...] = ()
     rival: str = ""
     readings: int = 1
@@ -99,20 +102,23 @@ class Job:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._=+-]+", self.name):
             raise ConfigError(f"a job's name may hold letters, digits and . _ = + - only, got {self.name!r}")
+        if self.converts and (len(self.converts) != 2 or not self.begins_from):
+            raise ConfigError(f"{self.name}: converts is (encoder layers, decoder layers) of the job in begins_from")
         if self.rival and (self.begins_from or self.denoising_steps):
             raise ConfigError(f"{self.name}: begins_from and denoising_steps are for our own policies, not for rivals")
 
     def training_identity(self) -> dict[str, Any]:
         """What the trained weights depend on, as plain JSON types."""
         settings = list(self.settings)
-        begins = {"begins_from": self.begins_from} if self.begins_from else {}
+        begins: dict[str, Any] = {"begins_from": self.begins_from} if self.begins_from else {}
+        begins |= {"converts": list(self.converts)} if self.converts else {}
         learner = {"rival": self.rival} if self.rival else {"preset": self.preset}
         return {"recording": asdict(self.recording), **learner, "settings": settings, "seed": self.seed, **begins}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Job":
         """Inverse of `dataclasses.asdict`, also after JSON made the tuple a list."""
-        lists = {name: tuple(data.get(name, ())) for name in ("settings", "also", "denoising_steps")}
+        lists = {name: tuple(data.get(name, ())) for name in ("settings", "also", "converts", "denoising_steps")}
         recording: Recording | Given
         if "path" in data["recording"]:
             recording = Given(**{**data["recording"], "keys": tuple(data["recording"]["keys"])})
@@ -242,10 +248,15 @@ def _train_once(job: Job, out: Path, threads: int) -> dict[str, Any]:
     written = [(path / "manifest.json").stat().st_mtime for path in list_checkpoints(run)]
     earlier_s = useful_seconds(sessions, written)
     data = _open(job.recording, out)
-    experiment = with_settings(resolve(job.preset, data.spec), [*job.settings, f"training.seed={job.seed}"])
+    init = out / "work" / job.begins_from / "run" if job.begins_from else None
+    settings = [*job.settings, f"training.seed={job.seed}"]
+    if job.converts:
+        assert init is not None
+        experiment, init = _converted(job.converts, init, settings, folder / "converted")
+    else:
+        experiment = with_settings(resolve(job.preset, data.spec), settings)
     write_json(folder / "sessions.json", {"trained": job.training_identity(), "starts": [*sessions, time.time()]})
     wall, cpu = time.monotonic(), time.process_time()
-    init = out / "work" / job.begins_from / "run" if job.begins_from else None
     begins: dict[str, Any] = {"init": init, "init_statistics": "checkpoint" if init else None}
     summary = train(data, experiment, run, resume=bool(written), **begins, accelerator="cpu", progress=False)
     checkpoint = read_checkpoint(run)
@@ -261,6 +272,18 @@ def _train_once(job: Job, out: Path, threads: int) -> dict[str, Any]:
     del summary["seconds"]  # of the last session only
     write_json(folder / "training.json", summary)
     return dict(summary)
+
+
+def _converted(layers: Sequence[str], source: Path, settings: Sequence[str], path: Path) -> tuple[Any, Path]:
+    """The fine-tuning of an entangled run's layers, and the checkpoint in `path` that it begins with."""
+    from scd_robot.analysis.conversion import plan_conversion, write_converted
+    from scd_robot.presets import with_settings
+
+    conversion = plan_conversion(source, layers[0], layers[1], num_context_tokens=1, fusion="prefix")
+    conversion = conversion.with_experiment(with_settings(conversion.experiment, settings))
+    if not path.exists():
+        write_converted(conversion, path)
+    return conversion.experiment, path
 
 
 def _own_checkpoints(job: Job, out: Path) -> tuple[Callable[[Path], Any], list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ As `latency.py`: float32, one thread, batch 1, through the policies with numpy i
 The rival has its best configuration: clean history tokens, whose keys and values of all layers are cached across
 control steps and denoising steps, no context slots, one buffer per plan for the keys and values of history and noisy
 tokens. All arms take turns within each round. The mean per control step is that of a planning tick and 7 idle ticks.
+Memory is what one robot's history takes: the cache of keys and values, and its bookkeeping.
 """
 
 import os
@@ -16,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import datetime
 import sys
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from job import code_version, describe_machine
 from latency import make_policy, observation, percentiles
 
 from scd_robot.analysis.latency import take_turns
+from scd_robot.model import ActionModel
 from scd_robot.output import write_json
 from scd_robot.presets import metaworld_state
 
@@ -55,17 +58,18 @@ def main() -> None:
     for entry in times.values():
         idle = np.array(entry["idle tick"]).reshape(len(entry["planning tick"]), -1).mean(axis=1)
         entry["control step"] = list((np.array(entry["planning tick"]) + (EXECUTED - 1) * idle) / EXECUTED)
-    names = ("history", "NFE", "arm", "encoder step", "planning tick", "mean per control step", "tick / entangled")
+    memory = {(w, arm): _cache_kib(policies[w, STEPS[0], arm].model) for w in HISTORIES for arm in ARMS}
+    columns = ("encoder step", "idle tick", "planning tick", "control step")
+    names = ("history", "NFE", "arm", *columns, "tick / entangled", "memory [KiB]")
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     ratios: dict[str, dict[str, float]] = {}
     for w, n, arm in keys:
         ratio = _ratio(times[w, n, arm]["planning tick"], times[w, n, "entangled"]["planning tick"])
         ratios[f"{w} {n} {arm}"] = ratio
-        columns = ("encoder step", "planning tick", "control step")
         found = [percentiles(times[w, n, arm][name]) for name in columns]
         cells = [f"{p['p50']:.2f} / {p['p99']:.2f}" for p in found]
         beside = "" if arm == "entangled" else f"{ratio['median']:.2f} ({ratio['p5']:.2f}-{ratio['p95']:.2f})"
-        print(f"| {w} | {n} | {arm} | " + " | ".join(cells) + f" | {beside} |")
+        print(f"| {w} | {n} | {arm} | " + " | ".join(cells) + f" | {beside} | {memory[w, arm]:,.0f} |")
     print()
     growth = {arm: _ratio(times[256, 8, arm]["planning tick"], times[16, 8, arm]["planning tick"]) for arm in ARMS}
     for arm, ratio in growth.items():
@@ -93,10 +97,17 @@ def main() -> None:
         "times": {" ".join(map(str, key)): {k: percentiles(v) for k, v in e.items()} for key, e in times.items()},
         "ratios": ratios,
         "growth": growth,
+        "memory_kib": {f"{w} {arm}": value for (w, arm), value in memory.items()},
         "parameters": parameters,
     }
     write_json(arguments.out, document)
     print(f"written: {arguments.out}")
+
+
+def _cache_kib(model: ActionModel[Any]) -> float:
+    """Memory of one robot's history [KiB]."""
+    cache = model.new_cache(1)
+    return sum(getattr(cache, field.name).nbytes for field in fields(cache)) / 1024
 
 
 def _ratio(above: list[float], below: list[float]) -> dict[str, float]:

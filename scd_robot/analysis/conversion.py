@@ -20,7 +20,7 @@ from scd_robot.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from scd_robot.config import from_json, to_json
 from scd_robot.datasets import EpisodeDataset
 from scd_robot.errors import ConfigError
-from scd_robot.model import ActionModel, CausalDitModel
+from scd_robot.model import ActionModel, CausalDitModel, ScdModel
 from scd_robot.model.convert import parse_layers, separable_config, separate
 from scd_robot.output import write_json
 from scd_robot.policies.loading import policy_of
@@ -32,7 +32,15 @@ from scd_robot.training import EpisodeDataModule, ExperimentConfig, SegmentDatas
 from scd_robot.training.start import check_fits, fingerprint
 from scd_robot.training.transformed import transformed
 
-__all__ = ["SCHEMA", "SHARE_OF_UPDATES", "Conversion", "convert_policy", "format_conversion", "plan_conversion"]
+__all__ = [
+    "SCHEMA",
+    "SHARE_OF_UPDATES",
+    "Conversion",
+    "convert_policy",
+    "format_conversion",
+    "plan_conversion",
+    "write_converted",
+]
 
 SCHEMA = 1  # of the JSON
 SHARE_OF_UPDATES = 0.15  # of the source's, that a fine-tuning takes at most unless it is told otherwise
@@ -123,6 +131,37 @@ def plan_conversion(
     return Conversion(source, encoder, decoder, replace(experiment, model=model, training=brief))
 
 
+def write_converted(conversion: Conversion, path: Path) -> ScdModel:
+    """The checkpoint that a fine-tuning begins with: the source's layers copied, nothing trained.
+
+    Args:
+        conversion: of `plan_conversion`.
+        path: folder that is written.
+
+    Returns:
+        Its model.
+
+    Raises:
+        OutputError: `path` is there already, or cannot be written.
+    """
+    source, experiment = conversion.source, conversion.experiment
+    entangled = policy_of(source).model
+    assert isinstance(entangled, CausalDitModel)
+    model = separate(entangled, experiment.model, conversion.encoder, conversion.decoder)
+    write_checkpoint(
+        path,
+        policy="scd",
+        step=0,
+        config=to_json(experiment),
+        dataset=source.dataset,
+        normalizer=source.normalizer,
+        weights=model.state_dict(),
+        origin={"conversion": conversion.to_json()},
+        metrics={},
+    )
+    return model
+
+
 def convert_policy(
     conversion: Conversion,
     data: EpisodeDataset,
@@ -157,24 +196,11 @@ def convert_policy(
         TrainingDivergedError: see `train`.
     """
     source, experiment = conversion.source, conversion.experiment
-    before = policy_of(source)
-    assert isinstance(before.model, CausalDitModel)
+    before, start = policy_of(source), out / "converted"
     data.check("the training dataset")
     ready = transformed(data, experiment.transforms)
     check_fits(ready, experiment)
-    model = separate(before.model, experiment.model, conversion.encoder, conversion.decoder)
-    start = out / "converted"
-    write_checkpoint(
-        start,
-        policy="scd",
-        step=0,
-        config=to_json(experiment),
-        dataset=source.dataset,
-        normalizer=source.normalizer,
-        weights=model.state_dict(),
-        origin={"conversion": conversion.to_json()},
-        metrics={},
-    )
+    model = write_converted(conversion, start)
     document: dict[str, Any] = {"schema": SCHEMA, "conversion": conversion.to_json()}
     document["same_dataset"] = fingerprint(ready) == source.origin.get("dataset")
     document["loss"] = {

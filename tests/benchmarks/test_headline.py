@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from benchmark_jobs import load, result
 
+from scd_robot.errors import ConfigError
 from scd_robot.presets import resolve, with_settings
 from scd_robot.types import ArraySpec, DatasetSpec
 
@@ -46,6 +47,17 @@ def test_pusht_joins_where_its_recording_is_at_hand(tmp_path: Path) -> None:
     assert headline.Job.from_json(json.loads(json.dumps(asdict(job)))) == job
     assert "pusht" not in headline.make_tasks(None)
     assert not any("BC-RNN" in job.name for job in jobs if job.name.startswith("pusht"))  # its writer wants a recording
+
+
+def test_a_converted_arm_begins_with_the_rival_of_its_seed_and_has_a_control_from_scratch() -> None:
+    jobs = {job.name: job for job in headline.make_jobs(headline.TASKS)}
+    converted, control = jobs["assembly_converted_seed1"], jobs["assembly_separable-brief_seed1"]
+    assert converted.begins_from == "assembly_entangled_seed1"
+    assert converted.converts
+    assert not control.begins_from
+    assert converted.settings == control.settings  # the same updates
+    with pytest.raises(ConfigError, match="begins_from"):
+        headline.Job("x", TASK.recording, TASK.environment, converts=("0:5", "last:1"))
 
 
 def test_both_architectures_have_as_many_trials() -> None:
