@@ -9,6 +9,7 @@ import numpy as np
 
 from scd_robot.datasets.lazy import ConcatenatedArray, LazyArray, RowArray
 from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, PRESENT, EpisodeDataset
+from scd_robot.datasets.tasks import TASK_TEXT, task_texts
 from scd_robot.errors import ConfigError, ShapeError
 
 __all__ = ["join_datasets", "mix_datasets"]
@@ -24,7 +25,8 @@ def join_datasets(datasets: Sequence[EpisodeDataset], names: Sequence[str] | Non
     Observation keys, other arrays and notes that some do not have are left out, and the log says which; so are other
     arrays of different shapes (states of simulators with different objects). Where some have `executed_action` and
     others not, the others' is their `action`; where an observation is marked as absent in steps of some, it is present
-    in all steps of the others. What the metadata of all say alike stays.
+    in all steps of the others. Episodes without a task in words have their source in its place. What the metadata of
+    all say alike stays.
 
     Args:
         datasets: at least one.
@@ -78,7 +80,7 @@ def join_datasets(datasets: Sequence[EpisodeDataset], names: Sequence[str] | Non
         },
         episode_text={
             name: [text for data in datasets for text in data.episode_text[name]]
-            for name in first.episode_text
+            for name in datasets[0].episode_text
             if all(name in data.episode_text for data in datasets)
         },
     )
@@ -142,7 +144,7 @@ def _completed(data: EpisodeDataset, datasets: Sequence[EpisodeDataset], keys: S
         if PRESENT + key in said:
             there = arrays.get(PRESENT + key, np.ones(data.num_steps, bool))
             arrays[PRESENT + key] = np.asarray(there[:]) != 0
-    return replace(data, arrays=arrays)
+    return replace(data, arrays=arrays, episode_text={**data.episode_text, TASK_TEXT: task_texts(data)})
 
 
 def _join(parts: Sequence[RowArray]) -> RowArray:

@@ -3,19 +3,19 @@
 Shapes: B rows, Da action width; H W C picture.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.errors import ShapeError
+from scd_robot.errors import ShapeError, UnknownNameError
 from scd_robot.model import ScdConfig
 from scd_robot.normalization import Normalizer
-from scd_robot.transforms import Transforms
-from scd_robot.types import ActionArray, DatasetSpec, Observation
+from scd_robot.transforms import GOAL, Transforms
+from scd_robot.types import ActionArray, ArraySpec, DatasetSpec, Observation
 
-__all__ = ["check_widths", "checked_action", "model_observation"]
+__all__ = ["check_widths", "checked_action", "checked_goal", "checked_task", "model_observation", "with_goal"]
 
 
 def check_widths(config: ScdConfig, normalizer: Normalizer, dataset: DatasetSpec) -> None:
@@ -93,6 +93,52 @@ def model_observation(
         spec = transforms.spec.observation[key]
         seen[key] = np.zeros((batch, *spec.shape), spec.dtype)
     return seen, dict.fromkeys(absent, False)
+
+
+def checked_goal(
+    goal: Observation, sources: Iterable[str], recorded: Mapping[str, ArraySpec]
+) -> dict[str, NDArray[Any]]:
+    """Goals by the recording's keys with "goal." before them.
+
+    Args:
+        goal: by key, without a batch axis.
+        sources: the recording's keys of what the model takes.
+        recorded: their specifications.
+
+    Raises:
+        UnknownNameError: a key of which the model is shown no goal.
+        ShapeError: another shape or type than that is recorded with.
+    """
+    shown = {key.removeprefix(GOAL) for key in sources if key.startswith(GOAL)}
+    found = {}
+    for key, value in goal.items():
+        if key not in shown:
+            raise UnknownNameError("goal", key, shown)
+        spec, array = recorded[GOAL + key], np.asarray(value)
+        if array.shape != tuple(spec.shape) or (array.dtype == np.uint8) != (spec.dtype == "uint8"):
+            raise ShapeError(
+                f"the goal {key!r} must be {spec.dtype} {tuple(spec.shape)}, got {array.dtype} {array.shape}"
+            )
+        found[GOAL + key] = array
+    return found
+
+
+def with_goal(observation: Observation, goal: Observation) -> dict[str, NDArray[Any]]:
+    """The observation with the goals in every row."""
+    there = [value for value in observation.values() if value is not None and np.ndim(value)]
+    rows = len(there[0]) if there else 1
+    return {**observation, **{key: np.repeat(value[None], rows, axis=0) for key, value in goal.items()}}
+
+
+def checked_task(vector: NDArray[Any], rows: int, tasks: Mapping[str, Sequence[float]]) -> NDArray[np.float32]:
+    """(B, n) vectors of tasks, of one for all rows or of each; raises ShapeError where they are none."""
+    width = len(next(iter(tasks.values())))
+    value = _as_float32(vector, "observation 'task'")
+    if value.shape == (width,):
+        value = np.repeat(value[None], rows, axis=0)
+    if value.shape != (rows, width) or not np.isfinite(value).all():
+        raise ShapeError(f"observation 'task' must be finite numbers {(rows, width)}, got {value.shape}")
+    return value
 
 
 def _as_picture(values: Any, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:

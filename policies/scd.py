@@ -17,15 +17,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scd_robot.config import from_json
-from scd_robot.errors import CheckpointError, ConfigError, ShapeError
+from scd_robot.errors import CheckpointError, ConfigError, ShapeError, UnknownNameError
 from scd_robot.model import ActionModel, ScdConfig, build_model
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.config import ScdPolicyConfig
-from scd_robot.policies.inputs import check_widths, checked_action, model_observation
+from scd_robot.policies.inputs import (
+    check_widths,
+    checked_action,
+    checked_goal,
+    checked_task,
+    model_observation,
+    with_goal,
+)
 from scd_robot.policies.planner import Planner
 from scd_robot.policies.rows import PlanInput, Rows
 from scd_robot.policies.sampling import inference, plan_noise
-from scd_robot.transforms import TransformConfig, Transforms
+from scd_robot.transforms import TASK, TransformConfig, Transforms
 from scd_robot.types import ActionArray, DatasetSpec, Observation, PolicySpec
 
 __all__ = ["ScdPolicy", "ScdPolicyConfig"]
@@ -48,9 +55,13 @@ class ScdPolicy:
         transforms: between the recording and the model; what they did to actions is undone.
         reproducible: `act` computes plans for all rows whenever one is due, so that every computation has the same
             shape and a row's actions are bitwise the same whatever the others do; takes more time.
+        task: of several, see `task` below.
+        goal: what is to be reached, by observation key as recorded (without "goal.") and without a batch axis, where
+            the model is shown goals. None = every observation brings it, as "goal.KEY".
 
     Attributes:
         planned: (B,) which rows the last `act` planned for; None before.
+        goal: as given, by "goal.KEY".
     """
 
     def __init__(
@@ -62,6 +73,8 @@ class ScdPolicy:
         device: str | torch.device = "cpu",
         transforms: TransformConfig | None = None,
         reproducible: bool = False,
+        task: str | None = None,
+        goal: Observation | None = None,
     ) -> None:
         self.config = config or ScdPolicyConfig()
         self.reproducible = reproducible
@@ -72,15 +85,21 @@ class ScdPolicy:
         architecture = model.config
         check_widths(architecture, normalizer, self.transforms.spec)
         self.config.check_fits(architecture)
-        self._sources = {key: self.transforms.sources[key] for key in architecture.observation_shapes}
+        sources, recorded = self.transforms.sources, self.transforms.recorded.observation
+        self._sources = {key: sources[key] for key in architecture.observation_shapes if key in sources}
+        self.goal = checked_goal(goal or {}, self._sources.values(), recorded)
+        self._tasks = self.transforms.config.tasks
+        self._task = next(iter(self._tasks)) if len(self._tasks) == 1 else None
+        self.task = task
         self.spec = PolicySpec(
-            observation={key: dataset.observation[key] for key in self._sources.values()},
+            observation={key: recorded[key] for key in self._sources.values() if key not in self.goal},
             action_dim=dataset.action_dim,
             control_dt=dataset.control_dt,
             chunk_length=architecture.chunk_length,
             num_executed=self.config.num_executed,
             history_length=architecture.history_length,
             action_kind=dataset.action_kind,
+            tasks=tuple(self._tasks),
         )
         self._planner = Planner(self.model, self.normalizer, self.transforms, self.config, self._repeated)
         self.planned: NDArray[np.bool_] | None = None
@@ -100,6 +119,8 @@ class ScdPolicy:
         dataset: DatasetSpec,
         device: str | torch.device = "cpu",
         reproducible: bool = False,
+        task: str | None = None,
+        goal: Observation | None = None,
         **overrides: Any,
     ) -> "ScdPolicy":
         """Builds a policy from a checkpoint's contents; `overrides` replace fields of `ScdPolicyConfig`.
@@ -119,7 +140,39 @@ class ScdPolicy:
         settings.update({name: value for name, value in overrides.items() if value is not None})
         transforms = from_json(TransformConfig, config["transforms"], "transforms")
         how = from_json(ScdPolicyConfig, settings, "policy")
-        return cls(model, normalizer, dataset, how, device, transforms, reproducible)
+        return cls(model, normalizer, dataset, how, device, transforms, reproducible, task, goal)
+
+    @property
+    def task(self) -> str | None:
+        """What it does, in words; one of `spec.tasks`, or None where it was not told yet. May change at any time.
+
+        Raises:
+            UnknownNameError: it does not know the task.
+        """
+        return self._task
+
+    @task.setter
+    def task(self, text: str | None) -> None:
+        if text is not None:
+            self.task_vector(text)
+            self._task = text
+
+    def task_vector(self, text: str | None = None) -> NDArray[np.float32]:
+        """(n,) what the model is shown of a task; None = of `task`.
+
+        Raises:
+            UnknownNameError: it does not know the task.
+            ConfigError: it was not told which.
+        """
+        text = self._task if text is None else text
+        if text is None:
+            raise ConfigError(
+                f"this policy does {len(self._tasks)} tasks and was not told which: set policy.task (--task) to one of "
+                f"{', '.join(map(repr, self._tasks))}"
+            )
+        if text not in self._tasks:
+            raise UnknownNameError("task of this policy", text, self._tasks)
+        return np.asarray(self._tasks[text], np.float32)
 
     def reset(self, rows: Sequence[int] | None = None, episodes: Sequence[int] | None = None) -> None:
         """Begins new episodes; see `types.Policy.reset`. Without `episodes` they are counted on, from 0."""
@@ -164,7 +217,8 @@ class ScdPolicy:
         Args:
             observation: arrays (B, ...), all keys of `spec.observation` (others are ignored), pictures (B, H, W, C)
                 uint8. A model with a token for each key does without some of them: what is left out, or None, is absent
-                in this step. Pictures may be None in any model.
+                in this step. Pictures may be None in any model. Where rows do different tasks, "task" (B, n) holds
+                their vectors, see `task_vector`.
             executed_action: (B, Da) what the robot did in the last step; None = what the policy asked for.
 
         Raises:
@@ -172,8 +226,13 @@ class ScdPolicy:
                 another size or type, or of one colour.
         """
         may_be_absent = self.model.config.observation_tokens == "per_key"
+        if self.goal:
+            observation = with_goal(observation, self.goal)
         seen, present = model_observation(observation, self._sources, self.transforms, may_be_absent)
         batch = len(next(iter(seen.values())))
+        if self._tasks:
+            given = observation.get(TASK)
+            seen[TASK] = checked_task(self.task_vector() if given is None else given, batch, self._tasks)
         if executed_action is not None:
             executed_action = checked_action("executed_action", executed_action, (batch, self.spec.action_dim))
         if self._rows is None:

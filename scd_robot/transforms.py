@@ -4,6 +4,8 @@ Order: keys are renamed and chosen, small arrays flattened, images cropped and r
 mapped; then actions are expressed relative to the present state, chunk by chunk; then everything is normalised. The
 policy undoes the steps on actions in reverse, so that a robot gets actions as they were recorded.
 
+Two observations are not of a control step but of its episode: the vector of its task, and what it is to lead to.
+
 Shapes: (..., Do) and (..., Da) any batch axes; L actions of a chunk; H W C image.
 """
 
@@ -20,6 +22,8 @@ from scd_robot.rotations import ROTATION_WIDTHS, RotationName, convert_rotation,
 from scd_robot.types import ArraySpec, DatasetSpec
 
 __all__ = [
+    "GOAL",
+    "TASK",
     "ChunkPart",
     "GripperStep",
     "ImageStep",
@@ -34,6 +38,8 @@ __all__ = [
 ]
 
 ACTION = "action"
+TASK = "task"  # the model's key of the task's vector
+GOAL = "goal."  # begins the keys of goals
 
 Array = NDArray[Any]
 ChunkKind = Literal["absolute", "relative", "delta", "velocity"]
@@ -138,6 +144,10 @@ class TransformConfig:
             first control step; "delta" to the action before, the first one to that state; "velocity" is delta divided
             by `control_dt`.
         chunk_parts: numbers of the action this applies to; the others stay absolute.
+        tasks: vector of each task in words, all of one width: one-hot, or given embeddings of the words. The model
+            then has the observation "task".
+        goals: keys (after renaming) whose observation at the end of the episode is known from the beginning, as
+            "goal.KEY".
     """
 
     rename: dict[str, str] = field(default_factory=dict)
@@ -148,6 +158,8 @@ class TransformConfig:
     grippers: tuple[GripperStep, ...] = ()
     chunk: ChunkKind = "absolute"
     chunk_parts: tuple[ChunkPart, ...] = ()
+    tasks: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    goals: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.chunk == "absolute") != (not self.chunk_parts):
@@ -158,6 +170,9 @@ class TransformConfig:
         taken = [i for part in self.chunk_parts for i in range(part.action_start, part.action_start + part.count)]
         if len(taken) != len(set(taken)):
             raise ConfigError("chunk_parts overlap: each number of the action may be in one of them only")
+        widths = {len(vector) for vector in self.tasks.values()}
+        if len(widths) > 1 or 0 in widths:
+            raise ConfigError(f"the vectors of tasks must have one width of at least 1, got {sorted(widths)}")
 
 
 class Transforms:
@@ -169,7 +184,7 @@ class Transforms:
 
     Attributes:
         config: as given.
-        recorded: as given.
+        recorded: as given, and the keys of goals.
         spec: what comes out.
 
     Raises:
@@ -179,7 +194,7 @@ class Transforms:
     """
 
     def __init__(self, config: TransformConfig, recorded: DatasetSpec) -> None:
-        self.config, self.recorded = config, recorded
+        self.config = config
         for key in config.rename:
             if key not in recorded.observation:
                 raise UnknownNameError("key to rename", key, recorded.observation)
@@ -190,6 +205,15 @@ class Transforms:
             if key not in names:
                 raise UnknownNameError("observation key", key, names)
         self._sources = {key: names[key] for key in config.keys or names}
+        for key in config.goals:
+            if key not in names:
+                raise UnknownNameError("observation key of a goal", key, names)
+        self._sources |= {GOAL + key: GOAL + names[key] for key in config.goals}
+        taken = sorted(({GOAL + key for key in config.goals} | ({TASK} if config.tasks else set())) & set(names))
+        if taken:
+            raise ConfigError(f"the recording has observations {', '.join(taken)} already; rename them")
+        goals = {GOAL + names[key]: recorded.observation[names[key]] for key in config.goals}
+        self.recorded = recorded = replace(recorded, observation={**recorded.observation, **goals})
         used = [*config.flatten, *(step.key for step in config.images), *(step.key for step in config.rotations)]
         used += [*(step.key for step in config.grippers), *(part.key for part in config.chunk_parts)]
         for key in used:
@@ -198,16 +222,19 @@ class Transforms:
         if ACTION in config.flatten:
             raise ConfigError("flatten takes observation keys; actions are vectors already")
         specs = {key: recorded.observation[source] for key, source in self._sources.items()}
+        observation = {key: self._spec_after(self._step_key(key), spec) for key, spec in specs.items()}
+        if config.tasks:
+            observation[TASK] = ArraySpec((len(next(iter(config.tasks.values()))),))
         self.spec = replace(
             recorded,
-            observation={key: self._spec_after(key, spec) for key, spec in specs.items()},
+            observation=observation,
             action_dim=self._spec_after(ACTION, ArraySpec((recorded.action_dim,))).shape[0],
         )
         self._check_parts()
 
     @property
     def sources(self) -> dict[str, str]:
-        """By key of the model the recording's key."""
+        """By key of the model the recording's key; the task's vector has none."""
         return dict(self._sources)
 
     def observation(self, observation: Mapping[str, Array]) -> dict[str, Array]:
@@ -216,8 +243,9 @@ class Transforms:
 
     def convert(self, key: str, x: Array) -> Array:
         """One array (..., Do) or (..., H, W, C), `key` as the model calls it or "action"."""
+        source, key = self._sources.get(key, key), self._step_key(key)
         if key in self.config.flatten:
-            x = x.reshape(*x.shape[: x.ndim - len(self.recorded.observation[self._sources[key]].shape)], -1)
+            x = x.reshape(*x.shape[: x.ndim - len(self.recorded.observation[source].shape)], -1)
         for image in self.config.images:
             if image.key == key:
                 x = crop_and_resize(x, image.crop, image.size)
@@ -231,6 +259,11 @@ class Transforms:
             if gripper.key == key:
                 x = _map_number(x, gripper.index, (gripper.closed, gripper.open), (-1.0, 1.0))
         return x
+
+    def _step_key(self, key: str) -> str:
+        """What the steps call it: goals are treated like what is observed."""
+        goal = key.removeprefix(GOAL)
+        return goal if key != goal and goal in self.config.goals else key
 
     def action(self, action: Array) -> Array:
         """Actions (..., Da) as recorded, to those of the model, still absolute."""

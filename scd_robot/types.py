@@ -117,6 +117,7 @@ class PolicySpec:
         num_executed: actions taken from one plan before the next, 1 <= num_executed <= chunk_length.
         history_length: control steps each encoder layer attends to, the current one included (1 = memoryless).
         action_kind: what its actions ask for.
+        tasks: in words, where it does several and has to be told which.
     """
 
     observation: dict[str, ArraySpec]
@@ -126,6 +127,7 @@ class PolicySpec:
     num_executed: int
     history_length: int
     action_kind: ActionKind = ""
+    tasks: tuple[str, ...] = ()
 
 
 @runtime_checkable

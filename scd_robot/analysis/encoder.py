@@ -21,6 +21,7 @@ from scd_robot.nn import CausalBlock
 from scd_robot.policies.scd import ScdPolicy
 from scd_robot.training import ExperimentConfig, SegmentDataset, TrainingConfig
 from scd_robot.training.objective import encode_batch
+from scd_robot.transforms import TASK
 
 __all__ = ["attention_age", "cache_parity", "contexts_of_training"]
 
@@ -31,10 +32,14 @@ def contexts_of_training(policy: ScdPolicy, stream: Stream) -> Tensor:
     The episode becomes a dataset, which `SegmentDataset` reads and `encode_batch` normalises and encodes.
     """
     model, transforms = policy.model.config, policy.transforms
-    observation = {
-        key: transforms.convert(key, np.stack([step[transforms.sources[key]] for step in stream.observation]))
-        for key in model.observation_shapes
+    seen = {
+        key: np.stack([{**policy.goal, **step}[source] for step in stream.observation])
+        for key, source in transforms.sources.items()
+        if key in model.observation_shapes
     }
+    observation = {key: transforms.convert(key, values) for key, values in seen.items()}
+    if transforms.config.tasks:
+        observation[TASK] = np.tile(policy.task_vector(), (len(stream), 1))
     executed = [*stream.executed[1:], stream.action[-1]]  # in each control step; nothing reads the last one
     actions = {ACTION: stream.action, EXECUTED_ACTION: executed}
     arrays = observation | {key: transforms.action(np.stack(values)) for key, values in actions.items()}

@@ -65,6 +65,7 @@ def _lines(description: dict[str, Any]) -> list[str]:
         f"trained on   {dataset['source'] or 'unknown source'}, control_dt {dataset['control_dt']:g} s",
         "observation  " + ", ".join(f"{key} {tuple(spec['shape'])}" for key, spec in dataset["observation"].items()),
         f"action       ({dataset['action_dim']},)" + (f", {kind}" if (kind := dataset["action_kind"]) else ""),
+        *([] if not (tasks := config["transforms"]["tasks"]) else [f"tasks        {', '.join(map(repr, tasks))}"]),
         f"history      {model['history_length']} control steps per layer, "
         f"receptive field {description['receptive_field']}",
         f"plan         chunk of {model['chunk_length']}, {config['policy']['num_executed']} executed, "
@@ -85,7 +86,9 @@ def _lines(description: dict[str, Any]) -> list[str]:
         lines.append(f"  {key:27} {entry['mode']:9} {ranges}")
     lines.append("settings (scd train --set FIELD=VALUE)")
     lines += [
-        f"  {name} = {value}" for name, value in _flatten(config) if not name.startswith("model.observation_shapes")
+        f"  {name} = {value}"
+        for name, value in _flatten(config)
+        if not name.startswith(("model.observation_shapes", "transforms.tasks"))
     ]
     return lines
 

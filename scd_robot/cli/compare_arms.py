@@ -122,7 +122,11 @@ def evaluate_arms(arms: Sequence[ArmSource], settings: Settings, out: Path | Non
     indices = _episodes_to_run([found for arm in arms for found in arm.evaluations], settings)
     growing: list[list[_Evaluation]] = []
     for arm, checkpoints, name in zip(arms, loaded, "ab", strict=True):
-        options = {"seed": settings.seed, "reproducible": settings.reproducible}
+        options: dict[str, Any] = {
+            "environment": settings.env,
+            "seed": settings.seed,
+            "reproducible": settings.reproducible,
+        }
         policies = [
             named(one, settings.env, settings.seed)()
             if isinstance(one, Path)

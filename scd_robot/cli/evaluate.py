@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from scd_robot.cli.policy_source import is_named, named_policies, refuse_checkpoint_options
+from scd_robot.cli.policy_source import goal_of, is_named, known_task, named_policies, refuse_checkpoint_options
 
 __all__ = ["evaluate", "headline", "make_policy"]
 
@@ -27,6 +27,8 @@ def evaluate(
     guidance_scale: float | None = None,
     num_samples: int | None = None,
     seed: int | None = None,
+    task: str | None = None,
+    goal: str | None = None,
     device: str = "cpu",
     reproducible: bool = False,
     policy_options: tuple[str, ...] = (),
@@ -64,6 +66,9 @@ def evaluate(
         num_samples: plans sampled at a time, of which the one that agrees best with the executed past is kept; replaces
             the checkpoint's (1 = off).
         seed: of the policy's noise; replaces the checkpoint's.
+        task: in words, for a policy of several tasks (scd train --tasks); by default the one that is called as the
+            environment.
+        goal: DATASET:EPISODE whose last observation is the goal, for a policy that is shown goals (scd train --goals).
         device: torch device of the policy.
         reproducible: plan for all environments whenever one is due: with the same --num-envs and kind of CPU an episode
             is then bitwise the same however episodes are divided (--first-episode, --ray); takes more time.
@@ -97,7 +102,7 @@ def evaluate(
     if out is not None:
         check_output_folder(out, overwrite)
     troubles = _faults(latency_ms, jitter_ms, drop, freeze)
-    overrides = {
+    overrides: dict[str, Any] = {
         "num_denoising_steps": num_denoising_steps,
         "num_executed": num_executed,
         "guidance_scale": guidance_scale,
@@ -107,18 +112,21 @@ def evaluate(
     source = Path(policy)
     named = named_policies([source], policy_options, policy_python, env_python)
     demonstrations: dict[str, Any] = {}
+    local: dict[str, Any]
     load: Callable[[], Any]
     if policy.startswith(("ws://", "wss://")):
-        local = {"reproducible": reproducible or None, "diagnose_history": diagnose_history or None, "dataset": dataset}
-        _check_remote({**overrides, "seed": seed, **local})
-        load = functools.partial(_remote_policy, policy)
+        local = {"goal": goal, "diagnose_history": diagnose_history or None, "dataset": dataset}
+        _check_remote({**overrides, "reproducible": reproducible or None, "seed": seed, **local})
+        load = functools.partial(_remote_policy, policy, env, task)
     elif is_named(source):
-        refuse_checkpoint_options(source, {**overrides, "diagnose_history": diagnose_history, "dataset": dataset})
+        local = {"task": task, "goal": goal, "diagnose_history": diagnose_history or None, "dataset": dataset}
+        refuse_checkpoint_options(source, {**overrides, **local})
         load = named(source, env, seed)
     else:
         found = read_checkpoint(source)
         demonstrations = _check_diagnosis(found, diagnose_history, dataset, troubles)
-        load = functools.partial(make_policy, found, device, seed=seed, **overrides)
+        told: dict[str, Any] = {"environment": env, "task": task, "goal": goal}
+        load = functools.partial(make_policy, found, device, seed=seed, **told, **overrides)
     where: dict[str, Any] = {"first_episode": first_episode, "max_steps": max_steps, "num_envs": num_envs}
     options = {**where, "overwrite": overwrite, "num_videos": num_videos}
     jobs = []
@@ -194,14 +202,36 @@ def _check_diagnosis(checkpoint: Any, episodes: int, dataset: Path | None, troub
     return {"demonstrations": data.arrays["action"][:], "demonstration_ends": data.episode_ends}
 
 
-def make_policy(checkpoint: Any, device: str, **overrides: Any) -> Any:
-    """The policy of a checkpoint that was read already, on one thread: batches are small, simulators need the cores."""
+def make_policy(
+    checkpoint: Any,
+    device: str,
+    *,
+    environment: str = "",
+    task: str | None = None,
+    goal: str | None = None,
+    **overrides: Any,
+) -> Any:
+    """The policy of a checkpoint that was read already, on one thread: batches are small, simulators need the cores.
+
+    Args:
+        checkpoint: see `read_checkpoint`.
+        device: torch's.
+        environment: where it is to be used; names its task where the user does not.
+        task: what the user said.
+        goal: likewise, see `goal_of`.
+        **overrides: of `load_policy`.
+    """
     import torch
 
     from scd_robot.policies.loading import policy_of
 
     torch.set_num_threads(1)
-    return policy_of(checkpoint, device, **overrides)
+    transforms = checkpoint.config["transforms"]
+    task = known_task(environment, transforms["tasks"], task)
+    if goal is not None:
+        recorded = {ours: theirs for theirs, ours in transforms["rename"].items()}
+        overrides["goal"] = goal_of(goal, [recorded.get(key, key) for key in transforms["goals"]])
+    return policy_of(checkpoint, device, task=task, **overrides)
 
 
 def _check_remote(options: Mapping[str, Any]) -> None:
@@ -215,12 +245,16 @@ def _check_remote(options: Mapping[str, Any]) -> None:
         )
 
 
-def _remote_policy(address: str) -> Any:
+def _remote_policy(address: str, environment: str, task: str | None) -> Any:
     import os
 
     from scd_robot.serve import RemotePolicy
 
-    return RemotePolicy(address, api_key=os.environ.get("SCD_API_KEY"))
+    policy = RemotePolicy(address, api_key=os.environ.get("SCD_API_KEY"))
+    tasks = dict.fromkeys(policy.spec.tasks)
+    # Where nothing tells which of several, the server's own task may.
+    policy.task = known_task(environment, tasks, task) if task is not None or environment in tasks else None
+    return policy
 
 
 def _diagnose(

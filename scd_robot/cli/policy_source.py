@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["is_named", "named_policies", "refuse_checkpoint_options"]
+__all__ = ["goal_of", "is_named", "known_task", "named_policies", "refuse_checkpoint_options"]
 
 
 def is_named(source: Path) -> bool:
@@ -63,3 +63,56 @@ def refuse_checkpoint_options(source: Path, options: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} is for checkpoints; give {source} options of its own with --policy-options"
             )
+
+
+def known_task(environment: str, tasks: Mapping[str, Any], task: str | None = None) -> str | None:
+    """The task that a policy of these tasks is to do in an environment; None where it has none.
+
+    Args:
+        environment: its name is the task's where the recordings named none.
+        tasks: by their words.
+        task: what the user said.
+
+    Raises:
+        UnknownNameError: a task that is none of these.
+        ConfigError: a task for a policy that has none; or none was said and several are possible.
+    """
+    from scd_robot.errors import ConfigError, UnknownNameError
+
+    if not tasks:
+        if task is not None:
+            raise ConfigError("--task is for policies that were trained with --tasks, this one knows none")
+        return None
+    if task is None:
+        task = environment if environment in tasks else next(iter(tasks)) if len(tasks) == 1 else None
+    if task is None:
+        raise ConfigError(f"this policy does several tasks; say which with --task: {', '.join(map(repr, tasks))}")
+    if task not in tasks:
+        raise UnknownNameError("task of this policy", task, tasks)
+    return task
+
+
+def goal_of(source: str, keys: Sequence[str]) -> dict[str, Any]:
+    """What was observed at the end of a recorded episode.
+
+    Args:
+        source: PATH:NUMBER of a dataset and an episode.
+        keys: observation keys of the recording.
+
+    Raises:
+        ConfigError: not of this form, or there is no such episode.
+        DatasetError, UnknownNameError: see `open_dataset`.
+    """
+    from scd_robot.datasets import open_dataset
+    from scd_robot.errors import ConfigError
+
+    path, _, number = source.rpartition(":")
+    if not path or not number.isdecimal():
+        raise ConfigError(f"--goal takes DATASET:EPISODE, for example data/push.zarr:0, got {source!r}")
+    if not keys:
+        raise ConfigError("--goal is for policies that were trained with --goals, this one is shown none")
+    data = open_dataset(path, list(keys))
+    if int(number) >= data.num_episodes:
+        raise ConfigError(f"{path} has {data.num_episodes} episodes, from 0 on; got {number}")
+    last = int(data.episode_ends[int(number)]) - 1
+    return {key: data.arrays[key][last] for key in keys}

@@ -24,6 +24,7 @@ def serve(
     guidance_scale: float | None = None,
     num_samples: int | None = None,
     seed: int | None = None,
+    task: str | None = None,
     steps_per_plan: int | None = None,
     prompt_resets: bool = False,
     api_key_file: Path | None = None,
@@ -59,6 +60,7 @@ def serve(
         num_samples: plans sampled at a time, of which the one that agrees best with the executed past is kept; replaces
             the checkpoint's (1 = off).
         seed: of the policy's noise; replaces the checkpoint's.
+        task: in words, for a policy of several tasks: that of clients without a "prompt".
         steps_per_plan: control steps that a client which does not tell lets pass after each plan; by default
             num_executed.
         prompt_resets: a new "prompt" begins a new history; for clients that cannot say that an episode begins.
@@ -103,6 +105,7 @@ def serve(
         guidance_scale=guidance_scale,
         num_samples=num_samples,
         seed=seed,
+        task=task,
     )
     asyncio.run(PolicyServer(policy, config).run())
 

@@ -77,7 +77,8 @@ def sweep(
                 target = out / place / label / (f"seed_{seed}" if seed is not None else "")
                 if source in loaded:
                     checkpoint = loaded[source]
-                    make = functools.partial(make_policy, checkpoint, device, seed=seed, reproducible=reproducible)
+                    how: dict[str, Any] = {"environment": name, "seed": seed, "reproducible": reproducible}
+                    make = functools.partial(make_policy, checkpoint, device, **how)
                     wanted = {"weights_sha256": checkpoint.weights_sha256, "reproducible": reproducible}
                 else:
                     make = named(source, name, seed)

@@ -24,6 +24,8 @@ def train(
     out: Path,
     read: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions(),  # noqa: B008 - frozen
     transforms: Path | None = None,
+    tasks: str | None = None,
+    goals: tuple[str, ...] = (),
     max_steps: int | None = None,
     seed: int | None = None,
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
@@ -55,6 +57,10 @@ def train(
         read: what to read of the datasets.
         transforms: JSON file with what to do between the recording and the model: rename, images, rotations, grippers,
             chunk (docs/data.md); by default the preset's.
+        tasks: tell the model the task of each episode: "one-hot", or a JSON file {"task in words": [numbers], ...} with
+            embeddings of the words. Words are those of a LeRobot dataset; where a recording has none, the name of its
+            environment.
+        goals: observation keys whose last observation of the episode is shown from the beginning, as "goal.KEY".
         max_steps: optimiser steps; by default the preset's.
         seed: keys every random draw; by default the preset's.
         settings: settings that replace the preset's, as FIELD=VALUE: training.learning_rate=3e-4 model.history_length=1
@@ -86,7 +92,9 @@ def train(
     given = list(settings)
     given += [] if max_steps is None else [f"training.max_steps={max_steps}"]
     given += [] if seed is None else [f"training.seed={seed}"]
-    experiment = with_settings(resolve(preset, data.spec, _read_transforms(transforms)), given)
+    experiment = with_settings(
+        _told(resolve(preset, data.spec, _read_transforms(transforms)), data, tasks, goals), given
+    )
     count = use_training_threads(threads)
     name = " + ".join(dataset)
     logger.info("training %s on %s, %d steps, %d threads", preset, name, experiment.training.max_steps, count)
@@ -149,11 +157,25 @@ def _read_transforms(path: Path | None) -> Any:
     return from_json(TransformConfig, {**defaults, **given} if isinstance(given, dict) else given, str(path))
 
 
+def _told(experiment: Any, data: Any, tasks: str | None, goals: tuple[str, ...]) -> Any:
+    """The experiment with tasks and goals as observations, see `train`."""
+    from scd_robot.datasets.tasks import one_hot_tasks, read_task_vectors
+
+    if goals:
+        experiment = experiment.with_goals(goals)
+    if tasks is not None:
+        experiment = experiment.with_tasks(
+            one_hot_tasks(data) if tasks == "one-hot" else read_task_vectors(Path(tasks))
+        )
+    return experiment
+
+
 def _evaluation(environment: str, episodes: int, dataset: Any, experiment: Any) -> Callable[[Any], dict[str, float]]:
     """A closed-loop evaluation from the start states kept for validation.
 
     Whether the policy that is to be trained fits the environment is looked at now, rather than after the first hour.
     """
+    from scd_robot.cli.policy_source import known_task
     from scd_robot.seeding import VALIDATION
     from scd_robot.sim_eval import evaluate
     from scd_robot.sim_eval.policy_adapter import check_policy_spec
@@ -161,9 +183,11 @@ def _evaluation(environment: str, episodes: int, dataset: Any, experiment: Any) 
     from scd_robot.transforms import Transforms
     from scd_robot.types import PolicySpec
 
-    sources, model = Transforms(experiment.transforms, dataset).sources, experiment.model
+    transforms, model = Transforms(experiment.transforms, dataset), experiment.model
+    task = known_task(environment, experiment.transforms.tasks)
+    sources = [transforms.sources[key] for key in model.observation_shapes if key in transforms.sources]
     planned = PolicySpec(
-        observation={sources[key]: dataset.observation[sources[key]] for key in model.observation_shapes},
+        observation={source: transforms.recorded.observation[source] for source in sources},
         action_dim=dataset.action_dim,
         control_dt=dataset.control_dt,
         chunk_length=model.chunk_length,
@@ -178,6 +202,7 @@ def _evaluation(environment: str, episodes: int, dataset: Any, experiment: Any) 
         close_workers(workers)
 
     def run(policy: Any) -> dict[str, float]:
+        policy.task = task
         result = evaluate(policy, environment, episodes, seed_domain=VALIDATION, num_videos=0, progress=False)
         low, high = result.interval
         if result.success_rate is None:  # no valid episode says nothing about the policy

@@ -94,6 +94,7 @@ class PolicyClient:
         prefix: ActionArray | None = None,
         snapshot: str | None = None,
         restore: str | None = None,
+        prompt: str | None = None,
     ) -> dict[str, Any]:
         """Sends an observation and returns the answer; see docs/serving.md for what goes with it.
 
@@ -107,6 +108,7 @@ class PolicyClient:
             prefix: (d, Da) committed actions with which the plan begins.
             snapshot: keep the history under this name, on the server.
             restore: go on with the history of this name.
+            prompt: the task in words, one of `metadata["tasks"]`; it stays until there is another one.
 
         Returns:
             "actions" (Ta, Da) unless `observe_only`, timings, and what "scd/..." tells.
@@ -126,12 +128,17 @@ class PolicyClient:
             prefix=prefix,
             snapshot=snapshot,
             restore=restore,
+            prompt=prompt,
         )
         return self.receive()
 
     def send(self, observation: Mapping[str, Any] | None = None, **options: Any) -> None:
         """The first half of `infer`: several clients can send before the first one waits for its answer."""
-        chosen = {f"scd/{name}": value for name, value in options.items() if value is not None and value is not False}
+        chosen = {
+            name if name == "prompt" else f"scd/{name}": value
+            for name, value in options.items()
+            if value is not None and value is not False
+        }
         message = pack({**(observation or {}), **chosen})
         self._loses_nothing = bool(options.get("reset")) or not self._begun
         self._message = message

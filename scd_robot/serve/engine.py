@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError, ScdRobotError, UnknownNameError
 from scd_robot.serve.requests import Request
+from scd_robot.transforms import TASK
 
 __all__ = ["Answer", "Engine", "Session"]
 
@@ -67,6 +69,7 @@ class _Job:
     request: Request
     new: bool  # a history begins
     gap: int  # control steps since the last observation
+    task: NDArray[np.float32] | None = None  # vector of it, for policies of several
     result: Answer | Exception | None = None
 
 
@@ -110,7 +113,8 @@ class Engine:
         """Plans once from zeros, so that the first request is not the slow one."""
         spec = self.policy.spec.observation
         zeros = {key: np.zeros(array.shape, array.dtype) for key, array in spec.items()}
-        result = self.run([(Session(), Request(observation=zeros))])[0]
+        task = next(iter(self.policy.spec.tasks), None)
+        result = self.run([(Session(), Request(observation=zeros, prompt=task))])[0]
         if isinstance(result, Exception):
             raise result
         self._next_episode = 0
@@ -152,6 +156,9 @@ class Engine:
     def _prepare(self, session: Session, request: Request) -> _Job:
         """Checks all that can be wrong, then does what comes before the observation."""
         self._notice(session, request)
+        task = None
+        if self.policy.spec.tasks and request.observation is not None:
+            task = self.policy.task_vector(request.prompt or session.prompt)
         reset = request.reset or (request.session is not None and session.name not in (None, request.session))
         reset = reset or (self._prompt_resets and request.prompt is not None and request.prompt != session.prompt)
         history, step, planned = session.history, session.step, session.planned
@@ -177,7 +184,7 @@ class Engine:
                 f"this policy plans every {self._stride} control steps, and this is number {position} of its history; "
                 "send scd/observe_only here"
             )
-        job = _Job(session, request, new=history is None, gap=gap)
+        job = _Job(session, request, new=history is None, gap=gap, task=task)
         if history is None and request.observation is not None:
             history = self._begin(request)
             step = (request.step or 0) - 1
@@ -246,6 +253,8 @@ class Engine:
         self.policy.resume([job.session.history for job in group])
         seen = [job.request.observation or {} for job in group]
         observation = {key: np.stack([one[key] for one in seen]) for key in seen[0]}
+        if self.policy.spec.tasks:
+            observation[TASK] = np.stack([job.task for job in group if job.task is not None])
         told = any(job.request.executed is not None and not job.new for job in group)
         executed = np.zeros((len(group), self.policy.spec.action_dim), np.float32)
         for row, job in enumerate(group):

@@ -30,6 +30,7 @@ class RemotePolicy:
         spec: what the server said about its policy.
         provenance: where actions came from, as plain JSON types.
         planned: (B,) which rows the last `act` planned for; None before.
+        task: in words, one of `spec.tasks`; None = the server's.
 
     Raises:
         ConfigError: the server does not keep histories as ours do.
@@ -53,7 +54,9 @@ class RemotePolicy:
             chunk_length=told["action_horizon"],
             num_executed=told["num_executed"],
             history_length=told["history"],
+            tasks=tuple(told.get("tasks", ())),
         )
+        self.task: str | None = None
         self.provenance = {**told["policy"], "server": address, "served_by": told["server"]}
         self.planned: NDArray[np.bool_] | None = None
         self._episodes: list[int] | None = None  # of the rows that begin with the next observation
@@ -104,7 +107,7 @@ class RemotePolicy:
             if executed_action is not None and row not in new:
                 options["executed"] = np.asarray(executed_action[row], np.float32)
             seen = {self._names[key]: observation[key][row] for key in self.spec.observation}
-            self._clients[row].send(seen, observe_only=not self.planned[row], **options)
+            self._clients[row].send(seen, observe_only=not self.planned[row], prompt=self.task, **options)
         for row in range(rows):
             answer = self._clients[row].receive()
             if self.planned[row]:

@@ -361,6 +361,7 @@ def _metadata(policy: Any, client_keys: Mapping[str, str], steps_per_plan: int, 
         "num_executed": spec.num_executed,
         "steps_per_plan": steps_per_plan,
         "positions": _POSITIONS,
+        "tasks": list(spec.tasks),
         "keys": {client_keys[key]: {**array.to_json(), "name": key} for key, array in spec.observation.items()},
         "policy": {key: made[key] for key in ("type", "step", "weights_sha256", "preset") if key in made},
     }

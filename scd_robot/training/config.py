@@ -1,5 +1,6 @@
 """Everything a training run depends on besides the data; resolved and stored in the checkpoint."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -9,7 +10,7 @@ from scd_robot.model import ScdConfig
 from scd_robot.normalization import Mode
 from scd_robot.policies.scd import ScdPolicyConfig
 from scd_robot.training.augmentation import AugmentationConfig
-from scd_robot.transforms import TransformConfig
+from scd_robot.transforms import GOAL, TASK, TransformConfig
 
 __all__ = ["OBJECTIVES", "ExperimentConfig", "Objective", "TrainingConfig"]
 
@@ -176,6 +177,34 @@ class ExperimentConfig:
                 "training.trained='decoder' leaves the encoder as it is, and the entangled architecture has no encoder "
                 "apart from its decoder; use trained='all'"
             )
+
+    def with_tasks(self, vectors: Mapping[str, Sequence[float]]) -> "ExperimentConfig":
+        """The same experiment, with the vector of each episode's task (by its words) as an observation."""
+        tasks = {text: tuple(vector) for text, vector in vectors.items()}
+        width = len(next(iter(tasks.values())))
+        shapes = {**self.model.observation_shapes, TASK: (width,)}
+        return replace(
+            self,
+            transforms=replace(self.transforms, tasks=tasks),
+            model=replace(self.model, observation_shapes=shapes),
+        )
+
+    def with_goals(self, keys: Sequence[str]) -> "ExperimentConfig":
+        """The same experiment, with what was observed under these keys at an episode's end as observations.
+
+        Raises:
+            UnknownNameError: the model does not observe a key.
+        """
+        shapes = dict(self.model.observation_shapes)
+        for key in keys:
+            if key not in shapes:
+                raise UnknownNameError("observation key of a goal", key, shapes)
+        shapes |= {GOAL + key: shapes[key] for key in keys}
+        return replace(
+            self,
+            transforms=replace(self.transforms, goals=tuple(keys)),
+            model=replace(self.model, observation_shapes=shapes),
+        )
 
     def with_objective(self, objective: Objective) -> "ExperimentConfig":
         """The same experiment with another objective, and with the decoder's inputs and the sampler that go with it."""

@@ -9,7 +9,8 @@ import numpy as np
 
 from scd_robot.datasets import ACTION, EXECUTED_ACTION, PRESENT, EpisodeDataset
 from scd_robot.datasets.lazy import LazyArray, MappedArray, RowArray
-from scd_robot.transforms import TransformConfig, Transforms
+from scd_robot.datasets.tasks import goal_rows, task_rows
+from scd_robot.transforms import GOAL, TASK, TransformConfig, Transforms
 
 __all__ = ["transformed", "with_pictures_in_memory"]
 
@@ -26,8 +27,12 @@ def transformed(data: EpisodeDataset, config: TransformConfig) -> EpisodeDataset
     """
     transforms = Transforms(config, data.spec)
     arrays: dict[str, RowArray] = {}
+    if config.tasks:
+        arrays[TASK] = task_rows(data, config.tasks)
+    goals = (source for source in transforms.sources.values() if source not in data.arrays)
+    with_goals = dict(data.arrays) | {source: goal_rows(data, source.removeprefix(GOAL)) for source in goals}
     for key, source in transforms.sources.items():
-        array, convert = data.arrays[source], partial(transforms.convert, key)
+        array, convert = with_goals[source], partial(transforms.convert, key)
         if isinstance(array, LazyArray):
             arrays[key] = MappedArray(array, convert, transforms.spec.observation[key].shape, array.dtype)
         else:

@@ -1,13 +1,14 @@
 """`scd eval`: what is refused before the first episode, and what is kept when something fails after the last."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from scd_robot.analysis import history
 from scd_robot.cli.main import main
-from scd_robot.datasets import ZarrWriter
+from scd_robot.datasets import ZarrWriter, open_dataset
 from scd_robot.errors import ConfigError
 from scd_robot.types import ArraySpec, DatasetSpec
 
@@ -91,3 +92,33 @@ def test_an_evaluation_without_a_valid_episode_is_kept_and_is_no_success(argumen
     assert "no episode was valid; the first ended with: " in told.err
     assert "contact solver diverged" in told.err
     assert json.loads((tmp_path / "out" / "result.json").read_text())["invalid"] == 2
+
+
+def test_tasks_and_goals_of_recordings_reach_the_evaluation(
+    tiny_store, tiny_train_options, arguments, point, tmp_path, refused, capsys
+):
+    data = open_dataset(tiny_store)
+    for name, source in (("first", point), ("second", "pull")):
+        with ZarrWriter(tmp_path / f"{name}.zarr", replace(data.spec, source=source)) as writer:
+            for index in range(data.num_episodes):
+                writer.append(data.episode(index))
+    told = ["--tasks", "one-hot", "--goals", "position", "--max-steps", "2", *tiny_train_options]
+    stores = [str(tmp_path / f"{name}.zarr") for name in ("first", "second")]
+    assert main(["train", "metaworld_state", "--dataset", *stores, "--out", str(tmp_path / "run"), *told]) == 0
+    arguments[1] = str(tmp_path / "run")
+    goal = ["--goal", f"{tiny_store}:1"]
+    assert main([*arguments, *goal, "--out", str(tmp_path / "out")]) == 0  # the task that is called as the environment
+    assert main([*arguments, *goal, "--task", "pull"]) == 0
+    refused([*arguments, *goal, "--task", "pul"], "unknown task of this policy 'pul'; did you mean 'pull'")
+    refused(arguments, "needs the observation 'goal.position'")
+    refused([*arguments, "--goal", f"{tiny_store}:99"], "has 6 episodes, from 0 on; got 99")
+    arguments[arguments.index("--env") + 1] = "toy_environment:make_taking_poses"
+    refused([*arguments, *goal], "several tasks; say which with --task", "'pull'")
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "run")]) == 0
+    assert f"tasks        'pull', '{point}'" in capsys.readouterr().out
+
+
+def test_a_task_or_a_goal_for_a_policy_that_has_none_is_refused(arguments, tiny_store, refused):
+    refused([*arguments, "--task", "push"], "trained with --tasks")
+    refused([*arguments, "--goal", f"{tiny_store}:0"], "trained with --goals")
