@@ -213,7 +213,7 @@ def test_whatever_is_raised_lets_the_robot_hold_and_leaves_a_record(tmp_path, er
 
 def test_the_ring_keeps_the_last_steps_only(tmp_path):
     scene = Scene(LoopConfig(recorder=RecorderConfig(tmp_path, seconds=8 * DT)))
-    scene.at[29] = lambda: scene.loop._fault("plan_error", "for the record")
+    scene.at[29] = lambda: scene.loop._journal.fault("plan_error", "for the record")
     scene.run(30)
     arrays, document = read_record(next(tmp_path.iterdir()))
     np.testing.assert_array_equal(arrays["step"], np.arange(22, 30))
@@ -232,7 +232,7 @@ def test_a_folder_that_is_no_record_is_refused(tmp_path):
 def test_a_record_does_not_take_another_ones_place(tmp_path):
     (tmp_path / "flight-001-plan_error").mkdir()
     scene = Scene(LoopConfig(recorder=RecorderConfig(tmp_path)))
-    scene.at[5] = lambda: scene.loop._fault("plan_error", "for the record")
+    scene.at[5] = lambda: scene.loop._journal.fault("plan_error", "for the record")
     report = scene.run(10)
     assert report.faults["recorder_error"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["flight-001-plan_error", "flight-002-plan_error"]
