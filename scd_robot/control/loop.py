@@ -316,13 +316,13 @@ class ControlLoop:
         """Asks for the next plan when its time has come."""
         if self._blind:
             return
-        split = self._planning.ask(self._journal.steps, self._clock.now(), self._prefix)
+        split = self._planning.ask(self._journal.steps, self._clock.now(), self._ahead)
         if split is not None:
             detail = f"{self._planning.delay_steps} control steps per plan"
             self._journal.condition("delay_too_long", not split.fits, detail)
 
-    def _prefix(self, count: int) -> ActionArray | None:
-        """(1, d, Da) what will be carried out in the control steps from this one on, behind the limits."""
+    def _ahead(self, count: int) -> ActionArray | None:
+        """(1, n, Da) what will be carried out in the control steps from this one on, behind the limits."""
         goals = self._planning.executor.upcoming(count)
         if self._approach is not None or not len(goals):
             return None
@@ -339,7 +339,7 @@ class ControlLoop:
             return None
         goal = self._planning.executor.take(rate)
         if goal is None:
-            if self._followed and not self._blind:
+            if self._followed and not self._blind and not self._planning.rests:
                 self._journal.condition("plan_late", True, "all actions are used up")
                 if self._config.watchdog.late_plan == "stop":
                     self._intent = "stop"
