@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scd_robot.diffusion import Jacobian, TowardsActions
 from scd_robot.errors import ActionError
 from scd_robot.model import ActionModel, ActionPlan, Conditioning
 from scd_robot.normalization import Normalizer
@@ -18,7 +19,7 @@ from scd_robot.policies.config import ScdPolicyConfig
 from scd_robot.policies.rows import PlanInput
 from scd_robot.policies.sampling import inference
 from scd_robot.transforms import Transforms
-from scd_robot.types import ActionArray
+from scd_robot.types import ActionArray, RunningChunk
 
 __all__ = ["Planner"]
 
@@ -52,8 +53,13 @@ class Planner:
         device = self._model.decoder.position.device
         return self._normalizer.normalize("action", torch.as_tensor(converted, dtype=torch.float32, device=device))
 
-    def denoise(self, given: PlanInput, prefix: ActionArray | None) -> ActionArray:
+    def denoise(self, given: PlanInput, prefix: ActionArray | None, running: RunningChunk | None = None) -> ActionArray:
         """Chunks (rows, Ta, Da), which begin with the committed actions `prefix` (rows, d, Da).
+
+        Args:
+            given: what they are made from.
+            prefix: None = nothing is committed.
+            running: what they are guided towards; None = nothing.
 
         Raises:
             ActionError: one holds a NaN or infinite action.
@@ -64,6 +70,7 @@ class Planner:
             context, committed, past_known = given.context, None, None
             if prefix is not None:
                 committed = self.normalised_actions(prefix, given.state).repeat_interleave(copies, 0)
+            towards = None if running is None else self._towards(running, given.state, copies)
             if with_past:
                 context = self._repeated(context, copies)
                 past_known = torch.as_tensor(given.past_known, device=device).repeat_interleave(copies, 0)
@@ -79,6 +86,7 @@ class Planner:
                 with_past=with_past,
                 past_valid=past_known,
                 conditioning=self._conditioning,
+                towards=towards,
             )
             actions = plan.actions if plan.past is None else self._most_faithful(given, plan)
             chunk = self._normalizer.denormalize("action", actions).cpu().numpy()
@@ -90,6 +98,11 @@ class Planner:
         if prefix is not None:
             chunk[:, : prefix.shape[1]] = prefix
         return chunk
+
+    def _towards(self, running: RunningChunk, state: Mapping[str, NDArray[np.float32]], copies: int) -> TowardsActions:
+        actions = self.normalised_actions(running.actions, state).repeat_interleave(copies, 0)
+        jacobian: Jacobian = "exact" if running.exact else "identity"
+        return TowardsActions(actions, running.delay_steps, running.max_gain, jacobian)
 
     def _most_faithful(self, given: PlanInput, plan: ActionPlan) -> Tensor:
         """Of each row's samples the actions (rows, Ta, Da) of that whose past is nearest to what was executed."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scd_robot.config import from_json
 from scd_robot.errors import CheckpointError, ConfigError, ShapeError, UnknownNameError
-from scd_robot.model import ActionModel, ScdConfig, build_model
+from scd_robot.model import ActionModel, ScdConfig, build_model, check_guidance
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.config import ScdPolicyConfig
 from scd_robot.policies.inputs import (
@@ -33,7 +33,7 @@ from scd_robot.policies.planner import Planner
 from scd_robot.policies.rows import PlanInput, Rows
 from scd_robot.policies.sampling import inference, plan_noise
 from scd_robot.transforms import TASK, TransformConfig, Transforms
-from scd_robot.types import ActionArray, DatasetSpec, Observation, PolicySpec
+from scd_robot.types import ActionArray, DatasetSpec, Observation, PolicySpec, RunningChunk
 
 __all__ = ["ScdPolicy", "ScdPolicyConfig"]
 
@@ -343,20 +343,32 @@ class ScdPolicy:
             copied = self._of_rows(given.context, torch.as_tensor(given.rows, device=self.device))
         return replace(given, context=copied)
 
-    def plan_from(self, given: PlanInput, prefix: ActionArray | None = None) -> ActionArray:
+    def plan_from(
+        self, given: PlanInput, prefix: ActionArray | None = None, running: RunningChunk | None = None
+    ) -> ActionArray:
         """Samples a chunk from a snapshot; changes nothing, so that `observe` may run in another thread meanwhile.
 
         Args:
             given: from `snapshot`.
             prefix: (B, d, Da) actions committed from the snapshot's control step on; the chunk begins with them.
+            running: what is left of the chunk under way, towards which this one is guided; see `check_guidance`.
 
         Returns:
-            (B, Ta, Da), what `plan` would have given then; action 0 is for the snapshot's control step.
+            (B, Ta, Da), without `running` what `plan` would have given; action 0 is for the snapshot's control step.
         """
         if prefix is not None:
             count = np.shape(prefix)[1] if np.ndim(prefix) == 3 else 0
             prefix = checked_action("prefix", prefix, (len(given.rows), count, self.spec.action_dim))
-        return self._planner.denoise(given, prefix)
+        if running is not None:
+            self.check_guidance(running.max_gain)
+            count = np.shape(running.actions)[1] if np.ndim(running.actions) == 3 else 0
+            shape = (len(given.rows), count, self.spec.action_dim)
+            running = replace(running, actions=checked_action("running chunk", running.actions, shape))
+        return self._planner.denoise(given, prefix, running)
+
+    def check_guidance(self, max_gain: float) -> None:
+        """Raises ConfigError where plans of this policy cannot be guided towards a running chunk with this gain."""
+        check_guidance(self.config.sampler, max_gain)
 
     def act(self, observation: Observation, executed_action: ActionArray | None = None) -> ActionArray:
         """Observes, plans for the rows whose plan is used up, and returns each row's next action (B, Da)."""

@@ -24,6 +24,7 @@ __all__ = [
     "Observation",
     "Policy",
     "PolicySpec",
+    "RunningChunk",
     "StepResult",
 ]
 
@@ -103,6 +104,23 @@ class DatasetSpec:
             str(data.get("source", "")),
             data.get("action_kind", ""),
         )
+
+
+@dataclass(frozen=True)
+class RunningChunk:
+    """What is left of a chunk under way, towards which the next plan is guided (arXiv 2506.07339).
+
+    Attributes:
+        actions: (B, n, Da), 1 <= n < Ta; action 0 is for the control step that the plan is for.
+        delay_steps: d <= n, of them are carried out while the plan is made.
+        max_gain: beta, bound of the guidance.
+        exact: with the network's Jacobian, as published; False leaves it out, which is cheaper.
+    """
+
+    actions: ActionArray
+    delay_steps: int
+    max_gain: float = 5.0
+    exact: bool = True
 
 
 @dataclass(frozen=True)

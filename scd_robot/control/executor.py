@@ -3,10 +3,12 @@
 - `receding`: actions in order; the next chunk replaces the rest as soon as it is there.
 - `prefix`: the same, and the next plan is given the actions that will be carried out while it is made, and begins with
   them (training-time real-time chunking, arXiv 2512.05964), so that chunks join without a jump.
+- `guided`: the same, and the next plan is guided towards all that is left of the running chunk, less the farther ahead
+  it is (arXiv 2506.07339): no training for it, a pass back through the network at each denoising step.
+  `guided_identity` leaves that pass out.
+- `synchronous`: s actions, then the robot stands still until the next chunk is there.
 - `ensemble`: plans as often as they come, and the mean of what all chunks say about this control step, older chunks
   with more weight (arXiv 2304.13705).
-
-Guided real-time chunking (arXiv 2506.07339) would be a fourth: its plan needs `upcoming` beyond the prefix as well.
 
 Shapes: Ta chunk length, Da action width.
 """
@@ -24,7 +26,7 @@ from scd_robot.types import ActionArray
 
 __all__ = ["ChunkExecutor", "ExecutionConfig", "Strategy"]
 
-Strategy = Literal["receding", "prefix", "ensemble"]
+Strategy = Literal["receding", "prefix", "guided", "guided_identity", "synchronous", "ensemble"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,14 @@ class ExecutionConfig:
     Attributes:
         strategy: see above.
         num_executed: actions between requests for plans (not for `ensemble`); None = the policy's.
+        max_gain: beta of the guided strategies; no more than the policy has denoising steps.
         ensemble_decay: m of the weights exp(-m i), i = 0 for the oldest chunk.
         delay: how the delay of a plan is guessed.
     """
 
     strategy: Strategy = "prefix"
     num_executed: int | None = None
+    max_gain: float = 5.0
     ensemble_decay: float = 0.01
     delay: DelayConfig = field(default_factory=DelayConfig)
 
@@ -50,6 +54,13 @@ class ExecutionConfig:
             raise ConfigError(f"num_executed must be at least 1, got {self.num_executed}")
         if not self.ensemble_decay >= 0:
             raise ConfigError(f"ensemble_decay must not be negative, got {self.ensemble_decay}")
+        if not 0 < self.max_gain < float("inf"):
+            raise ConfigError(f"max_gain must be positive and finite, got {self.max_gain}")
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether plans are guided towards the running chunk."""
+        return self.strategy in ("guided", "guided_identity")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.types import ActionArray, Observation, PolicySpec
+from scd_robot.types import ActionArray, Observation, PolicySpec, RunningChunk
 
 __all__ = ["Command", "Robot", "Sample", "StreamingPolicy"]
 
@@ -78,6 +78,18 @@ class StreamingPolicy(Protocol):
         """What a plan from the last observation is made from."""
         ...
 
-    def plan_from(self, given: Any, prefix: ActionArray | None = None) -> ActionArray:
-        """A chunk (1, Ta, Da) from a snapshot, beginning with `prefix` (1, d, Da); changes nothing of the policy."""
+    def check_guidance(self, max_gain: float) -> None:
+        """Raises ConfigError where `plan_from` takes no running chunk; asked by the strategies that are guided."""
+        ...
+
+    def plan_from(
+        self, given: Any, prefix: ActionArray | None = None, running: RunningChunk | None = None
+    ) -> ActionArray:
+        """A chunk (1, Ta, Da) from a snapshot; changes nothing of the policy.
+
+        Args:
+            given: the snapshot.
+            prefix: (1, d, Da) what it begins with.
+            running: what it is guided towards.
+        """
         ...

@@ -6,10 +6,8 @@ they share are queues. Other threads call `pause`, `resume`, `reset` and `stop`,
 Shapes: Da action width, Ta chunk length, d committed actions.
 """
 
-import logging
 import queue
 import sys
-from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,22 +15,20 @@ import numpy as np
 
 from scd_robot.control.clock import Clock, MonotonicClock, Pacer
 from scd_robot.control.interfaces import Command, Robot, Sample, StreamingPolicy
+from scd_robot.control.journal import Journal
 from scd_robot.control.limits import Limiter, Limits
 from scd_robot.control.planner import Planner, ThreadPlanner
 from scd_robot.control.planning import Planning
 from scd_robot.control.recorder import FlightRecorder
-from scd_robot.control.settings import LoopConfig, LoopReport, State, check_settings, describe_settings, percentiles
-from scd_robot.control.watchdog import FAULTS, ObservationGate
+from scd_robot.control.settings import LoopConfig, LoopReport, State, check_settings, describe_settings
+from scd_robot.control.watchdog import Approach, ObservationGate
 from scd_robot.errors import ActionError
 from scd_robot.types import ActionArray
 
 __all__ = ["ControlLoop"]
 
-logger = logging.getLogger(__name__)
-
 _LEAST_SPACING = 0.5  # of the servo period, between two commands
 _SWITCH_INTERVAL_S = 0.0005  # within which Python lets a plan in another thread give way; by itself it takes 5 ms
-_KEPT_TIMES = 100_000
 _HOLD_ATTEMPTS = 3
 
 
@@ -47,10 +43,6 @@ class ControlLoop:
         clock: the machine's, or a virtual one.
         planner: None = a thread.
         recorder: None = as the settings say.
-
-    Attributes:
-        state: see docs/control.md.
-        faults: how often each kind began.
     """
 
     def __init__(
@@ -70,31 +62,31 @@ class ControlLoop:
         self._clock: Clock = clock or MonotonicClock()
         self._planner: Planner = planner or ThreadPlanner(policy)
         self._control_dt, self._servo_dt = spec.control_dt, spec.control_dt / config.servo_steps
-        self._recorder = recorder or FlightRecorder(config.recorder, spec.observation, spec.action_dim, spec.control_dt)
-        self._recorder.about = {"control_dt": spec.control_dt, "settings": describe_settings(config, limits)}
+        recorder = recorder or FlightRecorder(config.recorder, spec.observation, spec.action_dim, spec.control_dt)
+        recorder.about = {"control_dt": spec.control_dt, "settings": describe_settings(config, limits)}
         self._places = np.array([rest is None for rest in limits.rest])
-        self._rest = np.array([0.0 if rest is None else rest for rest in limits.rest])
         self._limiter = Limiter(limits, self._servo_dt)
         self._planning = Planning(policy, self._planner, config.execution, limits.rest)
+        self._journal = Journal(recorder, self._clock, self._planning)
         self._gate = ObservationGate(dict(spec.observation), config.watchdog)
         self._requests: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.state: State = "starting"
-        self.faults: Counter[str] = Counter()
         self._intent: Literal["run", "pause", "stop"] = "run"
         self._anchored = False  # the limiter knows where the robot is
         self._hold_owed_s: float | None = None  # since when hold() has failed
         self._released_s = -np.inf
-        self._active: set[str] = set()  # faults that go on
         self._followed = False  # a plan of this epoch was followed
-        self._blend: float | None = None  # how much of the plan, while blending into it
+        self._approach: Approach | None = None  # while blending into a plan
         self._goal: Command | None = None
         self._from: Command = np.zeros(spec.action_dim)
         self._command: Command | None = None  # the last one, if it was sent in the step before
         self._sent_s = -np.inf
         self._holding_since: float | None = None
         self._encoded_s = -np.inf  # stamp of the sample that was encoded last
-        self._step, self._steps, self._commands = -1, 0, 0
-        self._encoder_ms: deque[float] = deque(maxlen=_KEPT_TIMES)
+
+    @property
+    def state(self) -> State:
+        """See docs/control.md."""
+        return self._journal.state
 
     # What other threads may call.
 
@@ -131,21 +123,21 @@ class ControlLoop:
         sys.setswitchinterval(min(interval_s, _SWITCH_INTERVAL_S))
         try:
             self._release()
-            while self.state != "stopped":
+            while self._journal.state != "stopped":
                 step, part = divmod(pacer.wait(), self._config.servo_steps)
-                if step > self._step:
-                    if (max_steps is not None and self._steps >= max_steps) or (until is not None and until()):
+                if step > self._journal.step:
+                    if (max_steps is not None and self._journal.steps >= max_steps) or (until is not None and until()):
                         self._intent = "stop"
-                    gap, self._step = step - self._step - 1, step
+                    gap, self._journal.step = step - self._journal.step - 1, step
                     self._control_step(gap, pacer.lateness_s)
                 self._servo_step(part)
         except BaseException as error:
-            self._fault("loop_error", f"{type(error).__name__}: {error}")
+            self._journal.fault("loop_error", f"{type(error).__name__}: {error}")
             raise
         finally:
             self._finish(pacer)
             sys.setswitchinterval(interval_s)
-        return self._report(pacer)
+        return self._journal.report(pacer)
 
     def _control_step(self, gap: int, late_s: float) -> None:
         """One observation in, one goal out.
@@ -156,7 +148,7 @@ class ControlLoop:
         """
         self._obey()
         if gap > self._config.watchdog.max_gap_steps and self._intent == "run":
-            self._fault("clock_gap", f"{gap} control steps were missed")
+            self._journal.fault("clock_gap", f"{gap} control steps were missed")
             self._new_epoch()
         self._look()
         self._collect_plan()
@@ -172,8 +164,7 @@ class ControlLoop:
             self._goal = self._next_goal(rate)
             self._from = self._limiter.last
         self._settle(rate)
-        self._steps += 1
-        self._note(late_s, rate)
+        self._end_step(late_s, rate)
 
     def _servo_step(self, part: int) -> None:
         """One command out, if the limiter knows where the robot is."""
@@ -186,7 +177,8 @@ class ControlLoop:
             if self._anchored and self._limiter.still:
                 self._release()
             if not self._anchored and (self._hold_owed_s is None or self._hold_is_hopeless()):
-                self._change_state("paused" if self._intent == "pause" else "stopped")
+                self._journal.enter("paused" if self._intent == "pause" else "stopped")
+                self._holding_since = None
 
     def _between(self, start: Command, goal: Command, part: int) -> Command:
         """The target of a servo step: on the way to a place, an increment or velocity as it is."""
@@ -197,11 +189,11 @@ class ControlLoop:
         self._clock.sleep_until(self._sent_s + _LEAST_SPACING * self._servo_dt)
         command = self._limiter.step(target)
         self._sent_s = self._clock.now()
-        self._commands += 1
+        self._journal.commands += 1
         try:
             self._robot.send(command)
         except Exception as error:  # nobody knows whether the robot follows it: it must tell where it is
-            self._fault("robot_send", f"{type(error).__name__}: {error}")
+            self._journal.fault("robot_send", f"{type(error).__name__}: {error}")
             self._command = None
             self._release()
             if self._config.watchdog.robot_error == "stop":
@@ -216,7 +208,7 @@ class ControlLoop:
                 request = self._requests.get_nowait()
             except queue.Empty:
                 return
-            self._event(request, "asked for")
+            self._journal.event(request, "asked for")
             if request == "stop":
                 self._intent = "stop"
             elif request == "pause" and self._intent == "run":
@@ -234,23 +226,23 @@ class ControlLoop:
         try:
             sample = self._robot.observe()
         except Exception as error:
-            self._condition("robot_observe", True, f"{type(error).__name__}: {error}")
+            self._journal.condition("robot_observe", True, f"{type(error).__name__}: {error}")
             return
-        self._condition("robot_observe", False)
+        self._journal.condition("robot_observe", False)
         problem = self._gate.admit(sample, self._clock.now())
-        self._condition("bad_observation", problem is not None, problem or "")
+        self._journal.condition("bad_observation", problem is not None, problem or "")
 
     def _collect_plan(self) -> None:
         """Follows a plan that is there."""
-        result = self._planning.collect(self._steps, self._clock.now())
+        result = self._planning.collect(self._journal.steps, self._clock.now())
         if result is None:
             return
         if result.chunk is None:
-            self._fault("plan_error", result.error)
+            self._journal.fault("plan_error", result.error)
             if self._config.watchdog.plan_error == "stop":
                 self._intent = "stop"
         elif self._planning.executor.has_actions:
-            self._condition("plan_late", False)
+            self._journal.condition("plan_late", False)
 
     def _anchor(self) -> None:
         """Tells the limiter where the robot is, by a sample that is fresh and newer than its last hold."""
@@ -260,9 +252,9 @@ class ControlLoop:
         try:
             self._limiter.start(sample.pose)
         except ActionError as error:
-            self._condition("bad_pose", True, str(error))
+            self._journal.condition("bad_pose", True, str(error))
             return
-        self._condition("bad_pose", False)
+        self._journal.condition("bad_pose", False)
         self._anchored = True
 
     def _is_stale(self) -> bool:
@@ -277,17 +269,17 @@ class ControlLoop:
             ("stale_observation", config.stale_observation, self._is_stale(), f"{age:.3f} s old"),
             ("frozen_observation", config.frozen_observation, key is not None, f"{key!r} repeats itself"),
         ):
-            self._condition(kind, active, detail)
+            self._journal.condition(kind, active, detail)
             if active:
                 rate = min(rate, self._react(reaction))
-        if config.late_plan == "slow" and self._followed and self._planning.overdue(self._steps):
+        if config.late_plan == "slow" and self._followed and self._planning.overdue(self._journal.steps):
             rate = min(rate, config.slow_rate)
         return rate
 
     @property
     def _blind(self) -> bool:
         """Whether no plan may be made from what is seen."""
-        return bool(self._active & {"stale_observation", "frozen_observation"})
+        return bool(self._journal.active & {"stale_observation", "frozen_observation"})
 
     def _react(self, reaction: str) -> float:
         """The rate that goes with a reaction."""
@@ -308,10 +300,10 @@ class ControlLoop:
                 {key: sample.observation[key][None] for key in self._policy.spec.observation}, self._executed(sample)
             )
         except Exception as error:
-            self._fault("encoder_error", f"{type(error).__name__}: {error}")
+            self._journal.fault("encoder_error", f"{type(error).__name__}: {error}")
             self._new_epoch()
         self._encoded_s = sample.stamp_s
-        self._encoder_ms.append(1e3 * (self._clock.now() - started))
+        self._journal.encoder_ms.append(1e3 * (self._clock.now() - started))
 
     def _executed(self, sample: Sample) -> ActionArray | None:
         """(1, Da) what the robot did in the step before: as it tells, or else as it was sent."""
@@ -324,15 +316,15 @@ class ControlLoop:
         """Asks for the next plan when its time has come."""
         if self._blind:
             return
-        split = self._planning.ask(self._steps, self._clock.now(), self._prefix)
+        split = self._planning.ask(self._journal.steps, self._clock.now(), self._ahead)
         if split is not None:
             detail = f"{self._planning.delay_steps} control steps per plan"
-            self._condition("delay_too_long", not split.fits, detail)
+            self._journal.condition("delay_too_long", not split.fits, detail)
 
-    def _prefix(self, count: int) -> ActionArray | None:
-        """(1, d, Da) what will be carried out in the control steps from this one on, behind the limits."""
+    def _ahead(self, count: int) -> ActionArray | None:
+        """(1, n, Da) what will be carried out in the control steps from this one on, behind the limits."""
         goals = self._planning.executor.upcoming(count)
-        if self._blend is not None or not len(goals):
+        if self._approach is not None or not len(goals):
             return None
         targets, start = [], self._limiter.last
         for goal in goals:
@@ -347,33 +339,32 @@ class ControlLoop:
             return None
         goal = self._planning.executor.take(rate)
         if goal is None:
-            if self._followed and not self._blind:
-                self._condition("plan_late", True, "all actions are used up")
+            if self._followed and not self._blind and not self._planning.rests:
+                self._journal.condition("plan_late", True, "all actions are used up")
                 if self._config.watchdog.late_plan == "stop":
                     self._intent = "stop"
             return None
         if not self._followed:
             self._followed = True
             if self._config.start.is_far(goal, self._limiter.last, self._limits.rest):
-                self._fault("far_start", f"the first action is {np.round(goal - self._limiter.last, 4).tolist()} away")
+                self._journal.fault(
+                    "far_start", f"the first action is {np.round(goal - self._limiter.last, 4).tolist()} away"
+                )
                 if self._config.start.reaction == "refuse":
                     self._intent = "stop"
                     return None
-                self._blend, self._from = 0.0, self._limiter.last
-        return self._blended(goal)
+                self._approach = Approach(self._config.start, self._control_dt, self._limits.rest)
+                self._from = self._limiter.last
+        return self._approached(goal)
 
-    def _blended(self, goal: Command) -> Command:
-        """On the way into the plan: a growing part of what is left to the goal."""
-        if self._blend is None:
+    def _approached(self, goal: Command) -> Command:
+        """The goal, or a point on the way to it after a far start."""
+        if self._approach is None:
             return goal
-        left = 1.0 - self._blend
-        self._blend += self._control_dt / self._config.start.blend_s
-        if self._blend >= 1.0:
-            self._blend = None
-            return goal
-        share = (self._control_dt / self._config.start.blend_s) / left
-        last = self._limiter.last
-        return np.where(self._places, last + share * (goal - last), self._rest + self._blend * (goal - self._rest))
+        goal = self._approach.step(goal, self._limiter.last)
+        if self._approach.over:
+            self._approach = None
+        return goal
 
     def _new_epoch(self) -> None:
         """Forgets the history and all plans, also those that are being made."""
@@ -382,8 +373,8 @@ class ControlLoop:
 
     def _drop_plans(self) -> None:
         self._planning.drop()
-        self._followed, self._blend = False, None
-        self._condition("plan_late", False)
+        self._followed, self._approach = False, None
+        self._journal.condition("plan_late", False)
 
     def _release(self) -> None:
         """Lets the robot hold by its own means; commands begin again from where it is then."""
@@ -393,10 +384,10 @@ class ControlLoop:
             self._robot.hold()
         except Exception as error:
             self._hold_owed_s = self._clock.now() if self._hold_owed_s is None else self._hold_owed_s
-            self._condition("robot_hold", True, f"{type(error).__name__}: {error}")
+            self._journal.condition("robot_hold", True, f"{type(error).__name__}: {error}")
         else:
             self._hold_owed_s = None
-            self._condition("robot_hold", False)
+            self._journal.condition("robot_hold", False)
         self._released_s = self._clock.now()
 
     def _hold_is_hopeless(self) -> bool:
@@ -411,92 +402,37 @@ class ControlLoop:
             return
         now = self._clock.now()
         if self._goal is not None:
-            self._change_state("running" if rate == 1.0 else "slow")
+            self._journal.enter("running" if rate == 1.0 else "slow")
             self._holding_since = None
             return
         self._holding_since = now if self._holding_since is None else self._holding_since
-        self._change_state("starting" if not self._followed and not self._active else "holding")
+        self._journal.enter("starting" if not self._followed and not self._journal.active else "holding")
         if now - self._holding_since > self._config.watchdog.give_up_s:
-            self._fault("gave_up", f"held for {now - self._holding_since:.1f} s")
+            self._journal.fault("gave_up", f"held for {now - self._holding_since:.1f} s")
             self._intent = "stop"
 
-    # Records.
-
-    def _change_state(self, state: State) -> None:
-        if state != self.state:
-            self._event(state, f"was {self.state}")
-            self.state = state
-        if state == "paused":
-            self._holding_since = None
-
-    def _condition(self, kind: str, active: bool, detail: str = "") -> None:
-        """A fault that goes on for a while counts once."""
-        if active and kind not in self._active:
-            self._active.add(kind)
-            self._fault(kind, detail)
-        elif not active and kind in self._active:
-            self._active.discard(kind)
-            self._event(kind, "is over")
-
-    def _fault(self, kind: str, detail: str) -> None:
-        assert kind in FAULTS, kind
-        self.faults[kind] += 1
-        logger.warning("control step %d: %s (%s)", self._step, FAULTS[kind], detail)
-        self._recorder.event(self._clock.now(), self._step, kind, detail, fault=True)
-
-    def _event(self, kind: str, detail: str) -> None:
-        self._recorder.event(self._clock.now(), self._step, kind, detail, fault=False)
-
-    def _note(self, late_s: float, rate: float) -> None:
+    def _end_step(self, late_s: float, rate: float) -> None:
         """Keeps the step; `command` is the last one of the step before."""
-        sample, now = self._gate.newest, self._clock.now()
+        sample = self._gate.newest
         values = {
-            "step": self._step, "time_s": now, "late_ms": 1e3 * late_s, "age_s": self._gate.age_s(now), "rate": rate,
-            "epoch": self._planning.epoch, "state": self.state, "target": self._goal, "command": self._command,
+            "late_ms": 1e3 * late_s, "rate": rate, "target": self._goal, "command": self._command,
             "executed": self._fitting(sample and sample.executed), "pose": self._fitting(sample and sample.pose),
         }  # fmt: skip
-        self._recorder.step(values, None if sample is None else sample.observation)
-        if (failure := self._recorder.failure()) is not None:
-            self._fault("recorder_error", failure)
-        self._recorder.flush(now, self._summary())
+        self._journal.end_step(sample, self._gate.age_s(self._clock.now()), values)
 
     def _fitting(self, value: Any) -> Command | None:
         """What a robot tells, if it is as wide as a command."""
         array = None if value is None else np.asarray(value, np.float64)
         return array if array is not None and array.shape == self._places.shape else None
 
-    def _summary(self) -> dict[str, Any]:
-        return {
-            "state": self.state,
-            "steps": self._steps,
-            "faults": dict(self.faults),
-            "plans": dict(self._planning.counts),
-        }
-
     def _finish(self, pacer: Pacer) -> None:
         """Whatever happened: the robot holds, and what is not on disk is written."""
-        for _ in range(_HOLD_ATTEMPTS if self.state != "stopped" else 0):
+        for _ in range(_HOLD_ATTEMPTS if self._journal.state != "stopped" else 0):
             try:
                 self._robot.hold()
                 break
             except Exception as error:
-                self._fault("robot_hold", f"{type(error).__name__}: {error}")
-        self.state = "stopped"
+                self._journal.fault("robot_hold", f"{type(error).__name__}: {error}")
+        self._journal.state = "stopped"
         self._planner.close()
-        self._recorder.flush(self._clock.now(), {**self._summary(), "pacing": pacer.report()}, last=True)
-        self._recorder.close()
-        while (failure := self._recorder.failure()) is not None:
-            self._fault("recorder_error", failure)
-
-    def _report(self, pacer: Pacer) -> LoopReport:
-        times = {"encoder": percentiles(self._encoder_ms), "plan": percentiles(self._planning.times_ms)}
-        return LoopReport(
-            self.state,
-            self._steps,
-            self._commands,
-            dict(self.faults),
-            dict(self._planning.counts),
-            pacer.report(),
-            times,
-            self._planning.delay_steps,
-        )
+        self._journal.close(pacer)

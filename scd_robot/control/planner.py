@@ -15,7 +15,7 @@ import numpy as np
 
 from scd_robot.control.clock import Clock
 from scd_robot.control.interfaces import StreamingPolicy
-from scd_robot.types import ActionArray
+from scd_robot.types import ActionArray, RunningChunk
 
 __all__ = ["PlanRequest", "PlanResult", "Planner", "ThreadPlanner", "VirtualPlanner", "make_plan"]
 
@@ -30,6 +30,7 @@ class PlanRequest:
         epoch: what is planned in one epoch is never carried out in another.
         given: the policy's snapshot.
         prefix: (1, d, Da) committed actions; None = none.
+        running: what the plan is guided towards; None = nothing.
         consumed: the executor's count of actions when it was asked for.
         steps: the loop's count of control steps then.
         committed: control steps within which it is expected.
@@ -39,6 +40,7 @@ class PlanRequest:
     epoch: int
     given: Any
     prefix: ActionArray | None
+    running: RunningChunk | None
     consumed: float
     steps: int
     committed: int
@@ -79,7 +81,7 @@ def make_plan(policy: StreamingPolicy, request: PlanRequest) -> PlanResult:
     """Plans, and turns whatever goes wrong into a result."""
     shape = (policy.spec.chunk_length, policy.spec.action_dim)
     try:
-        chunk = np.asarray(policy.plan_from(request.given, request.prefix))
+        chunk = np.asarray(policy.plan_from(request.given, request.prefix, request.running))
     except Exception as error:
         logger.debug("a plan failed", exc_info=error)
         return PlanResult(request, None, f"{type(error).__name__}: {error}")

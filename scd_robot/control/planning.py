@@ -10,7 +10,7 @@ from scd_robot.control.delay import DelayEstimator, Split, split_chunk
 from scd_robot.control.executor import ChunkExecutor, ExecutionConfig
 from scd_robot.control.interfaces import StreamingPolicy
 from scd_robot.control.planner import Planner, PlanRequest, PlanResult
-from scd_robot.types import ActionArray
+from scd_robot.types import ActionArray, RunningChunk
 
 __all__ = ["Planning"]
 
@@ -26,6 +26,9 @@ class Planning:
         config: how chunks are carried out.
         rest: (Da,) see `Limits`.
 
+    Raises:
+        ConfigError: the policy's plans cannot be guided, and the strategy is to.
+
     Attributes:
         executor: follows the chunks.
         epoch: plans of another one are dropped.
@@ -36,6 +39,8 @@ class Planning:
     def __init__(
         self, policy: StreamingPolicy, planner: Planner, config: ExecutionConfig, rest: tuple[float | None, ...]
     ) -> None:
+        if config.is_guided:
+            policy.check_guidance(config.max_gain)
         self._policy, self._planner, self._config = policy, planner, config
         self._delay = DelayEstimator(config.delay)
         self._flying: PlanRequest | None = None
@@ -53,7 +58,15 @@ class Planning:
     def split(self) -> Split:
         """How chunks are used at this delay."""
         spec = self._policy.spec
-        return split_chunk(spec.chunk_length, self._config.num_executed or spec.num_executed, self.delay_steps)
+        executed = self._config.num_executed or spec.num_executed
+        if self.rests:
+            return Split(min(executed, spec.chunk_length), self.delay_steps, fits=True)
+        return split_chunk(spec.chunk_length, executed, self.delay_steps)
+
+    @property
+    def rests(self) -> bool:
+        """Whether standing still while a plan is made is what the strategy asks for."""
+        return self._config.strategy == "synchronous"
 
     def drop(self) -> None:
         """Forgets all plans, also the one in the making."""
@@ -78,17 +91,19 @@ class Planning:
             self.counts["failed"] += 1
             return result
         self._delay.add(steps - request.steps)
-        followed = self.executor.accept(result.chunk, self.executor.consumed - request.consumed)
+        chunk = result.chunk[: self.split.num_executed] if self.rests else result.chunk
+        followed = self.executor.accept(chunk, self.executor.consumed - request.consumed)
         self.counts["followed" if followed else "too_late"] += 1
         return result
 
-    def ask(self, steps: int, now_s: float, prefix: Callable[[int], ActionArray | None]) -> Split | None:
+    def ask(self, steps: int, now_s: float, ahead: Callable[[int], ActionArray | None]) -> Split | None:
         """Asks for the next plan if its time has come and no other is in the making.
 
         Args:
             steps: control steps of the loop so far.
             now_s: the time [s].
-            prefix: gives what will be carried out in up to d control steps from this one on, (1, d, Da), or None.
+            ahead: gives what the running chunk will have carried out in up to so many control steps from this one on,
+                (1, n, Da), or None.
 
         Returns:
             How the running chunk is split, where a plan was asked for.
@@ -96,13 +111,14 @@ class Planning:
         split = self.split
         if self._planner.busy or not self._policy.may_plan or not self.executor.wants_plan(split):
             return None
-        committed = None
+        committed, running, delay = None, None, split.delay_steps
         if self._config.strategy == "prefix":
-            committed = prefix(min(split.delay_steps, self._policy.max_prefix))
+            committed = ahead(min(delay, self._policy.max_prefix))
+        elif self._config.is_guided and (left := ahead(self._policy.spec.chunk_length)) is not None:
+            exact = self._config.strategy == "guided"
+            running = RunningChunk(left, min(delay, left.shape[1]), self._config.max_gain, exact)
         given = self._policy.snapshot()
-        self._flying = PlanRequest(
-            self.epoch, given, committed, self.executor.consumed, steps, split.delay_steps, now_s
-        )
+        self._flying = PlanRequest(self.epoch, given, committed, running, self.executor.consumed, steps, delay, now_s)
         self.counts["asked"] += 1
         self._planner.submit(self._flying)
         return split

@@ -22,7 +22,7 @@ from scd_robot.control.planner import VirtualPlanner
 from scd_robot.control.recorder import FlightRecorder, write_record
 from scd_robot.control.settings import LoopConfig, LoopReport
 from scd_robot.errors import OutputError
-from scd_robot.types import ActionArray, ArraySpec, Observation, PolicySpec
+from scd_robot.types import ActionArray, ArraySpec, Observation, PolicySpec, RunningChunk
 
 __all__ = ["KINDS", "Incident", "Rehearsal", "ScriptedPolicy", "ScriptedRobot", "rehearse"]
 
@@ -172,14 +172,21 @@ class ScriptedPolicy:
         assert self._state is not None
         return {"state": self._state[0].copy(), "walk": self._rng.normal(0, 0.1, (SPEC.chunk_length, _DA))}
 
-    def plan_from(self, given: Mapping[str, Any], prefix: ActionArray | None = None) -> ActionArray:
-        """A walk that begins with the prefix."""
+    def check_guidance(self, max_gain: float) -> None:
+        """Takes any."""
+
+    def plan_from(
+        self, given: Mapping[str, Any], prefix: ActionArray | None = None, running: RunningChunk | None = None
+    ) -> ActionArray:
+        """A walk that begins with the prefix, or goes on as the running chunk does."""
         if self._script.going_on("plan_crash"):
             raise RuntimeError("CUDA error: device-side assert triggered")
         walk = given["walk"] * (1e3 if self._script.going_on("wild_plan") else 1.0)
         chunk: ActionArray = (given["state"] + walk.cumsum(0)).astype(np.float32)
         if prefix is not None:
             chunk[: prefix.shape[1]] = prefix[0]
+        if running is not None:
+            chunk[: running.actions.shape[1]] = running.actions[0]
         if self._script.going_on("plan_nan"):
             chunk[-1, 0] = np.nan
         return chunk[None, :-1] if self._script.going_on("plan_shape") else chunk[None]

@@ -13,7 +13,7 @@ from scd_robot.control.interfaces import Command, Sample
 from scd_robot.errors import ConfigError
 from scd_robot.types import ArraySpec
 
-__all__ = ["FAULTS", "ObservationGate", "Reaction", "StartGuard", "WatchdogConfig"]
+__all__ = ["FAULTS", "Approach", "ObservationGate", "Reaction", "StartGuard", "WatchdogConfig"]
 
 Reaction = Literal["hold", "slow", "stop"]
 
@@ -64,6 +64,36 @@ class StartGuard:
             return False
         places = np.array([value is None for value in rest])
         return bool((np.abs(target - pose) > self.max_distance)[places].any())
+
+
+class Approach:
+    """From where the robot is into the plan, evenly over `blend_s`.
+
+    Args:
+        config: of the guard.
+        control_dt: seconds per control step.
+        rest: (Da,) see `Limits`.
+
+    Attributes:
+        over: whether the last step was its last.
+    """
+
+    def __init__(self, config: StartGuard, control_dt: float, rest: tuple[float | None, ...]) -> None:
+        self._part = control_dt / config.blend_s
+        self._places = np.array([value is None for value in rest])
+        self._rest = np.array([0.0 if value is None else value for value in rest])
+        self._done = 0.0
+        self.over = False
+
+    def step(self, goal: Command, last: Command) -> Command:
+        """The goal of a control step (Da,): a growing part of what is left from the last command to the plan's goal."""
+        left = 1.0 - self._done
+        self._done += self._part
+        self.over = self._done >= 1.0
+        if self.over:
+            return goal
+        to_place = last + self._part / left * (goal - last)
+        return np.where(self._places, to_place, self._rest + self._done * (goal - self._rest))
 
 
 @dataclass(frozen=True)

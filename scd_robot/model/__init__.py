@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from scd_robot.model.base import ActionModel, ActionPlan, check_sampler
+from scd_robot.model.base import ActionModel, ActionPlan, check_guidance, check_sampler
 from scd_robot.model.causal_dit import CausalDitModel, HistoryContext
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import Conditioning, DiffusionDecoder
 from scd_robot.model.encoder import CausalEncoder
+from scd_robot.model.held import FixedActions
 from scd_robot.model.scd import ScdModel
 from scd_robot.model.tokenizer import StepTokenizer
 
@@ -17,11 +18,13 @@ __all__ = [
     "CausalEncoder",
     "Conditioning",
     "DiffusionDecoder",
+    "FixedActions",
     "HistoryContext",
     "ScdConfig",
     "ScdModel",
     "StepTokenizer",
     "build_model",
+    "check_guidance",
     "check_sampler",
 ]
 

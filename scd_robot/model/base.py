@@ -4,25 +4,44 @@ Shapes: B batch, T control steps, P tokens per control step, Ta chunk length, k 
 width, M samples per stream, R = B * M, K context tokens, D width.
 """
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from scd_robot.diffusion import SamplerConfig, corrupt, guide, sample
+from scd_robot.diffusion import (
+    SamplerConfig,
+    TowardsActions,
+    corrupt,
+    guide,
+    guided_velocity,
+    overlap_weights,
+    sample,
+)
 from scd_robot.diffusion.sampler import evaluation_times
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import Conditioning
+from scd_robot.model.held import FixedActions, hold
 from scd_robot.model.tokenizer import StepTokenizer
 from scd_robot.nn import KVCache
 
-__all__ = ["ActionModel", "ActionPlan", "check_sampler", "take_steps"]
+__all__ = ["ActionModel", "ActionPlan", "check_guidance", "check_sampler", "take_steps"]
 
-ContextT = TypeVar("ContextT", bound=Sized)
+
+class _Context(Protocol):
+    def __len__(self) -> int: ...
+
+    def clone(self) -> Self: ...
+
+
+ContextT = TypeVar("ContextT", bound=_Context)
 
 
 @dataclass(frozen=True)
@@ -176,6 +195,8 @@ class ActionModel(nn.Module, Generic[ContextT]):
         with_past: bool = False,
         past_valid: Tensor | None = None,
         conditioning: Mapping[float, Conditioning] | None = None,
+        towards: TowardsActions | None = None,
+        fixed: FixedActions | None = None,
     ) -> ActionPlan:
         """Denoises one action chunk per row.
 
@@ -191,8 +212,15 @@ class ActionModel(nn.Module, Generic[ContextT]):
             with_past: also denoise the k past actions.
             past_valid: (B, k) bool with that, False for control steps before the history began; None = all.
             conditioning: of this sampler, from `conditioning`, where it was computed once for many plans.
+            towards: the running chunk, whose remaining actions this one is guided towards (arXiv 2506.07339). With the
+                exact Jacobian each decoder call is differentiated, also for callers without gradients.
+            fixed: numbers of the chunk that are given.
+
+        Raises:
+            ConfigError: a solver or model that cannot do what is asked for.
+            ShapeError: noise, fixed or remaining actions that are not for this chunk.
         """
-        config = self.config
+        config, sampler = self.config, sampler or SamplerConfig()
         length = config.chunk_length + (config.num_past_actions if with_past else 0)
         shape = (len(context), length, config.action_dim)
         if noise is None:
@@ -200,36 +228,73 @@ class ActionModel(nn.Module, Generic[ContextT]):
             noise = torch.randn(shape, device=weight.device, dtype=weight.dtype)
         elif tuple(noise.shape) != shape:
             raise ShapeError(f"noise must be {shape}, got {tuple(noise.shape)}")
-        sampler = sampler or SamplerConfig()
         if sampler.solver == "mip":
             noise = torch.zeros_like(noise)
-        clamp, committed = self._hold_prefix(prefix, noise, length)
-
-        condition = conditioning
-        if condition is None or committed is not None:
-            condition = self.conditioning(sampler, committed)
         token_valid = None
         if with_past and past_valid is not None:
             token_valid = torch.cat((past_valid, past_valid.new_ones(len(past_valid), config.chunk_length)), dim=1)
-        prepared = self.decoder.prepare(context)
-        weak = None
-        if guidance_scale != 1.0:
-            if config.context_corruption == 0:
-                raise ConfigError("guidance needs a model trained with context_corruption > 0, this one has 0")
-            assert isinstance(context, Tensor)  # only such a model has corruption
-            drawn = torch.randn_like(context) if corruption_noise is None else corruption_noise
-            weak = self.decoder.prepare(corrupt(context, drawn, config.context_corruption))
+        clamp, committed = hold(config, prefix, fixed, noise)
+        exact = towards is not None and towards.jacobian == "exact"
+        with _gradients() if exact else nullcontext():
+            if exact:  # what was made in inference mode cannot be differentiated through
+                context = context.clone()
+                token_valid = None if token_valid is None else token_valid.clone()
+            if conditioning is None or committed is not None or exact:
+                conditioning = self.conditioning(sampler, committed)
+            velocity = self._velocity(context, conditioning, token_valid, guidance_scale, corruption_noise)
+            if towards is not None:
+                velocity = self._guided(velocity, towards, sampler, noise)
+            result = sample(velocity, noise, sampler, clamp)
+        past, actions = result.x.split((length - config.chunk_length, config.chunk_length), dim=1)
+        evaluations = result.num_evaluations * (1 if guidance_scale == 1.0 else 2)
+        return ActionPlan(actions, past if with_past else None, evaluations)
+
+    def _velocity(
+        self,
+        context: ContextT,
+        conditioning: Mapping[float, Conditioning],
+        token_valid: Tensor | None,
+        guidance_scale: float,
+        corruption_noise: Tensor | None,
+    ) -> Callable[[Tensor, float], Tensor]:
+        """The decoder as solvers call it; arguments are those of `plan`."""
+        config, prepared = self.config, self.decoder.prepare(context)
 
         def velocity(x: Tensor, time: float) -> Tensor:
-            strong: Tensor = self.decoder.velocity(x, condition[time], prepared, token_valid)
-            if weak is None:
-                return strong
-            return guide(strong, self.decoder.velocity(x, condition[time], weak, token_valid), guidance_scale)
+            out: Tensor = self.decoder.velocity(x, conditioning[time], prepared, token_valid)
+            return out
 
-        result = sample(velocity, noise, sampler, clamp)
-        past, actions = result.x.split((length - config.chunk_length, config.chunk_length), dim=1)
-        evaluations = result.num_evaluations * (1 if weak is None else 2)
-        return ActionPlan(actions, past if with_past else None, evaluations)
+        if guidance_scale == 1.0:
+            return velocity
+        if config.context_corruption == 0:
+            raise ConfigError("guidance needs a model trained with context_corruption > 0, this one has 0")
+        assert isinstance(context, Tensor)  # only such a model has corruption
+        drawn = torch.randn_like(context) if corruption_noise is None else corruption_noise
+        weak = self.decoder.prepare(corrupt(context, drawn, config.context_corruption))
+
+        def extrapolated(x: Tensor, time: float) -> Tensor:
+            return guide(
+                velocity(x, time), self.decoder.velocity(x, conditioning[time], weak, token_valid), guidance_scale
+            )
+
+        return extrapolated
+
+    def _guided(
+        self, velocity: Callable[[Tensor, float], Tensor], towards: TowardsActions, sampler: SamplerConfig, x: Tensor
+    ) -> Callable[[Tensor, float], Tensor]:
+        """The velocity (B, L, Da) at x that leads towards the running chunk; past actions are not guided."""
+        config, given = self.config, towards.actions
+        check_guidance(sampler, towards.max_gain)
+        batch, remaining, width = given.shape
+        if batch != len(x) or width != config.action_dim or not 1 <= remaining < config.chunk_length:
+            raise ShapeError(
+                f"the remaining actions must be ({len(x)}, 1 to {config.chunk_length - 1}, {config.action_dim}), got "
+                f"{tuple(given.shape)}"
+            )
+        weights = overlap_weights(config.chunk_length, config.chunk_length - remaining, towards.delay_steps).to(x)
+        past = x.shape[1] - config.chunk_length
+        target = pad(given.to(x), (0, 0, past, config.chunk_length - remaining))
+        return guided_velocity(velocity, target, pad(weights, (past, 0))[:, None], towards.max_gain, towards.jacobian)
 
     def conditioning(self, sampler: SamplerConfig, committed: Tensor | None = None) -> dict[float, Conditioning]:
         """What the decoder derives from each flow time at which `sampler` will call it, in one pass.
@@ -277,33 +342,6 @@ class ActionModel(nn.Module, Generic[ContextT]):
     def _encode_step(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None) -> ContextT:
         """The context of one more control step's tokens (B, P, D)."""
 
-    def _hold_prefix(
-        self, prefix: Tensor | None, noise: Tensor, length: int
-    ) -> tuple[Callable[[Tensor, float], Tensor] | None, Tensor | None]:
-        """The sampler's clamp for a committed prefix, and the tokens (1, L) that are shown at flow time 1."""
-        if prefix is None or prefix.shape[1] == 0:
-            return None, None
-        config, delay = self.config, prefix.shape[1]
-        if delay >= config.chunk_length:
-            raise ConfigError(
-                f"prefix holds {delay} actions; it must be shorter than chunk_length {config.chunk_length}"
-            )
-        if 0 < config.max_delay_steps < delay:
-            raise ConfigError(
-                f"prefix holds {delay} actions; this model was trained for at most {config.max_delay_steps}"
-            )
-        index = torch.arange(length, device=noise.device) - (length - config.chunk_length)
-        committed = ((index >= 0) & (index < delay))[None]
-        known = torch.zeros_like(noise)
-        known[:, committed[0]] = prefix.to(noise.dtype)
-        trained = config.max_delay_steps > 0
-
-        def clamp(x: Tensor, time: float) -> Tensor:
-            shown = known if trained else (1 - time) * noise + time * known
-            return torch.where(committed[..., None], shown, x)
-
-        return clamp, committed if trained else None
-
 
 def check_sampler(config: ScdConfig, sampler: SamplerConfig) -> None:
     """Raises ConfigError where a model of this architecture does not say what the solver needs."""
@@ -312,6 +350,27 @@ def check_sampler(config: ScdConfig, sampler: SamplerConfig) -> None:
             "solver 'average' needs a model with step_end_input, trained by the objective mean_flow or shortcut "
             "(scd distill); use solver 'euler'"
         )
+
+
+def check_guidance(sampler: SamplerConfig, max_gain: float) -> None:
+    """Raises ConfigError where chunks that this sampler makes cannot be guided towards others."""
+    if sampler.solver in ("average", "mip"):
+        raise ConfigError(
+            f"a guided chunk needs the velocity at each flow time, which solver {sampler.solver!r} does not ask for; "
+            "use a policy of solver 'euler', 'heun' or 'midpoint', or another strategy"
+        )
+    if max_gain > sampler.num_denoising_steps:
+        raise ConfigError(
+            f"a gain of up to {max_gain:g} overshoots in steps of 1/{sampler.num_denoising_steps}: take at least "
+            f"{math.ceil(max_gain)} denoising steps, or a smaller max_gain"
+        )
+
+
+@contextmanager
+def _gradients() -> Iterator[None]:
+    """Gradients, whatever the caller switched off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def take_steps(x: Tensor, position: Tensor) -> Tensor:

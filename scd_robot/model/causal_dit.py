@@ -60,6 +60,11 @@ class HistoryContext:
         """The samples at `position` (B, M'), where there was one for every control step of the stream."""
         return self._each(lambda x: take_steps(x, position))
 
+    def clone(self) -> "HistoryContext":
+        """A copy."""
+        pairs = tuple((keys.clone(), values.clone()) for keys, values in self.keys_values)
+        return replace(self._each(Tensor.clone), keys_values=pairs)
+
     def rows(self, index: Tensor) -> "HistoryContext":
         """Some streams (n,) of it."""
         pairs = tuple((keys[index], values[index]) for keys, values in self.keys_values)

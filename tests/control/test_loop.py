@@ -29,6 +29,7 @@ class Constant(ScriptedPolicy):
     def __init__(self, script, goal):
         super().__init__(script, 0)
         self.goal, self.prefixes, self.executed, self.resets = np.array(goal), [], [], 0
+        self.running = []
 
     def reset(self, rows=None, episodes=None):
         super().reset()
@@ -41,8 +42,9 @@ class Constant(ScriptedPolicy):
     def snapshot(self):
         return self.goal.copy()
 
-    def plan_from(self, given, prefix=None):
+    def plan_from(self, given, prefix=None, running=None):
         self.prefixes.append(prefix)
+        self.running.append(running)
         chunk = np.tile(given, (1, SPEC.chunk_length, 1)).astype(np.float32)
         if prefix is not None:
             chunk[:, : prefix.shape[1]] = prefix
@@ -166,6 +168,56 @@ def test_committed_actions_are_what_is_carried_out_behind_the_limits():
         assert any(runs), "the three commands that were sent while it was planned"
 
 
+def test_a_guided_plan_is_given_all_that_is_left_of_the_running_chunk():
+    execution = ExecutionConfig("guided_identity", 4, max_gain=3.0, delay=DelayConfig(warm_up=0))
+    scene = Scene(LoopConfig(execution=execution), plan_steps=2.5)
+    left = SPEC.chunk_length - 4  # asked for after s = 4 of them
+    scene.run(30)
+    given = [running for running in scene.policy.running if running is not None]
+    assert len(given) > 3
+    assert scene.policy.running[0] is None, "the first plan has nothing to go on from"
+    assert {running.actions.shape for running in given} == {(1, left, 2)}
+    assert {(running.max_gain, running.exact) for running in given} == {(3.0, False)}
+    assert [running.delay_steps for running in given][-1] == 3
+    assert all(prefix is None for prefix in scene.policy.prefixes)
+    ramp = np.tile(np.arange(16.0)[:, None] / 2, (1, 2))
+    scene.loop._planning.executor.accept(ramp, 4)
+    np.testing.assert_allclose(scene.loop._ahead(99)[0], ramp[4:])
+
+
+def test_a_guided_plan_that_comes_too_late_splits_the_chunk_in_half():
+    """d <= s <= H - d: a delay above H / 2 counts as H // 2, which is recorded."""
+    config = LoopConfig(execution=ExecutionConfig("guided", 2, delay=DelayConfig(warm_up=0)))
+    scene = Scene(config, plan_steps=11.5)
+    report = scene.run(60)
+    last = scene.policy.running[-1]
+    assert report.faults["delay_too_long"] == 1
+    assert (last.actions.shape[1], last.delay_steps) == (8, 8)
+
+
+def test_a_policy_whose_plans_cannot_be_guided_is_refused_at_once():
+    class Regression(Constant):
+        def check_guidance(self, max_gain):
+            raise ConfigError("a guided chunk needs the velocity at each flow time")
+
+    clock = VirtualClock()
+    policy = Regression(Script([], clock, DT), (0.0, 0.0))
+    config = LoopConfig(execution=ExecutionConfig("guided"))
+    with pytest.raises(ConfigError, match="guided chunk"):
+        ControlLoop(ScriptedRobot(Script([], clock, DT), clock, np.zeros(2), False), policy, WIDE, config, clock=clock)
+
+
+def test_a_synchronous_robot_stands_still_while_its_plan_is_made():
+    config = LoopConfig(execution=ExecutionConfig("synchronous", 4, delay=DelayConfig(warm_up=0)))
+    velocities = Limits.of_box((-10.0, -10.0), (10.0, 10.0), (0.0, 0.0))
+    scene = Scene(config, limits=velocities, plan_steps=2.5)
+    report = scene.run(25)
+    assert report.faults == {}
+    moves = scene.places()
+    first = int(np.argmax(moves > 0))
+    np.testing.assert_array_equal(moves[first : first + 18], ([1.0] * 4 + [0.0] * 3) * 2 + [1.0] * 4)
+
+
 def test_the_history_advances_in_every_control_step_and_learns_what_was_sent():
     scene = Scene(plan_steps=5.5)
     scene.run(30)
@@ -213,7 +265,7 @@ def test_whatever_is_raised_lets_the_robot_hold_and_leaves_a_record(tmp_path, er
 
 def test_the_ring_keeps_the_last_steps_only(tmp_path):
     scene = Scene(LoopConfig(recorder=RecorderConfig(tmp_path, seconds=8 * DT)))
-    scene.at[29] = lambda: scene.loop._fault("plan_error", "for the record")
+    scene.at[29] = lambda: scene.loop._journal.fault("plan_error", "for the record")
     scene.run(30)
     arrays, document = read_record(next(tmp_path.iterdir()))
     np.testing.assert_array_equal(arrays["step"], np.arange(22, 30))
@@ -232,7 +284,7 @@ def test_a_folder_that_is_no_record_is_refused(tmp_path):
 def test_a_record_does_not_take_another_ones_place(tmp_path):
     (tmp_path / "flight-001-plan_error").mkdir()
     scene = Scene(LoopConfig(recorder=RecorderConfig(tmp_path)))
-    scene.at[5] = lambda: scene.loop._fault("plan_error", "for the record")
+    scene.at[5] = lambda: scene.loop._journal.fault("plan_error", "for the record")
     report = scene.run(10)
     assert report.faults["recorder_error"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["flight-001-plan_error", "flight-002-plan_error"]

@@ -131,7 +131,9 @@ class TestExecutor:
         np.testing.assert_allclose(taken[::2, 1], 0.5 * CHUNK[:4, 1])
         assert executor.consumed == 4
 
-    @pytest.mark.parametrize("wrong", [{"strategy": "rtc"}, {"num_executed": 0}, {"ensemble_decay": -1.0}])
+    @pytest.mark.parametrize(
+        "wrong", [{"strategy": "rtc"}, {"num_executed": 0}, {"ensemble_decay": -1.0}, {"max_gain": 0.0}]
+    )
     def test_settings_are_checked(self, wrong):
         with pytest.raises(ConfigError):
             ExecutionConfig(**wrong)
@@ -143,7 +145,7 @@ class SlowPolicy:
     def __init__(self, result=None):
         self.result, self.go, self.threads = result, threading.Event(), []
 
-    def plan_from(self, given, prefix=None):
+    def plan_from(self, given, prefix=None, running=None):
         self.threads.append(threading.current_thread())
         assert self.go.wait(20)
         if isinstance(self.result, Exception):
@@ -151,7 +153,7 @@ class SlowPolicy:
         return self.result
 
 
-REQUEST = PlanRequest(0, None, None, 0.0, 0, 1, 0.0)
+REQUEST = PlanRequest(0, None, None, None, 0.0, 0, 1, 0.0)
 
 
 def test_the_thread_plans_beside_and_hands_over_once():

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from scd_robot.control import (
     WatchdogConfig,
     Workspace,
 )
+from scd_robot.control.executor import Strategy
 from scd_robot.control.rehearsal import KINDS, Incident, rehearse
 from scd_robot.control.watchdog import FAULTS
 
@@ -57,7 +59,7 @@ guards = st.builds(
 )
 executions = st.builds(
     ExecutionConfig,
-    st.sampled_from(["receding", "prefix", "ensemble"]),
+    st.sampled_from(get_args(Strategy)),
     st.sampled_from([None, 1, 4, 12, 16]),
     delay=st.just(DelayConfig(window=10, warm_up=1)),
 )

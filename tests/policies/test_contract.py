@@ -9,7 +9,7 @@ import torch
 
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
 from scd_robot.policies.registry import POLICIES, policy_class
-from scd_robot.types import Policy, PolicySpec
+from scd_robot.types import Policy, PolicySpec, RunningChunk
 
 
 @pytest.fixture(params=sorted(POLICIES))
@@ -208,6 +208,24 @@ def test_a_plan_from_a_snapshot_is_the_plan_of_then(make, stream) -> None:
                 beside.observe(earlier)
             beside.snapshot()  # as acting has made a plan
         break
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_plan_may_be_guided_towards_the_running_chunk(make, stream, exact) -> None:
+    policy = make(sampler={"solver": "euler", "num_denoising_steps": 5})
+    for observation in stream(2, 3):
+        policy.observe(observation)
+    given = policy.snapshot()
+    free = policy.plan_from(given)
+    goal = free[:, :3] + 3.0
+    guided = policy.plan_from(given, running=RunningChunk(goal, 2, exact=exact))
+    assert guided.dtype == np.float32
+    assert np.square(guided[:, :2] - goal[:, :2]).mean() < np.square(free[:, :2] - goal[:, :2]).mean()
+    np.testing.assert_array_equal(policy.plan_from(given), free)
+    with pytest.raises(ShapeError, match="running chunk"):
+        policy.plan_from(given, running=RunningChunk(goal[:1], 2))
+    with pytest.raises(ConfigError, match="at least 9 denoising steps"):
+        policy.check_guidance(9.0)
 
 
 def test_each_snapshot_has_noise_of_its_own_and_planning_changes_nothing(make, stream) -> None:

@@ -38,7 +38,7 @@ class Planner:
     def snapshot(self):
         return self.seen
 
-    def plan_from(self, given, prefix=None):
+    def plan_from(self, given, prefix=None, running=None):
         at, chunk = given["position"].copy(), []
         for _ in range(8):
             chunk.append(np.clip(0.3 * (given["goal"] - at) / 0.2, -0.3, 0.3))  # gently: plans come late

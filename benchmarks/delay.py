@@ -1,0 +1,278 @@
+"""Success and jerk where plans take long: five ways to carry out chunks, against the time that a plan takes.
+
+Each episode runs through the control loop in virtual time: observations are new in every control step, the simulator
+goes on while a plan is made, and the plan is there so many ms after it was asked for (with 0 ms: at the next control
+step). All arms of a task run the same checkpoint, which was trained with committed prefixes (`max_delay_steps`), from
+the same start states, and ask for a plan after the same number of actions, which is no less than the delay.
+
+    synchronous       stands still while a plan is made
+    naive             goes on with the running chunk, and jumps to the new one when it is there
+    ensemble          plans as often as it can, and takes the mean of all chunks
+    guided            real-time chunking without training, arXiv 2506.07339
+    guided_identity   the same without the network's Jacobian
+    trained           real-time chunking as it was trained for, arXiv 2512.05964
+
+    python benchmarks/delay.py                                  trains and measures everything: hours
+    python benchmarks/delay.py --only push-v3 --arms trained    one task, one arm
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import Job, Recording, benchmark_parser, run_benchmark
+from job import code_version, describe_machine, read_json
+from reporting import PairedCounts, arms_table, pair, percent, provenance, start_state_line, success_counts
+
+from scd_robot.control import ControlLoop, DelayConfig, ExecutionConfig, LoopConfig, RecorderConfig, VirtualClock
+from scd_robot.control.executor import Strategy
+from scd_robot.control.planner import VirtualPlanner
+from scd_robot.output import write_json
+from scd_robot.seeding import EVALUATION, derive_seed
+from scd_robot.sim_eval import make_environment
+from scd_robot.sim_eval.metrics import wilson_interval
+from scd_robot.sim_eval.motion import motion_quality
+from scd_robot.sim_eval.simulated_robot import limits_of
+from scd_robot.sim_eval.virtual_robot import VirtualRobot
+from scd_robot.types import Environment
+
+DELAYS_MS = (0, 25, 50, 100, 200)
+ARMS: dict[str, Strategy] = {
+    "synchronous": "synchronous",
+    "naive": "receding",
+    "ensemble": "ensemble",
+    "guided": "guided",
+    "guided_identity": "guided_identity",
+    "trained": "prefix",
+}
+AIM_LOSS = 0.05  # of success, the trained arm at the longest delay
+_EARLY_S = 1e-6  # so that a plan is there in the control step in which it is due, whatever the clock's rounding
+# Small networks: thousands of episodes are to be run one by one.
+SMALL = (
+    "model.width=64",
+    "model.encoder_layers=3",
+    "model.num_past_actions=0",
+    "model.history_length=64",
+    "training.virtual_reset_probability=0.0",
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, and how commands stand still.
+
+    Attributes:
+        environment: its name.
+        demonstrations: that are recorded.
+        settings: of the training.
+        num_executed: actions between plans, as long as the delay is no longer.
+        rest: see `Limits`; None = all commands are increments.
+    """
+
+    environment: str
+    demonstrations: int
+    settings: tuple[str, ...]
+    num_executed: int
+    rest: tuple[float | None, ...] | None = None
+
+
+TASKS = {
+    "moving-target": Task(
+        "scd_memory/moving-target",
+        600,
+        ("training.max_steps=1500", "model.chunk_length=24", "model.max_delay_steps=8"),
+        num_executed=4,
+    ),
+    "tray-balance": Task(
+        "scd_memory/tray-balance",
+        600,
+        ("training.max_steps=1500", "model.chunk_length=24", "model.max_delay_steps=8"),
+        num_executed=4,
+    ),
+    "push-v3": Task(
+        "metaworld/push-v3",
+        100,
+        ("training.max_steps=1500", "model.chunk_length=40", "model.max_delay_steps=16"),
+        num_executed=8,
+        rest=(0.0, 0.0, 0.0, None),  # the gripper's effort stays
+    ),
+}
+
+Results = Mapping[str, dict[str, Any]]
+
+
+def make_jobs() -> list[Job]:
+    """A training per task, evaluated without any delay as well."""
+    return [
+        Job(name, Recording(task.environment, task.demonstrations), task.environment, (*SMALL, *task.settings))
+        for name, task in TASKS.items()
+    ]
+
+
+class PinnedPolicy:
+    """A policy whose noise is that of one episode, whatever was run before."""
+
+    def __init__(self, policy: Any, episode: int) -> None:
+        self._policy, self._episode = policy, episode
+
+    def reset(self) -> None:
+        """Begins the episode."""
+        self._policy.reset(episodes=[self._episode])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+
+def run_episode(
+    policy: Any, environment: Environment, task: Task, strategy: Strategy, delay_ms: float, index: int
+) -> dict[str, Any]:
+    """One episode through the control loop in virtual time."""
+    delay_s, spec = 1e-3 * delay_ms, environment.spec
+    clock = VirtualClock()
+    robot = VirtualRobot(environment, derive_seed(EVALUATION, index), clock)
+    delay_steps = max(1, int(np.ceil(delay_s / spec.control_dt - 1e-9)))
+    execution = ExecutionConfig(strategy, task.num_executed, delay=DelayConfig(warm_up=0, initial=delay_steps))
+    config = LoopConfig(execution=execution, recorder=RecorderConfig(seconds=1.0))
+    pinned = PinnedPolicy(policy, index)
+    planner = VirtualPlanner(pinned, clock, lambda: max(0.0, delay_s - _EARLY_S))
+    loop = ControlLoop(robot, pinned, limits_of(spec, rest=task.rest), config, clock=clock, planner=planner)
+    report = loop.run(until=lambda: robot.finished)
+    return {
+        "index": index,
+        "success": robot.success,
+        "invalid": False,
+        "initial_state_hash": robot.initial_state_hash,
+        "steps": len(robot.actions),
+        "jerk": motion_quality(robot.actions, (), robot.hand, spec.control_dt)["jerk"],
+        "plans": report.plans,
+        "delay_steps": report.delay_steps,
+        "faults": report.faults,
+    }
+
+
+def measure(out: Path, results: Results, arms: Sequence[str], delays_ms: Sequence[int], episodes: int) -> None:
+    """Runs what is not measured yet of the tasks that are trained; OUT/delays/TASK_ARM_MSms.json holds a cell each."""
+    from scd_robot.policies import load_policy
+
+    logging.getLogger("scd_robot.control").setLevel(logging.ERROR)  # a late plan is what is looked for
+    for name, result in results.items():
+        if result["status"] != "done":
+            continue
+        task, policy = TASKS[name], load_policy(out / "work" / name / "run")
+        environment = make_environment(task.environment)
+        for arm in arms:
+            for delay_ms in delays_ms:
+                path = _cell_path(out, name, arm, delay_ms)
+                known = read_json(path)["evaluation"]["episodes_detail"] if path.is_file() else []
+                started = time.monotonic()
+                found = [
+                    run_episode(policy, environment, task, ARMS[arm], delay_ms, index)
+                    for index in range(len(known), episodes)
+                ]
+                if not found:
+                    continue
+                cell = {
+                    **{key: result[key] for key in ("schema", "versions", "training")},
+                    "name": path.stem,
+                    "status": "done",
+                    "evaluation": {"env": task.environment, "episodes_detail": [*known, *found]},
+                    "machine": describe_machine(),
+                    "code": code_version(),
+                    "command": " ".join(["python", *sys.argv]),
+                    "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+                }
+                write_json(path, cell)
+                minutes = (time.monotonic() - started) / 60
+                successes, valid = success_counts(cell)
+                print(f"{path.stem}: {successes}/{valid} successes, {minutes:.1f} min", flush=True)
+
+
+def _cell_path(out: Path, task: str, arm: str, delay_ms: int) -> Path:
+    return out / "delays" / f"{task}_{arm}_{delay_ms}ms.json"
+
+
+def make_report(out: Path, results: Results) -> str:
+    """Per task: success and jerk by arm and delay, and what the delay costs each arm."""
+    cells = {
+        (name, arm, delay): read_json(path)
+        for name in TASKS
+        for arm in ARMS
+        for delay in DELAYS_MS
+        if (path := _cell_path(out, name, arm, delay)).is_file()
+    }
+    parts = ["## Plans that take long", arms_table(results, list(TASKS))]
+    for name in TASKS:
+        parts += [
+            f"### {name}",
+            _table(cells, name, _success),
+            "Jerk, root mean square over an episode, mean over episodes, in the hand's unit / s^3:",
+            _table(cells, name, _jerk),
+            "Success less that of the same arm at 0 ms, in points, paired Newcombe 95 %:",
+            _table(cells, name, lambda cell, first: "" if cell is first else _points(pair(cell, first))),
+            _verdict(cells, name),
+        ]
+    named = {cell["name"]: cell for cell in cells.values()}
+    return "\n\n".join([*parts, start_state_line(named.values()), provenance(named)])
+
+
+def _table(cells: Mapping[tuple[str, str, int], Any], name: str, show: Any) -> str:
+    """One row per arm, one column per delay; `show(cell, the arm's cell at 0 ms)`."""
+    lines = ["| arm | " + " | ".join(f"{delay} ms" for delay in DELAYS_MS) + " |", "|" + "---|" * (1 + len(DELAYS_MS))]
+    for arm in ARMS:
+        first = cells.get((name, arm, DELAYS_MS[0]))
+        row = [cells.get((name, arm, delay)) for delay in DELAYS_MS]
+        texts = ["-" if cell is None or first is None else show(cell, first) for cell in row]
+        lines.append(f"| {arm} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def _success(cell: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    successes, valid = success_counts(cell)
+    return f"{successes}/{valid}, {percent(successes / valid, wilson_interval(successes, valid))}"
+
+
+def _jerk(cell: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    known = [episode["jerk"] for episode in cell["evaluation"]["episodes_detail"] if episode["jerk"] is not None]
+    return f"{np.mean(known):.1f}" if known else "-"
+
+
+def _points(counts: PairedCounts) -> str:
+    low, high = (100 * bound for bound in counts.interval)
+    return f"{100 * counts.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _verdict(cells: Mapping[tuple[str, str, int], Any], name: str) -> str:
+    """Whether the trained arm keeps its success at the longest delay."""
+    ends = [cells.get((name, "trained", delay)) for delay in (DELAYS_MS[0], DELAYS_MS[-1])]
+    if None in ends:
+        return f"The trained arm at {DELAYS_MS[-1]} ms is not measured yet."
+    counts = pair(ends[1], ends[0])
+    verdict = "reached" if counts.difference >= -AIM_LOSS else "NOT reached"
+    return f"- trained, {DELAYS_MS[-1]} ms: {_points(counts)} points; aim at most -{100 * AIM_LOSS:.0f}: {verdict}"
+
+
+def main() -> int:
+    """The command line."""
+    parser = benchmark_parser(__doc__ or "", "delay")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="measure these only")
+    parser.add_argument("--cell-episodes", type=int, default=100, help="per arm and delay (default %(default)s); resumes")
+    parser.add_argument("--delays", nargs="+", type=int, choices=DELAYS_MS, default=list(DELAYS_MS), metavar="MS")
+    options: argparse.Namespace = parser.parse_args()
+
+    def finish(results: Results) -> str:
+        if not options.report:
+            wanted = {name: result for name, result in results.items() if not options.only or name in options.only}
+            measure(options.out, wanted, options.arms, options.delays, options.cell_episodes)
+        return make_report(options.out, results)
+
+    return run_benchmark(options, make_jobs(), finish)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
