@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from scd_robot.model.base import ActionModel, ActionPlan, check_sampler
+from scd_robot.model.base import ActionModel, ActionPlan, HistoryModel, check_sampler
 from scd_robot.model.causal_dit import CausalDitModel, HistoryContext
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import Conditioning, DiffusionDecoder
@@ -18,6 +18,7 @@ __all__ = [
     "Conditioning",
     "DiffusionDecoder",
     "HistoryContext",
+    "HistoryModel",
     "ScdConfig",
     "ScdModel",
     "StepTokenizer",

@@ -18,12 +18,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from scd_robot.model.base import ActionModel, take_steps
+from scd_robot.model.base import ActionModel, HistoryModel, take_steps
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import Conditioning, FlowTransformer
 from scd_robot.nn import CausalDitBlock, KVCache, RotaryEmbedding, window_mask
 
-__all__ = ["CausalDitModel", "HistoryContext"]
+__all__ = ["CausalDitModel", "EntangledModel", "HistoryContext"]
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -217,11 +217,11 @@ class CausalDitTransformer(FlowTransformer):
         return cast(Iterable[CausalDitBlock], self.blocks)
 
 
-class CausalDitModel(ActionModel[HistoryContext]):
-    """As `ScdModel` to its users, but encoder and decoder are the same layers.
+class EntangledModel(HistoryModel[HistoryContext]):
+    """As `SeparableModel` to its users, but encoder and decoder are the same layers.
 
-    `encode_step` computes keys and values of one more control step in all layers, `plan` sends the noisy tokens through
-    all of them at every denoising step. What takes the place of the context is a `HistoryContext`.
+    `encode_step` computes keys and values of one more control step in all layers; noisy tokens go through all of them
+    at every denoising step. What takes the place of the context is a `HistoryContext`.
     """
 
     decoder: CausalDitTransformer
@@ -262,3 +262,7 @@ class CausalDitModel(ActionModel[HistoryContext]):
         self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None
     ) -> HistoryContext:
         return self.decoder.step(tokens, cache, valid, active, self._clean)
+
+
+class CausalDitModel(EntangledModel, ActionModel[HistoryContext]):
+    """An entangled model that denoises action chunks: as `ScdModel` to its users."""

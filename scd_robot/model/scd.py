@@ -12,22 +12,21 @@ Shapes: B batch, T control steps, M samples per stream, K context tokens, D widt
 
 from torch import Tensor
 
-from scd_robot.model.base import ActionModel, take_steps
+from scd_robot.model.base import ActionModel, HistoryModel, take_steps
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import DiffusionDecoder
 from scd_robot.model.encoder import CausalEncoder
 from scd_robot.nn import KVCache
 
-__all__ = ["ScdModel"]
+__all__ = ["ScdModel", "SeparableModel"]
 
 
-class ScdModel(ActionModel[Tensor]):
-    """Tokenizer, causal encoder and diffusion decoder.
+class SeparableModel(HistoryModel[Tensor]):
+    """Tokenizer, causal encoder and diffusion decoder, whatever the decoder's tokens are.
 
     encode        (B, T, ...) observations -> (B, T, K, D) contexts, all control steps in one pass   (training)
     encode_step   (B, ...) observation, cache -> (B, K, D) context of one more control step          (control loop)
-    velocity      noisy chunk, flow time, context -> velocity                                       (training)
-    plan          context -> action chunk, NFE times `decoder.velocity`                             (control loop)
+    velocity      noisy tokens, flow time, context -> velocity                                      (training)
     """
 
     def __init__(self, config: ScdConfig) -> None:
@@ -64,3 +63,10 @@ class ScdModel(ActionModel[Tensor]):
 
     def _encode_step(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None) -> Tensor:
         return self.encoder.step(tokens, cache, valid, active)
+
+
+class ScdModel(SeparableModel, ActionModel[Tensor]):
+    """A separable model whose decoder denoises action chunks.
+
+    plan          context -> action chunk, NFE times `decoder.velocity`                             (control loop)
+    """
