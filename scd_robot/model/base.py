@@ -334,6 +334,11 @@ class ActionModel(HistoryModel[ContextT]):
 
 def check_sampler(config: ScdConfig, sampler: SamplerConfig) -> None:
     """Raises ConfigError where a model of this architecture does not say what the solver needs."""
+    if config.decodes_frames and sampler.solver not in ("euler", "midpoint"):
+        raise ConfigError(
+            f"frames are denoised by solver 'euler' or 'midpoint', which never ask at flow time 1, got "
+            f"{sampler.solver!r}"
+        )
     if sampler.solver == "average" and not config.step_end_input:
         raise ConfigError(
             "solver 'average' needs a model with step_end_input, trained by the objective mean_flow or shortcut "

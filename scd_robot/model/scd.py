@@ -31,12 +31,13 @@ class SeparableModel(HistoryModel[Tensor]):
 
     def __init__(self, config: ScdConfig) -> None:
         super().__init__(config)
-        self.encoder = CausalEncoder(config, self.tokenizer.tokens_per_step)
+        self.encoder = CausalEncoder(config, self.tokenizer.tokens_per_step, self.tokenizer.context_slots)
+        num_tokens, token_dim = config.token_shape
         self.decoder = DiffusionDecoder(
-            token_dim=config.action_dim,
-            num_positions=config.num_past_actions + config.chunk_length,
+            token_dim=token_dim,
+            num_positions=num_tokens,
             num_hidden_positions=config.num_past_actions,
-            num_context_tokens=config.num_context_tokens,
+            num_context_tokens=config.num_decoder_context,
             width=config.width,
             num_heads=config.num_heads,
             num_layers=config.decoder_layers,
