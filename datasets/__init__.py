@@ -23,13 +23,14 @@ if __name__ == "datasets":
     _spec.loader.exec_module(sys.modules["datasets"])
 else:
     from scd_robot.datasets.open import open_dataset
-    from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, PRESENT, EpisodeDataset
+    from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, POSITION, PRESENT, EpisodeDataset
     from scd_robot.datasets.windows import SegmentBatch, SegmentIndex, split_episodes
     from scd_robot.datasets.zarr.writer import ZarrWriter
 
     __all__ = [
         "ACTION",
         "EXECUTED_ACTION",
+        "POSITION",
         "PRESENT",
         "EpisodeDataset",
         "SegmentBatch",

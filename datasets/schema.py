@@ -19,6 +19,7 @@ __all__ = [
     "DONE",
     "EXECUTED_ACTION",
     "MASK",
+    "POSITION",
     "PRESENT",
     "REWARD",
     "SIM_STATE",
@@ -34,6 +35,7 @@ SIM_STATE = "sim_state"  # (N, S) float64, a simulator's whole state before the 
 REWARD = "reward"  # (N,) of the action
 DONE = "done"  # (N,)
 MASK = "mask_"  # begins the names in `episode_info` of lists of episodes: "mask_train" is 1 where it is in the list
+POSITION = "position."  # begins the name of an array (N, 3) [m]: where a thing was, exactly; no observation
 PRESENT = "present."  # begins the name of an array (N,): whether the observation of that key was there in each step
 TIMESTAMP = "timestamp"  # (N,) float64 [s], of the observation, from the episode's beginning
 

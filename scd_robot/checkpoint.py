@@ -254,6 +254,8 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         config = {**config, "training": {**objective, **pictures, **config["training"]}}
     if schema < 5:
         config = {**config, "transforms": {"tasks": {}, "goals": [], **config["transforms"]}}
+        frames = {"camera": "", "patch_size": 8, "residual": True}
+        config = {**config, "model": {"frames": frames, **config["model"]}}
     return config
 
 

@@ -18,7 +18,16 @@ import numpy as np
 
 from scd_robot.errors import OutputError
 
-__all__ = ["check_local", "check_target", "dataset_output", "replace_folder", "to_plain", "write_json", "write_text"]
+__all__ = [
+    "check_local",
+    "check_target",
+    "dataset_output",
+    "replace_folder",
+    "to_plain",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 
 _HINTS = {
     errno.ENOSPC: "the disk is full, free some space",
@@ -53,7 +62,12 @@ def check_target(path: str | Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, in UTF-8; its folder is made where missing.
+    """Writes a text file, in UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file; its folder is made where missing.
 
     Raises:
         OutputError: no permission, the disk is full; an earlier file of that name is left as it was.
@@ -61,7 +75,7 @@ def write_text(path: Path, text: str) -> None:
     beside = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(data)
         beside.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -236,6 +236,9 @@ class Environment(Protocol):
 
     It may have a property `hand`: where the hand is in the present state, (n,), or (hands, n) of several, exactly and
     in `spec.hand_unit`. How smoothly the robot moves is measured there, and nowhere without it.
+
+    It may have a property `positions`: where the hand and other things are in the present state, exactly, by name (3,)
+    in m; the same names in all states. No policy sees them: they are kept beside pictures, to judge imagined ones by.
     """
 
     spec: EnvironmentSpec

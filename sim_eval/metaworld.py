@@ -166,6 +166,12 @@ class MetaworldEnvironment:
         """(3,) position of the hand [m]."""
         return self._present()[:3].copy()
 
+    @property
+    def positions(self) -> dict[str, NDArray[np.float64]]:
+        """(3,) exact position of the hand, the object and the goal [m]."""
+        raw = self._present()
+        return {"hand": raw[:3].copy(), "object": raw[4:7].copy(), "goal": raw[_GOAL].copy()}
+
     def reset(self, seed: int) -> dict[str, NDArray[np.float32]]:
         """Starts an episode whose initial state is a function of `seed` alone; returns its first observation.
 

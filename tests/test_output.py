@@ -62,11 +62,12 @@ def test_full_disk_leaves_the_old_file_and_no_remains(tmp_path: Path, monkeypatc
     target = tmp_path / "out.json"
     write_json(target, {"old": True})
 
-    def write_half(self: Path, text: str, encoding: str) -> None:
-        self.write_bytes(text.encode(encoding)[: len(text) // 2])
+    def write_half(self: Path, data: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
 
-    monkeypatch.setattr(Path, "write_text", write_half)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
     with pytest.raises(OutputError, match=r"out\.json.*no space left on device"):
         write_json(target, {"new": True})
     assert json.loads(target.read_text()) == {"old": True}

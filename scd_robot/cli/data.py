@@ -21,6 +21,7 @@ def record(
     action_noise: float = 0.0,
     steps_after_success: int = 10,
     disturbances: float = 0.0,
+    keep_positions: bool = False,
     workers: int | None = None,
     overwrite: bool = False,
     json: Path | None = None,
@@ -43,6 +44,8 @@ def record(
         steps_after_success: control steps recorded after the first success.
         disturbances: probability that in a control step a disturbance begins: for 3 to 8 steps one random action is
             executed in the place of the expert's, whose labels then show how to mend that (0.02 for tasks of memory).
+        keep_positions: keep where the hand and other things were, in arrays "position.NAME" beside the observations:
+            no policy sees them; imagined pictures are judged by them.
         workers: simulator processes; by default one per CPU, fewer for few episodes.
         overwrite: replace a store that exists at OUT, once the new one is complete.
         json: write the summary to this file too ("-": standard output).
@@ -60,6 +63,7 @@ def record(
         action_noise=action_noise,
         steps_after_success=steps_after_success,
         disturbances=disturbances,
+        keep_positions=keep_positions,
         workers=workers,
         overwrite=overwrite,
     )

@@ -32,7 +32,7 @@ from scd_robot.model.held import FixedActions, hold
 from scd_robot.model.tokenizer import StepTokenizer
 from scd_robot.nn import KVCache
 
-__all__ = ["ActionModel", "ActionPlan", "check_guidance", "check_sampler", "take_steps"]
+__all__ = ["ActionModel", "ActionPlan", "HistoryModel", "check_guidance", "check_sampler", "take_steps"]
 
 
 class _Context(Protocol):
@@ -59,8 +59,8 @@ class ActionPlan:
     num_evaluations: int
 
 
-class ActionModel(nn.Module, Generic[ContextT]):
-    """Tokenizer, what is made of the history (a context of the subclass's type), and the denoising of action chunks.
+class HistoryModel(nn.Module, Generic[ContextT]):
+    """Tokenizer, what is made of the history (a context of the subclass's type), and a decoder that denoises tokens.
 
     All inputs and outputs are normalised tensors, pictures uint8.
     """
@@ -183,6 +183,94 @@ class ActionModel(nn.Module, Generic[ContextT]):
         out: Tensor = self.decoder.velocity(x, conditioning, prepared, token_valid)
         return out
 
+    def _velocity(
+        self,
+        context: ContextT,
+        conditioning: Mapping[float, Conditioning],
+        token_valid: Tensor | None,
+        guidance_scale: float,
+        corruption_noise: Tensor | None,
+    ) -> Callable[[Tensor, float], Tensor]:
+        """The decoder as solvers call it.
+
+        Args:
+            context: of B samples.
+            conditioning: of the sampler, from `conditioning`.
+            token_valid: (B, L) bool, tokens that exist; None = all.
+            guidance_scale: above 1, extrapolates away from a corrupted context, for twice the decoder calls.
+            corruption_noise: (B, K, D) standard normal for that; None = drawn.
+        """
+        config, prepared = self.config, self.decoder.prepare(context)
+
+        def velocity(x: Tensor, time: float) -> Tensor:
+            out: Tensor = self.decoder.velocity(x, conditioning[time], prepared, token_valid)
+            return out
+
+        if guidance_scale == 1.0:
+            return velocity
+        if config.context_corruption == 0:
+            raise ConfigError("guidance needs a model trained with context_corruption > 0, this one has 0")
+        assert isinstance(context, Tensor)  # only such a model has corruption
+        drawn = torch.randn_like(context) if corruption_noise is None else corruption_noise
+        weak = self.decoder.prepare(corrupt(context, drawn, config.context_corruption))
+
+        def extrapolated(x: Tensor, time: float) -> Tensor:
+            return guide(
+                velocity(x, time), self.decoder.velocity(x, conditioning[time], weak, token_valid), guidance_scale
+            )
+
+        return extrapolated
+
+    def conditioning(self, sampler: SamplerConfig, committed: Tensor | None = None) -> dict[float, Conditioning]:
+        """What the decoder derives from each flow time at which `sampler` will call it, in one pass.
+
+        Args:
+            sampler: solver and number of denoising steps.
+            committed: (1, L) bool, tokens that are shown at flow time 1; None = none.
+        """
+        check_sampler(self.config, sampler)
+        times = evaluation_times(sampler)
+        weight = self.decoder.position
+        flow_time = torch.tensor(times, device=weight.device, dtype=weight.dtype)[:, None]
+        end_time = flow_time + 1 / sampler.num_denoising_steps if sampler.solver == "average" else flow_time
+        if committed is not None:
+            flow_time, end_time = (torch.where(committed, 1.0, time) for time in (flow_time, end_time))
+        conditions = self.decoder.condition(flow_time, end_time)
+        return {time: conditions[i] for i, time in enumerate(times)}
+
+    def _tokenize(
+        self,
+        observation: Mapping[str, Tensor],
+        past_action: Tensor | None,
+        past_action_valid: Tensor | None,
+        present: Mapping[str, Tensor] | None,
+        stream: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, T, P, D) of a stream, and which are there."""
+        if past_action is not None and past_action_valid is None:
+            past_action_valid = torch.ones(past_action.shape[:2], dtype=torch.bool, device=past_action.device)
+            past_action_valid[:, 0] = False
+            if stream is not None:
+                past_action_valid[:, 1:] = stream[:, 1:] == stream[:, :-1]
+        tokens, valid = self.tokenizer(observation, past_action, past_action_valid, present)
+        return tokens, valid
+
+    @abstractmethod
+    def _encode(self, tokens: Tensor, valid: Tensor | None, stream: Tensor | None, first_position: int) -> Tensor:
+        """Contexts (B, T, K, D) of tokens (B, T, P, D)."""
+
+    @abstractmethod
+    def _encode_at(self, position: Tensor, tokens: Tensor, valid: Tensor | None, stream: Tensor | None) -> ContextT:
+        """`encode_at` of tokens (B, T, P, D)."""
+
+    @abstractmethod
+    def _encode_step(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None) -> ContextT:
+        """The context of one more control step's tokens (B, P, D)."""
+
+
+class ActionModel(HistoryModel[ContextT]):
+    """A model of history that denoises action chunks."""
+
     def plan(
         self,
         context: ContextT,
@@ -249,36 +337,6 @@ class ActionModel(nn.Module, Generic[ContextT]):
         evaluations = result.num_evaluations * (1 if guidance_scale == 1.0 else 2)
         return ActionPlan(actions, past if with_past else None, evaluations)
 
-    def _velocity(
-        self,
-        context: ContextT,
-        conditioning: Mapping[float, Conditioning],
-        token_valid: Tensor | None,
-        guidance_scale: float,
-        corruption_noise: Tensor | None,
-    ) -> Callable[[Tensor, float], Tensor]:
-        """The decoder as solvers call it; arguments are those of `plan`."""
-        config, prepared = self.config, self.decoder.prepare(context)
-
-        def velocity(x: Tensor, time: float) -> Tensor:
-            out: Tensor = self.decoder.velocity(x, conditioning[time], prepared, token_valid)
-            return out
-
-        if guidance_scale == 1.0:
-            return velocity
-        if config.context_corruption == 0:
-            raise ConfigError("guidance needs a model trained with context_corruption > 0, this one has 0")
-        assert isinstance(context, Tensor)  # only such a model has corruption
-        drawn = torch.randn_like(context) if corruption_noise is None else corruption_noise
-        weak = self.decoder.prepare(corrupt(context, drawn, config.context_corruption))
-
-        def extrapolated(x: Tensor, time: float) -> Tensor:
-            return guide(
-                velocity(x, time), self.decoder.velocity(x, conditioning[time], weak, token_valid), guidance_scale
-            )
-
-        return extrapolated
-
     def _guided(
         self, velocity: Callable[[Tensor, float], Tensor], towards: TowardsActions, sampler: SamplerConfig, x: Tensor
     ) -> Callable[[Tensor, float], Tensor]:
@@ -296,55 +354,14 @@ class ActionModel(nn.Module, Generic[ContextT]):
         target = pad(given.to(x), (0, 0, past, config.chunk_length - remaining))
         return guided_velocity(velocity, target, pad(weights, (past, 0))[:, None], towards.max_gain, towards.jacobian)
 
-    def conditioning(self, sampler: SamplerConfig, committed: Tensor | None = None) -> dict[float, Conditioning]:
-        """What the decoder derives from each flow time at which `sampler` will call it, in one pass.
-
-        Args:
-            sampler: solver and number of denoising steps.
-            committed: (1, L) bool, tokens that are shown at flow time 1; None = none.
-        """
-        check_sampler(self.config, sampler)
-        times = evaluation_times(sampler)
-        weight = self.decoder.position
-        flow_time = torch.tensor(times, device=weight.device, dtype=weight.dtype)[:, None]
-        end_time = flow_time + 1 / sampler.num_denoising_steps if sampler.solver == "average" else flow_time
-        if committed is not None:
-            flow_time, end_time = (torch.where(committed, 1.0, time) for time in (flow_time, end_time))
-        conditions = self.decoder.condition(flow_time, end_time)
-        return {time: conditions[i] for i, time in enumerate(times)}
-
-    def _tokenize(
-        self,
-        observation: Mapping[str, Tensor],
-        past_action: Tensor | None,
-        past_action_valid: Tensor | None,
-        present: Mapping[str, Tensor] | None,
-        stream: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, T, P, D) of a stream, and which are there."""
-        if past_action is not None and past_action_valid is None:
-            past_action_valid = torch.ones(past_action.shape[:2], dtype=torch.bool, device=past_action.device)
-            past_action_valid[:, 0] = False
-            if stream is not None:
-                past_action_valid[:, 1:] = stream[:, 1:] == stream[:, :-1]
-        tokens, valid = self.tokenizer(observation, past_action, past_action_valid, present)
-        return tokens, valid
-
-    @abstractmethod
-    def _encode(self, tokens: Tensor, valid: Tensor | None, stream: Tensor | None, first_position: int) -> Tensor:
-        """Contexts (B, T, K, D) of tokens (B, T, P, D)."""
-
-    @abstractmethod
-    def _encode_at(self, position: Tensor, tokens: Tensor, valid: Tensor | None, stream: Tensor | None) -> ContextT:
-        """`encode_at` of tokens (B, T, P, D)."""
-
-    @abstractmethod
-    def _encode_step(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None) -> ContextT:
-        """The context of one more control step's tokens (B, P, D)."""
-
 
 def check_sampler(config: ScdConfig, sampler: SamplerConfig) -> None:
     """Raises ConfigError where a model of this architecture does not say what the solver needs."""
+    if config.decodes_frames and sampler.solver not in ("euler", "midpoint"):
+        raise ConfigError(
+            f"frames are denoised by solver 'euler' or 'midpoint', which never ask at flow time 1, got "
+            f"{sampler.solver!r}"
+        )
     if sampler.solver == "average" and not config.step_end_input:
         raise ConfigError(
             "solver 'average' needs a model with step_end_input, trained by the objective mean_flow or shortcut "

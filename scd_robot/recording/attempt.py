@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scd_robot.datasets.schema import POSITION
 from scd_robot.errors import ConfigError, SimulatorError
 from scd_robot.seeding import RECORDING, derive_seed, keyed_rng
 from scd_robot.types import Environment
@@ -27,6 +28,7 @@ class RecordingConfig:
         steps_after_success: control steps recorded after the first success, so that the goal is held.
         disturbances: probability that a disturbance begins in a control step: for 3 to 8 steps one random action is
             executed in the place of the expert's.
+        keep_positions: keep where the hand and other things were, too, which no policy sees.
     """
 
     environment: str
@@ -34,6 +36,7 @@ class RecordingConfig:
     action_noise: float = 0.0
     steps_after_success: int = 10
     disturbances: float = 0.0
+    keep_positions: bool = False
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -92,6 +95,7 @@ def _run(
     last_step: int | None = None  # known from the first success on
     left = 0  # control steps of the running disturbance
     while last_step is None or len(rows) <= last_step:
+        positions = _positions(environment) if config.keep_positions else {}
         label = environment.expert_action()
         wanted = label + config.action_noise * noise.standard_normal(label.shape)
         if left == 0 and disturbance.random() < config.disturbances:
@@ -100,7 +104,7 @@ def _run(
         if left:
             left, wanted = left - 1, pushed
         result = environment.step(wanted.astype(np.float32))
-        rows.append({**observation, "action": label, "executed_action": result.executed_action})
+        rows.append({**observation, "action": label, "executed_action": result.executed_action, **positions})
         observation = result.observation
         if result.success and last_step is None:
             last_step = len(rows) - 1 + config.steps_after_success
@@ -109,3 +113,9 @@ def _run(
     if last_step is None or len(rows) < 2:
         return None
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _positions(environment: Environment) -> dict[str, NDArray[np.float32]]:
+    """Where things are now, by the names of their arrays."""
+    found = environment.positions  # type: ignore[attr-defined]  # `record_demonstrations` has looked
+    return {POSITION + name: np.asarray(place, np.float32) for name, place in found.items()}

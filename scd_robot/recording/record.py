@@ -34,6 +34,7 @@ def record_demonstrations(
     action_noise: float = 0.0,
     steps_after_success: int = 10,
     disturbances: float = 0.0,
+    keep_positions: bool = False,
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -51,6 +52,8 @@ def record_demonstrations(
         action_noise: standard deviation of the noise on executed actions; the labels stay clean.
         steps_after_success: control steps recorded after the first success.
         disturbances: probability that in a control step a disturbance begins, see `RecordingConfig`.
+        keep_positions: keep where the hand and other things were in arrays "position.NAME" (N, 3) [m], which are no
+            observations.
         workers: processes; None = one per CPU, but no more than pay.
         overwrite: replace a store at `out`.
         progress: show a progress bar.
@@ -60,7 +63,7 @@ def record_demonstrations(
         disturbances; plain JSON types.
 
     Raises:
-        ConfigError: a number is out of range, or the environment has no expert.
+        ConfigError: a number is out of range, or the environment has no expert, or no positions to keep.
         UnknownNameError, MissingDependencyError: the environment cannot be made.
         SimulatorError: the expert fails far too often (10 attempts per episode and 20 more), or a process died.
         OutputError: `out` exists or cannot be written; the finished episodes are kept.
@@ -72,12 +75,14 @@ def record_demonstrations(
         workers = max(1, min(available_cpus(), episodes // _EPISODES_PER_WORKER))
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
-    config = RecordingConfig(environment, seed, action_noise, steps_after_success, disturbances)
+    config = RecordingConfig(environment, seed, action_noise, steps_after_success, disturbances, keep_positions)
     limit = 10 * episodes + 20
     attempts = 0
     with contextlib.closing(make_environment(environment)) as simulator:
         spec = simulator.spec
         _check_expert(simulator, seed)
+        if keep_positions and not hasattr(type(simulator), "positions"):
+            raise ConfigError(f"{spec.name} does not tell where things are; record it without keep_positions")
         with (
             ZarrWriter(out, _dataset_spec(spec), _metadata(spec, config), overwrite) as writer,
             tqdm(total=episodes, desc=f"recording {spec.name}", unit="episode", disable=not progress) as bar,

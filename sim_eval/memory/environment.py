@@ -209,6 +209,15 @@ class MemoryEnvironment(abc.ABC):
         position: Vector = self.data.qpos[: self.model.nu]
         return position
 
+    @property
+    def positions(self) -> dict[str, Vector]:
+        """(3,) exact position of each body [m], the hand among them."""
+        import mujoco
+
+        self._check_running()
+        mujoco.mj_kinematics(self.model, self.data)  # what was moved since the last physics step
+        return {body.name: body.xpos.copy() for body in map(self.data.body, range(1, self.model.nbody))}
+
     def towards(self, place: ArrayLike) -> Vector:
         """Action (3,) that moves the target of the hand to a place in a straight line.
 

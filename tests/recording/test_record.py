@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from scd_robot.datasets import POSITION
 from scd_robot.datasets.open import open_dataset
 from scd_robot.errors import ConfigError, DatasetError, OutputError, SimulatorError, UnknownNameError
 from scd_robot.recording import record_demonstrations
@@ -118,6 +119,27 @@ def test_labels_are_clean_and_executed_actions_are_noisy_and_clipped():
     assert noisy["executed_action"].max() <= 1
     again = run_attempt(ToyEnvironment(), RecordingConfig("toy", action_noise=0.5), index).episode
     np.testing.assert_array_equal(noisy["executed_action"], again["executed_action"])
+
+
+@pytest.mark.sim
+def test_positions_are_kept_beside_pictures_and_are_no_observations(tmp_path):
+    pytest.importorskip("mujoco")
+    name = "scd_memory/occluded-reach:delay=2,observation=image"
+    record_demonstrations(name, 2, tmp_path / "a.zarr", keep_positions=True, progress=False, workers=1)
+    record_demonstrations(name, 2, tmp_path / "b.zarr", progress=False, workers=1)
+    kept, plain = open_dataset(tmp_path / "a.zarr"), open_dataset(tmp_path / "b.zarr")
+    assert set(kept.arrays) - set(plain.arrays) == {POSITION + "hand", POSITION + "puck"}
+    assert kept.spec == plain.spec, "what a policy sees"
+    assert kept.arrays[POSITION + "hand"].shape == (kept.num_steps, 3)
+    np.testing.assert_allclose(kept.arrays[POSITION + "hand"], kept.arrays["proprio"], atol=0.01)  # measured with noise
+    for key in plain.arrays:
+        np.testing.assert_array_equal(kept.arrays[key][:], plain.arrays[key][:])
+
+
+def test_where_an_environment_has_no_positions_none_can_be_kept(toy, tmp_path):
+    with pytest.raises(ConfigError, match="toy does not tell where things are"):
+        record_demonstrations("toy", 4, tmp_path / "a.zarr", keep_positions=True, progress=False, workers=1)
+    assert not (tmp_path / "a.zarr").exists()
 
 
 def test_disturbances_replace_whole_stretches_of_the_expert():

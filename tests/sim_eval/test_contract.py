@@ -185,6 +185,25 @@ class TestContract:
         environment.reset(1)
         np.testing.assert_array_equal(environment.hand, path[0])
 
+    def test_positions_are_exact_and_asking_for_them_changes_nothing(self, make, name):
+        environment, unasked = make(name), make(name)
+        if not hasattr(type(environment), "positions"):
+            pytest.skip("it does not tell where things are")
+        path, spec = [], environment.spec
+        for one in (environment, unasked):
+            one.reset(1)
+            rng = np.random.default_rng(0)
+            for _ in range(5):
+                if one is environment:
+                    path.append(one.positions)
+                one.step(rng.uniform(spec.action_low, spec.action_high).astype(np.float32))
+        assert environment.state_hash() == unasked.state_hash()
+        assert len({tuple(places) for places in path}) == 1
+        assert all(place.shape == (3,) and np.isfinite(place).all() for places in path for place in places.values())
+        if "hand" in path[0]:
+            environment.reset(1)
+            np.testing.assert_allclose(path[0]["hand"], environment.hand, atol=1e-9)
+
     def test_the_time_limit_truncates(self, make, name):
         environment = make(f"{name}{',' if ':' in name else ':'}max_steps=3")
         assert environment.spec.max_steps == 3
