@@ -7,11 +7,13 @@ policies that are meant to have none.
     raw [39] = proprio (4) | object (14) | previous proprio and object (18) | goal (3)
 
 Options in the environment's name: `goal_steps=K` shows the goal in the first K control steps of an episode and zeros
-afterwards (0 = never); `max_steps=N` truncates episodes after N control steps (500 as in the benchmark).
+afterwards (0 = never); `max_steps=N` truncates episodes after N control steps (500 as in the benchmark);
+`observation=image` gives a picture in the place of object and goal, from `camera=NAME` in `image_size=N` pixels.
 """
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +29,9 @@ from scd_robot.errors import (
 from scd_robot.sim_eval.adapter import canonical_name, check_physics, checked_action, digest, read_options
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
-__all__ = ["TASKS", "MetaworldEnvironment", "MetaworldOptions", "make"]
+__all__ = ["TAKES_WORDS", "TASKS", "MetaworldEnvironment", "MetaworldOptions", "make"]
 
+TAKES_WORDS = True
 # Spelled out, so that a name can be checked before the simulator is imported (or where it is not installed).
 TASKS = (
     "assembly-v3",
@@ -85,7 +88,10 @@ TASKS = (
 
 _ACTION_DIM = 4
 _PROPRIO, _OBJECT, _GOAL = slice(0, 4), slice(4, 18), slice(36, 39)
-_CAMERA = "corner2"
+_UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")  # so are these cameras mounted
+_CAMERAS = (*_UPSIDE_DOWN, "behindGripper", "gripperPOV", "topview")
+_VIDEO_CAMERA = "corner2"
+_OUT_OF_SIGHT = (0.0, 0.0, -10.0)  # below the floor
 
 
 @dataclass(frozen=True)
@@ -95,19 +101,31 @@ class MetaworldOptions:
     Attributes:
         goal_steps: control steps of an episode in which the goal is shown; afterwards `goal` is zero. None = always.
         max_steps: control steps after which an episode is truncated.
+        observation: "state", or "image" for a picture in the place of everything but `proprio`.
+        camera: that takes the picture, one of the benchmark's; corner4 is closer than corner2.
+        image_size: height and width of the picture [pixel].
     """
 
     goal_steps: int | None = None
     max_steps: int = 500
+    observation: str = "state"
+    camera: str = "corner2"
+    image_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.goal_steps is not None and self.goal_steps < 0:
-            raise ConfigError(f"goal_steps must be 0 or more, got {self.goal_steps}; leave it out to show the goal")
-        if self.max_steps < 1:
-            raise ConfigError(f"max_steps must be at least 1, got {self.max_steps}")
+        for name, lowest in (("goal_steps", 0), ("max_steps", 1), ("image_size", 16)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < lowest):
+                raise ConfigError(f"{name} must be a whole number of at least {lowest}, got {value}")
+        if self.observation not in ("state", "image"):
+            raise UnknownNameError("observation of Meta-World", str(self.observation), ("state", "image"))
+        if self.camera not in _CAMERAS:
+            raise UnknownNameError("camera of Meta-World", str(self.camera), _CAMERAS)
+        if self.observation == "state" and (self.camera, self.image_size) != ("corner2", 64):
+            raise ConfigError("camera and image_size are for observation=image; add that, or leave them out")
 
 
-def make(task: str, options: Mapping[str, int]) -> "MetaworldEnvironment":
+def make(task: str, options: Mapping[str, Any]) -> "MetaworldEnvironment":
     """The environment for `metaworld/TASK:OPTIONS`.
 
     Raises:
@@ -123,8 +141,11 @@ class MetaworldEnvironment:
 
     Observation, all float32: `proprio` (4) hand position x, y, z [m] and gripper opening in 0..1; `object` (14)
     position [m] and quaternion of the object, then of a second one where the task has it, padded with zeros; `goal`
-    (3) target position [m]. Action (4) in -1..1: offset of the hand in x, y, z (1 = 1 cm per control step in most
-    tasks) and gripper effort (1 = close).
+    (3) target position [m]. With `observation=image` there are `proprio` and `image` (S, S, 3) uint8, in which object
+    and goal can be seen: a ball marks the goal in many tasks, in others a thing does.
+
+    Action (4) in -1..1: offset of the hand in x, y, z (1 = 1 cm per control step in most tasks) and gripper effort (1 =
+    close).
     """
 
     def __init__(self, task: str, options: MetaworldOptions | None = None) -> None:
@@ -145,9 +166,13 @@ class MetaworldEnvironment:
         self._env.max_path_length = self._options.max_steps
         self._raw: NDArray[np.float64] | None = None  # None = no episode is running
         self._steps = 0
+        keys = {"proprio": ArraySpec((4,)), "object": ArraySpec((14,)), "goal": ArraySpec((3,))}
+        if self._options.observation == "image":
+            size = self._options.image_size
+            keys = {"proprio": keys["proprio"], "image": ArraySpec((size, size, 3), "uint8")}
         self.spec = EnvironmentSpec(
             name=canonical_name(f"metaworld/{task}", self._options),
-            observation={"proprio": ArraySpec((4,)), "object": ArraySpec((14,)), "goal": ArraySpec((3,))},
+            observation=keys,
             action_dim=_ACTION_DIM,
             action_low=(-1.0,) * _ACTION_DIM,
             action_high=(1.0,) * _ACTION_DIM,
@@ -172,7 +197,7 @@ class MetaworldEnvironment:
         raw = self._present()
         return {"hand": raw[:3].copy(), "object": raw[4:7].copy(), "goal": raw[_GOAL].copy()}
 
-    def reset(self, seed: int) -> dict[str, NDArray[np.float32]]:
+    def reset(self, seed: int) -> dict[str, NDArray[Any]]:
         """Starts an episode whose initial state is a function of `seed` alone; returns its first observation.
 
         Raises:
@@ -242,11 +267,7 @@ class MetaworldEnvironment:
 
     def render(self, height: int, width: int) -> NDArray[np.uint8]:
         """An RGB frame (height, width, 3) of the present state from the benchmark's camera, the right way up."""
-        from scd_robot.sim_eval.rendering import render_frame
-
-        self._present()
-        frame = render_frame(self._env.model, self._env.data, height, width, camera=_CAMERA)
-        return np.ascontiguousarray(frame[::-1, ::-1])  # this camera is mounted upside down
+        return self._picture(height, width, _VIDEO_CAMERA, goal_shown=True)
 
     def close(self) -> None:
         """Releases the simulator; may be called twice."""
@@ -258,11 +279,40 @@ class MetaworldEnvironment:
             raise SimulatorError(f"no episode of {self.spec.name} is running; call reset(seed) first")
         return self._raw
 
-    def _observation(self) -> dict[str, NDArray[np.float32]]:
+    def _observation(self) -> dict[str, NDArray[Any]]:
         raw = self._present().astype(np.float32)
         shown = self._options.goal_steps is None or self._steps < self._options.goal_steps
+        if self._options.observation == "image":
+            size = self._options.image_size
+            return {"proprio": raw[_PROPRIO], "image": self._picture(size, size, self._options.camera, shown)}
         goal = raw[_GOAL] if shown else np.zeros(3, np.float32)
         return {"proprio": raw[_PROPRIO], "object": raw[_OBJECT], "goal": goal}
+
+    def _picture(self, height: int, width: int, camera: str, goal_shown: bool) -> NDArray[np.uint8]:
+        """(height, width, 3), the right way up."""
+        from scd_robot.sim_eval.rendering import render_frame
+
+        self._present()
+        with self._goal_marked(goal_shown):
+            frame = render_frame(self._env.model, self._env.data, height, width, camera=camera)
+        return np.ascontiguousarray(frame[::-1, ::-1]) if camera in _UPSIDE_DOWN else frame
+
+    @contextlib.contextmanager
+    def _goal_marked(self, shown: bool) -> Iterator[None]:
+        """Puts the marks of the goal where it is, or out of sight.
+
+        The simulator has them in the places of its model, which the benchmark corrects too early in a control step, in
+        many tasks for the next one only: after a reset they would be where the last episode had its goal.
+        """
+        marks = [(self._env.data.site(name), place) for name, place in self._env._target_site_config]
+        before = [mark.xpos.copy() for mark, _ in marks]
+        try:
+            for mark, place in marks:
+                mark.xpos[:] = place[:3] if shown else _OUT_OF_SIGHT
+            yield
+        finally:
+            for (mark, _), place in zip(marks, before, strict=True):
+                mark.xpos[:] = place
 
     def _check_physics(self, where: str) -> None:
         try:

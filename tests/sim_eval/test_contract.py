@@ -28,6 +28,7 @@ SLOW = ("robosuite/Door:cameras=agentview,image_size=48", "gymnasium/FrankaKitch
 NAMES = (
     "metaworld/push-v3",
     "metaworld/assembly-v3",
+    "metaworld/push-v3:observation=image,camera=corner4",
     "pusht",
     "pusht:observation=image",
     "gymnasium/FetchPush-v4",

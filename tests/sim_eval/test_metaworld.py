@@ -70,9 +70,11 @@ def test_all_fifty_tasks_are_known():
     [
         ("metaworld/push-v3:", "OPTION=INTEGER"),
         ("metaworld/push-v3:goal_steps", "OPTION=INTEGER"),
-        ("metaworld/push-v3:goal_steps=few", "goal_steps=few"),
-        ("metaworld/push-v3:goal_steps=-1", "goal_steps must be 0 or more, got -1"),
-        ("metaworld/push-v3:max_steps=0", "max_steps must be at least 1, got 0"),
+        ("metaworld/push-v3:goal_steps=few", "goal_steps must be a whole number of at least 0, got few"),
+        ("metaworld/push-v3:goal_steps=-1", "goal_steps must be a whole number of at least 0, got -1"),
+        ("metaworld/push-v3:camera=corner4", "are for observation=image"),
+        ("metaworld/push-v3:observation=image,image_size=8", "image_size must be a whole number of at least 16, got 8"),
+        ("metaworld/push-v3:max_steps=0", "max_steps must be a whole number of at least 1, got 0"),
         ("metaworld/push-v3:max_steps=9,max_steps=8", "given twice"),
     ],
 )
@@ -81,9 +83,13 @@ def test_bad_options_are_named(name, message):
         make_environment(name)
 
 
-def test_unknown_option_suggests_the_nearest():
-    with pytest.raises(UnknownNameError, match="did you mean 'goal_steps'"):
-        make_environment("metaworld/push-v3:goal_stps=5")
+@pytest.mark.parametrize(
+    ("options", "nearest"),
+    [("goal_stps=5", "goal_steps"), ("observation=images", "image"), ("observation=image,camera=corner5", "corner4")],
+)
+def test_unknown_options_and_words_suggest_the_nearest(options, nearest):
+    with pytest.raises(UnknownNameError, match=f"did you mean.*'{nearest}'"):
+        make_environment(f"metaworld/push-v3:{options}")
 
 
 def test_name_is_split_into_base_and_options():
@@ -248,6 +254,38 @@ class TestWithSimulator:
         brown = frame[..., 0].astype(int) - frame[..., 2] > 25
         rows, _ = np.nonzero(brown)
         assert rows.mean() > 32
+
+    def test_with_pictures_the_only_vector_is_the_robots_own(self):
+        environment = make_environment("metaworld/push-v3:observation=image,camera=corner4,image_size=48")
+        assert environment.spec.name == "metaworld/push-v3:observation=image,camera=corner4,image_size=48"
+        observation = environment.reset(3)
+        assert {key: value.shape for key, value in observation.items()} == {"proprio": (4,), "image": (48, 48, 3)}
+        state = make_environment("metaworld/push-v3")
+        np.testing.assert_array_equal(observation["proprio"], state.reset(3)["proprio"])
+        assert environment.state_hash() == state.state_hash()
+
+    @pytest.mark.parametrize("task", ["push-v3", "sweep-v3", "reach-v3"])
+    def test_a_picture_shows_the_goal_of_its_own_episode_from_the_first_one_on(self, task):
+        used, fresh = (make_environment(f"metaworld/{task}:observation=image") for _ in range(2))
+        used.reset(4)
+        used.step(np.ones(4, np.float32))
+        np.testing.assert_array_equal(used.reset(3)["image"], fresh.reset(3)["image"])
+        sites = [fresh._env.data.site(name).xpos.copy() for name, _ in fresh._env._target_site_config]
+        with fresh._goal_marked(True):
+            for name, place in fresh._env._target_site_config:
+                np.testing.assert_array_equal(fresh._env.data.site(name).xpos, place)
+        for before, (name, _) in zip(sites, fresh._env._target_site_config, strict=True):
+            np.testing.assert_array_equal(fresh._env.data.site(name).xpos, before)
+
+    def test_a_hidden_goal_is_in_no_picture(self):
+        shown, hidden = (make_environment(f"metaworld/push-v3:observation=image{end}") for end in ("", ",goal_steps=1"))
+        green = []
+        for environment in (shown, hidden):
+            first = environment.reset(3)["image"]
+            later = environment.step(np.zeros(4, np.float32)).observation["image"]
+            green.append([bool((p[..., 1] > 60 + p[..., [0, 2]].max(-1).astype(int)).any()) for p in (first, later)])
+        assert green == [[True, True], [True, False]]
+        assert shown.state_hash() == hidden.state_hash()
 
     @pytest.mark.slow
     @pytest.mark.parametrize("task", TASKS)
