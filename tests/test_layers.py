@@ -136,6 +136,16 @@ def test_parts_do_without_the_packages_they_must_not_need(path: Path) -> None:
         assert module.split(".")[0] not in FORBIDDEN[part], f"{path}:{line}: {part} must not import {module}"
 
 
+def test_the_policy_for_lerobot_needs_no_training_stack_of_ours() -> None:
+    files = sorted((CHECKOUT / "lerobot_policy_scd").rglob("*.py"))
+    assert files
+    allowed = TRAINED | {"policies"}
+    for path in files:
+        for line, module in imported_modules(path):
+            assert own_part(module) in {None, *allowed}, f"{path}:{line}: the plugin must not import {module}"
+            assert module.split(".")[0] not in NETWORKS_NEED_NOT, f"{path}:{line}: the plugin must not import {module}"
+
+
 def private_methods(path: Path) -> set[str]:
     """Names of methods that begin with one underscore."""
     classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
