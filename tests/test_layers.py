@@ -24,6 +24,7 @@ EVERYTHING = TRAINED | {
     "export",
     "analysis",
     "serve",
+    "hub",
 }
 
 # What each part may import besides itself.
@@ -38,6 +39,7 @@ ALLOWED = {
     "rotations": BASE,
     "transforms": BASE | {"normalization", "rotations"},
     "checkpoint": BASE | {"normalization"},
+    "hub": BASE | {"checkpoint"},
     "nn": NUMERICS,
     "diffusion": NUMERICS,
     "model": NUMERICS | {"nn", "diffusion"},
@@ -65,7 +67,7 @@ NETWORKS_NEED_NOT = SIMULATORS | STORES | LIGHTNING | {"tyro"}
 FORBIDDEN = {
     **dict.fromkeys(BASE, HEAVY | {"tyro"}),
     **dict.fromkeys(
-        ("normalization", "rotations", "transforms", "checkpoint", "nn", "diffusion", "model", "policies"),
+        ("normalization", "rotations", "transforms", "checkpoint", "hub", "nn", "diffusion", "model", "policies"),
         NETWORKS_NEED_NOT,
     ),
     "control": HEAVY | {"tyro"},
