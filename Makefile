@@ -43,12 +43,13 @@ bench: $(VENV)/.sim  ## run benchmarks/latency.py, or another with BENCH=five_ta
 robosuite: $(VENV)-robosuite/.made  ## run the tests beside robosuite, with its older numpy and zarr
 	$(VENV)-robosuite/bin/python -m pytest -m "not slow" $(ARGS)
 
-lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot read a dataset of ours, and check its policy as a rival (1.7 GB)
+lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot read a dataset of ours, and train our policy by its commands (1.7 GB)
 	rm -rf build/lerobot && mkdir -p build/lerobot
 	$(BIN)/python tests/lerobot_env/write_example.py build/lerobot/dataset build/lerobot/expected.npz
 	HF_HUB_OFFLINE=1 $(VENV)-lerobot/bin/python tests/lerobot_env/check_lerobot.py \
 	    build/lerobot/dataset build/lerobot/expected.npz
 	$(VENV)-lerobot/bin/python tests/lerobot_env/check_rivals.py build/lerobot/dataset build/lerobot/dataset.hdf5
+	$(VENV)-lerobot/bin/python tests/lerobot_env/check_policy.py build/lerobot/dataset
 
 rivals: $(VENV)-lerobot/.made  ## make the environment of benchmarks/outside, the same (1.7 GB on disk)
 
@@ -56,7 +57,7 @@ openpi: $(VENV)-openpi/.made $(VENV)/.dev  ## let the published openpi-client dr
 	SCD_OPENPI_PYTHON=$(VENV)-openpi/bin/python $(BIN)/python -m pytest tests/serve/test_openpi_client.py $(ARGS)
 
 clean:  ## remove what builds and tools left
-	rm -rf build dist scd_robot.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist scd_robot.egg-info lerobot_policy_scd/build lerobot_policy_scd/src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## and the environments
@@ -80,7 +81,7 @@ $(VENV)/.sim: $(VENV)/.made pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
 	@echo "Installing scd_robot, simulators and development tools into $(VENV) (2 GB on disk; a few minutes) ..."
-	$(PIP_INSTALL) --editable ".[sim,robotics,formats,ray,serve,dev]" $(ROBOMIMIC_NEEDS) imagecodecs
+	$(PIP_INSTALL) --editable ".[sim,robotics,formats,ray,serve,hub,dev]" $(ROBOMIMIC_NEEDS) imagecodecs
 	$(PIP_INSTALL) --no-deps "robomimic>=0.3,<0.4"
 	@touch $(VENV)/.sim $@
 
@@ -92,9 +93,11 @@ $(VENV)-robosuite/.made: $(VENV)-robosuite/.venv pyproject.toml constraints/robo
 	@touch $@
 
 # LeRobot's own requirements exclude this torch: only what is used of it is installed, at fixed versions.
-$(VENV)-lerobot/.made: $(VENV)-lerobot/.venv constraints/lerobot.txt
+$(VENV)-lerobot/.made: $(VENV)-lerobot/.venv constraints/lerobot.txt pyproject.toml lerobot_policy_scd/pyproject.toml
 	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps \
 	    --requirement constraints/lerobot.txt
+	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	    --editable . --editable lerobot_policy_scd
 	@touch $@
 
 $(VENV)-openpi/.made: $(VENV)-openpi/.venv constraints/openpi.txt

@@ -36,6 +36,7 @@ from scd_robot.output import to_plain
 from scd_robot.types import DatasetSpec
 
 __all__ = [
+    "PUBLISHED_FILES",
     "SCHEMA",
     "Checkpoint",
     "find_checkpoint",
@@ -51,6 +52,7 @@ logger = logging.getLogger(__name__)
 SCHEMA = 5
 _FORMAT = "scd_robot checkpoint"
 _JSON_FILES = ("config", "dataset", "normalization", "origin", "metrics")
+PUBLISHED_FILES = ("manifest.json", "model.safetensors", *(f"{name}.json" for name in _JSON_FILES))
 _PACKAGES = ("scd_robot", "torch", "lightning", "numpy", "zarr", "safetensors")
 
 
@@ -205,7 +207,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder} has checkpoint schema {manifest.get('schema')}, this version of scd_robot reads 1 to {SCHEMA}"
         )
-    for name in (*(f"{name}.json" for name in _JSON_FILES), "model.safetensors"):
+    for name in PUBLISHED_FILES[1:]:
         _check_digest(folder, name, manifest)
     config, dataset, normalization, origin, metrics = (_read_object(folder / f"{name}.json") for name in _JSON_FILES)
     for name, kind in (("preset", str), ("model", dict), ("policy", dict)):

@@ -24,6 +24,7 @@ EVERYTHING = TRAINED | {
     "export",
     "analysis",
     "serve",
+    "hub",
 }
 
 # What each part may import besides itself.
@@ -38,6 +39,7 @@ ALLOWED = {
     "rotations": BASE,
     "transforms": BASE | {"normalization", "rotations"},
     "checkpoint": BASE | {"normalization"},
+    "hub": BASE | {"checkpoint"},
     "nn": NUMERICS,
     "diffusion": NUMERICS,
     "model": NUMERICS | {"nn", "diffusion"},
@@ -65,7 +67,7 @@ NETWORKS_NEED_NOT = SIMULATORS | STORES | LIGHTNING | {"tyro"}
 FORBIDDEN = {
     **dict.fromkeys(BASE, HEAVY | {"tyro"}),
     **dict.fromkeys(
-        ("normalization", "rotations", "transforms", "checkpoint", "nn", "diffusion", "model", "policies"),
+        ("normalization", "rotations", "transforms", "checkpoint", "hub", "nn", "diffusion", "model", "policies"),
         NETWORKS_NEED_NOT,
     ),
     "control": HEAVY | {"tyro"},
@@ -134,6 +136,16 @@ def test_parts_do_without_the_packages_they_must_not_need(path: Path) -> None:
     part = part_of(path)
     for line, module in imported_modules(path):
         assert module.split(".")[0] not in FORBIDDEN[part], f"{path}:{line}: {part} must not import {module}"
+
+
+def test_the_policy_for_lerobot_needs_no_training_stack_of_ours() -> None:
+    files = sorted((CHECKOUT / "lerobot_policy_scd").rglob("*.py"))
+    assert files
+    allowed = TRAINED | {"policies"}
+    for path in files:
+        for line, module in imported_modules(path):
+            assert own_part(module) in {None, *allowed}, f"{path}:{line}: the plugin must not import {module}"
+            assert module.split(".")[0] not in NETWORKS_NEED_NOT, f"{path}:{line}: the plugin must not import {module}"
 
 
 def private_methods(path: Path) -> set[str]:

@@ -47,6 +47,15 @@ def test_other_files_in_the_package_are_declared() -> None:
     assert [str(path.relative_to(CHECKOUT)) for path in others] == ["scd_robot/py.typed"]
 
 
+def test_the_policy_for_lerobot_has_one_name_with_underscores() -> None:
+    """LeRobot imports a distribution by its name as it is written."""
+    folder = CHECKOUT / "lerobot_policy_scd"
+    project = tomllib.loads((folder / "pyproject.toml").read_text())
+    assert project["project"]["name"] == "lerobot_policy_scd"
+    assert project["tool"]["setuptools"]["packages"] == ["lerobot_policy_scd"]
+    assert [path.name for path in (folder / "src").iterdir() if path.suffix != ".egg-info"] == ["lerobot_policy_scd"]
+
+
 @pytest.fixture
 def hugging_face(tmp_path: Path) -> Path:
     """A site-packages folder with a stand-in for Hugging Face's `datasets`."""

@@ -93,6 +93,8 @@ VERBS = {
     ),
     "replay-log": Verb("scd_robot.cli.replay_log", "replay_log", "show what a control loop's flight recorder kept"),
     "serve": Verb("scd_robot.cli.serve", "serve", "answer robots over the network: openpi's protocol, with history"),
+    "hub upload": Verb("scd_robot.cli.hub", "upload", "publish a checkpoint on the Hugging Face Hub, with a card"),
+    "hub download": Verb("scd_robot.cli.hub", "download", "fetch a checkpoint from the Hugging Face Hub"),
     "doctor": Verb("scd_robot.cli.doctor", "doctor", "what works here, which versions clash, what to install"),
     "info": Verb("scd_robot.cli.checkpoint_info", "info", "what a checkpoint holds: sizes, dataset, metrics, versions"),
 }

@@ -17,6 +17,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    http_port: int | None = None,
     keys: tuple[str, ...] = (),
     device: str = "cpu",
     num_denoising_steps: int | None = None,
@@ -51,6 +52,8 @@ def serve(
         checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint).
         host: address to listen at; 0.0.0.0 = all of this machine's.
         port: 0 = any that is free; the log says which.
+        http_port: for scripts that send one observation and want one plan, by POST http://HOST:PORT/act with JSON or
+            msgpack; there is no history in it. Without this option nothing listens for that.
         keys: how clients call observation keys of the checkpoint, each as OURS=THEIRS, for example
             proprio=observation/state; unsaid ones go by their own name, also below "observation".
         device: torch device of the policy.
@@ -84,6 +87,7 @@ def serve(
     config = ServerConfig(
         host=host,
         port=port,
+        http_port=http_port,
         keys=parse_keys(keys),
         api_key=_api_key(api_key_file),
         tls_cert=tls_cert,

@@ -7,6 +7,7 @@ loop never computes, so pings, /healthz and /metrics are answered while a plan i
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import logging
 import math
@@ -16,18 +17,18 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scd_robot import __version__
 from scd_robot.errors import ConfigError, MissingDependencyError, ScdRobotError
+from scd_robot.serve.config import ServerConfig, tls_context
 from scd_robot.serve.engine import Answer, Engine, Session
 from scd_robot.serve.metrics import Metrics
 from scd_robot.serve.observations import ObservationReader
+from scd_robot.serve.one_shot import FULL, INTERNAL, NO_KEY, OneShotServer
 from scd_robot.serve.requests import Request, RequestReader
 from scd_robot.serve.wire import MessageError, pack, unpack
 
@@ -52,55 +53,6 @@ _REASONS = {1007: "no message of this protocol", 1011: "internal error"}
 _LOOPBACK = ("localhost", "127.", "::1")
 
 
-@dataclass(frozen=True)
-class ServerConfig:
-    """How a policy is served.
-
-    Attributes:
-        host: address to listen at; 0.0.0.0 = all.
-        port: 0 = any that is free.
-        keys: the client's key of some observation keys.
-        api_key: that clients must send; None = none.
-        tls_cert: file with the certificate chain (PEM).
-        tls_key: file with its private key; None = it is in `tls_cert`.
-        max_connections: at a time; further ones are refused.
-        max_frame_bytes: of one message.
-        max_history_bytes: of one connection, its snapshots included.
-        idle_timeout_s: silence after which a history is dropped; 0 = never.
-        batch_window_s: a request waits so long for those of other connections.
-        steps_per_plan: control steps that a client lets pass after a plan if it does not tell; None = num_executed.
-        prompt_resets: a new prompt begins a new history.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    keys: Mapping[str, str] = field(default_factory=dict)
-    api_key: str | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    max_connections: int = 32
-    max_frame_bytes: int = 32 * 2**20
-    max_history_bytes: int = 2**30
-    idle_timeout_s: float = 600.0
-    batch_window_s: float = 0.002
-    steps_per_plan: int | None = None
-    prompt_resets: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("max_connections", "max_frame_bytes", "max_history_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("idle_timeout_s", "batch_window_s"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.port < 65536:
-            raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
-        if self.api_key is not None and not (self.api_key.strip() and self.api_key.isascii()):
-            raise ConfigError("an API key must be ASCII and not empty; give one, or leave it out")
-        if self.tls_key is not None and self.tls_cert is None:
-            raise ConfigError("a TLS key without a certificate; give both")
-
-
 class PolicyServer:
     """One policy for all who connect.
 
@@ -110,13 +62,14 @@ class PolicyServer:
 
     Attributes:
         address: of the running server, "ws://127.0.0.1:8000".
+        http_address: "http://127.0.0.1:8001", where there is `POST /act`.
         metadata: the first message to every client.
         metrics: what was counted.
     """
 
     def __init__(self, policy: Any, config: ServerConfig | None = None) -> None:
         self.config = config or ServerConfig()
-        self.address = ""
+        self.address = self.http_address = ""
         self.metrics = Metrics()
         spec, model = policy.spec, policy.model.config
         needed = sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in spec.observation.values())
@@ -141,14 +94,17 @@ class PolicyServer:
             ScdRobotError: the policy cannot plan.
         """
         loop, config = asyncio.get_running_loop(), self.config
-        tls = _tls(config)
+        tls = tls_context(config)
         await loop.run_in_executor(self._worker, self._engine.warm_up)
         if stop is None:
             stop = asyncio.Event()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, stop.set)
         batches = asyncio.create_task(self._run_batches())
+        one_shot = None
         try:
+            if config.http_port is not None:
+                one_shot = self._serve_one_shots(config.http_port, loop, tls)
             async with serve(
                 self._handle,
                 config.host,
@@ -166,17 +122,41 @@ class PolicyServer:
                     started.set()
                 await stop.wait()
         except OSError as error:
-            raise ConfigError(
-                f"cannot listen at {config.host}:{config.port}: {error.strerror or error}; choose another host or port"
-            ) from error
+            raise _cannot_listen(config.host, config.port, error) from error
         finally:
+            if one_shot is not None:
+                await loop.run_in_executor(None, one_shot.close)
             batches.cancel()
             self._worker.shutdown()
 
+    def _serve_one_shots(self, port: int, loop: asyncio.AbstractEventLoop, tls: ssl.SSLContext | None) -> OneShotServer:
+        """Listens for `POST /act`."""
+        config = self.config
+
+        def answer(message: dict[str, Any]) -> dict[str, Any]:  # in a thread of the one-shot server
+            return asyncio.run_coroutine_threadsafe(self._answer_once(message), loop).result()
+
+        def may_enter(given: list[str]) -> bool:
+            if self._has_key(given):
+                return True
+            loop.call_soon_threadsafe(functools.partial(self.metrics.add, "scd_refused_total", reason="key"))
+            return False
+
+        limits = (config.max_frame_bytes, config.max_connections)
+        try:
+            server = OneShotServer((config.host, port), answer, may_enter, *limits, tls)
+        except OSError as error:
+            raise _cannot_listen(config.host, port, error) from error
+        host, port = server.server_address[:2]
+        self.http_address = _url("http" if tls is None else "https", str(host), port)
+        return server
+
     def _announce(self, server: Server, tls: bool) -> None:
         host, port = next(iter(server.sockets)).getsockname()[:2]
-        self.address = f"{'wss' if tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{port}"
+        self.address = _url("wss" if tls else "ws", host, port)
         logger.info("serving at %s; %s", self.address, _POSITIONS)
+        if self.http_address:
+            logger.info("one observation, one plan, no history: POST %s/act", self.http_address)
         logger.info(
             "a history takes %.1f MB; clients send %s", self._engine.history_bytes / 2**20, self.metadata["keys"]
         )
@@ -189,20 +169,20 @@ class PolicyServer:
         path = request.path.partition("?")[0]
         if path == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
-        if not self._may_enter(request):
+        if not self._has_key(request.headers.get_all("Authorization")):
             self.metrics.add("scd_refused_total", reason="key")
-            return connection.respond(HTTPStatus.UNAUTHORIZED, "send the header 'Authorization: Api-Key KEY'\n")
+            return connection.respond(HTTPStatus.UNAUTHORIZED, NO_KEY)
         if path == "/metrics":
             return connection.respond(HTTPStatus.OK, self.metrics.text())
         if self.metrics.value("scd_connections") >= self.config.max_connections:
             self.metrics.add("scd_refused_total", reason="full")
-            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "all connections are taken; try again later\n")
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, FULL)
         return None
 
-    def _may_enter(self, request: HttpRequest) -> bool:
+    def _has_key(self, given: list[str]) -> bool:
+        """Whether these Authorization headers hold the key, or none is needed."""
         if self.config.api_key is None:
             return True
-        given = request.headers.get_all("Authorization")
         scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
         same = hmac.compare_digest(key.strip().encode(errors="replace"), self.config.api_key.strip().encode())
         return same and scheme.lower() in ("api-key", "bearer")
@@ -259,10 +239,7 @@ class PolicyServer:
             if isinstance(frame, str):
                 raise MessageError("expected a binary message (msgpack), got a text")
             request = self._reader.read(unpack(frame))
-            self.metrics.add("scd_requests_total", kind=request.kind)
-            waiting: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-            self._waiting.put_nowait((session, request, waiting))
-            answer = await waiting
+            answer = await self._computed(session, request)
         except ScdRobotError as error:
             self.metrics.add("scd_errors_total", fault="client")
             logger.debug("refused a request: %s", error)
@@ -272,7 +249,7 @@ class PolicyServer:
         except Exception:
             self.metrics.add("scd_errors_total", fault="server")
             logger.exception("a request failed")
-            return "internal error; the server's log says more", 1011
+            return INTERNAL, 1011
         if request.wants_text:
             return "reset successful", None
         if request.observation is None:
@@ -281,6 +258,35 @@ class PolicyServer:
         if total_ms is not None:
             timing["prev_total_ms"] = total_ms
         return pack({**answer.message, "server_timing": timing}), None
+
+    async def _answer_once(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request that has no history, before it or after.
+
+        Raises:
+            ScdRobotError: it is refused.
+        """
+        begun = time.perf_counter()
+        try:
+            request = self._reader.read(message)
+            if request.kind != "plan" or request.snapshot is not None or request.restore is not None:
+                raise ConfigError(
+                    "POST /act makes a plan of one observation and keeps nothing; for a history, connect to "
+                    f"{self.address}"
+                )
+            answer = await self._computed(Session(), request)
+        except Exception as error:
+            self.metrics.add("scd_errors_total", fault="client" if isinstance(error, ScdRobotError) else "server")
+            raise
+        infer_ms = 1e3 * (time.perf_counter() - begun)
+        self.metrics.observe_ms(infer_ms)
+        return {**answer.message, "server_timing": {"infer_ms": infer_ms}}
+
+    async def _computed(self, session: Session, request: Request) -> Answer:
+        """The answer, once its batch has been computed."""
+        self.metrics.add("scd_requests_total", kind=request.kind)
+        waiting: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.put_nowait((session, request, waiting))
+        return await waiting
 
     # Batches.
 
@@ -367,12 +373,9 @@ def _metadata(policy: Any, client_keys: Mapping[str, str], steps_per_plan: int, 
     }
 
 
-def _tls(config: ServerConfig) -> ssl.SSLContext | None:
-    if config.tls_cert is None:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"cannot use the certificate {str(config.tls_cert)!r} and its key: {error}") from error
-    return context
+def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot listen at {host}:{port}: {error.strerror or error}; choose another host or port")
+
+
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

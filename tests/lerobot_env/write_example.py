@@ -4,7 +4,8 @@
 
 Runs in the environment of scd_robot. Without a RECORDING, a dataset that scd_robot opens, everything the writer can
 write is made up: several files, tasks, lists, tables and single numbers, gray and odd images; and DATASET.hdf5 gets two
-lists of it as robomimic reads them, for check_rivals.py.
+lists of it as robomimic reads them, for check_rivals.py, and DATASET.pusht gets numbers of the shapes of gym-pusht, for
+check_policy.py.
 """
 
 import sys
@@ -52,6 +53,26 @@ def made_up():
     )
 
 
+def pusht_shaped():
+    """Three episodes of what LeRobot's PushT shows; one number of it never changes."""
+    rng = np.random.default_rng(1)
+    lengths = (9, 14, 21)
+    count = sum(lengths)
+    arrays = {
+        "observation.state": rng.uniform(100, 400, (count, 2)).astype(np.float32),
+        "observation.environment_state": rng.uniform(50, 450, (count, 16)).astype(np.float32),
+    }
+    arrays["observation.environment_state"][:, 3] = 250.1
+    observation = {key: ArraySpec(array.shape[1:]) for key, array in arrays.items()}
+    arrays["action"] = (512 - arrays["observation.state"]).astype(np.float32)
+    return EpisodeDataset(
+        DatasetSpec(observation, 2, 0.1, "made up"),
+        np.cumsum(lengths),
+        arrays,
+        episode_text={"task": ["push"] * len(lengths)},
+    )
+
+
 def expected_arrays(dataset):
     """All features by LeRobot's names."""
     lengths = dataset.episode_lengths
@@ -82,5 +103,6 @@ if __name__ == "__main__":
         dataset = made_up()
         lerobot_writer.DATA_BYTES = 1  # a data file for each episode
         write_robomimic(dataset.with_keys(["state", "gripper"]), f"{sys.argv[1]}.hdf5", progress=False)
+        lerobot_writer.write_lerobot(pusht_shaped(), f"{sys.argv[1]}.pusht", overwrite=True, progress=False)
     lerobot_writer.write_lerobot(dataset, sys.argv[1], overwrite=True, progress=False)
     np.savez(sys.argv[2], **expected_arrays(dataset))

@@ -52,6 +52,7 @@ def test_the_example_drives_a_served_checkpoint_until_sigterm(tiny_run, tmp_path
         (["--max-history-mb", "0.0001"], "one history takes"),
         (["--api-key-file", "missing"], "no such file"),
         (["--port", "70000"], "port must be from 0 to 65535"),
+        (["--http-port", "-1"], "http_port must be from 0 to 65535"),
     ],
 )
 def test_options_that_cannot_work_are_refused(tiny_run, refused, options, told):

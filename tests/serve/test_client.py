@@ -3,9 +3,11 @@
 import contextlib
 import json
 import socket
+import ssl
 import subprocess
 import sys
 import threading
+import urllib.request
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from scd_robot.serve import (
     ServerUnreachableError,
 )
 from scd_robot.serve.server import ServerConfig, running_server
-from scd_robot.serve.wire import MessageError, pack
+from scd_robot.serve.wire import MessageError, pack, unpack
 from scd_robot.sim_eval import evaluate
 from scd_robot.sim_eval.output import read_actions
 
@@ -185,9 +187,15 @@ def test_tls_is_spoken_with_a_certificate_of_ones_own(tmp_path, start, connect, 
     )
     if made.returncode:
         pytest.skip("openssl cannot make a certificate here")
-    server = start(tls_cert=certificate, tls_key=key)
+    server = start(tls_cert=certificate, tls_key=key, http_port=0)
     assert server.address.startswith("wss://")
     assert connect(server, tls_ca=certificate).infer(stream(1)[0])["actions"].shape == (4, 2)
+    request = urllib.request.Request(
+        server.http_address + "/act", pack(stream(1)[0]), {"Content-Type": "application/msgpack"}
+    )
+    context = ssl.create_default_context(cafile=certificate)
+    with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+        assert unpack(answer.read())["actions"].shape == (4, 2)
     with pytest.raises(ServerUnreachableError, match="does not let us in"):
         connect(server)
     with pytest.raises(ConfigError, match="cannot use the certificate"):

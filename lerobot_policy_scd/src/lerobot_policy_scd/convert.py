@@ -1,0 +1,173 @@
+"""Makes a checkpoint of scd_robot of a policy that LeRobot trained: for `scd eval`, `scd serve` and `load_policy`.
+
+    python -m lerobot_policy_scd.convert RUN/checkpoints/last/pretrained_model CHECKPOINT --fps 10
+
+Observation keys stay LeRobot's, unless `--keys observation.state=proprio` names what the robot or environment calls
+them. The normalisation becomes scd_robot's: the same numbers, but that a dimension that
+never moved in training is 0 for its models and something else for LeRobot's, which the first layer's bias takes in.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.configs.types import FeatureType, NormalizationMode
+from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
+from lerobot.utils.constants import ACTION, POLICY_PREPROCESSOR_DEFAULT_NAME
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lerobot_policy_scd.configuration_scd import ScdConfig
+from lerobot_policy_scd.modeling_scd import ScdPolicy
+from scd_robot.checkpoint import write_checkpoint
+from scd_robot.config import to_json
+from scd_robot.errors import ConfigError, UnknownNameError
+from scd_robot.normalization import FieldStatistics, Mode, Normalizer
+from scd_robot.transforms import ImageStep, TransformConfig
+from scd_robot.types import ArraySpec, DatasetSpec
+
+__all__ = ["convert"]
+
+_MODES: dict[NormalizationMode, Mode] = {
+    NormalizationMode.MIN_MAX: "min_max",
+    NormalizationMode.MEAN_STD: "mean_std",
+    NormalizationMode.QUANTILES: "quantile",
+    NormalizationMode.IDENTITY: "identity",
+}
+
+
+def convert(folder: Path, out: Path, control_dt: float, keys: Mapping[str, str] | None = None) -> None:
+    """Writes the checkpoint `out`, which acts as the policy of `folder` does.
+
+    Args:
+        folder: `pretrained_model` of a training of LeRobot.
+        out: must not exist.
+        control_dt: [s] of the dataset it was trained on, 1 / fps.
+        keys: what some of the policy's observation keys are called where the checkpoint is used.
+
+    Raises:
+        ConfigError: the normalisation has no counterpart in scd_robot.
+        UnknownNameError: `keys` has one that the policy does not.
+        OutputError: `out` exists or cannot be written.
+    """
+    policy = ScdPolicy.from_pretrained(folder)
+    config = policy.config
+    called = {key: key for key in config.observation_keys}
+    for key, name in (keys or {}).items():
+        if key not in called:
+            raise UnknownNameError("observation key of the policy", key, called)
+        called[key] = name
+    step = _normalizer_step(folder)
+    statistics, modes = {}, {}
+    for key in [*policy.model.config.vector_keys, ACTION]:
+        mode = step.norm_map.get(step.features[key].type, NormalizationMode.IDENTITY)
+        if mode not in _MODES:
+            raise ConfigError(f"{key!r} is normalised by {mode.value}, which scd_robot does not have")
+        modes[key], statistics[key] = _MODES[mode], _statistics(step, key)
+    normalizer = Normalizer(statistics, modes)
+    offset = {key: _offset(step, normalizer, key, config.observation_limit) for key in modes}
+    if offset[ACTION].any():
+        raise ConfigError("an action that LeRobot normalises otherwise than scd_robot cannot be converted")
+    weights = policy.averaged.state_dict()
+    vectors = policy.model.config.vector_keys
+    if vectors:
+        together = torch.cat([offset[key] for key in vectors])
+        weight, bias = (weights[f"tokenizer.observation.0.{name}"] for name in ("weight", "bias"))
+        weights["tokenizer.observation.0.bias"] = bias + weight @ together
+    write_checkpoint(
+        out,
+        policy="scd",
+        step=int(policy.num_updates),
+        config=_experiment(policy, called),
+        dataset=_dataset(config, control_dt, called),
+        normalizer=normalizer,
+        weights=weights,
+        origin={"lerobot": str(folder)},
+        metrics={},
+    )
+
+
+def _normalizer_step(folder: Path) -> NormalizerProcessorStep:
+    pipeline = PolicyProcessorPipeline.from_pretrained(folder, f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json")
+    found = [step for step in pipeline.steps if isinstance(step, NormalizerProcessorStep)]
+    if len(found) != 1:
+        raise ConfigError(f"the preprocessor of {folder} must have one normalizer_processor, it has {len(found)}")
+    return found[0]
+
+
+def _statistics(step: NormalizerProcessorStep, key: str) -> FieldStatistics:
+    given: Mapping[str, Any] = step.stats.get(key, {})
+    missing = [name for name in ("min", "max", "mean", "std") if name not in given]
+    if missing:
+        raise ConfigError(f"the statistics of {key!r} lack {', '.join(missing)}; train on a dataset that has them")
+    names = ("min", "max", "mean", "std", "q01" if "q01" in given else "min", "q99" if "q99" in given else "max")
+    columns = (np.asarray(given[name], np.float64).reshape(-1) for name in names)
+    return FieldStatistics(*(tuple(map(float, column)) for column in columns))
+
+
+def _offset(step: NormalizerProcessorStep, normalizer: Normalizer, key: str, limit: float) -> Tensor:
+    """(Do,) what LeRobot's numbers are larger by: 0, or in dimensions that never moved anything.
+
+    Raises:
+        ConfigError: they differ otherwise.
+    """
+    known = normalizer.statistics[key]
+    ends = torch.tensor([known.minimum, known.maximum])
+    if key == ACTION:  # the inverse is what counts
+        ends = torch.tensor([[-1.0], [1.0]]).expand(2, known.width)
+        theirs, ours = step._normalize_action(ends, inverse=True), normalizer.denormalize(key, ends)
+    else:
+        theirs = step._normalize_observation({key: ends}, inverse=False)[key].clamp(-limit, limit)
+        ours = normalizer.normalize(key, ends)
+    _, half = known.center_and_half(normalizer.modes[key])
+    difference = (theirs - ours).numpy()
+    moves = half != 0
+    differs = moves & ~np.isclose(theirs.numpy(), ours.numpy(), rtol=1e-4, atol=1e-4).all(0)
+    still: NDArray[np.bool_] = ~moves & (np.ptp(difference, axis=0) > 1e-4)
+    wrong = np.flatnonzero(differs | still)
+    if len(wrong):
+        raise ConfigError(
+            f"LeRobot and scd_robot normalise dimensions {wrong.tolist()} of {key!r} otherwise: they hardly moved in "
+            "the dataset; leave them out of it, and train again"
+        )
+    return torch.from_numpy(np.where(moves, 0.0, difference[0]).astype(np.float32))
+
+
+def _experiment(policy: ScdPolicy, called: Mapping[str, str]) -> dict[str, Any]:
+    config = policy.config
+    size = tuple(config.resize_images)
+    images = tuple(ImageStep(key, size=size) for key in policy.model.config.image_keys if size)
+    rename = {name: key for key, name in called.items() if name != key}
+    transforms = TransformConfig(rename=rename, keys=tuple(called), images=images)
+    parts = {"model": policy.model.config, "policy": config.policy_config(), "transforms": transforms}
+    return {"preset": "lerobot", **{name: to_json(part) for name, part in parts.items()}}
+
+
+def _dataset(config: ScdConfig, control_dt: float, called: Mapping[str, str]) -> DatasetSpec:
+    observation = {}
+    for key in config.observation_keys:
+        feature = config.input_features[key]
+        shape = tuple(feature.shape)
+        is_picture = feature.type is FeatureType.VISUAL
+        observation[called[key]] = ArraySpec((*shape[1:], shape[0]), "uint8") if is_picture else ArraySpec(shape)
+    return DatasetSpec(observation, config.action_feature.shape[0], control_dt, "LeRobot")
+
+
+def main() -> None:
+    """The program."""
+    parser = argparse.ArgumentParser(prog="python -m lerobot_policy_scd.convert", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="pretrained_model of a training of LeRobot")
+    parser.add_argument("out", type=Path, help="the checkpoint's folder, which must not exist")
+    parser.add_argument("--fps", type=float, required=True, help="of the dataset: control steps per second")
+    parser.add_argument(
+        "--keys", nargs="*", default=[], metavar="KEY=NAME", help="what keys of the policy are called elsewhere"
+    )
+    given = parser.parse_args()
+    convert(given.folder, given.out, 1 / given.fps, dict(pair.split("=", 1) for pair in given.keys))
+
+
+if __name__ == "__main__":
+    main()

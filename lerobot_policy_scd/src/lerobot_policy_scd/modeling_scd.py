@@ -1,0 +1,221 @@
+"""The policy for LeRobot's loops: windows in training, one observation per control step and a cache at inference.
+
+Shapes: B windows or environments, T encoder steps of a window, Ta chunk length, Da action width; C H W picture as
+LeRobot has it.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs.types import FeatureType
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from lerobot_policy_scd.configuration_scd import ScdConfig
+from lerobot_policy_scd.windows import WindowDraws, Windows, window_loss
+from scd_robot.errors import ConfigError, ShapeError
+from scd_robot.model import ScdModel
+from scd_robot.nn import KVCache
+
+__all__ = ["ScdPolicy"]
+
+
+class ScdPolicy(PreTrainedPolicy):
+    """`scd_robot.model.ScdModel`, its moving average, and the history of the running episodes.
+
+    Attributes:
+        model: what is trained.
+        averaged: its moving average, which acts.
+    """
+
+    config_class = ScdConfig
+    name = "scd"
+
+    def __init__(
+        self,
+        config: ScdConfig,
+        dataset_stats: Mapping[str, Any] | None = None,
+        dataset_meta: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config)
+        self._how = config.policy_config()
+        self.model = ScdModel(config.model_config())
+        self.averaged = copy.deepcopy(self.model).requires_grad_(False)
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self.reset()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_name_or_path: str | Path, *, strict: bool = True, **kwargs: Any) -> "ScdPolicy":
+        """As LeRobot's, but weights that are missing are an error unless `strict=False`."""
+        return super().from_pretrained(pretrained_name_or_path, strict=strict, **kwargs)
+
+    # Training.
+
+    def get_optim_params(self) -> list[dict[str, Any]]:
+        """Groups with a learning rate of its own for the decoder, and weight decay on matrices only."""
+        config = self.config
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            groups.setdefault((name.startswith("decoder."), parameter.ndim > 1), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": config.optimizer_lr * (config.optimizer_decoder_lr_factor if is_decoder else 1.0),
+                "weight_decay": config.optimizer_weight_decay if is_matrix else 0.0,
+            }
+            for (is_decoder, is_matrix), parameters in groups.items()
+        ]
+
+    def forward(self, batch: Mapping[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, Any]]:
+        """The loss of a batch of windows.
+
+        Args:
+            batch: normalised; observations (B, T, ...), `action` (B, P, Da), and their `_is_pad`.
+            reduction: "mean" over all counted actions, or "none": that of each window, (B,).
+
+        Returns:
+            The loss, and nothing more to log.
+        """
+        if reduction not in ("mean", "none"):
+            raise ConfigError(f"reduction must be mean or none, got {reduction!r}")
+        windows = self._windows(batch)
+        draws = WindowDraws.random(self.model, windows, self.config.positions_per_window)
+        total, count = window_loss(self.model, windows, draws)
+        if reduction == "none":
+            return total / count.clamp(min=1), {}
+        return total.sum() / count.sum().clamp(min=1), {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes an update of the weights into their moving average; LeRobot calls it after each."""
+        self.num_updates += 1
+        done = int(self.num_updates)
+        decay = min(self.config.ema_decay, (1 + done) / (10 + done))
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def _windows(self, batch: Mapping[str, Any]) -> Windows:
+        steps, keys = self.config.n_obs_steps, self.config.observation_keys
+        observation = {key: self._observed(batch, key, (steps,)) for key in keys}
+        first = observation[keys[0]]
+        action, length = batch["action"], len(self.config.action_delta_indices)
+        if action.ndim != 3 or action.shape[1] != length:
+            raise ShapeError(
+                f"action must be (B, {length}, {self.model.config.action_dim}), got {tuple(action.shape)}; LeRobot's "
+                "dataset cuts such windows with this configuration's action_delta_indices"
+            )
+        outside = batch.get(f"{keys[0]}_is_pad")
+        step_valid = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device) if outside is None else ~outside
+        outside = batch.get("action_is_pad")
+        action_valid = torch.ones_like(action[..., 0], dtype=torch.bool) if outside is None else ~outside
+        return Windows(observation, step_valid.view(len(first), steps), action, action_valid)
+
+    # Inference.
+
+    def reset(self) -> None:
+        """Begins new episodes in all environments; LeRobot calls it once per batch of them."""
+        self._cache: KVCache | None = None
+        self._context: Tensor | None = None
+        self._steps = 0
+        self._action_queue: deque[Tensor] = deque()  # LeRobot may empty it; the history stays
+
+    def select_action(self, batch: Mapping[str, Any], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """The next action (B, Da), normalised; to be called once per control step.
+
+        The history of every environment grows by this observation; a plan is made where the last one is used up. What
+        one environment is shown, finished or not, changes nothing for the others.
+
+        Args:
+            batch: observations (B, ...), normalised.
+            noise: (B, Ta, Da) where a plan begins, if one is made; None = drawn.
+            **kwargs: not used.
+        """
+        with torch.inference_mode():
+            self._observe(batch)
+            if not self._action_queue:
+                chunk = self._plan(noise)[:, : self.config.n_action_steps - self._age]
+                self._action_queue.extend(chunk.unbind(1))
+            action = self._action_queue.popleft()
+        return action.clone()
+
+    def predict_action_chunk(self, batch: Mapping[str, Any], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """A new plan (B, Ta, Da), normalised; its action 0 is for the control step of this observation.
+
+        The history grows by the observation, as in `select_action`. With a `history_stride`, in control steps in which
+        the encoder does not run, the plan is shorter by what has passed since it ran.
+        """
+        with torch.inference_mode():
+            self._observe(batch)
+            chunk = self._plan(noise)
+        return chunk.clone()
+
+    @property
+    def context(self) -> Tensor:
+        """(B, K, D) what the encoder made of each history when it ran last.
+
+        Raises:
+            ConfigError: there was no observation yet.
+        """
+        if self._context is None:
+            raise ConfigError("there is no context before the first observation: call select_action(batch)")
+        return self._context
+
+    @property
+    def _age(self) -> int:
+        """Control steps since the encoder ran last."""
+        return (self._steps - 1) % self.config.history_stride
+
+    def _observe(self, batch: Mapping[str, Any]) -> None:
+        """Advances every history by one control step."""
+        self.eval()
+        observation = {key: self._observed(batch, key) for key in self.config.observation_keys}
+        count = len(next(iter(observation.values())))
+        if self._cache is None:
+            self._cache = self.averaged.new_cache(count)
+        elif self._cache.position.shape[0] != count:
+            raise ShapeError(
+                f"the batch has {count} rows, the running episodes are {self._cache.position.shape[0]}; call reset() "
+                "where episodes begin"
+            )
+        self._steps += 1
+        if self._age == 0:
+            with torch.autocast(self.num_updates.device.type, enabled=False):
+                self._context = self.averaged.encode_step(observation, self._cache)
+
+    def _plan(self, noise: Tensor | None) -> Tensor:
+        """(B, Ta - age, Da) from the present control step on."""
+        with torch.autocast(self.num_updates.device.type, enabled=False):
+            plan = self.averaged.plan(self.context, sampler=self._how.sampler, noise=noise)
+        return plan.actions[:, self._age :]
+
+    def _observed(self, batch: Mapping[str, Any], key: str, steps: tuple[int, ...] = ()) -> Tensor:
+        """One observation (B, *steps, ...) as the model has it: vectors clamped, pictures uint8 with channels last."""
+        if key not in batch:
+            raise ShapeError(f"observation {key!r} is missing; got {sorted(k for k in batch if isinstance(k, str))}")
+        feature, value = self.config.input_features[key], batch[key]
+        expected = (*steps, *feature.shape)
+        if steps == (1,) and tuple(value.shape[1:]) == tuple(feature.shape):
+            value = value[:, None]  # LeRobot leaves the axis of time out where there is one picture
+        if tuple(value.shape[1:]) != expected:
+            wanted = ", ".join(map(str, expected))
+            raise ShapeError(f"observation {key!r} must be (B, {wanted}), got {tuple(value.shape)}")
+        if feature.type is not FeatureType.VISUAL:
+            return value.float().clamp(-self.config.observation_limit, self.config.observation_limit)
+        return pictures_of(value, self.config.resize_images)
+
+
+def pictures_of(images: Tensor, size: tuple[int, ...] = ()) -> Tensor:
+    """Pictures (..., H, W, C) uint8 of LeRobot's (..., C, H, W) in [0, 1], resized as scd_robot's transforms do it."""
+    levels = (images.float() * 255).round().clamp(0, 255)
+    if size and tuple(size) != tuple(images.shape[-2:]):
+        flat = levels.flatten(0, -4)
+        # torch resizes bytes on a CPU only, and other than floats: it rounds in between
+        flat = flat.to(torch.uint8) if flat.device.type == "cpu" else flat
+        resized = interpolate(flat, tuple(size), mode="bilinear", antialias=True, align_corners=False)
+        levels = resized.float().round().clamp(0, 255).unflatten(0, images.shape[:-3])
+    return levels.to(torch.uint8).movedim(-3, -1).contiguous()
