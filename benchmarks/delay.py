@@ -261,7 +261,9 @@ def main() -> int:
     """The command line."""
     parser = benchmark_parser(__doc__ or "", "delay")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="measure these only")
-    parser.add_argument("--cell-episodes", type=int, default=100, help="per arm and delay (default %(default)s); resumes")
+    parser.add_argument(
+        "--cell-episodes", type=int, default=100, help="per arm and delay (default %(default)s); resumes"
+    )
     parser.add_argument("--delays", nargs="+", type=int, choices=DELAYS_MS, default=list(DELAYS_MS), metavar="MS")
     options: argparse.Namespace = parser.parse_args()
 

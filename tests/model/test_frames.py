@@ -1,4 +1,4 @@
-"""Models of frames: one context whether in one pass or step by step, the decoder that plans actions, both architectures."""
+"""Models of frames: one context in one pass or step by step, the decoder that plans actions, both architectures."""
 
 import dataclasses
 
