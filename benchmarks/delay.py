@@ -1,9 +1,9 @@
-"""Success and jerk where plans take long: five ways to carry out chunks, against the time that a plan takes.
+"""Success and jerk where plans take long: six ways to carry out chunks, against the time that a plan takes.
 
 Each episode runs through the control loop in virtual time: observations are new in every control step, the simulator
-goes on while a plan is made, and the plan is there so many ms after it was asked for (with 0 ms: at the next control
-step). All arms of a task run the same checkpoint, which was trained with committed prefixes (`max_delay_steps`), from
-the same start states, and ask for a plan after the same number of actions, which is no less than the delay.
+goes on while a plan is made, and the plan is there so many ms after it was asked for (0 ms: at once). All arms of a
+task run the same checkpoint, which was trained with committed prefixes (`max_delay_steps`), from the same start states,
+and ask for a plan after the same number of actions, which is no less than the delay.
 
     synchronous       stands still while a plan is made
     naive             goes on with the running chunk, and jumps to the new one when it is there
@@ -99,7 +99,7 @@ TASKS = {
     "tray-balance": Task(Recording("scd_memory/tray-balance", 400, 0, 0.015, 0.01), DYNAMIC, num_executed=4),
     "push-v3": Task(
         Recording("metaworld/push-v3"),
-        (*SMALL, "training.max_steps=1200", "model.chunk_length=40", "model.max_delay_steps=16"),
+        (*SMALL, "training.max_steps=1000", "model.chunk_length=40", "model.max_delay_steps=16"),
         num_executed=8,
         rest=(0.0, 0.0, 0.0, None),  # the gripper's effort stays
     ),
