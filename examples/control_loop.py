@@ -11,11 +11,13 @@ import argparse
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 import scd_robot
 from scd_robot.control import ControlLoop, ExecutionConfig, LoopConfig, RecorderConfig, WatchdogConfig
+from scd_robot.control.executor import Strategy
 from scd_robot.seeding import EVALUATION, derive_seed
 from scd_robot.sim_eval.simulated_robot import SimulatedRobot, limits_of
 
@@ -56,7 +58,7 @@ if __name__ == "__main__":
     parser.add_argument("--environment", default="metaworld/push-v3")
     parser.add_argument("--episode", type=int, default=0)
     parser.add_argument("--max-steps", type=int, default=500)
-    parser.add_argument("--strategy", choices=("prefix", "receding", "ensemble"), default="prefix")
+    parser.add_argument("--strategy", choices=get_args(Strategy), default="prefix")
     parser.add_argument("--slow-motion", type=float, default=1.0, help="so many times slower than the data")
     parser.add_argument(
         "--velocity", type=float, default=1.0, help="most change of an action per control step, of its range"

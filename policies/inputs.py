@@ -4,6 +4,7 @@ Shapes: B rows, Da action width; H W C picture.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,18 @@ from scd_robot.errors import ShapeError, UnknownNameError
 from scd_robot.model import ScdConfig
 from scd_robot.normalization import Normalizer
 from scd_robot.transforms import GOAL, Transforms
-from scd_robot.types import ActionArray, ArraySpec, DatasetSpec, Observation
+from scd_robot.types import ActionArray, ArraySpec, DatasetSpec, GivenActions, Observation, RunningChunk
 
-__all__ = ["check_widths", "checked_action", "checked_goal", "checked_task", "model_observation", "with_goal"]
+__all__ = [
+    "check_widths",
+    "checked_action",
+    "checked_given",
+    "checked_goal",
+    "checked_running",
+    "checked_task",
+    "model_observation",
+    "with_goal",
+]
 
 
 def check_widths(config: ScdConfig, normalizer: Normalizer, dataset: DatasetSpec) -> None:
@@ -202,6 +212,22 @@ def checked_action(name: str, action: ActionArray, shape: tuple[int, ...]) -> Ac
         row = int(np.argwhere(~np.isfinite(value))[0][0])
         raise ShapeError(f"{name} holds a NaN or infinite value in row {row}")
     return value
+
+
+def checked_running(running: RunningChunk, rows: int, action_dim: int) -> RunningChunk:
+    """The running chunk in float32; raises ShapeError where it is not (rows, n, Da), or not finite."""
+    count = np.shape(running.actions)[1] if np.ndim(running.actions) == 3 else 0
+    return replace(running, actions=checked_action("running chunk", running.actions, (rows, count, action_dim)))
+
+
+def checked_given(fixed: GivenActions, shape: tuple[int, int, int]) -> GivenActions:
+    """Given actions in float32, 0 where nothing is given; raises ShapeError where they are not for such chunks."""
+    mask = np.asarray(fixed.mask, np.bool_)
+    if mask.shape != shape[1:] or np.shape(fixed.actions) != shape:
+        raise ShapeError(
+            f"given actions must be {shape} with a mask {shape[1:]}, got {np.shape(fixed.actions)} and {mask.shape}"
+        )
+    return GivenActions(checked_action("given actions", np.where(mask, fixed.actions, 0.0), shape), mask)
 
 
 def _as_float32(values: Any, name: str) -> ActionArray:

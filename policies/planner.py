@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scd_robot.diffusion import Jacobian, TowardsActions
-from scd_robot.errors import ActionError
-from scd_robot.model import ActionModel, ActionPlan, Conditioning
+from scd_robot.errors import ActionError, ConfigError
+from scd_robot.model import ActionModel, ActionPlan, Conditioning, FixedActions
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.config import ScdPolicyConfig
 from scd_robot.policies.rows import PlanInput
 from scd_robot.policies.sampling import inference
 from scd_robot.transforms import Transforms
-from scd_robot.types import ActionArray, RunningChunk
+from scd_robot.types import ActionArray, GivenActions, RunningChunk
 
 __all__ = ["Planner"]
 
@@ -53,13 +53,20 @@ class Planner:
         device = self._model.decoder.position.device
         return self._normalizer.normalize("action", torch.as_tensor(converted, dtype=torch.float32, device=device))
 
-    def denoise(self, given: PlanInput, prefix: ActionArray | None, running: RunningChunk | None = None) -> ActionArray:
+    def denoise(
+        self,
+        given: PlanInput,
+        prefix: ActionArray | None,
+        running: RunningChunk | None = None,
+        fixed: GivenActions | None = None,
+    ) -> ActionArray:
         """Chunks (rows, Ta, Da), which begin with the committed actions `prefix` (rows, d, Da).
 
         Args:
             given: what they are made from.
             prefix: None = nothing is committed.
             running: what they are guided towards; None = nothing.
+            fixed: numbers that are held on their value; None = none.
 
         Raises:
             ActionError: one holds a NaN or infinite action.
@@ -71,6 +78,7 @@ class Planner:
             if prefix is not None:
                 committed = self.normalised_actions(prefix, given.state).repeat_interleave(copies, 0)
             towards = None if running is None else self._towards(running, given.state, copies)
+            held = None if fixed is None else self._held(fixed, given.state, copies)
             if with_past:
                 context = self._repeated(context, copies)
                 past_known = torch.as_tensor(given.past_known, device=device).repeat_interleave(copies, 0)
@@ -87,6 +95,7 @@ class Planner:
                 past_valid=past_known,
                 conditioning=self._conditioning,
                 towards=towards,
+                fixed=held,
             )
             actions = plan.actions if plan.past is None else self._most_faithful(given, plan)
             chunk = self._normalizer.denormalize("action", actions).cpu().numpy()
@@ -95,6 +104,8 @@ class Planner:
         if not np.isfinite(chunk).all():
             row = int(given.rows[np.argwhere(~np.isfinite(chunk))[0][0]])
             raise ActionError(f"the plan of row {row} holds a NaN or infinite action; stop the robot and reset the row")
+        if fixed is not None:
+            chunk = np.where(fixed.mask, fixed.actions, chunk)
         if prefix is not None:
             chunk[:, : prefix.shape[1]] = prefix
         return chunk
@@ -103,6 +114,16 @@ class Planner:
         actions = self.normalised_actions(running.actions, state).repeat_interleave(copies, 0)
         jacobian: Jacobian = "exact" if running.exact else "identity"
         return TowardsActions(actions, running.delay_steps, running.max_gain, jacobian)
+
+    def _held(self, fixed: GivenActions, state: Mapping[str, NDArray[np.float32]], copies: int) -> FixedActions:
+        transforms = self._transforms.config
+        if transforms.rotations or transforms.chunk != "absolute":
+            raise ConfigError(
+                "single numbers of actions can be held only where the model has actions as they are recorded; this one "
+                f"has chunk {transforms.chunk!r} and {len(transforms.rotations)} rotations"
+            )
+        values = self.normalised_actions(fixed.actions, state).repeat_interleave(copies, 0)
+        return FixedActions(values, torch.as_tensor(fixed.mask, device=values.device))
 
     def _most_faithful(self, given: PlanInput, plan: ActionPlan) -> Tensor:
         """Of each row's samples the actions (rows, Ta, Da) of that whose past is nearest to what was executed."""

@@ -24,7 +24,9 @@ from scd_robot.policies.config import ScdPolicyConfig
 from scd_robot.policies.inputs import (
     check_widths,
     checked_action,
+    checked_given,
     checked_goal,
+    checked_running,
     checked_task,
     model_observation,
     with_goal,
@@ -33,7 +35,7 @@ from scd_robot.policies.planner import Planner
 from scd_robot.policies.rows import PlanInput, Rows
 from scd_robot.policies.sampling import inference, plan_noise
 from scd_robot.transforms import TASK, TransformConfig, Transforms
-from scd_robot.types import ActionArray, DatasetSpec, Observation, PolicySpec, RunningChunk
+from scd_robot.types import ActionArray, DatasetSpec, GivenActions, Observation, PolicySpec, RunningChunk
 
 __all__ = ["ScdPolicy", "ScdPolicyConfig"]
 
@@ -346,7 +348,11 @@ class ScdPolicy:
         return replace(given, context=copied)
 
     def plan_from(
-        self, given: PlanInput, prefix: ActionArray | None = None, running: RunningChunk | None = None
+        self,
+        given: PlanInput,
+        prefix: ActionArray | None = None,
+        running: RunningChunk | None = None,
+        fixed: GivenActions | None = None,
     ) -> ActionArray:
         """Samples a chunk from a snapshot; changes nothing, so that `observe` may run in another thread meanwhile.
 
@@ -354,19 +360,20 @@ class ScdPolicy:
             given: from `snapshot`.
             prefix: (B, d, Da) actions committed from the snapshot's control step on; the chunk begins with them.
             running: what is left of the chunk under way, towards which this one is guided; see `check_guidance`.
+            fixed: numbers of the chunk that are held on their value, and known to the rest while it is planned.
 
         Returns:
-            (B, Ta, Da), without `running` what `plan` would have given; action 0 is for the snapshot's control step.
+            (B, Ta, Da), with nothing but `prefix` what `plan` would have given; action 0 is for the snapshot's step.
         """
         if prefix is not None:
             count = np.shape(prefix)[1] if np.ndim(prefix) == 3 else 0
             prefix = checked_action("prefix", prefix, (len(given.rows), count, self.spec.action_dim))
         if running is not None:
             self.check_guidance(running.max_gain)
-            count = np.shape(running.actions)[1] if np.ndim(running.actions) == 3 else 0
-            shape = (len(given.rows), count, self.spec.action_dim)
-            running = replace(running, actions=checked_action("running chunk", running.actions, shape))
-        return self._planner.denoise(given, prefix, running)
+            running = checked_running(running, len(given.rows), self.spec.action_dim)
+        if fixed is not None:
+            fixed = checked_given(fixed, (len(given.rows), self.spec.chunk_length, self.spec.action_dim))
+        return self._planner.denoise(given, prefix, running, fixed)
 
     def check_guidance(self, max_gain: float) -> None:
         """Raises ConfigError where plans of this policy cannot be guided towards a running chunk with this gain."""

@@ -21,6 +21,7 @@ __all__ = [
     "DatasetSpec",
     "Environment",
     "EnvironmentSpec",
+    "GivenActions",
     "Observation",
     "Policy",
     "PolicySpec",
@@ -104,6 +105,19 @@ class DatasetSpec:
             str(data.get("source", "")),
             data.get("action_kind", ""),
         )
+
+
+@dataclass(frozen=True)
+class GivenActions:
+    """Numbers of a chunk that are known before it is planned: a gripper that stays closed, a joint that is locked.
+
+    Attributes:
+        actions: (B, Ta, Da), read where `mask` is True.
+        mask: (Ta, Da) bool.
+    """
+
+    actions: ActionArray
+    mask: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

@@ -320,6 +320,7 @@ class ControlLoop:
         if split is not None:
             detail = f"{self._planning.delay_steps} control steps per plan"
             self._journal.condition("delay_too_long", not split.fits, detail)
+            self._collect_plan()  # in virtual time it may be there at once
 
     def _ahead(self, count: int) -> ActionArray | None:
         """(1, n, Da) what will be carried out in the control steps from this one on, behind the limits."""

@@ -9,7 +9,7 @@ import torch
 
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
 from scd_robot.policies.registry import POLICIES, policy_class
-from scd_robot.types import Policy, PolicySpec, RunningChunk
+from scd_robot.types import GivenActions, Policy, PolicySpec, RunningChunk
 
 
 @pytest.fixture(params=sorted(POLICIES))
@@ -226,6 +226,22 @@ def test_a_plan_may_be_guided_towards_the_running_chunk(make, stream, exact) -> 
         policy.plan_from(given, running=RunningChunk(goal[:1], 2))
     with pytest.raises(ConfigError, match="at least 9 denoising steps"):
         policy.check_guidance(9.0)
+
+
+def test_given_numbers_are_in_the_plan_and_the_rest_knows_them(make, stream) -> None:
+    policy = make()
+    for observation in stream(2, 3):
+        policy.observe(observation)
+    given, length = policy.snapshot(), policy.spec.chunk_length
+    mask = np.zeros((length, 2), bool)
+    mask[:, 1] = True
+    actions = np.full((2, length, 2), np.nan, np.float32)  # only what is held is read
+    actions[..., 1] = 0.25
+    free, fixed = policy.plan_from(given), policy.plan_from(given, fixed=GivenActions(actions, mask))
+    np.testing.assert_array_equal(fixed[..., 1], 0.25)
+    assert np.abs(fixed[..., 0] - free[..., 0]).max() > 1e-3
+    with pytest.raises(ShapeError, match="given actions must be"):
+        policy.plan_from(given, fixed=GivenActions(actions, mask[1:]))
 
 
 def test_each_snapshot_has_noise_of_its_own_and_planning_changes_nothing(make, stream) -> None:

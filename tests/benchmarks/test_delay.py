@@ -1,0 +1,49 @@
+"""The benchmark of plans that take long: its jobs, and its report."""
+
+from typing import Any
+
+import pytest
+from benchmark_jobs import load, result
+
+from scd_robot.control.delay import split_chunk
+from scd_robot.presets import resolve, with_settings
+from scd_robot.sim_eval import make_environment
+from scd_robot.types import DatasetSpec
+
+delay = load("delay")
+
+
+@pytest.mark.sim
+def test_every_training_fits_its_task_and_the_longest_delay() -> None:
+    for job in delay.make_jobs():
+        spec = make_environment(job.environment).spec
+        dataset = DatasetSpec(dict(spec.observation), spec.action_dim, spec.control_dt)
+        experiment = with_settings(resolve(job.preset, dataset), job.settings)
+        steps = round(1e-3 * delay.DELAYS_MS[-1] / spec.control_dt)
+        split = split_chunk(experiment.model.chunk_length, experiment.policy.num_executed, steps)
+        assert split.fits
+        assert split.num_executed == experiment.model.max_delay_steps == steps
+
+
+def cell(name: str, successes: int) -> dict[str, Any]:
+    made = result(name, [i < successes for i in range(20)])
+    for episode in made["evaluation"]["episodes_detail"]:
+        episode["jerk"] = 2.0 if episode["success"] else 4.0
+    return made
+
+
+def test_the_report_compares_each_arm_with_itself_without_delay(tmp_path) -> None:
+    from scd_robot.output import write_json
+
+    for arm, ms, successes in (("trained", 0, 20), ("trained", 200, 19), ("naive", 0, 20), ("naive", 200, 10)):
+        write_json(delay._cell_path(tmp_path, "push-v3", arm, ms), cell(f"{arm}_{ms}", successes))
+    report = delay.make_report(tmp_path, {})
+    push = report.split("### push-v3")[1]
+    rows = [line for line in push.splitlines() if line.startswith("| trained")]
+    assert "| 20/20, 100.0 % [83.9, 100.0] | - | - | - | 19/20, 95.0 % [76.4, 99.1] |" in rows[0]
+    assert rows[1] == "| trained | 2.0 | - | - | - | 2.1 |"
+    assert rows[2].startswith("| trained |  | - | - | - | -5.0 [")
+    assert "trained, 200 ms: -5.0" in push
+    assert "aim at most -5: reached" in push
+    assert "| naive |  | - | - | - | -50.0 [" in push
+    assert "not measured yet" in report.split("### moving-target")[1].split("###")[0]
