@@ -160,9 +160,10 @@ def frames_64(dataset: DatasetSpec) -> ExperimentConfig:
         key: spec.shape for key, spec in dataset.observation.items() if len(spec.shape) == 3 and spec.dtype == "uint8"
     }
     if len(shapes) != 1:
+        given = ", ".join(f"{key} {spec.dtype} {spec.shape}" for key, spec in sorted(dataset.observation.items()))
         raise DatasetError(
-            f"preset frames_64 takes the pictures of one camera, (H, W, C) uint8; got {sorted(shapes) or 'none'} among "
-            f"{sorted(dataset.observation)}: choose one with --keys, or with keys of --transforms"
+            f"preset frames_64 takes the pictures of one camera, (H, W, C) uint8 of 0 to 255, got {given}: "
+            + ("choose one with --keys, or with keys of --transforms" if shapes else "record pictures so")
         )
     [(camera, shape)] = shapes.items()
     if shape[:2] != (64, 64):

@@ -62,13 +62,14 @@ class FrameModel(HistoryModel[ContextT]):
     def tokens(self, frame: Tensor, last: Tensor) -> Tensor:
         """Clean tokens (R, L, Dx) of frames (R, H, W, C) uint8 that follow those in `last`."""
         side, values = self.config.frames.patch_size, self._scaled(frame) - self._base(last)
-        grid = values.unflatten(1, (-1, side)).unflatten(3, (-1, side)).transpose(2, 3)
+        rows, height, width, channels = values.shape
+        grid = values.reshape(rows, height // side, side, width // side, side, channels).transpose(2, 3)
         return grid.flatten(3).flatten(1, 2)
 
     def frames(self, tokens: Tensor, last: Tensor) -> Tensor:
         """Inverse of `tokens`, (R, H, W, C) uint8."""
         side, (height, width, channels) = self.config.frames.patch_size, last.shape[1:]
-        grid = tokens.unflatten(2, (side, side, channels)).unflatten(1, (height // side, width // side))
+        grid = tokens.reshape(-1, height // side, width // side, side, side, channels)
         values = grid.transpose(2, 3).reshape(last.shape) + self._base(last)
         return ((values + 1) * _HALF).round().clamp(0, 255).to(torch.uint8)
 

@@ -1,4 +1,4 @@
-"""Models of frames: one context in one pass or step by step, the decoder that plans actions, both architectures."""
+"""Models of frames: one pass or step by step, the same decoders as for actions, what a frame depends on."""
 
 import dataclasses
 
