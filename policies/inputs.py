@@ -4,21 +4,23 @@ Shapes: B rows, Da action width; H W C picture.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.errors import ShapeError
-from scd_robot.model import ScdConfig
-from scd_robot.normalization import Normalizer
 from scd_robot.transforms import Transforms
 from scd_robot.types import ActionArray, DatasetSpec, Observation
+
+if TYPE_CHECKING:
+    from scd_robot.model import ScdConfig
+    from scd_robot.normalization import Normalizer
 
 __all__ = ["check_widths", "checked_action", "model_observation"]
 
 
-def check_widths(config: ScdConfig, normalizer: Normalizer, dataset: DatasetSpec) -> None:
+def check_widths(config: "ScdConfig", normalizer: "Normalizer", dataset: DatasetSpec) -> None:
     """Raises ShapeError where model, statistics and specification are not of one dataset."""
     specified = {key: spec.shape for key, spec in dataset.observation.items()} | {"action": (dataset.action_dim,)}
     for key in config.image_keys:
