@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.errors import ConfigError, ShapeError
+from scd_robot.errors import ActionError, ConfigError, ShapeError
 from scd_robot.policies.inputs import checked_action, model_observation
 from scd_robot.policies.rows import Architecture, HistoryCache, PlanInput, Rows, plan_noise
 from scd_robot.transforms import Transforms
 from scd_robot.types import ActionArray, DatasetSpec, Observation, PolicySpec
 
-__all__ = ["ChunkPolicy", "Settings"]
+__all__ = ["ChunkPolicy", "Settings", "recorded_chunk"]
 
 _MOST_TIMINGS = 100_000  # a robot that runs for days and never asks for them must not run out of memory
 
@@ -367,6 +367,23 @@ class ChunkPolicy(ABC):
         if self._rows is None or self._context is None:
             raise ConfigError(f"{call}() needs an observation first: call observe(observation)")
         return self._rows
+
+
+def recorded_chunk(
+    chunk: NDArray[Any], given: PlanInput, prefix: ActionArray | None, transforms: Transforms
+) -> ActionArray:
+    """Chunks (n, Ta, Da) of the model, as recorded, beginning with exactly `prefix` (n, d, Da).
+
+    Raises:
+        ActionError: one holds a NaN or infinite action.
+    """
+    chunk = transforms.undo_action(transforms.undo_chunk(chunk, given.state)).astype(np.float32, copy=False)
+    if not np.isfinite(chunk).all():
+        row = int(given.rows[np.argwhere(~np.isfinite(chunk))[0][0]])
+        raise ActionError(f"the plan of row {row} holds a NaN or infinite action; stop the robot and reset the row")
+    if prefix is not None:
+        chunk[:, : prefix.shape[1]] = prefix
+    return chunk
 
 
 def _empty_timings() -> dict[str, deque[float]]:

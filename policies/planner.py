@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scd_robot.errors import ActionError
 from scd_robot.model import ActionModel, ActionPlan, Conditioning
 from scd_robot.normalization import Normalizer
+from scd_robot.policies.chunked import recorded_chunk
 from scd_robot.policies.config import ScdPolicyConfig
 from scd_robot.policies.rows import PlanInput
 from scd_robot.policies.sampling import inference
@@ -82,14 +82,7 @@ class Planner:
             )
             actions = plan.actions if plan.past is None else self._most_faithful(given, plan)
             chunk = self._normalizer.denormalize("action", actions).cpu().numpy()
-            chunk = self._transforms.undo_action(self._transforms.undo_chunk(chunk, given.state))
-            chunk = chunk.astype(np.float32, copy=False)
-        if not np.isfinite(chunk).all():
-            row = int(given.rows[np.argwhere(~np.isfinite(chunk))[0][0]])
-            raise ActionError(f"the plan of row {row} holds a NaN or infinite action; stop the robot and reset the row")
-        if prefix is not None:
-            chunk[:, : prefix.shape[1]] = prefix
-        return chunk
+        return recorded_chunk(chunk, given, prefix, self._transforms)
 
     def _most_faithful(self, given: PlanInput, plan: ActionPlan) -> Tensor:
         """Of each row's samples the actions (rows, Ta, Da) of that whose past is nearest to what was executed."""

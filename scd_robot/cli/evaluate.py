@@ -7,7 +7,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from scd_robot.cli.policy_source import is_named, named_policies, refuse_checkpoint_options
+from scd_robot.cli.policy_source import (
+    exported_policy,
+    is_exported,
+    is_named,
+    named_policies,
+    refuse_checkpoint_options,
+)
 
 __all__ = ["evaluate", "headline", "make_policy"]
 
@@ -29,6 +35,7 @@ def evaluate(
     seed: int | None = None,
     device: str = "cpu",
     reproducible: bool = False,
+    trust: bool = False,
     policy_options: tuple[str, ...] = (),
     policy_python: str | None = None,
     latency_ms: tuple[float, ...] = (0.0,),
@@ -49,9 +56,10 @@ def evaluate(
     invalid, which is neither success nor failure. OUT gets report.html, result.json, episodes.jsonl and videos/.
 
     Args:
-        policy: a checkpoint's folder, or a training run's (its newest checkpoint), or package.module:callable,
-            something of your own that makes an object with reset and act (docs/evaluation.md), or the address of a
-            server (ws://127.0.0.1:8000, see 'scd serve'; its API key is what SCD_API_KEY in the environment holds).
+        policy: a checkpoint's folder, or a training run's (its newest checkpoint), or a folder that 'scd export' wrote,
+            or package.module:callable, something of your own that makes an object with reset and act
+            (docs/evaluation.md), or the address of a server (ws://127.0.0.1:8000, see 'scd serve'; its API key is what
+            SCD_API_KEY in the environment holds).
         env: environment, for example metaworld/push-v3 or metaworld/push-v3:goal_steps=5.
         episodes: how many.
         out: folder for the report; by default nothing is written.
@@ -67,6 +75,7 @@ def evaluate(
         device: torch device of the policy.
         reproducible: plan for all environments whenever one is due: with the same --num-envs and kind of CPU an episode
             is then bitwise the same however episodes are divided (--first-episode, --ray); takes more time.
+        trust: run the native or pickled code of an export of the formats aoti and torch-export; ONNX needs no trust.
         policy_options: KEY=VALUE for a policy of your own, values in JSON or plain text, for example seed=1 run=runs/a;
             they are keyword arguments of the callable.
         policy_python: python of another environment for a policy of your own, with numpy and what that policy needs.
@@ -87,6 +96,7 @@ def evaluate(
         json: write the result to this file too ("-": standard output).
     """
     from scd_robot.checkpoint import read_checkpoint
+    from scd_robot.errors import ConfigError
     from scd_robot.output import check_target, write_json
     from scd_robot.sim_eval.delay_curve import delay_curve, write_delay_curve
     from scd_robot.sim_eval.jobs import EvaluationJob, run_jobs
@@ -115,6 +125,12 @@ def evaluate(
     elif is_named(source):
         refuse_checkpoint_options(source, {**overrides, "diagnose_history": diagnose_history, "dataset": dataset})
         load = named(source, env, seed)
+    elif is_exported(source):
+        if diagnose_history or dataset is not None:
+            raise ConfigError(
+                "--diagnose-history and --dataset are for checkpoints; diagnose the one that was exported"
+            )
+        load = functools.partial(exported_policy, source.resolve(), device, trust, seed=seed, **overrides)
     else:
         found = read_checkpoint(source)
         demonstrations = _check_diagnosis(found, diagnose_history, dataset, troubles)

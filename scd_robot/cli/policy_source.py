@@ -1,11 +1,11 @@
-"""What `scd eval`, `sweep` and `compare` evaluate: checkpoints, or policies of the user's own by dotted name."""
+"""What `scd eval`, `sweep`, `compare` and `serve` run: checkpoints, exported policies, or policies by dotted name."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["is_named", "named_policies", "refuse_checkpoint_options"]
+__all__ = ["exported_policy", "is_exported", "is_named", "named_policies", "refuse_checkpoint_options"]
 
 
 def is_named(source: Path) -> bool:
@@ -13,6 +13,27 @@ def is_named(source: Path) -> bool:
     from scd_robot.dotted import is_dotted
 
     return is_dotted(str(source)) and not source.exists()
+
+
+def is_exported(source: Path) -> bool:
+    """Whether this is a folder that `scd export` wrote."""
+    from scd_robot.export import is_export
+
+    return is_export(source)
+
+
+def exported_policy(folder: Path, device: str, trust: bool, **overrides: Any) -> Any:
+    """The policy of an exported folder; see `scd_robot.export.load_exported`.
+
+    Raises:
+        ConfigError: another device than the CPU; an override that is part of the graphs.
+    """
+    from scd_robot.errors import ConfigError
+    from scd_robot.export import load_exported
+
+    if device != "cpu":
+        raise ConfigError(f"exported graphs run on the CPU, got --device {device}")
+    return load_exported(folder, trusted=trust, **overrides)
 
 
 def named_policies(

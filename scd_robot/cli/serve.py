@@ -1,8 +1,9 @@
 """The verb `scd serve`."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -24,6 +25,7 @@ def serve(
     guidance_scale: float | None = None,
     num_samples: int | None = None,
     seed: int | None = None,
+    trust: bool = False,
     steps_per_plan: int | None = None,
     prompt_resets: bool = False,
     api_key_file: Path | None = None,
@@ -47,7 +49,8 @@ def serve(
     as 'Authorization: Api-Key KEY', and TLS where the network is not yours.
 
     Args:
-        checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint).
+        checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint), or a folder that 'scd export'
+            wrote.
         host: address to listen at; 0.0.0.0 = all of this machine's.
         port: 0 = any that is free; the log says which.
         keys: how clients call observation keys of the checkpoint, each as OURS=THEIRS, for example
@@ -59,6 +62,7 @@ def serve(
         num_samples: plans sampled at a time, of which the one that agrees best with the executed past is kept; replaces
             the checkpoint's (1 = off).
         seed: of the policy's noise; replaces the checkpoint's.
+        trust: run the native or pickled code of an export of the formats aoti and torch-export; ONNX needs no trust.
         steps_per_plan: control steps that a client which does not tell lets pass after each plan; by default
             num_executed.
         prompt_resets: a new "prompt" begins a new history; for clients that cannot say that an episode begins.
@@ -74,9 +78,6 @@ def serve(
     """
     import asyncio
 
-    import torch
-
-    from scd_robot.policies import load_policy
     from scd_robot.serve.server import PolicyServer, ServerConfig
 
     config = ServerConfig(
@@ -94,17 +95,28 @@ def serve(
         steps_per_plan=steps_per_plan,
         prompt_resets=prompt_resets,
     )
+    overrides = {
+        "num_denoising_steps": num_denoising_steps,
+        "num_executed": num_executed,
+        "guidance_scale": guidance_scale,
+        "num_samples": num_samples,
+        "seed": seed,
+    }
+    asyncio.run(PolicyServer(_load(checkpoint, device, trust, overrides), config).run())
+
+
+def _load(source: Path, device: str, trust: bool, overrides: Mapping[str, Any]) -> Any:
+    """The policy of a checkpoint, or of an exported folder, without torch where it is ONNX."""
+    from scd_robot.cli.policy_source import exported_policy, is_exported
+
+    if is_exported(source):
+        return exported_policy(source, device, trust, **overrides)
+    import torch
+
+    from scd_robot.policies import load_policy
+
     torch.set_num_threads(1)  # batches are small
-    policy = load_policy(
-        checkpoint,
-        device,
-        num_denoising_steps=num_denoising_steps,
-        num_executed=num_executed,
-        guidance_scale=guidance_scale,
-        num_samples=num_samples,
-        seed=seed,
-    )
-    asyncio.run(PolicyServer(policy, config).run())
+    return load_policy(source, device, **overrides)
 
 
 def parse_keys(pairs: tuple[str, ...]) -> dict[str, str]:
