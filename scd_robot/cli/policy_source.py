@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["exported_policy", "is_exported", "is_named", "named_policies", "refuse_checkpoint_options"]
+__all__ = ["exported_policy", "is_exported", "is_named", "load_source", "named_policies", "refuse_checkpoint_options"]
 
 
 def is_named(source: Path) -> bool:
@@ -34,6 +34,21 @@ def exported_policy(folder: Path, device: str, trust: bool, **overrides: Any) ->
     if device != "cpu":
         raise ConfigError(f"exported graphs run on the CPU, got --device {device}")
     return load_exported(folder, trusted=trust, **overrides)
+
+
+def load_source(source: Path, device: str = "cpu", trust: bool = False, **overrides: Any) -> Any:
+    """The policy of a checkpoint, or of a folder that `scd export` wrote; of an ONNX one without torch.
+
+    Errors are those of `load_policy` and `exported_policy`.
+    """
+    if is_exported(source):
+        return exported_policy(source, device, trust, **overrides)
+    import torch
+
+    from scd_robot.policies import load_policy
+
+    torch.set_num_threads(1)  # batches are small
+    return load_policy(source, device, **overrides)
 
 
 def named_policies(

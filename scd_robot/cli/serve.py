@@ -1,11 +1,12 @@
 """The verb `scd serve`."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
+
+from scd_robot.cli.policy_source import load_source
 
 __all__ = ["serve"]
 
@@ -95,28 +96,17 @@ def serve(
         steps_per_plan=steps_per_plan,
         prompt_resets=prompt_resets,
     )
-    overrides = {
-        "num_denoising_steps": num_denoising_steps,
-        "num_executed": num_executed,
-        "guidance_scale": guidance_scale,
-        "num_samples": num_samples,
-        "seed": seed,
-    }
-    asyncio.run(PolicyServer(_load(checkpoint, device, trust, overrides), config).run())
-
-
-def _load(source: Path, device: str, trust: bool, overrides: Mapping[str, Any]) -> Any:
-    """The policy of a checkpoint, or of an exported folder, without torch where it is ONNX."""
-    from scd_robot.cli.policy_source import exported_policy, is_exported
-
-    if is_exported(source):
-        return exported_policy(source, device, trust, **overrides)
-    import torch
-
-    from scd_robot.policies import load_policy
-
-    torch.set_num_threads(1)  # batches are small
-    return load_policy(source, device, **overrides)
+    policy = load_source(
+        checkpoint,
+        device,
+        trust,
+        num_denoising_steps=num_denoising_steps,
+        num_executed=num_executed,
+        guidance_scale=guidance_scale,
+        num_samples=num_samples,
+        seed=seed,
+    )
+    asyncio.run(PolicyServer(policy, config).run())
 
 
 def parse_keys(pairs: tuple[str, ...]) -> dict[str, str]:

@@ -105,8 +105,10 @@ class TorchRuntime:
         """Outputs by name."""
         import torch
 
+        from scd_robot.policies.sampling import inference
+
         call, ports = self._graphs[graph]
-        with torch.inference_mode():
+        with inference(torch.device("cpu"), len(next(iter(inputs.values())))):
             found = call(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in ports.inputs))
         tensors = found if isinstance(found, tuple | list) else (found,)
         return {name: tensor.numpy() for name, tensor in zip(ports.outputs, tensors, strict=True)}

@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,11 @@ def export_policy(
             beside = Path(place) / out.name
             beside.mkdir()
             made = make_graphs(policy, batch_size)
-            files = {name: _write_graph(name, graph, beside, kind) for name, graph in made.items()}
-            manifest = manifest_of(policy, made, files, kind, batch_size, beside)
+            manifest = manifest_of(policy, made, kind, batch_size)
+            for name, graph in manifest.graphs.items():
+                _write_graph(made[name], beside / graph.file, kind)
+            digests = {graph.file: digest(beside / graph.file) for graph in manifest.graphs.values()}
+            manifest = replace(manifest, sha256=digests)
             write_json(beside / "manifest.json", manifest.to_json())
             report: dict[str, Any] = {}
             if tolerance != 0:
@@ -112,17 +116,15 @@ def make_graphs(policy: ScdPolicy, batch_size: int) -> dict[str, Made]:
     return made
 
 
-def manifest_of(
-    policy: ScdPolicy, made: Mapping[str, Made], files: Mapping[str, str], kind: Format, batch_size: int, folder: Path
-) -> Manifest:
-    """What `manifest.json` says of graphs in a folder."""
-    config = policy.config
-    graphs = {}
+def manifest_of(policy: ScdPolicy, made: Mapping[str, Made], kind: Format, batch_size: int) -> Manifest:
+    """What `manifest.json` says of graphs, but the hashes of their files."""
+    config, graphs = policy.config, {}
+    suffix = "onnx" if kind == "onnx" else "pt2"
     for name, (module, inputs, example, outputs) in made.items():
         with torch.inference_mode():
             found = module(*example)
         found = found if isinstance(found, tuple) else (found,)
-        graphs[name] = Graph(files[name], _specs(inputs, example), _specs(outputs, found))
+        graphs[name] = Graph(f"{name}.{suffix}", _specs(inputs, example), _specs(outputs, found))
     return Manifest(
         kind=kind,
         batch_size=batch_size,
@@ -145,7 +147,7 @@ def manifest_of(
             if name not in ("device", "settings", "reproducible")
         },
         versions=_versions(),
-        sha256={name: digest(folder / name) for name in files.values()},
+        sha256={},
     )
 
 
@@ -176,17 +178,15 @@ def _check(policy: ScdPolicy, kind: str, batch_size: int) -> None:
         )
 
 
-def _write_graph(name: str, made: Made, folder: Path, kind: Format) -> str:
-    """Writes one graph and returns the name of its file."""
+def _write_graph(made: Made, path: Path, kind: Format) -> None:
     module, inputs, example, outputs = made
-    file = f"{name}.onnx" if kind == "onnx" else f"{name}.pt2"
-    logger.info("exporting %s", file)
+    logger.info("exporting %s", path.name)
     with torch.no_grad(), _quiet():
         program = torch.export.export(module, tuple(example), strict=False)
         if kind == "onnx":
             torch.onnx.export(
                 program,
-                f=folder / file,
+                f=path,
                 input_names=inputs,
                 output_names=outputs,
                 opset_version=_OPSET,
@@ -195,10 +195,11 @@ def _write_graph(name: str, made: Made, folder: Path, kind: Format) -> str:
                 verbose=False,
             )
         elif kind == "torch-export":
-            torch.export.save(program, folder / file)
+            torch.export.save(program, path)
         else:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(folder / file))
-    return file
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs={"cpp.threads": 1}
+            )
 
 
 @contextmanager

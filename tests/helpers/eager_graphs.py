@@ -1,6 +1,5 @@
 """Graphs that were not exported: the modules themselves, behind the interface of a runtime."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,5 +30,5 @@ class EagerRuntime:
 def eager_export(policy: ScdPolicy, batch_size: int = 1, **options: Any) -> ExportedPolicy:
     """The policy as if it had been exported and loaded."""
     runtime = EagerRuntime(policy, batch_size)
-    manifest = manifest_of(policy, runtime.made, {name: __file__ for name in runtime.made}, "onnx", batch_size, Path("/"))
+    manifest = manifest_of(policy, runtime.made, "onnx", batch_size)
     return ExportedPolicy(runtime, manifest, "nowhere", **options)
