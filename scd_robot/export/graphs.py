@@ -95,6 +95,7 @@ class ExplicitCache(KVCache):
 
     def end_step(self, plan: StepPlan) -> None:
         """Advances the rows that took the step."""
+        assert plan.active is not None
         self.position = self.position + plan.active
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scd_robot.errors import ConfigError
 from scd_robot.export.policy import ExportedPolicy
 from scd_robot.policies.scd import ScdPolicy
-from scd_robot.types import Observation
+from scd_robot.types import ActionArray, Observation
 
 __all__ = ["TOLERANCE", "check_parity", "compare", "drawn_observations", "needed_steps"]
 
@@ -82,7 +82,9 @@ def drawn_observations(policy: ScdPolicy, batch_size: int) -> list[dict[str, NDA
         {
             source: rng.integers(0, 256, (batch_size, *spec.shape), np.uint8)
             if spec.dtype == "uint8"
-            else rng.uniform(*ranges.get(source, (-1.0, 1.0)), (batch_size, *spec.shape)).astype(np.float32)
+            else rng.uniform(*ranges.get(source, (-np.ones(1), np.ones(1))), (batch_size, *spec.shape)).astype(
+                np.float32
+            )
             for source, spec in policy.spec.observation.items()
         }
         for _ in range(needed_steps(policy))
@@ -101,7 +103,8 @@ def compare(policy: ScdPolicy, exported: ExportedPolicy, observations: Sequence[
     half = np.where(high > low, (high - low) / 2, 1.0)
     for side in (policy, exported):
         side.reset(episodes=list(range(batch)))
-    executed, lengths, plans = None, [], 0
+    executed: ActionArray | None = None
+    lengths, plans = [], 0
     for step, observation in enumerate(observations):
         if step == middle:
             for side in (policy, exported):
@@ -112,7 +115,9 @@ def compare(policy: ScdPolicy, exported: ExportedPolicy, observations: Sequence[
         if not policy.may_plan:
             continue
         length = plans % (min(policy.max_prefix, policy.spec.chunk_length - 1) + 1)
-        prefix = None if executed is None or not length else np.repeat(executed[:, None], length, axis=1)
+        prefix: ActionArray | None = None
+        if executed is not None and length:
+            prefix = np.repeat(executed[:, None], length, axis=1)
         chunks = [side.plan_from(side.snapshot(), prefix) for side in (policy, exported)]
         found["action"].append((chunks[0] - chunks[1]) / half)
         found["velocity"].append(_velocity_difference(policy, exported, step))
@@ -154,8 +159,8 @@ def _velocity_difference(policy: ScdPolicy, exported: ExportedPolicy, step: int)
 def _action_range(policy: ScdPolicy) -> tuple[NDArray[Any], NDArray[Any]]:
     """Smallest and largest actions (Da,) of the training data as recorded; where transforms change them, -1 and 1."""
     statistics, config = policy.normalizer.statistics["action"], policy.transforms.config
-    changed = config.chunk_parts or any(step.key == "action" for step in (*config.rotations, *config.grippers))
-    if changed:
+    keys = [*(step.key for step in config.rotations), *(step.key for step in config.grippers)]
+    if config.chunk_parts or "action" in keys:
         ones = np.ones(policy.spec.action_dim)
         return -ones, ones
     return np.asarray(statistics.minimum), np.asarray(statistics.maximum)

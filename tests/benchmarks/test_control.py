@@ -39,13 +39,13 @@ def test_each_miss_of_a_paced_loop_is_recorded(monkeypatch: pytest.MonkeyPatch) 
 
     def slow(observation):
         calls.append(0)
-        step = len(calls) - 1 - policy.spec.history_length
-        clock.advance({3: 0.024, 7: 0.011}.get(step, 0.002))
+        call = len(calls) - 1 - policy.spec.history_length
+        clock.advance({3: 0.024, 7: 0.011}.get(call, 0.002))  # call 7 is in step 8, since step 4 is left out
         return act(observation)
 
     monkeypatch.setattr(policy, "act", slow)
     report = control.pace(policy, seen, 20 / 60 / control.RATE_HZ, clock)
-    assert [(miss["step"], miss["left_out"]) for miss in report["misses"]] == [(3, False), (4, True), (7, False)]
+    assert [(miss["step"], miss["left_out"]) for miss in report["misses"]] == [(3, False), (4, True), (8, False)]
     assert (report["control_steps"], report["missed"]) == (20, 3)
     assert report["misses"][0]["duration_ms"] == pytest.approx(24)
     assert report["misses"][0]["late_ms"] == pytest.approx(14)
