@@ -81,7 +81,7 @@ $(VENV)/.sim: $(VENV)/.made pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
 	@echo "Installing scd_robot, simulators and development tools into $(VENV) (2 GB on disk; a few minutes) ..."
-	$(PIP_INSTALL) --editable ".[sim,robotics,formats,ray,serve,hub,dev]" $(ROBOMIMIC_NEEDS) imagecodecs
+	$(PIP_INSTALL) --editable ".[sim,robotics,formats,ray,serve,hub,export,dev]" $(ROBOMIMIC_NEEDS) imagecodecs
 	$(PIP_INSTALL) --no-deps "robomimic>=0.3,<0.4"
 	@touch $(VENV)/.sim $@
 

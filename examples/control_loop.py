@@ -13,9 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-import torch
-
-import scd_robot
+from scd_robot.cli.policy_source import load_source
 from scd_robot.control import ControlLoop, ExecutionConfig, LoopConfig, RecorderConfig, WatchdogConfig
 from scd_robot.control.executor import Strategy
 from scd_robot.seeding import EVALUATION, derive_seed
@@ -24,8 +22,7 @@ from scd_robot.sim_eval.simulated_robot import SimulatedRobot, limits_of
 
 def main(options: argparse.Namespace) -> None:
     logging.basicConfig(format="%(message)s")
-    torch.set_num_threads(1)  # a batch of one is fastest with one thread
-    policy = scd_robot.load_policy(options.checkpoint)
+    policy = load_source(options.checkpoint)  # a folder of 'scd export --format onnx' does as well, without torch
     control_dt = policy.spec.control_dt * options.slow_motion
     policy.spec = replace(policy.spec, control_dt=control_dt)
 

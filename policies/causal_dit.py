@@ -33,7 +33,7 @@ class CausalDitPolicy(ScdPolicy):
         """Keys and values are the cache's, which leaves the other rows as they are."""
         return new.where(active, old)
 
-    def _of_rows(self, context: HistoryContext, rows: Tensor) -> HistoryContext:
+    def _chosen(self, context: HistoryContext, rows: Tensor) -> HistoryContext:
         return context.rows(rows)
 
     def _repeated(self, context: HistoryContext, copies: int) -> Any:

@@ -5,16 +5,18 @@ Shapes: B rows, Da action width; H W C picture.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.errors import ShapeError, UnknownNameError
-from scd_robot.model import ScdConfig
-from scd_robot.normalization import Normalizer
 from scd_robot.transforms import GOAL, Transforms
 from scd_robot.types import ActionArray, ArraySpec, DatasetSpec, GivenActions, Observation, RunningChunk
+
+if TYPE_CHECKING:
+    from scd_robot.model import ScdConfig
+    from scd_robot.normalization import Normalizer
 
 __all__ = [
     "check_widths",
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 
-def check_widths(config: ScdConfig, normalizer: Normalizer, dataset: DatasetSpec) -> None:
+def check_widths(config: "ScdConfig", normalizer: "Normalizer", dataset: DatasetSpec) -> None:
     """Raises ShapeError where model, statistics and specification are not of one dataset."""
     specified = {key: spec.shape for key, spec in dataset.observation.items()} | {"action": (dataset.action_dim,)}
     for key in config.image_keys:

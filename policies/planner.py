@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scd_robot.diffusion import Jacobian, TowardsActions
-from scd_robot.errors import ActionError, ConfigError
+from scd_robot.errors import ConfigError
 from scd_robot.model import ActionModel, ActionPlan, Conditioning, FixedActions
 from scd_robot.normalization import Normalizer
+from scd_robot.policies.chunked import recorded_chunk
 from scd_robot.policies.config import ScdPolicyConfig
 from scd_robot.policies.rows import PlanInput
 from scd_robot.policies.sampling import inference
@@ -99,16 +100,7 @@ class Planner:
             )
             actions = plan.actions if plan.past is None else self._most_faithful(given, plan)
             chunk = self._normalizer.denormalize("action", actions).cpu().numpy()
-            chunk = self._transforms.undo_action(self._transforms.undo_chunk(chunk, given.state))
-            chunk = chunk.astype(np.float32, copy=False)
-        if not np.isfinite(chunk).all():
-            row = int(given.rows[np.argwhere(~np.isfinite(chunk))[0][0]])
-            raise ActionError(f"the plan of row {row} holds a NaN or infinite action; stop the robot and reset the row")
-        if fixed is not None:
-            chunk = np.where(fixed.mask, fixed.actions, chunk)
-        if prefix is not None:
-            chunk[:, : prefix.shape[1]] = prefix
-        return chunk
+        return recorded_chunk(chunk, given, prefix, self._transforms, fixed)
 
     def _towards(self, running: RunningChunk, state: Mapping[str, NDArray[np.float32]], copies: int) -> TowardsActions:
         actions = self.normalised_actions(running.actions, state).repeat_interleave(copies, 0)

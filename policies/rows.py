@@ -1,22 +1,67 @@
-"""What a policy remembers about each of its rows: history cache, the chunk being followed, executed actions.
+"""What a policy remembers about each of its rows: history cache, the chunk being followed, executed actions. No torch.
 
 Shapes: B rows, Ta chunk length, k past actions (at least 1 is kept), Da action width, S samples.
 """
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError, ShapeError
-from scd_robot.model import ActionModel
+from scd_robot.seeding import POLICY_NOISE, keyed_rng
 from scd_robot.types import ActionArray
 
-__all__ = ["PlanInput", "Rows"]
+__all__ = ["Architecture", "HistoryCache", "PlanInput", "Rows", "plan_noise"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a policy knows of its model, whatever computes it: the fields of `ScdConfig` that have these names."""
+
+    action_dim: int
+    chunk_length: int
+    history_length: int
+    history_stride: int
+    max_delay_steps: int
+    num_context_tokens: int
+    num_past_actions: int
+    observation_tokens: str
+    past_action_input: str
+    width: int
+
+    @classmethod
+    def of(cls, config: Any) -> "Architecture":
+        """Of a `ScdConfig`."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+
+class HistoryCache(Protocol):
+    """What an encoder remembers of B rows, whatever computes with it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held, in bytes."""
+        ...
+
+    def reset(self, rows: NDArray[np.bool_]) -> None:
+        """Empties the rows where `rows` (B,) is True."""
+        ...
+
+    def advance(self, steps: NDArray[np.int64]) -> None:
+        """Lets encoder steps (B,) pass without an observation."""
+        ...
+
+    def select(self, rows: NDArray[np.int64]) -> "HistoryCache":
+        """A copy of some rows (n,)."""
+        ...
+
+    def join(self, others: Sequence[Any]) -> "HistoryCache":
+        """A copy of its rows and those of others of its kind, one after the other."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,26 +105,26 @@ class Rows:
         next_episode: number that no row has had yet.
     """
 
-    def __init__(self, model: ActionModel[Any], episodes: Sequence[int], action_dim: int) -> None:
-        config = model.config
-        batch, kept = len(episodes), max(1, config.num_past_actions)
-        self.cache = model.new_cache(batch)
+    def __init__(
+        self, cache: HistoryCache, episodes: Sequence[int], architecture: Architecture, action_dim: int
+    ) -> None:
+        batch, kept = len(episodes), max(1, architecture.num_past_actions)
+        self.cache = cache
         self.position = np.zeros(batch, np.int64)
         self.origin = np.full(batch, -1, np.int64)
-        self.chunk = np.zeros((batch, config.chunk_length, action_dim), np.float32)
+        self.chunk = np.zeros((batch, architecture.chunk_length, action_dim), np.float32)
         self.past = np.zeros((batch, kept, action_dim), np.float32)
         self.past_known = np.zeros((batch, kept), bool)
         self.num_plans = np.zeros(batch, np.int64)
         self.episode = _episode_numbers(episodes, batch)
         self.next_episode = int(self.episode.max()) + 1
-        self._stride = config.history_stride
+        self._stride = architecture.history_stride
 
     @classmethod
     def join(cls, parts: Sequence["Rows"]) -> "Rows":
         """A copy of the rows of several, one after the other."""
         joined = copy.copy(parts[0])
-        with torch.inference_mode():
-            joined.cache = type(joined.cache).join([part.cache for part in parts])
+        joined.cache = joined.cache.join([part.cache for part in parts[1:]])
         for name in _PER_ROW:
             setattr(joined, name, np.concatenate([getattr(part, name) for part in parts]))
         joined.next_episode = max(part.next_episode for part in parts)
@@ -89,8 +134,7 @@ class Rows:
         """A copy of some rows, which later steps do not change."""
         index = np.asarray(chosen, np.int64)
         some = copy.copy(self)
-        with torch.inference_mode():
-            some.cache = self.cache.select(torch.as_tensor(index, device=self.cache.position.device))
+        some.cache = self.cache.select(index)
         for name in _PER_ROW:
             setattr(some, name, getattr(self, name)[index])
         return some
@@ -120,10 +164,9 @@ class Rows:
         chosen = chosen.astype(np.int64)
         if len(chosen) and not (chosen.min() >= 0 and chosen.max() < self.batch_size):
             raise ShapeError(f"rows {chosen.tolist()} are out of range for a batch of {self.batch_size}")
-        mask = torch.zeros(self.batch_size, dtype=torch.bool, device=self.cache.position.device)
-        mask[torch.as_tensor(chosen, device=mask.device)] = True
-        with torch.inference_mode():
-            self.cache.reset(mask)
+        mask = np.zeros(self.batch_size, bool)
+        mask[chosen] = True
+        self.cache.reset(mask)
         if episodes is None:
             episodes = range(self.next_episode, self.next_episode + len(chosen))
         self.episode[chosen] = _episode_numbers(episodes, len(chosen))
@@ -161,8 +204,7 @@ class Rows:
 
     def _pass(self, steps: int) -> None:
         encoded = -(-(self.position + steps) // self._stride) - -(-self.position // self._stride)
-        with torch.inference_mode():
-            self.cache.position += torch.as_tensor(encoded, device=self.cache.position.device)
+        self.cache.advance(encoded)
         self.position += steps
 
     def current_action(self) -> ActionArray:
@@ -192,3 +234,22 @@ def _episode_numbers(episodes: Sequence[int], count: int) -> NDArray[np.int64]:
     if count and numbers.min() < 0:
         raise ConfigError(f"episode numbers must not be negative, got {numbers.min()}")
     return numbers
+
+
+def plan_noise(
+    architecture: Architecture, rows: Rows, chosen: NDArray[np.int64], *, seed: int, num_samples: int, guided: bool
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Of the sampler (rows, S, L, Da) and of guidance (rows or 0, K, D), keyed by (seed, episode, plan).
+
+    With several samples L counts the past actions too, by which one of them is chosen.
+    """
+    length = architecture.chunk_length + (architecture.num_past_actions if num_samples > 1 else 0)
+    noise = np.empty((len(chosen), num_samples, length, architecture.action_dim), np.float32)
+    context = (architecture.num_context_tokens, architecture.width)
+    corruption = np.empty((len(chosen) * guided, *context), np.float32)
+    for i, row in enumerate(chosen):
+        rng = keyed_rng(POLICY_NOISE, seed, rows.episode[row], rows.num_plans[row])
+        rng.standard_normal(dtype=np.float32, out=noise[i])
+        if guided:
+            rng.standard_normal(dtype=np.float32, out=corruption[i])
+    return noise, corruption

@@ -1,40 +1,62 @@
-"""With what plans are computed: noise that does not depend on the other rows, and as many threads as help.
+"""With what a model is run: its history cache behind numpy arrays, and as many threads as help."""
 
-Shapes: S samples of a row, L action tokens, Da action width, K context tokens, D width.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from scd_robot.model import ScdConfig
-from scd_robot.policies.rows import Rows
-from scd_robot.seeding import POLICY_NOISE, keyed_rng
+from scd_robot.nn import KVCache
 
-__all__ = ["inference", "plan_noise"]
+__all__ = ["TorchCache", "inference"]
 
 _SMALL_BATCH = 16  # rows up to which one thread is faster than several
 
 
-def plan_noise(
-    config: ScdConfig, rows: Rows, chosen: NDArray[np.int64], *, seed: int, num_samples: int, guided: bool
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Of the sampler (rows, S, L, Da) and of guidance (rows or 0, K, D), keyed by (seed, episode, plan).
+class TorchCache:
+    """A `KVCache` as a `HistoryCache`.
 
-    With several samples L counts the past actions too, by which one of them is chosen.
+    Attributes:
+        tensors: the cache.
     """
-    length = config.chunk_length + (config.num_past_actions if num_samples > 1 else 0)
-    noise = np.empty((len(chosen), num_samples, length, config.action_dim), np.float32)
-    corruption = np.empty((len(chosen) * guided, config.num_context_tokens, config.width), np.float32)
-    for i, row in enumerate(chosen):
-        rng = keyed_rng(POLICY_NOISE, seed, rows.episode[row], rows.num_plans[row])
-        rng.standard_normal(dtype=np.float32, out=noise[i])
-        if guided:
-            rng.standard_normal(dtype=np.float32, out=corruption[i])
-    return noise, corruption
+
+    def __init__(self, tensors: KVCache) -> None:
+        self.tensors = tensors
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held, in bytes."""
+        return self.tensors.num_bytes
+
+    @property
+    def position(self) -> Tensor:
+        """(B,) index of the next encoder step of each row."""
+        return self.tensors.position
+
+    @torch.inference_mode()
+    def reset(self, rows: NDArray[np.bool_]) -> None:
+        """Empties the rows where `rows` (B,) is True."""
+        self.tensors.reset(self._tensor(rows))
+
+    @torch.inference_mode()
+    def advance(self, steps: NDArray[np.int64]) -> None:
+        """Lets encoder steps (B,) pass without an observation."""
+        self.tensors.position += self._tensor(steps)
+
+    @torch.inference_mode()
+    def select(self, rows: NDArray[np.int64]) -> "TorchCache":
+        """A copy of some rows (n,)."""
+        return TorchCache(self.tensors.select(self._tensor(rows)))
+
+    @torch.inference_mode()
+    def join(self, others: Sequence["TorchCache"]) -> "TorchCache":
+        """A copy of its rows and those of others, one after the other."""
+        return TorchCache(self.tensors.join([self.tensors, *(other.tensors for other in others)]))
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.as_tensor(array, device=self.tensors.position.device)
 
 
 @contextmanager

@@ -4,11 +4,10 @@ Shapes: (..., n) any batch axes; n is the width of the representation.
 """
 
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 
 from scd_robot.errors import ShapeError
 
@@ -74,11 +73,11 @@ def matrix_of(x: Array, source: RotationName, predicted: bool = False) -> Array:
             raise ShapeError(
                 "a quaternion of length 0 is no rotation; is the sensor silent, or are these other numbers?"
             )
-        matrix = Rotation.from_quat(flat, scalar_first=source == "quat_wxyz").as_matrix()
+        matrix = _scipy().from_quat(flat, scalar_first=source == "quat_wxyz").as_matrix()
     elif source == "euler_xyz":
-        matrix = Rotation.from_euler("xyz", flat).as_matrix()
+        matrix = _scipy().from_euler("xyz", flat).as_matrix()
     elif source == "axis_angle":
-        matrix = Rotation.from_rotvec(flat).as_matrix()
+        matrix = _scipy().from_rotvec(flat).as_matrix()
     else:
         matrix = _nearest_rotation(flat.reshape(-1, 3, 3), np.inf if predicted else _CLOSE)
     return matrix.reshape(*x.shape[:-1], 3, 3)
@@ -95,12 +94,19 @@ def rotation_from_matrix(matrix: Array, target: RotationName) -> Array:
         with warnings.catch_warnings():
             # Where y is 90 degrees many angles mean the same rotation; scipy takes one of them and warns.
             warnings.filterwarnings("ignore", message="Gimbal lock")
-            found = Rotation.from_matrix(flat).as_euler("xyz")
+            found = _scipy().from_matrix(flat).as_euler("xyz")
     elif target == "axis_angle":
-        found = Rotation.from_matrix(flat).as_rotvec()
+        found = _scipy().from_matrix(flat).as_rotvec()
     else:
-        found = Rotation.from_matrix(flat).as_quat(canonical=True, scalar_first=target == "quat_wxyz")
+        found = _scipy().from_matrix(flat).as_quat(canonical=True, scalar_first=target == "quat_wxyz")
     return np.asarray(found).reshape(*matrix.shape[:-2], ROTATION_WIDTHS[target])
+
+
+def _scipy() -> Any:
+    """Loaded where it is needed: a policy that was exported does without it unless its dataset has other rotations."""
+    from scipy.spatial.transform import Rotation
+
+    return Rotation
 
 
 def _nearest_rotation(matrix: Array, tolerance: float) -> Array:

@@ -9,17 +9,21 @@ Two observations are not of a control step but of its episode: the vector of its
 Shapes: (..., Do) and (..., Da) any batch axes; L actions of a chunk; H W C image.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
+from scd_robot.resizing import resize
 from scd_robot.rotations import ROTATION_WIDTHS, RotationName, convert_rotation, matrix_of, rotation_from_matrix
 from scd_robot.types import ArraySpec, DatasetSpec
+
+if TYPE_CHECKING:  # a policy that was exported transforms without torch
+    import torch
 
 __all__ = [
     "GOAL",
@@ -184,7 +188,8 @@ class Transforms:
 
     Attributes:
         config: as given.
-        recorded: as given, and the keys of goals.
+        dataset: `recorded` as given.
+        recorded: the same with the keys of goals.
         spec: what comes out.
 
     Raises:
@@ -194,7 +199,7 @@ class Transforms:
     """
 
     def __init__(self, config: TransformConfig, recorded: DatasetSpec) -> None:
-        self.config = config
+        self.config, self.dataset = config, recorded
         for key in config.rename:
             if key not in recorded.observation:
                 raise UnknownNameError("key to rename", key, recorded.observation)
@@ -371,6 +376,10 @@ def crop_and_resize(images: Array, crop: tuple[int, ...] = (), size: tuple[int, 
         images = images[..., top : top + crop[0], left : left + crop[1], :]
     if not size or tuple(size) == images.shape[-3:-1]:
         return images
+    if "torch" not in sys.modules:  # a policy that was exported: the same to the bit, but ten times slower
+        return resize(images, size)
+    import torch
+
     tensor = torch.from_numpy(images.reshape(-1, *images.shape[-3:]))
     resized = torch.nn.functional.interpolate(
         tensor.movedim(-1, 1), tuple(size), mode="bilinear", antialias=True, align_corners=False
@@ -378,13 +387,15 @@ def crop_and_resize(images: Array, crop: tuple[int, ...] = (), size: tuple[int, 
     return resized.movedim(1, -1).numpy().reshape(*images.shape[:-3], *size, images.shape[-1])
 
 
-def random_shift(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def random_shift(images: "torch.Tensor", shift: "torch.Tensor") -> "torch.Tensor":
     """Images (B, C, H, W) moved by whole pixels, edges repeated (Kostrikov et al., arXiv 2004.13649).
 
     Args:
         images: any dtype.
         shift: (B, 2) int64, rows down and columns to the right.
     """
+    import torch
+
     batch, _, height, width = images.shape
     row = (torch.arange(height, device=images.device) - shift[:, :1]).clamp(0, height - 1)
     column = (torch.arange(width, device=images.device) - shift[:, 1:]).clamp(0, width - 1)
@@ -392,7 +403,7 @@ def random_shift(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return images.movedim(1, -1)[index, row[:, :, None], column[:, None, :]].movedim(-1, 1)
 
 
-def color_jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+def color_jitter(images: "torch.Tensor", factors: "torch.Tensor") -> "torch.Tensor":
     """Brightness, contrast and saturation of images (B, 3, H, W) in [0, 1], each blended by a factor, then clipped.
 
     Args:
@@ -408,9 +419,9 @@ def color_jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     return (grey + saturation * (images - grey)).clamp(0, 1)
 
 
-def _grey(images: torch.Tensor) -> torch.Tensor:
+def _grey(images: "torch.Tensor") -> "torch.Tensor":
     """(B, 1, H, W) luminance, ITU-R BT.601."""
-    weight = torch.tensor((0.299, 0.587, 0.114), dtype=images.dtype, device=images.device)
+    weight = images.new_tensor((0.299, 0.587, 0.114))
     return (images * weight[:, None, None]).sum(1, keepdim=True)
 
 

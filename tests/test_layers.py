@@ -11,7 +11,7 @@ PACKAGE = CHECKOUT / "scd_robot"
 MAPPED = ("datasets", "policies", "sim_eval")
 
 BASE = {"errors", "types", "dotted", "seeding", "config", "output"}
-NUMERICS = BASE | {"normalization", "rotations", "transforms"}
+NUMERICS = BASE | {"normalization", "resizing", "rotations", "transforms"}
 NETWORK = NUMERICS | {"nn", "diffusion", "model"}
 TRAINED = NETWORK | {"checkpoint"}
 EVERYTHING = TRAINED | {
@@ -36,8 +36,9 @@ ALLOWED = {
     "config": {"errors"},
     "output": {"errors"},
     "normalization": BASE,
+    "resizing": BASE,
     "rotations": BASE,
-    "transforms": BASE | {"normalization", "rotations"},
+    "transforms": BASE | {"normalization", "resizing", "rotations"},
     "checkpoint": BASE | {"normalization"},
     "hub": BASE | {"checkpoint"},
     "nn": NUMERICS,
@@ -67,7 +68,10 @@ NETWORKS_NEED_NOT = SIMULATORS | STORES | LIGHTNING | {"tyro"}
 FORBIDDEN = {
     **dict.fromkeys(BASE, HEAVY | {"tyro"}),
     **dict.fromkeys(
-        ("normalization", "rotations", "transforms", "checkpoint", "hub", "nn", "diffusion", "model", "policies"),
+        (
+            *("normalization", "resizing", "rotations", "transforms"),
+            *("checkpoint", "hub", "nn", "diffusion", "model", "policies"),
+        ),
         NETWORKS_NEED_NOT,
     ),
     "control": HEAVY | {"tyro"},

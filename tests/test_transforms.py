@@ -6,6 +6,7 @@ import torch
 
 from scd_robot.config import from_json, to_json
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
+from scd_robot.resizing import resize
 from scd_robot.rotations import matrix_of
 from scd_robot.transforms import (
     ChunkPart,
@@ -201,3 +202,11 @@ def test_configuration_survives_json():
 def test_steps_that_do_not_fit_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         Transforms(make(), SPEC)
+
+
+def test_pictures_are_resized_without_torch_as_with_it() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        *shape, height, width = rng.integers(2, 130, 4)
+        pictures = rng.integers(0, 256, (2, *shape, rng.choice([1, 3, 4])), np.uint8)
+        np.testing.assert_array_equal(resize(pictures, (height, width)), crop_and_resize(pictures, (), (height, width)))

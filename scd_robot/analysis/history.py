@@ -79,7 +79,7 @@ def diagnose_history(
         DatasetError: an episode did not begin twice from the same state.
     """
     policy, second = load(), load()
-    stride = policy.model.config.history_stride
+    stride = policy.architecture.history_stride
     if windows is None:
         attended = policy.spec.history_length * stride
         windows = [4**i for i in range(10) if 4**i < max(2, attended)]
@@ -204,7 +204,7 @@ class AlteredHistory:
         stream = self._streams[row]
         step = len(stream) - 1
         rng = keyed_rng(_KEY, stream.episode, step)
-        stride = self._policy.model.config.history_stride
+        stride = self._policy.architecture.history_stride
         return altered(stream, step, self._kind, self._window, self._others, rng, stride)
 
     def _keys(self, rows: Sequence[int]) -> list[int]:
@@ -238,7 +238,7 @@ def _probe(
 
     A kind is left out where it changes nothing: a cut to 64 control steps tells nothing in the 30th.
     """
-    rng, executed, stride = keyed_rng(_KEY, 0), policy.spec.num_executed, policy.model.config.history_stride
+    rng, executed, stride = keyed_rng(_KEY, 0), policy.spec.num_executed, policy.architecture.history_stride
     places = [(stream, step) for stream in streams for step in range(executed, len(stream), executed)]
     chosen = [places[int(i)] for i in rng.permutation(len(places))[:_PROBES]]
     probes = []

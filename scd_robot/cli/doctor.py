@@ -77,6 +77,8 @@ _PACKAGES = (
     _Package("gymnasium-robotics", _RESET.format("gymnasium/FetchReach-v4"), _EXTRA.format("robotics")),
     _Package("gym-aloha", _RESET.format("gymnasium/AlohaTransferCube-v0"), _EXTRA.format("robotics")),
     _Package("ray", "import ray; print(ray.__version__)", _EXTRA.format("ray")),
+    _Package("onnxruntime", "import onnxruntime", _EXTRA.format("export")),
+    _Package("onnxscript", "import onnx, onnxscript", _EXTRA.format("export")),
     _Package("websockets", "import scd_robot.serve.server", _EXTRA.format("serve")),
     _Package("pyarrow", "import pyarrow.parquet", _EXTRA.format("formats")),
     _Package("fsspec", "import fsspec", _EXTRA.format("formats")),

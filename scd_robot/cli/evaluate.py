@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from scd_robot.cli.policy_source import goal_of, is_named, known_task, named_policies, refuse_checkpoint_options
+from scd_robot.cli.policy_source import (
+    exported_instructions,
+    exported_policy,
+    instructions,
+    is_exported,
+    is_named,
+    known_task,
+    named_policies,
+    refuse_checkpoint_options,
+)
 
 __all__ = ["evaluate", "headline", "make_policy"]
 
@@ -31,6 +40,7 @@ def evaluate(
     goal: str | None = None,
     device: str = "cpu",
     reproducible: bool = False,
+    trust: bool = False,
     policy_options: tuple[str, ...] = (),
     policy_python: str | None = None,
     latency_ms: tuple[float, ...] = (0.0,),
@@ -51,9 +61,10 @@ def evaluate(
     invalid, which is neither success nor failure. OUT gets report.html, result.json, episodes.jsonl and videos/.
 
     Args:
-        policy: a checkpoint's folder, or a training run's (its newest checkpoint), or package.module:callable,
-            something of your own that makes an object with reset and act (docs/evaluation.md), or the address of a
-            server (ws://127.0.0.1:8000, see 'scd serve'; its API key is what SCD_API_KEY in the environment holds).
+        policy: a checkpoint's folder, or a training run's (its newest checkpoint), or a folder that 'scd export' wrote,
+            or package.module:callable, something of your own that makes an object with reset and act
+            (docs/evaluation.md), or the address of a server (ws://127.0.0.1:8000, see 'scd serve'; its API key is what
+            SCD_API_KEY in the environment holds).
         env: environment, for example metaworld/push-v3 or metaworld/push-v3:goal_steps=5.
         episodes: how many.
         out: folder for the report; by default nothing is written.
@@ -72,6 +83,7 @@ def evaluate(
         device: torch device of the policy.
         reproducible: plan for all environments whenever one is due: with the same --num-envs and kind of CPU an episode
             is then bitwise the same however episodes are divided (--first-episode, --ray); takes more time.
+        trust: run the native or pickled code of an export of the formats aoti and torch-export; ONNX needs no trust.
         policy_options: KEY=VALUE for a policy of your own, values in JSON or plain text, for example seed=1 run=runs/a;
             they are keyword arguments of the callable.
         policy_python: python of another environment for a policy of your own, with numpy and what that policy needs.
@@ -92,6 +104,7 @@ def evaluate(
         json: write the result to this file too ("-": standard output).
     """
     from scd_robot.checkpoint import read_checkpoint
+    from scd_robot.errors import ConfigError
     from scd_robot.output import check_target, write_json
     from scd_robot.sim_eval.delay_curve import delay_curve, write_delay_curve
     from scd_robot.sim_eval.jobs import EvaluationJob, run_jobs
@@ -113,6 +126,7 @@ def evaluate(
     named = named_policies([source], policy_options, policy_python, env_python)
     demonstrations: dict[str, Any] = {}
     local: dict[str, Any]
+    told: dict[str, Any]
     load: Callable[[], Any]
     if policy.startswith(("ws://", "wss://")):
         local = {"goal": goal, "diagnose_history": diagnose_history or None, "dataset": dataset}
@@ -122,10 +136,17 @@ def evaluate(
         local = {"task": task, "goal": goal, "diagnose_history": diagnose_history or None, "dataset": dataset}
         refuse_checkpoint_options(source, {**overrides, **local})
         load = named(source, env, seed)
+    elif is_exported(source):
+        if diagnose_history or dataset is not None:
+            raise ConfigError(
+                "--diagnose-history and --dataset are for checkpoints; diagnose the one that was exported"
+            )
+        told = exported_instructions(source, env, task, goal)
+        load = functools.partial(exported_policy, source.resolve(), device, trust, seed=seed, **told, **overrides)
     else:
         found = read_checkpoint(source)
         demonstrations = _check_diagnosis(found, diagnose_history, dataset, troubles)
-        told: dict[str, Any] = {"environment": env, "task": task, "goal": goal}
+        told = {"environment": env, "task": task, "goal": goal}
         load = functools.partial(make_policy, found, device, seed=seed, **told, **overrides)
     where: dict[str, Any] = {"first_episode": first_episode, "max_steps": max_steps, "num_envs": num_envs}
     options = {**where, "overwrite": overwrite, "num_videos": num_videos}
@@ -218,7 +239,7 @@ def make_policy(
         device: torch's.
         environment: where it is to be used; names its task where the user does not.
         task: what the user said.
-        goal: likewise, see `goal_of`.
+        goal: likewise, see `instructions`.
         **overrides: of `load_policy`.
     """
     import torch
@@ -226,12 +247,8 @@ def make_policy(
     from scd_robot.policies.loading import policy_of
 
     torch.set_num_threads(1)
-    transforms = checkpoint.config["transforms"]
-    task = known_task(environment, transforms["tasks"], task)
-    if goal is not None:
-        recorded = {ours: theirs for theirs, ours in transforms["rename"].items()}
-        overrides["goal"] = goal_of(goal, [recorded.get(key, key) for key in transforms["goals"]])
-    return policy_of(checkpoint, device, task=task, **overrides)
+    told = instructions(checkpoint.config["transforms"], environment, task, goal)
+    return policy_of(checkpoint, device, **told, **overrides)
 
 
 def _check_remote(options: Mapping[str, Any]) -> None:

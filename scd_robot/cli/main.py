@@ -92,6 +92,9 @@ VERBS = {
     "convert-policy": Verb(
         "scd_robot.cli.convert", "convert_policy", "make an entangled policy separable, with brief fine-tuning"
     ),
+    "export": Verb(
+        "scd_robot.cli.export", "export", "write a policy as ONNX (or torch) graphs, and compare them with it"
+    ),
     "replay-log": Verb("scd_robot.cli.replay_log", "replay_log", "show what a control loop's flight recorder kept"),
     "serve": Verb("scd_robot.cli.serve", "serve", "answer robots over the network: openpi's protocol, with history"),
     "hub upload": Verb("scd_robot.cli.hub", "upload", "publish a checkpoint on the Hugging Face Hub, with a card"),

@@ -1,11 +1,21 @@
-"""What `scd eval`, `sweep` and `compare` evaluate: checkpoints, or policies of the user's own by dotted name."""
+"""What `scd eval`, `sweep`, `compare` and `serve` run: checkpoints, exported policies, or policies by dotted name."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["goal_of", "is_named", "known_task", "named_policies", "refuse_checkpoint_options"]
+__all__ = [
+    "exported_instructions",
+    "exported_policy",
+    "instructions",
+    "is_exported",
+    "is_named",
+    "known_task",
+    "load_source",
+    "named_policies",
+    "refuse_checkpoint_options",
+]
 
 
 def is_named(source: Path) -> bool:
@@ -13,6 +23,42 @@ def is_named(source: Path) -> bool:
     from scd_robot.dotted import is_dotted
 
     return is_dotted(str(source)) and not source.exists()
+
+
+def is_exported(source: Path) -> bool:
+    """Whether this is a folder that `scd export` wrote."""
+    from scd_robot.export import is_export
+
+    return is_export(source)
+
+
+def exported_policy(folder: Path, device: str, trust: bool, **overrides: Any) -> Any:
+    """The policy of an exported folder; see `scd_robot.export.load_exported`.
+
+    Raises:
+        ConfigError: another device than the CPU; an override that is part of the graphs.
+    """
+    from scd_robot.errors import ConfigError
+    from scd_robot.export import load_exported
+
+    if device != "cpu":
+        raise ConfigError(f"exported graphs run on the CPU, got --device {device}")
+    return load_exported(folder, trusted=trust, **overrides)
+
+
+def load_source(source: Path, device: str = "cpu", trust: bool = False, **overrides: Any) -> Any:
+    """The policy of a checkpoint, or of a folder that `scd export` wrote; of an ONNX one without torch.
+
+    Errors are those of `load_policy` and `exported_policy`.
+    """
+    if is_exported(source):
+        return exported_policy(source, device, trust, **overrides)
+    import torch
+
+    from scd_robot.policies import load_policy
+
+    torch.set_num_threads(1)  # batches are small
+    return load_policy(source, device, **overrides)
 
 
 def named_policies(
@@ -92,7 +138,33 @@ def known_task(environment: str, tasks: Mapping[str, Any], task: str | None = No
     return task
 
 
-def goal_of(source: str, keys: Sequence[str]) -> dict[str, Any]:
+def instructions(
+    transforms: Mapping[str, Any], environment: str, task: str | None = None, goal: str | None = None
+) -> dict[str, Any]:
+    """What a policy is told to do in an environment: the arguments `task` and `goal` of its class.
+
+    Args:
+        transforms: of the policy, as JSON.
+        environment: its name.
+        task: what the user said, see `known_task`.
+        goal: likewise, PATH:NUMBER of a recorded episode at whose end it is; None = observations bring it.
+    """
+    told: dict[str, Any] = {"task": known_task(environment, transforms["tasks"], task)}
+    if goal is not None:
+        recorded = {ours: theirs for theirs, ours in transforms["rename"].items()}
+        told["goal"] = _goal_of(goal, [recorded.get(key, key) for key in transforms["goals"]])
+    return told
+
+
+def exported_instructions(folder: Path, environment: str, task: str | None, goal: str | None) -> dict[str, Any]:
+    """`instructions` of an exported folder."""
+    from scd_robot.config import to_json
+    from scd_robot.export import read_manifest
+
+    return instructions(to_json(read_manifest(folder).transforms), environment, task, goal)
+
+
+def _goal_of(source: str, keys: Sequence[str]) -> dict[str, Any]:
     """What was observed at the end of a recorded episode.
 
     Args:

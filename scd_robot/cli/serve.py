@@ -6,6 +6,8 @@ from typing import Annotated
 
 import tyro
 
+from scd_robot.cli.policy_source import load_source
+
 __all__ = ["serve"]
 
 KEY_VARIABLE = "SCD_API_KEY"
@@ -26,6 +28,7 @@ def serve(
     num_samples: int | None = None,
     seed: int | None = None,
     task: str | None = None,
+    trust: bool = False,
     steps_per_plan: int | None = None,
     prompt_resets: bool = False,
     api_key_file: Path | None = None,
@@ -49,7 +52,8 @@ def serve(
     as 'Authorization: Api-Key KEY', and TLS where the network is not yours.
 
     Args:
-        checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint).
+        checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint), or a folder that 'scd export'
+            wrote.
         host: address to listen at; 0.0.0.0 = all of this machine's.
         port: 0 = any that is free; the log says which.
         http_port: for scripts that send one observation and want one plan, by POST http://HOST:PORT/act with JSON or
@@ -64,6 +68,7 @@ def serve(
             the checkpoint's (1 = off).
         seed: of the policy's noise; replaces the checkpoint's.
         task: in words, for a policy of several tasks: that of clients without a "prompt".
+        trust: run the native or pickled code of an export of the formats aoti and torch-export; ONNX needs no trust.
         steps_per_plan: control steps that a client which does not tell lets pass after each plan; by default
             num_executed.
         prompt_resets: a new "prompt" begins a new history; for clients that cannot say that an episode begins.
@@ -79,9 +84,6 @@ def serve(
     """
     import asyncio
 
-    import torch
-
-    from scd_robot.policies import load_policy
     from scd_robot.serve.server import PolicyServer, ServerConfig
 
     config = ServerConfig(
@@ -100,10 +102,10 @@ def serve(
         steps_per_plan=steps_per_plan,
         prompt_resets=prompt_resets,
     )
-    torch.set_num_threads(1)  # batches are small
-    policy = load_policy(
+    policy = load_source(
         checkpoint,
         device,
+        trust,
         num_denoising_steps=num_denoising_steps,
         num_executed=num_executed,
         guidance_scale=guidance_scale,

@@ -147,6 +147,12 @@ class KVCache:
         self.slot_position[rows, slot] = stamp
         self.token_valid[rows, slot] = present.expand(batch, tokens)
 
+        return self.plan_step(slot, active)
+
+    def plan_step(self, slot: Tensor, active: Tensor | None) -> StepPlan:
+        """What the group may see that was claimed the slots (B,)."""
+        batch, window, tokens = self.token_valid.shape
+        rows = torch.arange(batch, device=self.position.device)
         age = self.position[:, None] - self.slot_position
         in_window = (self.slot_position >= 0) & (age < window)
         mask = (in_window[:, :, None] & self.token_valid).view(batch, 1, 1, window * tokens)

@@ -97,7 +97,7 @@ class Engine:
         self.steps_per_plan = policy.spec.num_executed if steps_per_plan is None else steps_per_plan
         if self.steps_per_plan < 1:
             raise ConfigError(f"steps_per_plan must be at least 1, got {self.steps_per_plan}")
-        self._stride = policy.model.config.history_stride
+        self._stride = policy.architecture.history_stride
         self._next_episode = 0
         self._prompt_resets = prompt_resets
         self._warned: set[str] = set()

@@ -71,7 +71,7 @@ class PolicyServer:
         self.config = config or ServerConfig()
         self.address = self.http_address = ""
         self.metrics = Metrics()
-        spec, model = policy.spec, policy.model.config
+        spec, model = policy.spec, policy.architecture
         needed = sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in spec.observation.values())
         if needed + 1024 > self.config.max_frame_bytes:
             raise ConfigError(

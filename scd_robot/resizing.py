@@ -1,0 +1,49 @@
+"""Resizes pictures as torch does (bilinear, with antialiasing, uint8), to the bit, without torch.
+
+Both follow Pillow: one pass along each axis with integer weights, rounded to uint8 after each.
+
+Shapes: (..., H, W, C) pictures.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["resize"]
+
+_MOST_BITS = 22
+
+
+def resize(images: NDArray[np.uint8], size: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Pictures (..., H, W, C) as (..., *size, C)."""
+    return _along(_along(images, -2, size[1]), -3, size[0])
+
+
+def _along(images: NDArray[np.uint8], axis: int, target: int) -> NDArray[np.uint8]:
+    source = images.shape[axis]
+    if source == target:
+        return images
+    indices, weights, bits = _taps(source, target)
+    shape = [target if i == images.ndim + axis else 1 for i in range(images.ndim)]
+    total: Any = np.int32(1 << (bits - 1))
+    for index, weight in zip(indices, weights, strict=True):
+        total = total + images.take(index, axis) * weight.reshape(shape)
+    return np.clip(total >> bits, 0, 255).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=64)
+def _taps(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.int32], int]:
+    """Of each output place the input places (taps, target), their weights, and the bits of a weight's fraction."""
+    support = max(1.0, source / target)
+    centre = source / target * (np.arange(target) + 0.5)
+    first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
+    last = np.minimum((centre + support + 0.5).astype(np.int64), source)
+    index = first[:, None] + np.arange(int((last - first).max()))
+    weight = np.maximum(0, 1 - np.abs((index - centre[:, None] + 0.5) / support)) * (index < last[:, None])
+    weight /= weight.sum(axis=1, keepdims=True)
+    bits = 0
+    while bits < _MOST_BITS and 0.5 + weight.max() * 2 ** (bits + 1) < 2**15:  # weights are 16 bits wide
+        bits += 1
+    return np.minimum(index, source - 1).T, np.floor(weight * 2**bits + 0.5).astype(np.int32).T, bits
