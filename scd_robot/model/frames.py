@@ -35,6 +35,7 @@ from scd_robot.nn import sine_places
 __all__ = ["CausalDitFrameModel", "FrameModel", "ScdFrameModel"]
 
 _HALF = 127.5  # grey levels to 1
+_CHANGE = 4.0  # how much larger tokens of changes are: those that an eye sees are about as large as the noise
 
 
 class FrameModel(HistoryModel[ContextT]):
@@ -61,7 +62,9 @@ class FrameModel(HistoryModel[ContextT]):
 
     def tokens(self, frame: Tensor, last: Tensor) -> Tensor:
         """Clean tokens (R, L, Dx) of frames (R, H, W, C) uint8 that follow those in `last`."""
-        side, values = self.config.frames.patch_size, self._scaled(frame) - self._base(last)
+        side, values = self.config.frames.patch_size, self._scaled(frame)
+        if self.config.frames.residual:
+            values = _CHANGE * (values - self._scaled(last))
         rows, height, width, channels = values.shape
         grid = values.reshape(rows, height // side, side, width // side, side, channels).transpose(2, 3)
         return grid.flatten(3).flatten(1, 2)
@@ -70,7 +73,9 @@ class FrameModel(HistoryModel[ContextT]):
         """Inverse of `tokens`, (R, H, W, C) uint8."""
         side, (height, width, channels) = self.config.frames.patch_size, last.shape[1:]
         grid = tokens.reshape(-1, height // side, width // side, side, side, channels)
-        values = grid.transpose(2, 3).reshape(last.shape) + self._base(last)
+        values = grid.transpose(2, 3).reshape(last.shape)
+        if self.config.frames.residual:
+            values = values / _CHANGE + self._scaled(last)
         return ((values + 1) * _HALF).round().clamp(0, 255).to(torch.uint8)
 
     def velocity(
@@ -142,10 +147,6 @@ class FrameModel(HistoryModel[ContextT]):
     def _scaled(self, frame: Tensor) -> Tensor:
         """Pictures (R, H, W, C) uint8 in [-1, 1]."""
         return frame.to(self.decoder.position.dtype) / _HALF - 1
-
-    def _base(self, last: Tensor) -> Tensor | float:
-        """What tokens are the difference to."""
-        return self._scaled(last) if self.config.frames.residual else 0.0
 
     @abstractmethod
     def _with_token(self, context: ContextT, token: Tensor) -> ContextT:

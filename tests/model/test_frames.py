@@ -77,7 +77,7 @@ def test_tokens_are_patches_and_become_the_frame_again(residual: bool) -> None:
     tokens = model.tokens(frame, last)
     assert tokens.shape == (3, 16, 16)
     assert torch.equal(model.frames(tokens, last), frame)
-    known = frame.float() / 127.5 - 1 - (last.float() / 127.5 - 1 if residual else 0)
+    known = 4 * (frame.float() - last.float()) / 127.5 if residual else frame.float() / 127.5 - 1
     torch.testing.assert_close(tokens[:, 6], known[:, 4:8, 8:12].flatten(1))  # second row, third column
 
 
