@@ -108,6 +108,8 @@ class ScdPolicy:
             CheckpointError: the weights are not those of the configuration.
         """
         model = build_model(from_json(ScdConfig, config["model"], "model"))
+        if not isinstance(model, ActionModel):
+            raise CheckpointError("the configuration is of a model of frames, which plans no actions")
         try:
             model.load_state_dict(dict(weights), strict=True)
         except RuntimeError as error:

@@ -48,7 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 4
+SCHEMA = 5
 _FORMAT = "scd_robot checkpoint"
 _JSON_FILES = ("config", "dataset", "normalization", "origin", "metrics")
 _PACKAGES = ("scd_robot", "torch", "lightning", "numpy", "zarr", "safetensors")
@@ -252,6 +252,9 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         augmentation = {"shift": 0.03, "brightness": 0.1, "contrast": 0.1, "saturation": 0.1}
         pictures = {"augmentation": augmentation, "images_in_memory_gb": 2.0}
         config = {**config, "training": {**objective, **pictures, **config["training"]}}
+    if schema < 5:
+        frames = {"camera": "", "patch_size": 8, "residual": True}
+        config = {**config, "model": {"frames": frames, **config["model"]}}
     return config
 
 

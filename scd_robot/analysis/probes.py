@@ -269,6 +269,7 @@ def _leave_out(policy: CausalDitPolicy, batch: TrainingBatch, found: _Sums) -> N
     flow_time = batch.draws.flow_time.flatten()[:, None]
     path = interpolate(batch.draws.noise.flatten(0, 2)[:, past:], samples.data[:, past:], flow_time)
     context, conditioning = decoder.prepare(samples.context), decoder.condition(flow_time)
+    assert samples.valid is not None
     counted = samples.valid[:, past:] & samples.counted[:, None]
     for left_out in range(len(decoder.blocks) + 1):
         masks, tokens = decoder.masks(path.x_t, context, None), decoder.embed_noisy(path.x_t)

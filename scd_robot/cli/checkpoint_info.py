@@ -29,10 +29,12 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     from scd_robot.checkpoint import SCHEMA, read_checkpoint
     from scd_robot.config import from_json
     from scd_robot.model import ScdConfig
-    from scd_robot.policies import load_policy
+    from scd_robot.policies import load_imagination, load_policy
+    from scd_robot.policies.registry import FRAMES
 
-    load_policy(path)  # refuses what fits its manifest and yet is no policy
     checkpoint = read_checkpoint(path)
+    load = load_imagination if checkpoint.policy == FRAMES else load_policy
+    load(path)  # refuses what fits its manifest and yet is no policy
     sizes: dict[str, int] = {}
     for name, tensor in checkpoint.weights.items():
         part = name.partition(".")[0]
@@ -57,6 +59,12 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 def _lines(description: dict[str, Any]) -> list[str]:
     dataset, config = description["dataset"], description["config"]
     model, conversion = config["model"], description["origin"].get("conversion")
+    sampler = f"{config['policy']['sampler']['num_denoising_steps']} {config['policy']['sampler']['solver']} steps"
+    plan = f"plan         chunk of {model['chunk_length']}, {config['policy']['num_executed']} executed, {sampler}"
+    if model["frames"]["camera"]:
+        plan = (
+            f"frames       of {model['frames']['camera']}, patches of {model['frames']['patch_size']} pixels, {sampler}"
+        )
     lines = [
         f"checkpoint   {description['checkpoint']}",
         f"policy       {description['policy']}, preset {config['preset']}, step {description['step']}"
@@ -67,8 +75,7 @@ def _lines(description: dict[str, Any]) -> list[str]:
         f"action       ({dataset['action_dim']},)" + (f", {kind}" if (kind := dataset["action_kind"]) else ""),
         f"history      {model['history_length']} control steps per layer, "
         f"receptive field {description['receptive_field']}",
-        f"plan         chunk of {model['chunk_length']}, {config['policy']['num_executed']} executed, "
-        f"{config['policy']['sampler']['num_denoising_steps']} {config['policy']['sampler']['solver']} steps",
+        plan,
         *([] if conversion is None else [_converted(conversion)]),
         "versions     " + ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
         "metrics",

@@ -87,6 +87,7 @@ VERBS = {
     "eval": Verb("scd_robot.cli.evaluate", "evaluate", "run a checkpoint in closed loop: success rate, times, report"),
     "sweep": Verb("scd_robot.cli.sweep", "sweep", "evaluate checkpoints in environments, here or on a cluster"),
     "compare": Verb("scd_robot.cli.compare", "compare", "tell which of two policies is better"),
+    "imagine": Verb("scd_robot.cli.imagine", "imagine", "frames that a model imagines, beside recorded ones"),
     "probe": Verb("scd_robot.cli.probe", "probe", "what an entangled policy repeats while it denoises, layer by layer"),
     "convert-policy": Verb(
         "scd_robot.cli.convert", "convert_policy", "make an entangled policy separable, with brief fine-tuning"

@@ -40,14 +40,15 @@ def train(
     threads: int | None = None,
     json: Path | None = None,
 ) -> None:
-    """Trains a policy on a dataset.
+    """Trains a policy, or a model of frames, on a dataset.
 
     Writes OUT/checkpoints/step_* (each a complete policy), and TensorBoard and CSV logs in OUT/logs. A run that was
     interrupted continues with --resume and the same options, and ends with the same weights.
 
     Args:
         preset: named experiment: metaworld_state (any vectors), image (pictures too), memory_state or pusht_state
-            (docs/training.md); or the config.json of a checkpoint, to run it again.
+            (docs/training.md), frames_64 (imagines pictures, docs/frames.md); or the config.json of a checkpoint, to
+            run it again.
         dataset: dataset of any known format (see 'scd data info --help'), or several, which are then mixed; widths of
             observations and actions are taken from it.
         weights: with several datasets, the share of control steps that each supplies, in any unit; by default by size.
@@ -115,8 +116,12 @@ def report(summary: dict[str, Any] | None, json: Path | None) -> None:
     if summary is None:
         return
     if str(json) != "-":
-        error = summary["metrics"].get("val/chunk_rmse")
+        metrics = summary["metrics"]
+        error, frame = metrics.get("val/chunk_rmse"), metrics.get("val/frame_rmse")
         held_out = "" if error is None else f", held-out chunk error {error:.4f} (RMS, normalised units)"
+        if frame is not None:
+            repeated = metrics["val/repeated_frame_rmse"]
+            held_out = f", held-out error of the next frame {frame:.4f}, of the last one repeated {repeated:.4f} (RMS)"
         print(f"{summary['checkpoint']}: {summary['steps']} steps in {summary['seconds']:.0f} s{held_out}")
     if json is not None:
         write_json(json, summary)

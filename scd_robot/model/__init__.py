@@ -2,23 +2,29 @@
 
 from typing import Any
 
-from scd_robot.model.base import ActionModel, ActionPlan, check_sampler
+from scd_robot.model.base import ActionModel, ActionPlan, HistoryModel, check_sampler
 from scd_robot.model.causal_dit import CausalDitModel, HistoryContext
-from scd_robot.model.config import ScdConfig
+from scd_robot.model.config import FrameConfig, ScdConfig
 from scd_robot.model.decoder import Conditioning, DiffusionDecoder
 from scd_robot.model.encoder import CausalEncoder
+from scd_robot.model.frames import CausalDitFrameModel, FrameModel, ScdFrameModel
 from scd_robot.model.scd import ScdModel
 from scd_robot.model.tokenizer import StepTokenizer
 
 __all__ = [
     "ActionModel",
     "ActionPlan",
+    "CausalDitFrameModel",
     "CausalDitModel",
     "CausalEncoder",
     "Conditioning",
     "DiffusionDecoder",
+    "FrameConfig",
+    "FrameModel",
     "HistoryContext",
+    "HistoryModel",
     "ScdConfig",
+    "ScdFrameModel",
     "ScdModel",
     "StepTokenizer",
     "build_model",
@@ -26,6 +32,9 @@ __all__ = [
 ]
 
 
-def build_model(config: ScdConfig) -> ActionModel[Any]:
-    """The model of a configuration, with random weights."""
-    return CausalDitModel(config) if config.architecture == "entangled" else ScdModel(config)
+def build_model(config: ScdConfig) -> HistoryModel[Any]:
+    """The model of a configuration, with random weights: an `ActionModel`, or with `frames.camera` a `FrameModel`."""
+    entangled = config.architecture == "entangled"
+    if config.decodes_frames:
+        return CausalDitFrameModel(config) if entangled else ScdFrameModel(config)
+    return CausalDitModel(config) if entangled else ScdModel(config)

@@ -20,7 +20,7 @@ from scd_robot.model.decoder import Conditioning
 from scd_robot.model.tokenizer import StepTokenizer
 from scd_robot.nn import KVCache
 
-__all__ = ["ActionModel", "ActionPlan", "check_sampler", "take_steps"]
+__all__ = ["ActionModel", "ActionPlan", "HistoryModel", "check_sampler", "take_steps"]
 
 ContextT = TypeVar("ContextT", bound=Sized)
 
@@ -40,8 +40,8 @@ class ActionPlan:
     num_evaluations: int
 
 
-class ActionModel(nn.Module, Generic[ContextT]):
-    """Tokenizer, what is made of the history (a context of the subclass's type), and the denoising of action chunks.
+class HistoryModel(nn.Module, Generic[ContextT]):
+    """Tokenizer, what is made of the history (a context of the subclass's type), and a decoder that denoises tokens.
 
     All inputs and outputs are normalised tensors, pictures uint8.
     """
@@ -164,72 +164,43 @@ class ActionModel(nn.Module, Generic[ContextT]):
         out: Tensor = self.decoder.velocity(x, conditioning, prepared, token_valid)
         return out
 
-    def plan(
+    def _velocity(
         self,
         context: ContextT,
-        *,
-        sampler: SamplerConfig | None = None,
-        noise: Tensor | None = None,
-        prefix: Tensor | None = None,
-        guidance_scale: float = 1.0,
-        corruption_noise: Tensor | None = None,
-        with_past: bool = False,
-        past_valid: Tensor | None = None,
-        conditioning: Mapping[float, Conditioning] | None = None,
-    ) -> ActionPlan:
-        """Denoises one action chunk per row.
+        conditioning: Mapping[float, Conditioning],
+        token_valid: Tensor | None,
+        guidance_scale: float,
+        corruption_noise: Tensor | None,
+    ) -> Callable[[Tensor, float], Tensor]:
+        """The decoder as solvers call it.
 
         Args:
-            context: (B, K, D) of the current control step.
-            sampler: solver and number of denoising steps; None = `SamplerConfig()`.
-            noise: (B, Ta, Da), or (B, k + Ta, Da) with `with_past`; None = drawn from torch's generator.
-            prefix: (B, d, Da) actions already committed, d < Ta: the chunk begins with exactly these. A model trained
-                with max_delay_steps sees them clean at flow time 1 (arXiv 2512.05964); another one sees them noised
-                like the rest at every denoising step.
+            context: of B samples.
+            conditioning: of the sampler, from `conditioning`.
+            token_valid: (B, L) bool, tokens that exist; None = all.
             guidance_scale: above 1, extrapolates away from a corrupted context, for twice the decoder calls.
             corruption_noise: (B, K, D) standard normal for that; None = drawn.
-            with_past: also denoise the k past actions.
-            past_valid: (B, k) bool with that, False for control steps before the history began; None = all.
-            conditioning: of this sampler, from `conditioning`, where it was computed once for many plans.
         """
-        config = self.config
-        length = config.chunk_length + (config.num_past_actions if with_past else 0)
-        shape = (len(context), length, config.action_dim)
-        if noise is None:
-            weight = self.decoder.position
-            noise = torch.randn(shape, device=weight.device, dtype=weight.dtype)
-        elif tuple(noise.shape) != shape:
-            raise ShapeError(f"noise must be {shape}, got {tuple(noise.shape)}")
-        sampler = sampler or SamplerConfig()
-        if sampler.solver == "mip":
-            noise = torch.zeros_like(noise)
-        clamp, committed = self._hold_prefix(prefix, noise, length)
-
-        condition = conditioning
-        if condition is None or committed is not None:
-            condition = self.conditioning(sampler, committed)
-        token_valid = None
-        if with_past and past_valid is not None:
-            token_valid = torch.cat((past_valid, past_valid.new_ones(len(past_valid), config.chunk_length)), dim=1)
-        prepared = self.decoder.prepare(context)
-        weak = None
-        if guidance_scale != 1.0:
-            if config.context_corruption == 0:
-                raise ConfigError("guidance needs a model trained with context_corruption > 0, this one has 0")
-            assert isinstance(context, Tensor)  # only such a model has corruption
-            drawn = torch.randn_like(context) if corruption_noise is None else corruption_noise
-            weak = self.decoder.prepare(corrupt(context, drawn, config.context_corruption))
+        config, prepared = self.config, self.decoder.prepare(context)
 
         def velocity(x: Tensor, time: float) -> Tensor:
-            strong: Tensor = self.decoder.velocity(x, condition[time], prepared, token_valid)
-            if weak is None:
-                return strong
-            return guide(strong, self.decoder.velocity(x, condition[time], weak, token_valid), guidance_scale)
+            out: Tensor = self.decoder.velocity(x, conditioning[time], prepared, token_valid)
+            return out
 
-        result = sample(velocity, noise, sampler, clamp)
-        past, actions = result.x.split((length - config.chunk_length, config.chunk_length), dim=1)
-        evaluations = result.num_evaluations * (1 if weak is None else 2)
-        return ActionPlan(actions, past if with_past else None, evaluations)
+        if guidance_scale == 1.0:
+            return velocity
+        if config.context_corruption == 0:
+            raise ConfigError("guidance needs a model trained with context_corruption > 0, this one has 0")
+        assert isinstance(context, Tensor)  # only such a model has corruption
+        drawn = torch.randn_like(context) if corruption_noise is None else corruption_noise
+        weak = self.decoder.prepare(corrupt(context, drawn, config.context_corruption))
+
+        def extrapolated(x: Tensor, time: float) -> Tensor:
+            return guide(
+                velocity(x, time), self.decoder.velocity(x, conditioning[time], weak, token_valid), guidance_scale
+            )
+
+        return extrapolated
 
     def conditioning(self, sampler: SamplerConfig, committed: Tensor | None = None) -> dict[float, Conditioning]:
         """What the decoder derives from each flow time at which `sampler` will call it, in one pass.
@@ -277,6 +248,62 @@ class ActionModel(nn.Module, Generic[ContextT]):
     def _encode_step(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None) -> ContextT:
         """The context of one more control step's tokens (B, P, D)."""
 
+
+class ActionModel(HistoryModel[ContextT]):
+    """A model of history that denoises action chunks."""
+
+    def plan(
+        self,
+        context: ContextT,
+        *,
+        sampler: SamplerConfig | None = None,
+        noise: Tensor | None = None,
+        prefix: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        corruption_noise: Tensor | None = None,
+        with_past: bool = False,
+        past_valid: Tensor | None = None,
+        conditioning: Mapping[float, Conditioning] | None = None,
+    ) -> ActionPlan:
+        """Denoises one action chunk per row.
+
+        Args:
+            context: (B, K, D) of the current control step.
+            sampler: solver and number of denoising steps; None = `SamplerConfig()`.
+            noise: (B, Ta, Da), or (B, k + Ta, Da) with `with_past`; None = drawn from torch's generator.
+            prefix: (B, d, Da) actions already committed, d < Ta: the chunk begins with exactly these. A model trained
+                with max_delay_steps sees them clean at flow time 1 (arXiv 2512.05964); another one sees them noised
+                like the rest at every denoising step.
+            guidance_scale: above 1, extrapolates away from a corrupted context, for twice the decoder calls.
+            corruption_noise: (B, K, D) standard normal for that; None = drawn.
+            with_past: also denoise the k past actions.
+            past_valid: (B, k) bool with that, False for control steps before the history began; None = all.
+            conditioning: of this sampler, from `conditioning`, where it was computed once for many plans.
+        """
+        config = self.config
+        length = config.chunk_length + (config.num_past_actions if with_past else 0)
+        shape = (len(context), length, config.action_dim)
+        if noise is None:
+            weight = self.decoder.position
+            noise = torch.randn(shape, device=weight.device, dtype=weight.dtype)
+        elif tuple(noise.shape) != shape:
+            raise ShapeError(f"noise must be {shape}, got {tuple(noise.shape)}")
+        sampler = sampler or SamplerConfig()
+        if sampler.solver == "mip":
+            noise = torch.zeros_like(noise)
+        clamp, committed = self._hold_prefix(prefix, noise, length)
+
+        if conditioning is None or committed is not None:
+            conditioning = self.conditioning(sampler, committed)
+        token_valid = None
+        if with_past and past_valid is not None:
+            token_valid = torch.cat((past_valid, past_valid.new_ones(len(past_valid), config.chunk_length)), dim=1)
+        velocity = self._velocity(context, conditioning, token_valid, guidance_scale, corruption_noise)
+        result = sample(velocity, noise, sampler, clamp)
+        past, actions = result.x.split((length - config.chunk_length, config.chunk_length), dim=1)
+        evaluations = result.num_evaluations * (1 if guidance_scale == 1.0 else 2)
+        return ActionPlan(actions, past if with_past else None, evaluations)
+
     def _hold_prefix(
         self, prefix: Tensor | None, noise: Tensor, length: int
     ) -> tuple[Callable[[Tensor, float], Tensor] | None, Tensor | None]:
@@ -307,6 +334,11 @@ class ActionModel(nn.Module, Generic[ContextT]):
 
 def check_sampler(config: ScdConfig, sampler: SamplerConfig) -> None:
     """Raises ConfigError where a model of this architecture does not say what the solver needs."""
+    if config.decodes_frames and sampler.solver not in ("euler", "midpoint"):
+        raise ConfigError(
+            f"frames are denoised by solver 'euler' or 'midpoint', which never ask at flow time 1, got "
+            f"{sampler.solver!r}"
+        )
     if sampler.solver == "average" and not config.step_end_input:
         raise ConfigError(
             "solver 'average' needs a model with step_end_input, trained by the objective mean_flow or shortcut "

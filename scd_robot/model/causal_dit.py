@@ -18,16 +18,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from scd_robot.model.base import ActionModel, take_steps
+from scd_robot.model.base import ActionModel, HistoryModel, take_steps
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import Conditioning, FlowTransformer
 from scd_robot.nn import CausalDitBlock, KVCache, RotaryEmbedding, window_mask
 
-__all__ = ["CausalDitModel", "HistoryContext"]
+__all__ = ["CausalDitModel", "EntangledModel", "HistoryContext"]
 
 Rotary = tuple[Tensor, Tensor]
 
-_BY_SAMPLE = ("seen", "own", "position", "features")
+_BY_SAMPLE = ("seen", "own", "position", "features", "extra")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class HistoryContext:
         own: (B, M, S) bool, those of the sample's own control step.
         position: (B, M) control step of each sample.
         features: (B, M, P, D) the last layer's tokens of that control step.
+        extra: (B, M, D) one token more that the noisy ones see, which shares their flow time: the action, in models of
+            frames. None = there is none.
     """
 
     keys_values: tuple[tuple[Tensor, Tensor], ...]
@@ -47,6 +49,7 @@ class HistoryContext:
     own: Tensor
     position: Tensor
     features: Tensor
+    extra: Tensor | None = None
 
     def __len__(self) -> int:
         """R."""
@@ -69,13 +72,14 @@ class HistoryContext:
         """This one in the streams where `active` (B,) is True, else the other; keys and values are this one's."""
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in _BY_SAMPLE)
         fields: dict[str, Any] = {
-            name: torch.where(active.view(-1, *(1 for _ in x.shape[1:])), x, y) for name, x, y in pairs
+            name: torch.where(active.view(-1, *(1 for _ in x.shape[1:])), x, y) for name, x, y in pairs if x is not None
         }
         return replace(self, **fields)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "HistoryContext":
         """With every field of the samples changed."""
-        fields: dict[str, Any] = {name: change(getattr(self, name)) for name in _BY_SAMPLE}
+        given = ((name, getattr(self, name)) for name in _BY_SAMPLE)
+        fields: dict[str, Any] = {name: change(x) for name, x in given if x is not None}
         return replace(self, **fields)
 
 
@@ -89,12 +93,14 @@ class PreparedHistory:
         seen: (R, 1, 1, S) bool.
         own: (R, 1, 1, S) bool, what layers without history see of it.
         rotary: of the samples' control steps, each (R, 1, Dh / 2).
+        extra: (R, 1, D) `HistoryContext.extra`.
     """
 
     keys_values: list[tuple[Tensor, Tensor]]
     seen: Tensor
     own: Tensor
     rotary: Rotary
+    extra: Tensor | None
 
 
 class CausalDitTransformer(FlowTransformer):
@@ -107,9 +113,10 @@ class CausalDitTransformer(FlowTransformer):
 
     def __init__(self, config: ScdConfig, tokens_per_step: int) -> None:
         depth = config.encoder_layers + config.decoder_layers
+        num_tokens, token_dim = config.token_shape
         super().__init__(
-            token_dim=config.action_dim,
-            num_positions=config.num_past_actions + config.chunk_length,
+            token_dim=token_dim,
+            num_positions=num_tokens,
             num_hidden_positions=config.num_past_actions,
             width=config.width,
             blocks=(CausalDitBlock(config.width, config.num_heads, config.mlp_ratio) for _ in range(depth)),
@@ -162,7 +169,9 @@ class CausalDitTransformer(FlowTransformer):
 
     def prepare(self, context: HistoryContext) -> PreparedHistory:
         """Everything that depends on the history alone."""
-        samples, room = context.position.shape[1], 0 if torch.is_grad_enabled() else self.position.shape[0]
+        extra = None if context.extra is None else context.extra.flatten(0, 1)[:, None]
+        samples, behind = context.position.shape[1], self.position.shape[0] + (extra is not None)
+        room = 0 if torch.is_grad_enabled() else behind
         pairs = []
         for pair in context.keys_values:
             expanded = [x if samples == 1 else x.repeat_interleave(samples, 0) for x in pair]
@@ -170,17 +179,19 @@ class CausalDitTransformer(FlowTransformer):
             pairs.append((keys, values))
         rotary = self.rotary(context.position.flatten()[:, None], self.position.dtype)
         seen, own = (x.flatten(0, 1)[:, None, None] for x in (context.seen, context.own))
-        return PreparedHistory(pairs, seen, own, rotary)
+        return PreparedHistory(pairs, seen, own, rotary, extra)
 
     def velocity(
         self, x: Tensor, conditioning: Conditioning, context: PreparedHistory, token_valid: Tensor | None = None
     ) -> Tensor:
         """Velocity (R, L, Da) of noisy tokens x (R, L, Da), through all layers."""
-        masks = self.masks(x, context, token_valid)
         tokens = self.embed_noisy(x)
+        if context.extra is not None:
+            tokens = torch.cat((context.extra, tokens), dim=1)
+        masks = self.masks(tokens, context, token_valid)
         for layer in range(len(self.blocks)):
             tokens = self.layer(layer, tokens, conditioning, context, masks)
-        return self.read_out(tokens, conditioning)
+        return self.read_out(tokens[:, -x.shape[1] :], conditioning)
 
     def layer(
         self,
@@ -196,11 +207,16 @@ class CausalDitTransformer(FlowTransformer):
         return block.denoise(tokens, conditioning.blocks[layer], context.rotary, pair, context.seen.shape[-1], mask)
 
     def masks(self, x: Tensor, context: PreparedHistory, token_valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What noisy tokens (R, L, Da) see of history and each other, (R, 1, 1 or L, S + L); and in local layers."""
-        length, among = x.shape[1], self._sees(x.shape[1], token_valid, x.device)
+        """What noisy tokens (R, L, any) see of history and each other, (R, 1, 1 or L, S + L); and in local layers.
+
+        An extra token counts among them, and sees and is seen by all.
+        """
+        length, extra = x.shape[1], int(context.extra is not None)
+        among = self._sees(length - extra, token_valid, x.device)
         if among is None:
             seen, own = (nn.functional.pad(known, (0, length), value=True) for known in (context.seen, context.own))
             return seen, own
+        among = nn.functional.pad(among, (extra, 0, extra, 0), value=True)
         noisy = among[:, None].expand(len(context.seen), -1, -1, -1)
         seen, own = (torch.cat((x.expand(-1, -1, length, -1), noisy), dim=-1) for x in (context.seen, context.own))
         return seen, own
@@ -217,11 +233,11 @@ class CausalDitTransformer(FlowTransformer):
         return cast(Iterable[CausalDitBlock], self.blocks)
 
 
-class CausalDitModel(ActionModel[HistoryContext]):
-    """As `ScdModel` to its users, but encoder and decoder are the same layers.
+class EntangledModel(HistoryModel[HistoryContext]):
+    """As `SeparableModel` to its users, but encoder and decoder are the same layers.
 
-    `encode_step` computes keys and values of one more control step in all layers, `plan` sends the noisy tokens through
-    all of them at every denoising step. What takes the place of the context is a `HistoryContext`.
+    `encode_step` computes keys and values of one more control step in all layers; noisy tokens go through all of them
+    at every denoising step. What takes the place of the context is a `HistoryContext`.
     """
 
     decoder: CausalDitTransformer
@@ -262,3 +278,7 @@ class CausalDitModel(ActionModel[HistoryContext]):
         self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None
     ) -> HistoryContext:
         return self.decoder.step(tokens, cache, valid, active, self._clean)
+
+
+class CausalDitModel(EntangledModel, ActionModel[HistoryContext]):
+    """An entangled model that denoises action chunks: as `ScdModel` to its users."""

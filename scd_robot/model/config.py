@@ -1,12 +1,50 @@
-"""Architecture of one Separable Causal Diffusion model."""
+"""Architecture of one Separable Causal Diffusion model.
 
+Shapes: H W C picture, L tokens that are denoised, Dx width of one, K context tokens.
+"""
+
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from scd_robot.errors import ConfigError
 from scd_robot.nn import ImageConfig
 
-__all__ = ["ScdConfig"]
+__all__ = ["FrameConfig", "ScdConfig"]
+
+
+@dataclass(frozen=True)
+class FrameConfig:
+    """What a model decodes that imagines frames: the next picture of one camera, a token for each patch.
+
+    Attributes:
+        camera: observation key of the pictures; empty = the model plans actions.
+        patch_size: side of a square patch [pixel]; must divide height and width.
+        residual: tokens hold the change since the last frame, so that a decoder that knows nothing yet repeats it;
+            otherwise they hold the frame itself.
+    """
+
+    camera: str = ""
+    patch_size: int = 8
+    residual: bool = True
+
+    def __post_init__(self) -> None:
+        if self.patch_size < 1:
+            raise ConfigError(f"frames.patch_size must be at least 1, got {self.patch_size}")
+
+    def places(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of patches of pictures (H, W, C).
+
+        Raises:
+            ConfigError: they cannot be cut so.
+        """
+        height, width = shape[:2]
+        if height % self.patch_size or width % self.patch_size:
+            raise ConfigError(
+                f"frames.patch_size {self.patch_size} must divide the sides of {self.camera!r}, {height} x {width}; "
+                "choose another one, or resize the pictures (images of --transforms)"
+            )
+        return height // self.patch_size, width // self.patch_size
 
 
 @dataclass(frozen=True)
@@ -32,7 +70,8 @@ class ScdConfig:
         history_stride: the encoder runs in every so many control steps only; W counts these.
         observation_tokens: "joint" gives all vectors of a control step one token; "per_key" one token per key, of
             which any may be absent. Pictures always have tokens of their own and may be absent.
-        num_context_tokens: K, context tokens a plan reads, each from a slot of its own in the step's group.
+        num_context_tokens: K, context tokens a plan reads, each from a slot of its own in the step's group. With 0,
+            which models of frames may have, they are the picture's own tokens, as in arXiv 2602.10095.
         chunk_length: Ta, future actions in one plan; action 0 is for the current control step.
         num_past_actions: k, executed actions that the decoder learns to denoise as well (past-token prediction, arXiv
             2505.09561); 0 = off. They are left out when a plan is made, so they cost nothing then.
@@ -49,6 +88,9 @@ class ScdConfig:
         step_end_input: the decoder is told where its denoising step ends and gives the average velocity until there;
             for the objectives mean_flow and shortcut.
         images: how pictures become tokens; nothing where there are none.
+        frames: makes it a model of frames, which reads the pictures of one camera and past actions, and decodes the
+            picture that follows the action of the present control step. It has one action per context (chunk_length
+            1), and none of num_past_actions, max_delay_steps, step_end_input and history_stride.
     """
 
     observation_shapes: dict[str, tuple[int, ...]]
@@ -75,6 +117,7 @@ class ScdConfig:
     max_delay_steps: int = 0
     step_end_input: bool = False
     images: ImageConfig = field(default_factory=ImageConfig)
+    frames: FrameConfig = field(default_factory=FrameConfig)
 
     def __post_init__(self) -> None:
         if not self.observation_shapes:
@@ -90,7 +133,8 @@ class ScdConfig:
                     "pictures (H, W, C) with 1, 3 or 4 channels"
                 )
         positive = ("action_dim", "width", "num_heads", "encoder_layers", "decoder_layers", "mlp_ratio")
-        for name in (*positive, "history_length", "history_stride", "num_context_tokens", "chunk_length"):
+        self._check_frames()
+        for name in (*positive, "history_length", "history_stride", "chunk_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("num_past_actions", "past_action_noise", "context_corruption", "max_delay_steps"):
@@ -125,6 +169,51 @@ class ScdConfig:
                 + ", ".join(f"{name} {value}" for name, value in needed.items())
                 + f"; got {found}"
             )
+
+    def _check_frames(self) -> None:
+        """Raises ConfigError where a model of frames cannot be one, or one of actions has what only those have."""
+        camera, least = self.frames.camera, 0 if self.frames.camera else 1
+        if self.num_context_tokens < least:
+            raise ConfigError(f"num_context_tokens must be at least {least}, got {self.num_context_tokens}")
+        if not camera:
+            return
+        if set(self.observation_shapes) != {camera} or len(self.observation_shapes[camera]) != 3:
+            raise ConfigError(
+                f"a model of frames reads the pictures of its camera {camera!r} and nothing else, got observations "
+                f"{ {key: tuple(shape) for key, shape in self.observation_shapes.items()} }"
+            )
+        self.frames.places(self.observation_shapes[camera])
+        needed = {
+            "chunk_length": 1,
+            "num_past_actions": 0,
+            "max_delay_steps": 0,
+            "step_end_input": False,
+            "history_stride": 1,
+        }
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise ConfigError(f"a model of frames needs {name} {value}, got {getattr(self, name)}")
+
+    @property
+    def decodes_frames(self) -> bool:
+        """Whether the decoder's tokens are patches of the next frame; else they are actions."""
+        return bool(self.frames.camera)
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """(L, Dx) of what the decoder denoises."""
+        if not self.decodes_frames:
+            return self.num_past_actions + self.chunk_length, self.action_dim
+        shape = self.observation_shapes[self.frames.camera]
+        return math.prod(self.frames.places(shape)), self.frames.patch_size**2 * shape[2]
+
+    @property
+    def num_decoder_context(self) -> int:
+        """Context tokens that the decoder reads: K, and for frames one more, the action."""
+        if not self.decodes_frames:
+            return self.num_context_tokens
+        shape = self.observation_shapes[self.frames.camera]
+        return 1 + (self.num_context_tokens or self.images.num_tokens(self.frames.camera, shape))
 
     @property
     def vector_keys(self) -> list[str]:

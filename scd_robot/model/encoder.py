@@ -18,10 +18,11 @@ __all__ = ["CausalEncoder"]
 class CausalEncoder(nn.Module):
     """Transformer over token groups: bidirectional inside a control step, causal and windowed across them."""
 
-    def __init__(self, config: ScdConfig, tokens_per_step: int) -> None:
+    def __init__(self, config: ScdConfig, tokens_per_step: int, context_slots: slice) -> None:
         super().__init__()
         self.config = config
         self.tokens_per_step = tokens_per_step
+        self.context_slots = context_slots
         self.rotary = RotaryEmbedding(config.width // config.num_heads)
         self.blocks = nn.ModuleList(
             CausalBlock(config.width, config.num_heads, config.mlp_ratio, config.memory_gate, config.encoder_bias)
@@ -94,5 +95,5 @@ class CausalEncoder(nn.Module):
         )
 
     def _context(self, x: Tensor) -> Tensor:
-        context: Tensor = self.norm(x[..., -self.config.num_context_tokens :, :])
+        context: Tensor = self.norm(x[..., self.context_slots, :])
         return context

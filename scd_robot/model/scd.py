@@ -12,32 +12,32 @@ Shapes: B batch, T control steps, M samples per stream, K context tokens, D widt
 
 from torch import Tensor
 
-from scd_robot.model.base import ActionModel, take_steps
+from scd_robot.model.base import ActionModel, HistoryModel, take_steps
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import DiffusionDecoder
 from scd_robot.model.encoder import CausalEncoder
 from scd_robot.nn import KVCache
 
-__all__ = ["ScdModel"]
+__all__ = ["ScdModel", "SeparableModel"]
 
 
-class ScdModel(ActionModel[Tensor]):
-    """Tokenizer, causal encoder and diffusion decoder.
+class SeparableModel(HistoryModel[Tensor]):
+    """Tokenizer, causal encoder and diffusion decoder, whatever the decoder's tokens are.
 
     encode        (B, T, ...) observations -> (B, T, K, D) contexts, all control steps in one pass   (training)
     encode_step   (B, ...) observation, cache -> (B, K, D) context of one more control step          (control loop)
-    velocity      noisy chunk, flow time, context -> velocity                                       (training)
-    plan          context -> action chunk, NFE times `decoder.velocity`                             (control loop)
+    velocity      noisy tokens, flow time, context -> velocity                                      (training)
     """
 
     def __init__(self, config: ScdConfig) -> None:
         super().__init__(config)
-        self.encoder = CausalEncoder(config, self.tokenizer.tokens_per_step)
+        self.encoder = CausalEncoder(config, self.tokenizer.tokens_per_step, self.tokenizer.context_slots)
+        num_tokens, token_dim = config.token_shape
         self.decoder = DiffusionDecoder(
-            token_dim=config.action_dim,
-            num_positions=config.num_past_actions + config.chunk_length,
+            token_dim=token_dim,
+            num_positions=num_tokens,
             num_hidden_positions=config.num_past_actions,
-            num_context_tokens=config.num_context_tokens,
+            num_context_tokens=config.num_decoder_context,
             width=config.width,
             num_heads=config.num_heads,
             num_layers=config.decoder_layers,
@@ -64,3 +64,10 @@ class ScdModel(ActionModel[Tensor]):
 
     def _encode_step(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None) -> Tensor:
         return self.encoder.step(tokens, cache, valid, active)
+
+
+class ScdModel(SeparableModel, ActionModel[Tensor]):
+    """A separable model whose decoder denoises action chunks.
+
+    plan          context -> action chunk, NFE times `decoder.velocity`                             (control loop)
+    """

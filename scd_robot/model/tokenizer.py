@@ -38,7 +38,8 @@ class StepTokenizer(nn.Module):
         )
         self.has_past_action = config.past_action_input != "none"
         self.past_action = nn.Linear(config.action_dim, config.width) if self.has_past_action else None
-        groups = [(name, 1) for name in widths] + [(key, config.images.tokens_per_image) for key in self.image_keys]
+        pictures = [(key, config.images.num_tokens(key, config.observation_shapes[key])) for key in self.image_keys]
+        groups = [(name, 1) for name in widths] + pictures
         groups += [("past_action", 1)] * self.has_past_action
         ends = itertools.accumulate(count for _, count in groups)
         self._slots = {name: slice(end - count, end) for (name, count), end in zip(groups, ends, strict=True)}
@@ -46,6 +47,13 @@ class StepTokenizer(nn.Module):
         self.slot_names = [name for name, count in groups for _ in range(count)]
         self.slot_names += [f"context_{i}" for i in range(self.num_slots)]
         self.type_embedding = nn.Parameter(torch.randn(len(self.slot_names), config.width) * 0.02)
+
+    @property
+    def context_slots(self) -> slice:
+        """Which tokens of a group the context is read from."""
+        if not self.num_slots:
+            return self._slots[self.config.frames.camera]
+        return slice(self.tokens_per_step - self.num_slots, self.tokens_per_step)
 
     @property
     def tokens_per_step(self) -> int:

@@ -3,7 +3,7 @@
 from scd_robot.nn.attention import attend, multi_head_attention, window_mask
 from scd_robot.nn.blocks import AdaLNBlock, CausalBlock, CausalDitBlock, modulate
 from scd_robot.nn.embeddings import FlowTimeEmbedding, RotaryEmbedding, apply_rotary
-from scd_robot.nn.images import ImageConfig, ImageEncoder
+from scd_robot.nn.images import ImageConfig, ImageEncoder, sine_places
 from scd_robot.nn.kv_cache import KVCache
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "attend",
     "modulate",
     "multi_head_attention",
+    "sine_places",
     "window_mask",
 ]

@@ -14,7 +14,7 @@ from torch.nn.functional import gelu
 from scd_robot.errors import ConfigError
 from scd_robot.nn.attention import multi_head_attention
 
-__all__ = ["ImageConfig", "ImageEncoder"]
+__all__ = ["ImageConfig", "ImageEncoder", "sine_places"]
 
 _FREQUENCIES = 4  # of the sines and cosines that tell a place
 _MOST_PLACES = 1024
@@ -29,7 +29,7 @@ class ImageConfig:
         encoder: "convolutional", or "patch": patches are embedded each by itself.
         channels: convolutional: features of the layers, each of which halves the sides of what it gets.
         patch_size: patch: side of a square patch [pixel]; must divide height and width.
-        tokens_per_image: K, 1 to 16.
+        tokens_per_image: K, 1 to 16; 0 = one for each place of the feature map, without queries.
     """
 
     encoder: Literal["convolutional", "patch"] = "convolutional"
@@ -44,8 +44,12 @@ class ImageConfig:
             raise ConfigError(f"images.channels must be multiples of 8, at least one of them, got {self.channels}")
         if self.patch_size < 1:
             raise ConfigError(f"images.patch_size must be at least 1, got {self.patch_size}")
-        if not 1 <= self.tokens_per_image <= 16:
-            raise ConfigError(f"images.tokens_per_image must be in 1..16, got {self.tokens_per_image}")
+        if not 0 <= self.tokens_per_image <= 16:
+            raise ConfigError(f"images.tokens_per_image must be in 0..16, got {self.tokens_per_image}")
+
+    def num_tokens(self, key: str, shape: tuple[int, ...]) -> int:
+        """K, tokens of one picture (H, W, C)."""
+        return self.tokens_per_image or math.prod(self.places(key, shape))
 
     def places(self, key: str, shape: tuple[int, ...]) -> tuple[int, int]:
         """(h, w) of the feature map of pictures (H, W, C).
@@ -81,7 +85,8 @@ class ImageEncoder(nn.Module):
     """Features of places by a small network, and attention of K learned queries to them.
 
     What is attended to carries its place in the picture as Fourier features, so that a query can tell where something
-    is. The queries pool as in Lee et al., "Set Transformer", arXiv 1810.00825, section 3.2.
+    is. The queries pool as in Lee et al., "Set Transformer", arXiv 1810.00825, section 3.2. Without queries each place
+    is a token.
 
     Args:
         config: settings.
@@ -107,10 +112,12 @@ class ImageEncoder(nn.Module):
         self.place_norm = nn.LayerNorm(width, eps=1e-6)
         # Peaked from the start, each head on few places: an even mean hides what is in one of them from the first
         # updates, which then learn to do without pictures. For the same reason tokens are as large as vectors' tokens.
-        self.queries = nn.Parameter(_PEAKED * torch.randn(config.tokens_per_image, width))
-        self.keys_values = nn.Linear(width, 2 * width)
+        self.pools = config.tokens_per_image > 0
+        if self.pools:
+            self.queries = nn.Parameter(_PEAKED * torch.randn(config.tokens_per_image, width))
+            self.keys_values = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
-        for layer in (self.keys_values, self.out):
+        for layer in (self.keys_values, self.out) if self.pools else (self.out,):
             nn.init.normal_(layer.weight, std=width**-0.5)
             nn.init.zeros_(layer.bias)
 
@@ -120,10 +127,15 @@ class ImageEncoder(nn.Module):
         x = images.movedim(-1, 1).to(weight.dtype) / 127.5 - 1
         x = self.features(x).flatten(2).transpose(1, 2)
         x = gelu(self.project(self.norm(x)) + self.place(self.coordinates.to(weight.dtype)), approximate="tanh")
-        pairs = self.keys_values(self.place_norm(x)).unflatten(-1, (2, self.num_heads, -1))
+        x = self.place_norm(x)
+        tokens: Tensor
+        if not self.pools:
+            tokens = self.out(x)
+            return tokens
+        pairs = self.keys_values(x).unflatten(-1, (2, self.num_heads, -1))
         keys, values = pairs.transpose(1, 3).unbind(2)
         queries = self.queries.unflatten(-1, (self.num_heads, -1)).transpose(0, 1).to(keys.dtype)
-        tokens: Tensor = self.out(multi_head_attention(queries.expand(len(x), -1, -1, -1), keys, values))
+        tokens = self.out(multi_head_attention(queries.expand(len(x), -1, -1, -1), keys, values))
         return tokens
 
 
@@ -153,3 +165,16 @@ def _fourier(places: tuple[int, int]) -> Tensor:
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
     angles = (grid[..., None] * math.pi * 2.0 ** torch.arange(_FREQUENCIES, dtype=torch.float64)).flatten(1)
     return torch.cat((grid, angles.sin(), angles.cos()), dim=1).float()
+
+
+def sine_places(places: tuple[int, int], width: int) -> Tensor:
+    """(h * w, D) sines and cosines of row and column, half of the numbers each (He et al., arXiv 2111.06377, code).
+
+    Places of a coarser grid have what lies between the places of a finer one that they cover.
+    """
+    axes = [(torch.arange(n, dtype=torch.float64) + 0.5) / n * 16 for n in places]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+    frequencies = 100.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = (grid[..., None] * frequencies).flatten(1)
+    waves = torch.cat((angles.sin(), angles.cos()), dim=1)
+    return nn.functional.pad(waves, (0, width - waves.shape[1])).float()

@@ -4,7 +4,8 @@ Because nothing depends on what was drawn before, a run that was killed continue
 devices together see what one device would have seen.
 
 Shapes: B segments, T encoder steps (longest segment), k past actions, Ta chunk length, L = k + Ta, M positions, S noise
-draws, Da action width, K context tokens, D width, V cameras.
+draws, Da action width, K context tokens, D width, V cameras. For models of frames L is the number of patches, Da that
+of numbers in one, and K counts the action.
 """
 
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from scd_robot.training.config import ExperimentConfig
 from scd_robot.training.segments import SegmentReader, Segments
 
 __all__ = ["Draws", "EpochSampler", "SegmentDataset", "TrainingBatch"]
+
+LATEST_FRAME_TIME = 0.95  # flow time up to which frames are noised: errors of the velocity grow as 1 / (1 - flow time)
 
 
 @dataclass
@@ -144,13 +147,12 @@ class SegmentDataset(Dataset[TrainingBatch]):
         model, training = self._experiment.model, self._experiment.training
         batch, steps = len(keys), int(segments.lengths.max())
         positions, copies = training.positions_per_segment, training.noise_draws
-        length = model.num_past_actions + model.chunk_length
         stream = np.zeros((batch, steps), np.int64)
         position = np.zeros((batch, positions), np.int64)
         position_valid = np.zeros((batch, positions), bool)
         flow_time = np.empty((batch, positions, copies), np.float32)
-        noise = np.empty((batch, positions, copies, length, model.action_dim), np.float32)
-        corrupts = (batch if model.context_corruption else 0, positions, copies, model.num_context_tokens, model.width)
+        noise = np.empty((batch, positions, copies, *model.token_shape), np.float32)
+        corrupts = (batch if model.context_corruption else 0, positions, copies, model.num_decoder_context, model.width)
         corruption = np.empty(corrupts, np.float32)
         noises_past = model.past_action_input == "noised"
         past_noise = np.zeros((batch if noises_past else 0, steps, model.action_dim), np.float32)
@@ -162,21 +164,26 @@ class SegmentDataset(Dataset[TrainingBatch]):
         begins_inside = segments.start > segments.episode_start
         for i, key in enumerate(keys):
             rng, steps_here = keyed_rng(*key), int(segments.lengths[i])
+            last = (
+                steps_here - model.decodes_frames
+            )  # one past those that may be chosen: the next frame has to be there
             cut, at = rng.random(), rng.integers(1, max(2, steps_here))
             if cut < training.virtual_reset_probability and not self._validation:
                 stream[i, at:] = 1
-            first = min(training.burn_in // model.history_stride, steps_here - 1) if begins_inside[i] else 0
+            first = max(0, min(training.burn_in // model.history_stride, last - 1)) if begins_inside[i] else 0
             if self._idle is None:
-                eligible = first + rng.permutation(steps_here - first)[:positions]
+                eligible = first + rng.permutation(last - first)[:positions]
             else:
-                idle = self._idle[segments.start[i] + model.history_stride * np.arange(first, steps_here)]
-                chances = rng.random(steps_here - first) ** np.where(idle, 1 / training.idle_weight, 1.0)
+                idle = self._idle[segments.start[i] + model.history_stride * np.arange(first, last)]
+                chances = rng.random(last - first) ** np.where(idle, 1 / training.idle_weight, 1.0)
                 eligible = first + np.argsort(-chances)[:positions]
             position[i, : len(eligible)], position_valid[i, : len(eligible)] = eligible, True
             if training.objective == "mip":
                 flow_time[i] = sample_mip_time((positions, copies), rng)
             else:
                 flow_time[i] = sample_flow_time(training.flow_time, (positions, copies), rng)
+            if model.decodes_frames:
+                np.minimum(flow_time[i], LATEST_FRAME_TIME, out=flow_time[i])
             rng.standard_normal(dtype=np.float32, out=noise[i])
             if model.max_delay_steps:
                 delay[i] = rng.integers(0, model.max_delay_steps + 1, (positions, copies))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from scd_robot.checkpoint import list_checkpoints, write_checkpoint
 from scd_robot.config import to_json
 from scd_robot.model import build_model
-from scd_robot.policies.registry import policy_class, policy_type
+from scd_robot.policies.registry import checkpoint_type, policy_class
 from scd_robot.policies.scd import ScdPolicy
 from scd_robot.training.compat import lightning
 from scd_robot.types import DatasetSpec
@@ -70,7 +70,7 @@ class CheckpointWriter(_AtEpochEnd):
             return
         write_checkpoint(
             folder,
-            policy=policy_type(pl_module.experiment.model.architecture),
+            policy=checkpoint_type(pl_module.experiment.model),
             step=trainer.global_step,
             config=to_json(pl_module.experiment),
             dataset=self.dataset,
@@ -107,7 +107,7 @@ class ProgressBar(lightning.Callback):
         """Advances the bar."""
         if self._bar is None:
             return
-        names = {"train/loss": "loss", "val/chunk_rmse": "val rmse"}
+        names = {"train/loss": "loss", "val/chunk_rmse": "val rmse", "val/frame_rmse": "val rmse"}
         metrics = trainer.callback_metrics
         self._bar.set_postfix({short: f"{float(metrics[n]):.4f}" for n, short in names.items() if n in metrics}, False)
         self._bar.update(trainer.global_step - self._bar.n)
@@ -146,7 +146,7 @@ class ClosedLoopEvaluation(_AtEpochEnd):
         model.load_state_dict(weights)
         normalizer = copy.deepcopy(pl_module.normalizer)
         experiment = pl_module.experiment
-        kind = policy_class(policy_type(experiment.model.architecture))
+        kind = policy_class(checkpoint_type(experiment.model))
         policy = kind(model, normalizer, self.dataset, experiment.policy, pl_module.device, experiment.transforms)
         for name, value in self.evaluate(policy).items():
             pl_module.log(f"eval/{name}", value, rank_zero_only=True)

@@ -164,6 +164,16 @@ class ExperimentConfig:
     def _check_objective(self) -> None:
         """Raises ConfigError where the model, or how it is run, is not what the objective trains."""
         objective, solver = self.training.objective, self.policy.sampler.solver
+        if self.model.decodes_frames and self.training.segment_length < 2:
+            raise ConfigError(
+                f"a model of frames learns what comes next: training.segment_length must be at least 2, got "
+                f"{self.training.segment_length}"
+            )
+        if self.model.decodes_frames and self.transforms.chunk != "absolute":
+            raise ConfigError(
+                f"a model of frames is told actions as they are: transforms.chunk must be 'absolute', got "
+                f"{self.transforms.chunk!r}"
+            )
         usual, averages = OBJECTIVES[objective].solver, objective in _AVERAGES
         if averages and not self.model.step_end_input:
             raise ConfigError(

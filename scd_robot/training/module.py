@@ -1,4 +1,4 @@
-"""LightningModule: optimisation of the loss, moving average, validation by sampled chunks."""
+"""LightningModule: optimisation of the loss, moving average, validation by sampled chunks or frames."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from scd_robot.training.batches import TrainingBatch
 from scd_robot.training.compat import lightning
 from scd_robot.training.config import ExperimentConfig, TrainingConfig
 from scd_robot.training.ema import Ema
-from scd_robot.training.objective import loss_terms, select_samples, velocity_error
+from scd_robot.training.objective import loss_terms, sampled_errors, select_samples, velocity_error
 
 __all__ = ["ScdLightningModule", "learning_rate_factor"]
 
@@ -70,8 +70,9 @@ class ScdLightningModule(lightning.LightningModule):
         """Shards parameters, gradients and optimiser state over devices, with strategy "fsdp"."""
         if self.device_mesh is None or isinstance(next(self.model.parameters()), DTensor):
             return
+        decoding = ("with_action", "imagine") if self.model.config.decodes_frames else ("plan",)
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
-        for method in ("encode", "encode_at", "velocity", "plan"):
+        for method in ("encode", "encode_at", "velocity", *decoding):
             register_fsdp_forward_method(self.model, method)
         self.ema = Ema(self.model, self.experiment.training.ema_decay)
 
@@ -141,23 +142,15 @@ class ScdLightningModule(lightning.LightningModule):
     def on_validation_start(self) -> None:
         """Validates the averaged weights, those that a checkpoint holds."""
         self._averaged.enter_context(self.ema.applied_to(self.model))
-        self._sums = dict.fromkeys(("loss", "chunk", "first_action"), (0.0, 0.0))
+        self._sums = {}
 
     def validation_step(self, batch: TrainingBatch, batch_idx: int) -> None:
-        """Loss, and error of chunks sampled with the policy's sampler, on held-out episodes."""
+        """Loss, and error of what is sampled with the policy's sampler, on held-out episodes."""
         samples = select_samples(self.model, self.normalizer, batch)
-        total, count = velocity_error(self.model, samples, batch.draws, self.experiment.training.objective)
-        future = slice(self.model.config.num_past_actions, None)
-        noise = batch.draws.noise.flatten(0, 2)[:, future]
-        plan = self.model.plan(samples.context, sampler=self.experiment.policy.sampler, noise=noise)
-        counted = samples.valid[:, future] & samples.counted[:, None]
-        error = (plan.actions - samples.data[:, future]).square().mean(-1) * counted
-        for name, value, weight in (
-            ("loss", total, count),
-            ("chunk", error.sum(), counted.sum()),
-            ("first_action", error[:, 0].sum(), counted[:, 0].sum()),
-        ):
-            before = self._sums[name]
+        found = {"loss": velocity_error(self.model, samples, batch.draws, self.experiment.training.objective)}
+        found |= sampled_errors(self.model, samples, batch.draws, self.experiment.policy.sampler)
+        for name, (value, weight) in found.items():
+            before = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (before[0] + float(value), before[1] + float(weight))
 
     def on_validation_epoch_end(self) -> None:
@@ -168,9 +161,9 @@ class ScdLightningModule(lightning.LightningModule):
                 f"the validation at step {self.trainer.global_step} gave {means}; continue from the last checkpoint "
                 "with a smaller learning_rate"
             )
-        self.log("val/loss", means["loss"])
-        self.log("val/chunk_rmse", math.sqrt(means["chunk"]))
-        self.log("val/first_action_rmse", math.sqrt(means["first_action"]))
+        self.log("val/loss", means.pop("loss"))
+        for name, mean in means.items():
+            self.log(f"val/{name}_rmse", math.sqrt(mean))
 
     def on_validation_end(self) -> None:
         """Back to the raw weights."""

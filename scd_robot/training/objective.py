@@ -1,7 +1,8 @@
 """The training loss: one encoder pass over whole segments, many decoder samples from its contexts.
 
 Shapes: B segments, T steps, M positions, S noise draws, R = B * M * S decoder samples, k past actions, Ta chunk length,
-L = k + Ta, Da action width, K context tokens, D width.
+L = k + Ta, Da action width, K context tokens, D width. For models of frames L is the number of patches, Da that of
+numbers in one.
 """
 
 from dataclasses import dataclass
@@ -10,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scd_robot.diffusion import corrupt, interpolate, mean_flow, shortcut
-from scd_robot.model import ActionModel
+from scd_robot.diffusion import SamplerConfig, corrupt, interpolate, mean_flow, shortcut
+from scd_robot.model import ActionModel, FrameModel, HistoryModel
+from scd_robot.model.base import take_steps
 from scd_robot.normalization import Normalizer
 from scd_robot.training.augmentation import augmented
 from scd_robot.training.batches import Draws, TrainingBatch
 from scd_robot.training.config import Objective
 
-__all__ = ["DecoderSamples", "encode_batch", "loss_terms", "select_samples", "velocity_error"]
+__all__ = ["DecoderSamples", "encode_batch", "loss_terms", "sampled_errors", "select_samples", "velocity_error"]
 
 _AVERAGE_VELOCITY = {"mean_flow": mean_flow, "shortcut": shortcut}
 
@@ -28,26 +30,38 @@ class DecoderSamples:
 
     Attributes:
         context: (R, K, D), not corrupted; or the entangled model's `HistoryContext` of R samples.
-        data: (R, L, Da) the last k executed actions and the chunk's Ta labels (executed ones in the committed prefix).
-        valid: (R, L) bool; False before the history begins and past the episode's end: masked in attention, no loss.
-        committed: (R, L) bool; actions given clean, no loss.
+        data: (R, L, Da) the last k executed actions and the chunk's Ta labels (executed ones in the committed prefix);
+            or the patches of the next frame.
         counted: (R,) bool; False for padding.
+        valid: (R, L) bool; False before the history begins and past the episode's end: masked in attention, no loss.
+            None = all are there.
+        committed: (R, L) bool; actions given clean, no loss. None = no action.
+        action: (R, Da) executed in each sample's control step; models of frames only, as the next.
+        last: (R, H, W, C) uint8, the frame of that control step.
     """
 
     context: Any
     data: Tensor
-    valid: Tensor
-    committed: Tensor
     counted: Tensor
+    valid: Tensor | None = None
+    committed: Tensor | None = None
+    action: Tensor | None = None
+    last: Tensor | None = None
+
+    def tokens_counted(self) -> Tensor:
+        """(R, L) bool, which tokens the loss is of."""
+        counted = self.counted[:, None].expand(self.data.shape[:2])
+        counted = counted if self.valid is None else self.valid & counted
+        return counted if self.committed is None else counted & ~self.committed
 
 
-def encode_batch(model: ActionModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> Tensor:
+def encode_batch(model: HistoryModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> Tensor:
     """Contexts (B, T, K, D) of all steps, with teacher forcing."""
     return model.encode(**_history(model, normalizer, batch))
 
 
-def _history(model: ActionModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> dict[str, Any]:
-    """What the model is shown of the segments, as keyword arguments of `ActionModel.encode`."""
+def _history(model: HistoryModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> dict[str, Any]:
+    """What the model is shown of the segments, as keyword arguments of `HistoryModel.encode`."""
     segments = batch.segments
     seen = augmented(segments.observation, batch.draws.image_shift, batch.draws.image_colour)
     # Pictures past a segment's end are not there, so that nobody encodes them.
@@ -65,10 +79,35 @@ def _history(model: ActionModel[Any], normalizer: Normalizer, batch: TrainingBat
     }
 
 
-def select_samples(model: ActionModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> DecoderSamples:
-    """Encodes the segments and gathers context and actions of the drawn positions."""
+def select_samples(model: HistoryModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> DecoderSamples:
+    """Encodes the segments and gathers context of the drawn positions, and what is to be decoded there."""
+    draws, history = batch.draws, _history(model, normalizer, batch)
+    context = model.samples(model.encode_at(draws.position, **history), draws.flow_time.shape[2])
+    if isinstance(model, FrameModel):
+        return _frame_samples(model, normalizer, batch, history["observation"], context)
+    return _action_samples(model, normalizer, batch, context)
+
+
+def _frame_samples(
+    model: FrameModel[Any], normalizer: Normalizer, batch: TrainingBatch, seen: dict[str, Tensor], context: Any
+) -> DecoderSamples:
+    """What follows the pictures of the drawn positions, as they are seen."""
+    draws, copies = batch.draws, batch.draws.flow_time.shape[2]
+    frames, executed = seen[model.config.frames.camera], normalizer.normalize("action", batch.segments.executed)
+    after = (draws.position + 1).clamp(max=frames.shape[1] - 1)  # beyond it only where a position does not count
+    last, next_frame = (
+        take_steps(frames, at).flatten(0, 1).repeat_interleave(copies, 0) for at in (draws.position, after)
+    )
+    action = executed[:, :, 0].flatten(0, 1).repeat_interleave(copies, 0)
+    counted = draws.position_valid.flatten().repeat_interleave(copies, 0)
+    return DecoderSamples(context, model.tokens(next_frame, last), counted, action=action, last=last)
+
+
+def _action_samples(
+    model: HistoryModel[Any], normalizer: Normalizer, batch: TrainingBatch, context: Any
+) -> DecoderSamples:
+    """Executed actions and labels around the drawn positions."""
     config, draws = model.config, batch.draws
-    context = model.encode_at(draws.position, **_history(model, normalizer, batch))
     past, copies = config.num_past_actions, draws.flow_time.shape[2]
     offset = torch.arange(-past, config.chunk_length, device=draws.position.device)
     executed = normalizer.normalize("action", batch.segments.executed)
@@ -85,18 +124,18 @@ def select_samples(model: ActionModel[Any], normalizer: Normalizer, batch: Train
     committed = committed.flatten(0, 2) & flat(valid)
     use_executed = committed | (offset < 0)
     data = torch.where(use_executed[..., None], flat(executed), flat(label))
-    return DecoderSamples(model.samples(context, copies), data, flat(valid), committed, flat(draws.position_valid))
+    return DecoderSamples(context, data, flat(draws.position_valid), flat(valid), committed)
 
 
 def loss_terms(
-    model: ActionModel[Any], normalizer: Normalizer, batch: TrainingBatch, objective: Objective = "flow_matching"
+    model: HistoryModel[Any], normalizer: Normalizer, batch: TrainingBatch, objective: Objective = "flow_matching"
 ) -> tuple[Tensor, Tensor]:
     """The training loss of a batch, see `velocity_error`."""
     return velocity_error(model, select_samples(model, normalizer, batch), batch.draws, objective)
 
 
 def velocity_error(
-    model: ActionModel[Any], samples: DecoderSamples, draws: Draws, objective: Objective = "flow_matching"
+    model: HistoryModel[Any], samples: DecoderSamples, draws: Draws, objective: Objective = "flow_matching"
 ) -> tuple[Tensor, Tensor]:
     """Sum of squared velocity errors over counted tokens (mean over Da), and their number, both scalars.
 
@@ -107,6 +146,9 @@ def velocity_error(
     """
     config = model.config
     context = samples.context
+    if isinstance(model, FrameModel):
+        assert samples.action is not None
+        context = model.with_action(context, samples.action)
     if config.context_corruption:
         context = corrupt(context, draws.corruption.flatten(0, 2), config.context_corruption)
     flow_time, noise = draws.flow_time.flatten()[:, None], draws.noise.flatten(0, 2)
@@ -114,6 +156,7 @@ def velocity_error(
     if objective == "mip":
         noise = torch.where(flow_time[..., None] > 0, noise, 0.0)
     if config.max_delay_steps:
+        assert samples.committed is not None
         flow_time, end_time = (torch.where(samples.committed, 1.0, time) for time in (flow_time, end_time))
     path = interpolate(noise, samples.data, flow_time)
 
@@ -124,6 +167,32 @@ def velocity_error(
         said, target = _AVERAGE_VELOCITY[objective](velocity, path.x_t, flow_time, end_time, path.velocity)
     else:
         said, target = velocity(path.x_t, flow_time, flow_time), path.velocity
-    counted = samples.valid & ~samples.committed & samples.counted[:, None]
+    counted = samples.tokens_counted()
     error = (said.float() - target).square().mean(-1)
     return torch.where(counted, error, 0.0).sum(), counted.sum()
+
+
+def sampled_errors(
+    model: HistoryModel[Any], samples: DecoderSamples, draws: Draws, sampler: SamplerConfig
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What is sampled as it will be in use, against the data: sums of squared errors (mean over Da) and their number.
+
+    Of actions `chunk`, and `first_action` of it. Of frames `frame`, and `repeated_frame`: that of the last one again.
+    """
+    future = slice(model.config.num_past_actions, None)
+    noise, counted = draws.noise.flatten(0, 2)[:, future], samples.tokens_counted()[:, future]
+
+    def sums(error: Tensor) -> tuple[Tensor, Tensor]:
+        of_tokens = error.square().mean(-1) * counted[:, : error.shape[1]]
+        return of_tokens.sum(), counted[:, : error.shape[1]].sum()
+
+    if isinstance(model, FrameModel):
+        assert samples.action is not None
+        assert samples.last is not None
+        tokens = model.imagine(samples.context, samples.action, samples.last, sampler=sampler, noise=noise)
+        again = model.tokens(samples.last, samples.last)
+        return {"frame": sums(tokens - samples.data), "repeated_frame": sums(again - samples.data)}
+    assert isinstance(model, ActionModel)
+    plan = model.plan(samples.context, sampler=sampler, noise=noise)
+    error = plan.actions - samples.data[:, future]
+    return {"chunk": sums(error), "first_action": sums(error[:, :1])}

@@ -15,7 +15,7 @@ from typing import Any
 from scd_robot.checkpoint import find_checkpoint, list_checkpoints, read_step
 from scd_robot.datasets import EpisodeDataset
 from scd_robot.errors import ConfigError, OutputError
-from scd_robot.model import ActionModel
+from scd_robot.model import HistoryModel
 from scd_robot.policies.scd import ScdPolicy
 from scd_robot.training.callbacks import CheckpointWriter, ClosedLoopEvaluation, ProgressBar
 from scd_robot.training.compat import lightning
@@ -83,6 +83,8 @@ def train(
         raise ConfigError(
             f"evaluate_every {evaluate_every} must be a multiple of validate_every {experiment.training.validate_every}"
         )
+    if evaluate is not None and evaluate_every and experiment.model.decodes_frames:
+        raise ConfigError("a model of frames plans no actions, so that there is nothing to evaluate in an environment")
     if not resume and list_checkpoints(out):
         raise OutputError(
             f"{out} already holds a run at {list_checkpoints(out)[-1].name}; choose another --out, or --resume it"
@@ -118,7 +120,7 @@ def train(
     }
 
 
-def _parameters(model: ActionModel[Any], prefix: str) -> int:
+def _parameters(model: HistoryModel[Any], prefix: str) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefix))
 
 

@@ -1,0 +1,213 @@
+"""Frames that a model of frames imagines: what would be seen if these actions were executed.
+
+The model reads recorded pictures and actions first, control step by control step into its cache; from then on each
+frame that it imagines is its next observation.
+
+Shapes: B rows, Tc control steps that were seen, Tf frames imagined, Da action width, H W C picture, L patches, Dx
+numbers in one, K context tokens, D width.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scd_robot.checkpoint import read_checkpoint
+from scd_robot.config import from_json
+from scd_robot.errors import CheckpointError, ConfigError, ShapeError
+from scd_robot.model import FrameModel, ScdConfig, build_model
+from scd_robot.normalization import Normalizer
+from scd_robot.policies.config import ScdPolicyConfig
+from scd_robot.policies.inputs import check_widths, checked_action, model_observation
+from scd_robot.policies.registry import FRAMES
+from scd_robot.policies.sampling import inference
+from scd_robot.seeding import POLICY_NOISE, keyed_rng
+from scd_robot.transforms import TransformConfig, Transforms
+from scd_robot.types import ActionArray, DatasetSpec
+
+__all__ = ["Imagination", "load_imagination"]
+
+Frames = NDArray[np.uint8]
+
+
+def load_imagination(path: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> "Imagination":
+    """Loads a trained model of frames.
+
+    Args:
+        path: checkpoint folder, or a training run's folder (its newest checkpoint).
+        device: torch device, e.g. "cpu" or "cuda".
+        **overrides: as of `Imagination.from_parts`; None leaves the checkpoint's.
+
+    Raises:
+        CheckpointError: missing, foreign or damaged, or of a policy, which plans actions.
+    """
+    checkpoint = read_checkpoint(path)
+    if checkpoint.policy != FRAMES:
+        raise CheckpointError(
+            f"{checkpoint.path} holds a policy ({checkpoint.policy}), which plans actions and imagines no frames; "
+            "train a model of frames with: scd train frames_64"
+        )
+    return Imagination.from_parts(
+        checkpoint.config, checkpoint.weights, checkpoint.normalizer, checkpoint.dataset, device, **overrides
+    )
+
+
+class Imagination:
+    """A trained model of frames; numpy in and out.
+
+    Rows are independent: noise is keyed by (seed, episode, number of the frame).
+
+    Args:
+        model: trained model; moved to `device` and put into evaluation mode.
+        normalizer: statistics it was trained with.
+        dataset: specification of its training data, as recorded.
+        config: sampler, guidance and seed; the rest is of policies and not read.
+        device: torch device.
+        transforms: between the recording and the model.
+
+    Attributes:
+        source: the recording's key of the camera.
+        transforms: as given.
+    """
+
+    def __init__(
+        self,
+        model: FrameModel[Any],
+        normalizer: Normalizer,
+        dataset: DatasetSpec,
+        config: ScdPolicyConfig | None = None,
+        device: str | torch.device = "cpu",
+        transforms: TransformConfig | None = None,
+    ) -> None:
+        self.config = config or ScdPolicyConfig(num_executed=1)
+        self.transforms = Transforms(transforms or TransformConfig(), dataset)
+        self.model, self.normalizer = model.to(device).eval(), normalizer.to(device)
+        self.device = torch.device(device)
+        check_widths(model.config, normalizer, self.transforms.spec)
+        self.config.check_fits(model.config)
+        self._camera = model.config.frames.camera
+        self.source = self.transforms.sources[self._camera]
+
+    @classmethod
+    def from_parts(
+        cls,
+        config: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+        normalizer: Normalizer,
+        dataset: DatasetSpec,
+        device: str | torch.device = "cpu",
+        **overrides: Any,
+    ) -> "Imagination":
+        """From a checkpoint's contents; `overrides` are num_denoising_steps, guidance_scale and seed.
+
+        Raises:
+            CheckpointError: the weights are not those of the configuration.
+        """
+        model = build_model(from_json(ScdConfig, config["model"], "model"))
+        if not isinstance(model, FrameModel):
+            raise CheckpointError("the configuration is of a model that plans actions")
+        try:
+            model.load_state_dict(dict(weights), strict=True)
+        except RuntimeError as error:
+            raise CheckpointError(f"the weights do not fit the configuration: {str(error).splitlines()[-1]}") from error
+        settings = dict(config["policy"])
+        steps = overrides.pop("num_denoising_steps", None)
+        if steps is not None:
+            settings["sampler"] = {**settings["sampler"], "num_denoising_steps": steps}
+        settings.update({name: value for name, value in overrides.items() if value is not None})
+        transforms = from_json(TransformConfig, config["transforms"], "transforms")
+        return cls(model, normalizer, dataset, from_json(ScdPolicyConfig, settings, "policy"), device, transforms)
+
+    def pictures(self, frames: NDArray[Any]) -> Frames:
+        """Recorded frames (B, T, H, W, C) as the model sees them, which is how it imagines them.
+
+        Raises:
+            ShapeError: another size or number of channels than in training, not uint8 of 0 to 255, or nothing in them.
+        """
+        frames = np.asarray(frames)
+        if frames.ndim < 3:
+            raise ShapeError(f"frames must be (B, T, H, W, C), got {frames.shape}")
+        flat = frames.reshape(-1, *frames.shape[2:])
+        seen, _ = model_observation({self.source: flat}, {self._camera: self.source}, self.transforms, False)
+        pictures: Frames = seen[self._camera]
+        return pictures.reshape(*frames.shape[:2], *pictures.shape[1:])
+
+    def imagine(self, frames: NDArray[Any], actions: ActionArray, episodes: Sequence[int] | None = None) -> Frames:
+        """What is seen after each action from the last given frame on.
+
+        Args:
+            frames: (B, Tc, H, W, C) as recorded, at least one.
+            actions: (B, Tc - 1 + Tf, Da) as recorded: action i is executed in control step i, of which the first Tc
+                have a frame.
+            episodes: B numbers, which key the noise; None = 0, 1, ...
+
+        Returns:
+            (B, Tf, H, W, C), frame 0 follows the last given one.
+
+        Raises:
+            ShapeError: see `pictures`; actions of another width, too few, or with NaN.
+        """
+        seen = self.pictures(frames)
+        batch, known = seen.shape[:2]
+        count = (np.shape(actions)[1] if np.ndim(actions) == 3 else 0) - known + 1
+        if count < 1:
+            raise ShapeError(
+                f"actions must be (B, n, {self.transforms.recorded.action_dim}) with n >= {known}, one for each of the "
+                f"{known} frames and each frame to imagine after the first, got {np.shape(actions)}"
+            )
+        checked = checked_action("actions", actions, (batch, known + count - 1, self.transforms.recorded.action_dim))
+        numbers = list(range(batch)) if episodes is None else list(episodes)
+        if len(numbers) != batch:
+            raise ConfigError(f"episodes must be {batch} numbers, one of each row, got {len(numbers)}")
+        with inference(self.device, batch):
+            given = torch.as_tensor(self.transforms.action(checked), device=self.device)
+            rolled = self._roll(
+                torch.as_tensor(seen, device=self.device), self.normalizer.normalize("action", given), numbers
+            )
+            imagined: Frames = rolled.cpu().numpy()
+        return imagined
+
+    def _roll(self, seen: Tensor, action: Tensor, episodes: Sequence[int]) -> Tensor:
+        """Frames (B, Tf, H, W, C) after `seen` (B, Tc, H, W, C), of normalised actions (B, Tc - 1 + Tf, Da)."""
+        model, config = self.model, self.model.config
+        cache, known = model.new_cache(len(seen)), seen.shape[1]
+        conditioning = model.conditioning(self.config.sampler)
+        reads_past = config.past_action_input != "none"
+        imagined: list[Tensor] = []
+        for step in range(action.shape[1]):
+            picture = seen[:, step] if step < known else imagined[-1]
+            past = action[:, max(step - 1, 0)] if reads_past else None  # ignored in the first control step
+            context = model.encode_step({self._camera: picture}, cache, past_action=past)
+            if step < known - 1:
+                continue
+            noise, corruption = self._noise(episodes, len(imagined))
+            tokens = model.imagine(
+                context,
+                action[:, step],
+                picture,
+                sampler=self.config.sampler,
+                noise=noise,
+                guidance_scale=self.config.guidance_scale,
+                corruption_noise=corruption,
+                conditioning=conditioning,
+            )
+            imagined.append(model.frames(tokens, picture))
+        return torch.stack(imagined, dim=1)
+
+    def _noise(self, episodes: Sequence[int], number: int) -> tuple[Tensor, Tensor | None]:
+        """Of one frame: the sampler's (B, L, Dx), and that of guidance (B, K + 1, D)."""
+        config = self.model.config
+        guided = self.config.guidance_scale != 1.0
+        noise = np.empty((len(episodes), *config.token_shape), np.float32)
+        corruption = np.empty((len(episodes) * guided, config.num_decoder_context, config.width), np.float32)
+        for row, episode in enumerate(episodes):
+            rng = keyed_rng(POLICY_NOISE, self.config.seed, episode, number)
+            rng.standard_normal(dtype=np.float32, out=noise[row])
+            if guided:
+                rng.standard_normal(dtype=np.float32, out=corruption[row])
+        placed = [torch.as_tensor(x, device=self.device) for x in (noise, corruption)]
+        return placed[0], placed[1] if guided else None

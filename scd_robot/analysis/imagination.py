@@ -1,0 +1,187 @@
+"""Recorded episodes imagined on from some control step: what a model of frames says would be seen, beside what was.
+
+Shapes: N episodes, Tc control steps that the model sees, Tf frames that it imagines, H W C picture.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scd_robot.analysis.frame_metrics import FrameErrors, frame_errors
+from scd_robot.analysis.frame_sheet import write_sheet, write_side_by_side
+from scd_robot.config import to_json
+from scd_robot.datasets import EpisodeDataset
+from scd_robot.datasets.lazy import RowArray
+from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
+from scd_robot.output import write_json
+from scd_robot.policies import Imagination
+
+__all__ = ["Imagined", "check_recording", "describe", "format_errors", "imagine_episodes", "write_imagined"]
+
+Frames = NDArray[np.uint8]
+
+_MOST_COLUMNS = 10  # of the sheet
+_MOST_ON_SHEET = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Imagined:
+    """What `imagine_episodes` found.
+
+    Attributes:
+        recorded: (N, Tf, H, W, C) uint8, as the model sees pictures.
+        imagined: (N, Tf, H, W, C) uint8.
+        last_context: (N, H, W, C) uint8, the last frame that the model saw.
+        episodes: their numbers.
+        context: Tc.
+        errors: of the imagined frames, and of the last one repeated.
+    """
+
+    recorded: Frames
+    imagined: Frames
+    last_context: Frames
+    episodes: list[int]
+    context: int
+    errors: FrameErrors
+
+
+def imagine_episodes(
+    imagination: Imagination, data: EpisodeDataset, episodes: Sequence[int], context: int, length: int | None = None
+) -> Imagined:
+    """Lets a model see the beginning of each episode, and imagine what follows its executed actions.
+
+    Args:
+        imagination: the model.
+        data: recorded episodes, as recorded.
+        episodes: N numbers.
+        context: Tc, control steps that it sees from the episode's first on, at least one.
+        length: Tf, frames that it imagines; None = up to the end of the shortest of the episodes.
+
+    Raises:
+        ConfigError: no such episode, or one that is too short.
+        ShapeError, UnknownNameError: the recording is not one for this model, see `check_recording`.
+    """
+    check_recording(imagination, data)
+    length = _length(data, episodes, context, length)
+    executed = np.asarray(data.executed())
+    frames, actions = [], []
+    for episode in episodes:
+        start = data.rows(episode).start
+        frames.append(data.arrays[imagination.source][start : start + context + length])
+        actions.append(executed[start : start + context + length - 1])
+    pictures = imagination.pictures(np.stack(frames))
+    imagined = imagination.imagine(np.stack(frames)[:, :context], np.stack(actions), list(episodes))
+    recorded, last = pictures[:, context:], pictures[:, context - 1]
+    errors = frame_errors(recorded, imagined, last, episodes=np.asarray(episodes))
+    return Imagined(recorded, imagined, last, list(episodes), context, errors)
+
+
+def check_recording(imagination: Imagination, data: EpisodeDataset) -> None:
+    """Refuses recordings that are not like those the model was trained on.
+
+    Raises:
+        UnknownNameError: there is no such camera; the message has those there are.
+        ShapeError: its pictures have another size, number of channels or type; or actions another width.
+    """
+    trained, recording, key = imagination.transforms.recorded, data.spec, imagination.source
+    cameras = {k: spec for k, spec in recording.observation.items() if len(spec.shape) == 3}
+    if key not in cameras:
+        raise UnknownNameError("camera (the model was trained on it, the recording has others)", key, cameras)
+    expected, found = trained.observation[key], cameras[key]
+    if found.dtype != expected.dtype:
+        raise ShapeError(
+            f"pictures {key!r} must be {expected.dtype} of 0 to 255, the recording has {found.dtype} of "
+            f"{_range_hint(data.arrays[key])}.astype(np.uint8)"
+        )
+    if found.shape != expected.shape:
+        raise ShapeError(
+            f"pictures {key!r} must be {expected.shape} as in training, the recording has {found.shape}"
+            + _shape_hint(found.shape, expected.shape)
+        )
+    if recording.action_dim != trained.action_dim:
+        raise ShapeError(
+            f"actions must be of width {trained.action_dim} as in training, the recording's are {recording.action_dim}"
+        )
+
+
+def describe(found: Imagined, imagination: Imagination) -> dict[str, Any]:
+    """How frames were imagined and how far off they are, as plain JSON types; see `FrameErrors.to_json`."""
+    how = to_json(imagination.config)
+    return {
+        "episode_numbers": found.episodes,
+        "context": found.context,
+        "settings": {name: how[name] for name in ("sampler", "guidance_scale", "seed")},
+        **found.errors.to_json(),
+    }
+
+
+def write_imagined(found: Imagined, out: Path, fps: float, document: dict[str, Any]) -> None:
+    """Writes out/frames.json, and of the first episodes out/frames.png and out/frames.mp4.
+
+    Args:
+        found: of `imagine_episodes`.
+        out: folder, made where missing.
+        fps: of the video [1/s].
+        document: `describe`, and what else is to stand in the JSON.
+    """
+    shown = slice(0, _MOST_ON_SHEET)
+    pair, last = (found.recorded[shown], found.imagined[shown]), found.last_context[shown]
+    every = -(-found.recorded.shape[1] // _MOST_COLUMNS)
+    write_sheet(out / "frames.png", *pair, every, last_context=last)
+    write_side_by_side(out / "frames.mp4", *pair, fps)
+    write_json(out / "frames.json", document)
+
+
+def format_errors(document: dict[str, Any]) -> str:
+    """A table for people: PSNR against the number of frames ahead."""
+    ahead = [2**i for i in range(document["frames"].bit_length()) if 2**i < document["frames"]]
+    lines = ["PSNR [dB]      on moving pixels              on all pixels"]
+    lines += ["frames ahead   imagined   repeated       imagined   repeated"]
+    for number in [*ahead, document["frames"]]:
+        curves = [document[name][who] for name in ("psnr_moving", "psnr") for who in ("imagined", "copied")]
+        values = [curve["mean"][number - 1] for curve in curves]
+        cells = ["-" if value is None else f"{value:.2f}" for value in values]
+        lines.append(f"{number:12}   {cells[0]:>8}   {cells[1]:>8}       {cells[2]:>8}   {cells[3]:>8}")
+    return "\n".join(lines)
+
+
+def _length(data: EpisodeDataset, episodes: Sequence[int], context: int, length: int | None) -> int:
+    """Frames to imagine; raises ConfigError where an episode is not there, or too short."""
+    if not len(episodes):
+        raise ConfigError("no episode is chosen: name at least one")
+    for episode in episodes:
+        if not 0 <= episode < data.num_episodes:
+            raise ConfigError(f"there is no episode {episode}: the recording has {data.num_episodes}, from 0 on")
+    steps, which = min((int(data.episode_lengths[episode]), episode) for episode in episodes)
+    if not 1 <= context < steps:
+        raise ConfigError(
+            f"context must be 1 to {steps - 1}, since episode {which} has {steps} control steps and one at least is to "
+            f"be imagined; got {context}"
+        )
+    if length is not None and not 1 <= length <= steps - context:
+        raise ConfigError(
+            f"length must be 1 to {steps - context}, since episode {which} has {steps} control steps, {context} of "
+            f"them context, and after them there are neither actions nor pictures to compare with; got {length}"
+        )
+    return steps - context if length is None else length
+
+
+def _range_hint(array: RowArray) -> str:
+    """The range of floating-point pictures, told from the first, and what makes bytes of them."""
+    first = np.asarray(array[0])
+    return "0 to 1: record np.round(255 * picture)" if first.max() <= 1 else "0 to 255: record np.round(picture)"
+
+
+def _shape_hint(found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """What to do about pictures of another shape."""
+    if found[2:] == expected[2:]:
+        return ": they have another size; resize the recording, or use the camera's settings of the training"
+    if (found[2], expected[2]) == (4, 3):
+        return ": the fourth channel (alpha) is not known to the model; record picture[..., :3]"
+    if found[2] == 1:
+        return f": they are grey, the model was trained with {expected[2]} channels"
+    return f": the model was trained with {expected[2]} channels"

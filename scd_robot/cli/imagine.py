@@ -1,0 +1,75 @@
+"""The verb `scd imagine`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from scd_robot.datasets.formats import ReadOptions
+
+__all__ = ["imagine"]
+
+
+def imagine(
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    dataset: Path,
+    episode: tuple[int, ...] = (0,),
+    context: int = 16,
+    length: int | None = None,
+    out: Path,
+    read: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions(),  # noqa: B008 - frozen
+    num_denoising_steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Shows what a model of frames imagines beside what was recorded.
+
+    The model sees the first control steps of an episode, then imagines frame after frame what its recorded actions lead
+    to. OUT gets frames.mp4 (side by side), frames.png (recorded, imagined, difference) and frames.json (PSNR and SSIM
+    against the number of frames ahead, on all and on moving pixels, beside the last frame repeated; docs/frames.md).
+
+    Args:
+        checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint), of a model of frames
+            (scd train frames_64).
+        dataset: recorded episodes of the same camera.
+        episode: their numbers, from 0 on; 'scd data info' tells how many there are.
+        context: control steps that the model sees.
+        length: frames that it imagines then; by default up to the end of the shortest of the episodes.
+        out: folder for the results.
+        read: what to read of the dataset.
+        num_denoising_steps: per frame; by default the checkpoint's.
+        guidance_scale: guidance by context corruption, 1 = off; by default the checkpoint's.
+        seed: of the noise; by default the checkpoint's.
+        device: torch device.
+        overwrite: replace results in OUT.
+        json: write frames.json to this file too ("-": standard output).
+    """
+    import torch
+
+    from scd_robot.analysis.imagination import describe, format_errors, imagine_episodes, write_imagined
+    from scd_robot.datasets import open_dataset
+    from scd_robot.errors import OutputError
+    from scd_robot.output import check_target, write_json
+    from scd_robot.policies import load_imagination
+
+    if (out / "frames.json").exists() and not overwrite:
+        raise OutputError(f"{out} already holds imagined frames; choose another --out, or --overwrite them")
+    for target in (out / "frames.json", *(() if json is None else (json,))):
+        check_target(target)
+    torch.set_num_threads(1)
+    overrides = {"num_denoising_steps": num_denoising_steps, "guidance_scale": guidance_scale, "seed": seed}
+    imagination = load_imagination(checkpoint, device, **overrides)
+    data = open_dataset(dataset, **vars(read))
+    found = imagine_episodes(imagination, data, episode, context, length)
+    document = {"checkpoint": str(checkpoint), "dataset": str(dataset), **describe(found, imagination)}
+    write_imagined(found, out, 1 / data.spec.control_dt, document)
+    if str(json) != "-":
+        print(format_errors(document))
+        print(f"{out / 'frames.png'}, {out / 'frames.mp4'}, {out / 'frames.json'}")
+    if json is not None:
+        write_json(json, document)

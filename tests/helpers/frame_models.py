@@ -1,0 +1,50 @@
+"""Small models of frames, and a moving square to train them on."""
+
+from typing import Any
+
+import numpy as np
+
+from scd_robot.datasets import EpisodeDataset
+from scd_robot.model import FrameConfig, ScdConfig
+from scd_robot.nn import ImageConfig
+from scd_robot.types import ArraySpec, DatasetSpec
+
+SHAPE = (16, 16, 1)
+FRAMES: dict[str, Any] = {
+    "observation_shapes": {"eye": SHAPE},
+    "action_dim": 2,
+    "width": 32,
+    "num_heads": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "history_length": 4,
+    "num_context_tokens": 0,
+    "chunk_length": 1,
+    "num_past_actions": 0,
+    "past_action_input": "full",
+    "images": ImageConfig(channels=(8, 16), tokens_per_image=0),
+    "frames": FrameConfig("eye", patch_size=4),
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "separable": {},
+    "entangled": {"architecture": "entangled", "context_corruption": 0.0, "num_context_tokens": 1},
+}
+
+
+def frame_config(architecture: str = "separable", **changes: Any) -> ScdConfig:
+    """Of a small model; `changes` replace fields."""
+    return ScdConfig(**{**FRAMES, **ARCHITECTURES[architecture], **changes})
+
+
+def moving_square(episodes: int = 12, steps: int = 24, seed: int = 0) -> EpisodeDataset:
+    """A bright square of 4 x 4 pixels, which each action moves by whole pixels; where it would leave, it stays."""
+    rng = np.random.default_rng(seed)
+    frames = np.full((episodes * steps, *SHAPE), 30, np.uint8)
+    action = rng.integers(-2, 3, (episodes * steps, 2)).astype(np.float32)
+    for episode in range(episodes):
+        at = rng.integers(0, 13, 2)
+        for row in range(episode * steps, (episode + 1) * steps):
+            frames[row, at[0] : at[0] + 4, at[1] : at[1] + 4] = 220
+            at = np.clip(at + action[row].astype(int), 0, 12)
+    spec = DatasetSpec({"eye": ArraySpec(SHAPE, "uint8")}, 2, 0.1, "moving square")
+    return EpisodeDataset(spec, steps * np.arange(1, episodes + 1), {"eye": frames, "action": action})
