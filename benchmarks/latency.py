@@ -121,6 +121,12 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)}
 
 
+def ratio_of(above: list[float], below: list[float]) -> dict[str, float]:
+    """Ratio of medians, and 5 to 95 % of the single rounds'."""
+    low, high = np.percentile(np.array(above) / np.array(below), (5, 95))
+    return {"median": float(np.median(above) / np.median(below)), "p5": float(low), "p95": float(high)}
+
+
 def show(
     title: str, column: str, times: dict[int, dict[str, list[float]]], floors: dict[int, dict[str, float]]
 ) -> None:

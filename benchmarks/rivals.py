@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from job import code_version, describe_machine
-from latency import make_policy, observation, percentiles
+from latency import make_policy, observation, percentiles, ratio_of
 
 from scd_robot.analysis.latency import take_turns
 from scd_robot.model import ActionModel
@@ -64,14 +64,14 @@ def main() -> None:
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     ratios: dict[str, dict[str, float]] = {}
     for w, n, arm in keys:
-        ratio = _ratio(times[w, n, arm]["planning tick"], times[w, n, "entangled"]["planning tick"])
+        ratio = ratio_of(times[w, n, arm]["planning tick"], times[w, n, "entangled"]["planning tick"])
         ratios[f"{w} {n} {arm}"] = ratio
         found = [percentiles(times[w, n, arm][name]) for name in columns]
         cells = [f"{p['p50']:.2f} / {p['p99']:.2f}" for p in found]
         beside = "" if arm == "entangled" else f"{ratio['median']:.2f} ({ratio['p5']:.2f}-{ratio['p95']:.2f})"
         print(f"| {w} | {n} | {arm} | " + " | ".join(cells) + f" | {beside} | {memory[w, arm]:,.0f} |")
     print()
-    growth = {arm: _ratio(times[256, 8, arm]["planning tick"], times[16, 8, arm]["planning tick"]) for arm in ARMS}
+    growth = {arm: ratio_of(times[256, 8, arm]["planning tick"], times[16, 8, arm]["planning tick"]) for arm in ARMS}
     for arm, ratio in growth.items():
         print(
             f"- {arm}: planning tick with a history of 256 over 16, NFE 8: {ratio['median']:.2f} "
@@ -108,12 +108,6 @@ def _cache_kib(model: ActionModel[Any]) -> float:
     """Memory of one robot's history [KiB]."""
     cache = model.new_cache(1)
     return sum(getattr(cache, field.name).nbytes for field in fields(cache)) / 1024
-
-
-def _ratio(above: list[float], below: list[float]) -> dict[str, float]:
-    """Ratio of medians, and 5 to 95 % of the single rounds'."""
-    low, high = np.percentile(np.array(above) / np.array(below), (5, 95))
-    return {"median": float(np.median(above) / np.median(below)), "p5": float(low), "p95": float(high)}
 
 
 def _judge(value: float, aim: float) -> str:

@@ -3,9 +3,11 @@
 What PSNR cannot tell, a robot needs to know: whether the block in the imagined picture lies where the recorded block
 lies. A probe is trained to tell positions from real pictures, and asked the same of imagined ones, in cm. It has an
 error of its own, which is told beside them: that of the recorded frames. And it is asked where things were in the last
-seen frame: as far off is who imagines that nothing moves.
+seen frame: as far off is who imagines that nothing moves. Where a thing is not to be seen in an imagined picture, it
+answers with some place in the middle, so the error of guessing the mean position is told as well: what is no better
+may be no picture of the thing at all.
 
-The network is that of Finn et al., "Deep spatial autoencoders for visuomotor learning", arXiv 1509.06113, section V:
+The network is that of Finn et al., "Deep spatial autoencoders for visuomotor learning", arXiv 1509.06113:
 convolutions, then the centre of each of their maps (a softmax over its places), then a perceptron.
 
 Shapes: N pictures or pieces of recordings, Tf frames, H W C picture, n coordinates of a position, M maps.
@@ -84,7 +86,7 @@ class PositionProbe:
         mean: (sum of n,) [m].
         scale: (sum of n,) [m].
         held_out_cm: by name, mean error on episodes that were held out.
-        guess_cm: by name, that of guessing the mean position: what is known without looking.
+        guess_cm: by name, that of guessing the mean position.
     """
 
     network: nn.Module
@@ -94,6 +96,11 @@ class PositionProbe:
     scale: Tensor
     held_out_cm: dict[str, float]
     guess_cm: dict[str, float]
+
+    def guesses(self) -> dict[str, Numbers]:
+        """Mean positions (n,) [m] of the training by name: what is known without looking."""
+        parts = np.split(self.mean.double().numpy(), np.cumsum(list(self.widths.values()))[:-1])
+        return dict(zip(self.widths, parts, strict=True))
 
     def positions(self, frames: Pixels) -> dict[str, Numbers]:
         """Positions (..., n) [m] by name in frames (..., H, W, C) uint8.
@@ -118,6 +125,7 @@ class PositionErrors:
         imagined: of where a thing is in the imagined frames, from where it was.
         copied: in the last seen frame, from where it was later: the error of imagining that nothing moves.
         recorded: in the recorded frames: the probe's own error.
+        guessed: of the mean position of the probe's training: what is known without looking.
         episodes: (N,) number of the episode of each piece; intervals are over episodes.
         probe: that looked.
     """
@@ -125,6 +133,7 @@ class PositionErrors:
     imagined: dict[str, Numbers]
     copied: dict[str, Numbers]
     recorded: dict[str, Numbers]
+    guessed: dict[str, Numbers]
     episodes: NDArray[np.int64]
     probe: PositionProbe
 
@@ -139,9 +148,9 @@ class PositionErrors:
                     "imagined": curve(self.imagined[name], self.episodes),
                     "copied": curve(self.copied[name], self.episodes),
                     "recorded": curve(self.recorded[name], self.episodes),
+                    "guessed": curve(self.guessed[name], self.episodes),
                     "better_by": curve(self.copied[name] - self.imagined[name], self.episodes),
                     "held_out_cm": self.probe.held_out_cm[name],
-                    "guess_cm": self.probe.guess_cm[name],
                 }
                 for name in self.imagined
             },
@@ -233,7 +242,8 @@ def probe_errors(
             )
     looked = (imagined, last_context[:, None], recorded)
     found = [_distances(probe.positions(frames), positions) for frames in looked]
-    return PositionErrors(found[0], found[1], found[2], numbers, probe)
+    guessed = _distances(probe.guesses(), positions)
+    return PositionErrors(found[0], found[1], found[2], guessed, numbers, probe)
 
 
 def _distances(found: Mapping[str, Numbers], wanted: Mapping[str, NDArray[Any]]) -> dict[str, Numbers]:
@@ -271,11 +281,7 @@ def _held_out(episodes: NDArray[np.integer[Any]], config: ProbeConfig) -> NDArra
 def _with_own_error(probe: PositionProbe, frames: Pixels, positions: Mapping[str, NDArray[Any]]) -> PositionProbe:
     """The probe with its error on pictures that it has not seen."""
     own = {name: float(error.mean()) for name, error in _distances(probe.positions(frames), positions).items()}
-    means = np.split(probe.mean.numpy(), np.cumsum(list(probe.widths.values()))[:-1])
-    middle = {
-        name: np.broadcast_to(mean, np.shape(positions[name])) for name, mean in zip(probe.widths, means, strict=True)
-    }
-    guess = {name: float(error.mean()) for name, error in _distances(middle, positions).items()}
+    guess = {name: float(error.mean()) for name, error in _distances(probe.guesses(), positions).items()}
     for name, error in own.items():
         if error > _BLIND * guess[name]:
             logger.warning(

@@ -49,6 +49,9 @@ def test_errors_are_distances_from_where_things_were(probe):
     assert errors.imagined["block"].mean() == pytest.approx(5, abs=0.7)
     assert errors.copied["block"].mean(axis=0) == pytest.approx(np.arange(1, 11), abs=0.8), "it moved on"
     assert errors.recorded["block"].mean() < 0.8
+    assert errors.guessed["block"] == pytest.approx(
+        100 * np.linalg.norm(places[:, 1:] - probe.mean.numpy(), axis=-1), rel=1e-5
+    )
     found = json.loads(json.dumps(errors.to_json(), allow_nan=False))["positions"]["block"]
     assert found["copied"]["mean"] == pytest.approx(errors.copied["block"].mean(axis=0))
     assert found["better_by"]["mean"][-1] == pytest.approx(found["copied"]["mean"][-1] - found["imagined"]["mean"][-1])
