@@ -94,7 +94,9 @@ def check_training(dataset, out):
     command(main, f"--config_path={folder / 'train_config.json'}", "--resume=true", "--steps=5")
     resumed = out / "checkpoints" / "last" / "pretrained_model"
     assert resumed.resolve().parent.name == "000005"
-    assert int(load_file(resumed / "model.safetensors")["num_updates"]) == 5
+    weights = load_file(resumed / "model.safetensors")
+    assert int(weights["num_updates"]) == 5
+    assert weights["still"].nonzero().flatten().tolist() == [3, 5]
     return resumed
 
 
@@ -123,6 +125,13 @@ def observations(policy, steps, rows, seed=0):
         yield batch
 
 
+def context_of(policy, batch):
+    """What the encoder makes of a single observation."""
+    policy.reset()
+    policy.select_action(batch)
+    return policy.context
+
+
 def check_streaming(policy):
     """An episode with history, step by step: contexts are those of one pass over it, actions those of its plans."""
     config, rows, steps = policy.config, 3, 11
@@ -146,9 +155,13 @@ def check_streaming(policy):
         plan = plans[step // config.n_action_steps]
         torch.testing.assert_close(actions[step], plan[:, step % config.n_action_steps], **CLOSE)
     assert (contexts[-1] - contexts[-1 - config.history_stride]).abs().max() > 1e-3
-    policy.reset()
-    policy.select_action(seen[-1])
-    assert (policy.context - contexts[-1]).abs().max() > 1e-3, "the history before the last observation changes nothing"
+    alone = context_of(policy, seen[-1])
+    assert (alone - contexts[-1]).abs().max() > 1e-3, "the history before the last observation changes nothing"
+    for key in policy.model.config.vector_keys:
+        seen[-1][key] = torch.where(policy.still[policy.places[key]], 1e6, seen[-1][key])
+    torch.testing.assert_close(context_of(policy, seen[-1]), alone)
+    seen[-1][policy.model.config.vector_keys[0]][:, 0] *= 0.9
+    assert (context_of(policy, seen[-1]) - alone).abs().max() > 1e-4
     from scd_robot.errors import ShapeError
 
     with refused(ShapeError, "call reset()"):
@@ -202,7 +215,7 @@ def check_conversion(folder, out):
     for step in range(9):
         state = rng.uniform(100, 400, (1, 2)).astype(np.float32)
         rest = rng.uniform(50, 450, (1, 16)).astype(np.float32)
-        rest[:, 3] = 250.1
+        rest[:, 3], rest[:, 5] = 250.1, 1.0
         observation = {"observation.state": state, "observation.environment_state": rest}
         noise = keyed_rng(POLICY_NOISE, 0, 5, step // SMALL["n_action_steps"]).standard_normal(shape, np.float32)
         batch = before({key: torch.from_numpy(value) for key, value in observation.items()})

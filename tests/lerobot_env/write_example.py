@@ -54,7 +54,7 @@ def made_up():
 
 
 def pusht_shaped():
-    """Three episodes of what LeRobot's PushT shows; one number of it never changes."""
+    """Three episodes of what LeRobot's PushT shows; two numbers of it never change, but for rounding."""
     rng = np.random.default_rng(1)
     lengths = (9, 14, 21)
     count = sum(lengths)
@@ -63,6 +63,7 @@ def pusht_shaped():
         "observation.environment_state": rng.uniform(50, 450, (count, 16)).astype(np.float32),
     }
     arrays["observation.environment_state"][:, 3] = 250.1
+    arrays["observation.environment_state"][:, 5] = 1 + 1e-7 * (np.arange(count) % 2)  # rounding
     observation = {key: ArraySpec(array.shape[1:]) for key, array in arrays.items()}
     arrays["action"] = (512 - arrays["observation.state"]).astype(np.float32)
     return EpisodeDataset(

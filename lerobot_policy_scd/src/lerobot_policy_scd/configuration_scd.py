@@ -37,8 +37,8 @@ class ScdConfig(PreTrainedConfig):
         chunk_size: actions in one plan; action 0 is for the current control step.
         n_action_steps: actions taken from one plan before the next.
         normalization_mapping: done by LeRobot's processors. Pictures stay as they are, their encoder knows their range.
-        observation_limit: normalised vectors are clamped to plus and minus this, so that a dimension that never moved
-            in training cannot be blown up later (LeRobot divides by its range of 0 plus 1e-8).
+        observation_limit: normalised vectors are clamped to plus and minus this: LeRobot divides by 1e-8 where
+            quantiles coincide. What never moved in the dataset is 0 for the model, see `ScdPolicy.still`.
         resize_images: height and width of the pictures for the model; empty = as they come.
         width: this and what follows is as in `scd_robot.model.ScdConfig`, and `scd_robot.nn.ImageConfig` for pictures.
         positions_per_window: control steps of each window whose chunks are denoised in training.

@@ -3,8 +3,7 @@
     python -m lerobot_policy_scd.convert RUN/checkpoints/last/pretrained_model CHECKPOINT --fps 10
 
 Observation keys stay LeRobot's, unless `--keys observation.state=proprio` names what the robot or environment calls
-them. The normalisation becomes scd_robot's: the same numbers, but that a dimension that
-never moved in training is 0 for its models and something else for LeRobot's, which the first layer's bias takes in.
+them. The normalisation becomes scd_robot's, which gives the same numbers.
 """
 
 import argparse
@@ -17,7 +16,6 @@ import torch
 from lerobot.configs.types import FeatureType, NormalizationMode
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
 from lerobot.utils.constants import ACTION, POLICY_PREPROCESSOR_DEFAULT_NAME
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lerobot_policy_scd.configuration_scd import ScdConfig
@@ -68,15 +66,9 @@ def convert(folder: Path, out: Path, control_dt: float, keys: Mapping[str, str] 
             raise ConfigError(f"{key!r} is normalised by {mode.value}, which scd_robot does not have")
         modes[key], statistics[key] = _MODES[mode], _statistics(step, key)
     normalizer = Normalizer(statistics, modes)
-    offset = {key: _offset(step, normalizer, key, config.observation_limit) for key in modes}
-    if offset[ACTION].any():
-        raise ConfigError("an action that LeRobot normalises otherwise than scd_robot cannot be converted")
-    weights = policy.averaged.state_dict()
-    vectors = policy.model.config.vector_keys
-    if vectors:
-        together = torch.cat([offset[key] for key in vectors])
-        weight, bias = (weights[f"tokenizer.observation.0.{name}"] for name in ("weight", "bias"))
-        weights["tokenizer.observation.0.bias"] = bias + weight @ together
+    for key in modes:
+        still = None if key == ACTION else policy.still[policy.places[key]]
+        _check_alike(step, normalizer, key, still)
     write_checkpoint(
         out,
         policy="scd",
@@ -84,7 +76,7 @@ def convert(folder: Path, out: Path, control_dt: float, keys: Mapping[str, str] 
         config=_experiment(policy, called),
         dataset=_dataset(config, control_dt, called),
         normalizer=normalizer,
-        weights=weights,
+        weights=policy.averaged.state_dict(),
         origin={"lerobot": str(folder)},
         metrics={},
     )
@@ -108,32 +100,31 @@ def _statistics(step: NormalizerProcessorStep, key: str) -> FieldStatistics:
     return FieldStatistics(*(tuple(map(float, column)) for column in columns))
 
 
-def _offset(step: NormalizerProcessorStep, normalizer: Normalizer, key: str, limit: float) -> Tensor:
-    """(Do,) what LeRobot's numbers are larger by: 0, or in dimensions that never moved anything.
+def _check_alike(step: NormalizerProcessorStep, normalizer: Normalizer, key: str, still: Tensor | None) -> None:
+    """Raises ConfigError where LeRobot's numbers of `key` (for actions those that come back) are others than ours.
 
-    Raises:
-        ConfigError: they differ otherwise.
+    Args:
+        step: LeRobot's.
+        normalizer: ours.
+        key: observation key or "action".
+        still: (Do,) numbers that the policy holds at 0; None = it holds none.
     """
     known = normalizer.statistics[key]
     ends = torch.tensor([known.minimum, known.maximum])
-    if key == ACTION:  # the inverse is what counts
+    if still is None:
         ends = torch.tensor([[-1.0], [1.0]]).expand(2, known.width)
         theirs, ours = step._normalize_action(ends, inverse=True), normalizer.denormalize(key, ends)
     else:
-        theirs = step._normalize_observation({key: ends}, inverse=False)[key].clamp(-limit, limit)
-        ours = normalizer.normalize(key, ends)
-    _, half = known.center_and_half(normalizer.modes[key])
-    difference = (theirs - ours).numpy()
-    moves = half != 0
-    differs = moves & ~np.isclose(theirs.numpy(), ours.numpy(), rtol=1e-4, atol=1e-4).all(0)
-    still: NDArray[np.bool_] = ~moves & (np.ptp(difference, axis=0) > 1e-4)
-    wrong = np.flatnonzero(differs | still)
+        theirs, ours = step._normalize_observation({key: ends}, inverse=False)[key], normalizer.normalize(key, ends)
+        constant = torch.from_numpy(known.center_and_half(normalizer.modes[key])[1] == 0)
+        theirs = torch.where(still & constant, ours, theirs)  # both are 0, but for rounding
+    scale = np.maximum(1.0, np.abs(ours.numpy()))
+    wrong = np.flatnonzero((np.abs((theirs - ours).numpy()) > 1e-4 * scale).any(0))
     if len(wrong):
         raise ConfigError(
-            f"LeRobot and scd_robot normalise dimensions {wrong.tolist()} of {key!r} otherwise: they hardly moved in "
+            f"LeRobot and scd_robot normalise dimensions {wrong.tolist()} of {key!r} otherwise, which hardly moved in "
             "the dataset; leave them out of it, and train again"
         )
-    return torch.from_numpy(np.where(moves, 0.0, difference[0]).astype(np.float32))
 
 
 def _experiment(policy: ScdPolicy, called: Mapping[str, str]) -> dict[str, Any]:

@@ -5,11 +5,13 @@ LeRobot has it.
 """
 
 import copy
+import itertools
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lerobot.configs.types import FeatureType
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -21,6 +23,7 @@ from lerobot_policy_scd.windows import WindowDraws, Windows, window_loss
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.model import ScdModel
 from scd_robot.nn import KVCache
+from scd_robot.normalization import is_constant
 
 __all__ = ["ScdPolicy"]
 
@@ -31,6 +34,10 @@ class ScdPolicy(PreTrainedPolicy):
     Attributes:
         model: what is trained.
         averaged: its moving average, which acts.
+        still: (sum of Do,) bool, of the vectors side by side, keys sorted: numbers that did not move in the dataset but
+            for rounding. They are 0 for the model, whatever they are later; LeRobot would stretch the rounding to
+            [-1, 1], and divide any later change by 1e-8.
+        places: by key, where a vector lies among them.
     """
 
     config_class = ScdConfig
@@ -48,12 +55,28 @@ class ScdPolicy(PreTrainedPolicy):
         self.model = ScdModel(config.model_config())
         self.averaged = copy.deepcopy(self.model).requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        shapes, keys = self.model.config.observation_shapes, self.model.config.vector_keys
+        ends = list(itertools.accumulate(shapes[key][0] for key in keys))
+        self.places = {key: slice(end - shapes[key][0], end) for key, end in zip(keys, ends, strict=True)}
+        self.register_buffer("still", torch.zeros(ends[-1] if ends else 0, dtype=torch.bool))
+        self._note_still(dataset_stats)
         self.reset()
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, *, strict: bool = True, **kwargs: Any) -> "ScdPolicy":
-        """As LeRobot's, but weights that are missing are an error unless `strict=False`."""
-        return super().from_pretrained(pretrained_name_or_path, strict=strict, **kwargs)
+        """As LeRobot's, but weights that are missing are an error unless `strict=False`.
+
+        With the `dataset_stats` of another dataset, by which LeRobot then normalises, `still` is that one's.
+        """
+        policy = super().from_pretrained(pretrained_name_or_path, strict=strict, **kwargs)
+        policy._note_still(kwargs.get("dataset_stats"))
+        return policy
+
+    def _note_still(self, stats: Mapping[str, Any] | None) -> None:
+        for key, place in self.places.items():
+            if stats is not None and {"min", "max"} <= stats.get(key, {}).keys():
+                low, high = (np.asarray(stats[key][name], np.float64).reshape(-1) for name in ("min", "max"))
+                self.still[place] = torch.from_numpy(is_constant(low, high)).to(self.still.device)
 
     # Training.
 
@@ -205,7 +228,8 @@ class ScdPolicy(PreTrainedPolicy):
             wanted = ", ".join(map(str, expected))
             raise ShapeError(f"observation {key!r} must be (B, {wanted}), got {tuple(value.shape)}")
         if feature.type is not FeatureType.VISUAL:
-            return value.float().clamp(-self.config.observation_limit, self.config.observation_limit)
+            limit = self.config.observation_limit
+            return value.float().clamp(-limit, limit).masked_fill(self.still[self.places[key]], 0.0)
         return pictures_of(value, self.config.resize_images)
 
 
