@@ -19,7 +19,9 @@ SPEC = DatasetSpec({"proprio": ArraySpec((4,)), "camera": ArraySpec((8, 8, 3), "
 PUSHT = DatasetSpec(
     {"state": ArraySpec((5,)), "keypoint": ArraySpec((9, 2)), "img": SPEC.observation["camera"]}, 3, 0.1
 )
+CAMERA = DatasetSpec({"proprio": ArraySpec((4,)), "camera": ArraySpec((64, 64, 3), "uint8")}, 3, 0.1)
 FITTING = {  # by preset a dataset, and the model's observations
+    "frames_64": (CAMERA, {"camera": (64, 64, 3)}),
     "image": (SPEC, {"proprio": (4,), "camera": (8, 8, 3)}),
     "memory_state": (SPEC, {"proprio": (4,)}),
     "metaworld_state": (SPEC, {"proprio": (4,)}),
@@ -55,6 +57,23 @@ def test_state_preset_reads_vectors_only_and_says_so(caplog: pytest.LogCaptureFi
     assert "camera are no vectors" in caplog.text
     with pytest.raises(DatasetError, match=r"needs vector observations, got \['camera'\]"):
         resolve("metaworld_state", DatasetSpec({"camera": SPEC.observation["camera"]}, 3, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("observation", "told"),
+    [
+        ({"camera": SPEC.observation["camera"]}, r"of 64 x 64, 'camera' has 8 x 8: resize them with --transforms"),
+        (
+            {"camera": ArraySpec((64, 64, 3), "float32")},
+            r"uint8 .*got camera float32 .*: record pictures so",
+        ),
+        (dict.fromkeys(("left", "right"), CAMERA.observation["camera"]), r"one camera.*left uint8.*: choose one with"),
+        ({"proprio": ArraySpec((4,))}, r"one camera.*got proprio float32 \(4,\): record pictures so"),
+    ],
+)
+def test_frames_preset_takes_one_camera_of_its_size(observation: dict, told: str) -> None:
+    with pytest.raises(DatasetError, match=told):
+        resolve("frames_64", DatasetSpec(observation, 3, 0.1))
 
 
 def test_image_preset_takes_pictures_of_any_size(caplog: pytest.LogCaptureFixture) -> None:

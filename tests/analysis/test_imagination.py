@@ -6,44 +6,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from frame_models import ARCHITECTURES, SHAPE, frame_config, moving_square
+from frame_models import ARCHITECTURES, SHAPE, frame_config, frame_experiment, moving_square
 
 from scd_robot.analysis.imagination import check_recording, imagine_episodes
 from scd_robot.checkpoint import read_checkpoint
 from scd_robot.cli.main import main
 from scd_robot.datasets import EpisodeDataset
 from scd_robot.datasets.convert import write_zarr
-from scd_robot.diffusion import FlowTimeConfig
 from scd_robot.errors import CheckpointError, ConfigError, ShapeError, UnknownNameError
 from scd_robot.model import build_model
 from scd_robot.policies import Imagination, load_imagination, load_policy
 from scd_robot.policies.scd import ScdPolicyConfig
-from scd_robot.training import ExperimentConfig, TrainingConfig, train
-from scd_robot.training.augmentation import AugmentationConfig
+from scd_robot.training import train
 from scd_robot.training.start import fit_normalizer
 from scd_robot.types import ArraySpec
 
 DATA = moving_square()
-
-
-def experiment(max_steps: int = 4, architecture: str = "separable", **training: object) -> ExperimentConfig:
-    settings = {
-        "max_steps": max_steps,
-        "batch_size": 4,
-        "segment_length": 12,
-        "positions_per_segment": 8,
-        "warmup_steps": 2,
-        "validate_every": 2,
-        "held_out": 0.2,
-        "learning_rate": 2e-3,
-        "ema_decay": 0.98,
-        "flow_time": FlowTimeConfig("logit_normal", -0.8, 0.8),
-        "augmentation": AugmentationConfig(0, 0, 0, 0),
-        **training,
-    }
-    return ExperimentConfig(
-        "square", frame_config(architecture), TrainingConfig(**settings), ScdPolicyConfig(num_executed=1)
-    )
 
 
 def untrained(**settings: object) -> Imagination:
@@ -54,7 +32,7 @@ def untrained(**settings: object) -> Imagination:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     config = ScdPolicyConfig(num_executed=1, **settings)
-    return Imagination(model, fit_normalizer(DATA, experiment()), DATA.spec, config)
+    return Imagination(model, fit_normalizer(DATA, frame_experiment()), DATA.spec, config)
 
 
 def without(key: str, array: np.ndarray) -> EpisodeDataset:
@@ -169,10 +147,10 @@ def test_arrays_that_are_no_recording_are_refused(frames: np.ndarray, actions: n
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_model_of_frames_trains_resumes_to_the_same_weights_and_imagines(tmp_path, architecture, capsys) -> None:
     options = {"accelerator": "cpu", "progress": False}
-    train(DATA, experiment(4, architecture), tmp_path / "run", **options)
+    train(DATA, frame_experiment(4, architecture), tmp_path / "run", **options)
     whole = read_checkpoint(tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "step_00000004").rename(tmp_path / "whole")
-    train(DATA, experiment(4, architecture), tmp_path / "run", resume=True, **options)
+    train(DATA, frame_experiment(4, architecture), tmp_path / "run", resume=True, **options)
     again = read_checkpoint(tmp_path / "run")
     assert all(torch.equal(again.weights[name], value) for name, value in whole.weights.items())
     assert {"val/loss", "val/frame_rmse", "val/repeated_frame_rmse"} <= whole.metrics.keys()
@@ -192,7 +170,7 @@ def test_a_model_of_frames_trains_resumes_to_the_same_weights_and_imagines(tmp_p
 
 
 def test_policies_and_models_of_frames_are_told_apart(tmp_path, tiny_run, refused) -> None:
-    train(DATA, experiment(2), tmp_path / "run", accelerator="cpu", progress=False)
+    train(DATA, frame_experiment(2), tmp_path / "run", accelerator="cpu", progress=False)
     with pytest.raises(ConfigError, match=r"imagines frames and plans no actions: .* 'scd imagine'"):
         load_policy(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"holds a policy .* imagines no frames; train .* frames_64"):
@@ -200,13 +178,13 @@ def test_policies_and_models_of_frames_are_told_apart(tmp_path, tiny_run, refuse
     evaluation = ["eval", tmp_path / "run", "--env", "nowhere:make", "--out", tmp_path / "evaluation"]
     refused(evaluation, "imagines frames and plans no actions")
     with pytest.raises(ConfigError, match="nothing to evaluate in an environment"):
-        train(DATA, experiment(2), tmp_path / "other", evaluate=lambda policy: {}, evaluate_every=2)
+        train(DATA, frame_experiment(2), tmp_path / "other", evaluate=lambda policy: {}, evaluate_every=2)
 
 
 @pytest.mark.slow
 def test_imagination_of_a_moving_square_beats_the_last_frame_repeated_on_moving_pixels(tmp_path) -> None:
     data, held_out = moving_square(60), moving_square(8, seed=1)
-    settings = experiment(600, validate_every=150, warmup_steps=30)
+    settings = frame_experiment(600, validate_every=100, warmup_steps=20, positions_per_segment=11)
     train(data, settings, tmp_path / "run", accelerator="cpu", progress=False)
     losses = [
         read_checkpoint(folder).metrics["val/loss"] for folder in sorted((tmp_path / "run" / "checkpoints").iterdir())

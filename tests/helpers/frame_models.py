@@ -5,8 +5,12 @@ from typing import Any
 import numpy as np
 
 from scd_robot.datasets import EpisodeDataset
+from scd_robot.diffusion import FlowTimeConfig
 from scd_robot.model import FrameConfig, ScdConfig
 from scd_robot.nn import ImageConfig
+from scd_robot.policies.scd import ScdPolicyConfig
+from scd_robot.training import ExperimentConfig, TrainingConfig
+from scd_robot.training.augmentation import AugmentationConfig
 from scd_robot.types import ArraySpec, DatasetSpec
 
 SHAPE = (16, 16, 1)
@@ -34,6 +38,27 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def frame_config(architecture: str = "separable", **changes: Any) -> ScdConfig:
     """Of a small model; `changes` replace fields."""
     return ScdConfig(**{**FRAMES, **ARCHITECTURES[architecture], **changes})
+
+
+def frame_experiment(max_steps: int = 4, architecture: str = "separable", **training: Any) -> ExperimentConfig:
+    """To train one on the moving square; `training` replaces fields."""
+    settings: dict[str, Any] = {
+        "max_steps": max_steps,
+        "batch_size": 4,
+        "segment_length": 12,
+        "positions_per_segment": 8,
+        "warmup_steps": 2,
+        "validate_every": 2,
+        "held_out": 0.2,
+        "learning_rate": 2e-3,
+        "ema_decay": 0.98,
+        "flow_time": FlowTimeConfig("logit_normal", -2.0, 1.2),
+        "augmentation": AugmentationConfig(0, 0, 0, 0),
+        **training,
+    }
+    return ExperimentConfig(
+        "square", frame_config(architecture), TrainingConfig(**settings), ScdPolicyConfig(num_executed=1)
+    )
 
 
 def moving_square(episodes: int = 12, steps: int = 24, seed: int = 0) -> EpisodeDataset:
