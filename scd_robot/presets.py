@@ -154,7 +154,7 @@ def frames_64(dataset: DatasetSpec) -> ExperimentConfig:
     """Imagines the next frames of one camera, 64 x 64 pixels, given what was seen and the actions to be executed.
 
     The encoder has 16 tokens for each picture, the decoder 64 patches. Pictures are not augmented: what moves or
-    changes its colour in them has done so. Flow times are nearer to noise than usual, as in arXiv 2511.13720.
+    changes its colour in them has done so. Flow times are near to noise, since changes are seen through much of it.
     """
     shapes = {
         key: spec.shape for key, spec in dataset.observation.items() if len(spec.shape) == 3 and spec.dtype == "uint8"
@@ -190,7 +190,7 @@ def frames_64(dataset: DatasetSpec) -> ExperimentConfig:
             batch_size=4,
             segment_length=24,
             positions_per_segment=8,
-            flow_time=FlowTimeConfig("logit_normal", mean=-0.8, std=0.8),
+            flow_time=FlowTimeConfig("logit_normal", mean=-2.0, std=1.2),
             ema_decay=0.999,
             augmentation=AugmentationConfig(0, 0, 0, 0),
             validate_every=250,

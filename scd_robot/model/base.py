@@ -166,6 +166,7 @@ class HistoryModel(nn.Module, Generic[ContextT]):
         context: ContextT,
         token_valid: Tensor | None = None,
         end_time: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> Tensor:
         """One evaluation of the decoder, as training needs it.
 
@@ -175,11 +176,13 @@ class HistoryModel(nn.Module, Generic[ContextT]):
             context: of R samples.
             token_valid: (R, L) bool, tokens that exist; the others are seen by nobody. None = all.
             end_time: like flow_time, with `step_end_input`: where the step ends. None = it has no length.
+            known: (R, L, any) what is known of each token, in models of frames.
 
         Returns:
             (R, L, Da).
         """
         conditioning, prepared = self.decoder.condition(flow_time, end_time), self.decoder.prepare(context)
+        x = x if known is None else torch.cat((x, known), dim=-1)
         out: Tensor = self.decoder.velocity(x, conditioning, prepared, token_valid)
         return out
 

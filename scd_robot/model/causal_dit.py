@@ -121,6 +121,7 @@ class CausalDitTransformer(FlowTransformer):
         num_tokens, token_dim = config.token_shape
         super().__init__(
             token_dim=token_dim,
+            known_dim=token_dim if config.decodes_frames else 0,
             num_positions=num_tokens,
             num_hidden_positions=config.num_past_actions,
             width=config.width,

@@ -58,6 +58,7 @@ class FlowTransformer(nn.Module):
             changes nothing for the rest (past actions, in past-token prediction).
         width: D.
         blocks: modulated by flow time.
+        known_dim: numbers of each token that are known and not denoised; they stand behind the Dx noisy ones.
         step_end_input: the output is the average velocity over a step, whose length is embedded like flow time. The
             embedding is zero at first, so that weights trained without it say what they said.
     """
@@ -70,11 +71,12 @@ class FlowTransformer(nn.Module):
         num_hidden_positions: int,
         width: int,
         blocks: Iterable[AdaLNBlock],
+        known_dim: int = 0,
         step_end_input: bool = False,
     ) -> None:
         super().__init__()
         self.num_hidden = num_hidden_positions
-        self.embed = nn.Linear(token_dim, width)
+        self.embed = nn.Linear(token_dim + known_dim, width)
         self.position = nn.Parameter(torch.randn(num_positions, width) * 0.02)
         self.flow_time = FlowTimeEmbedding(width)
         self.blocks = nn.ModuleList(blocks)
@@ -106,7 +108,7 @@ class FlowTransformer(nn.Module):
         return Conditioning([block.modulate_by(features) for block in blocks], (shift, 1 + scale))
 
     def embed_noisy(self, x: Tensor) -> Tensor:
-        """Noisy tokens (B, L, D) of x (B, L, Dx), which holds all positions, or all but the hidden ones."""
+        """Noisy tokens (B, L, D) of x (B, L, Dx and known_dim): of all positions, or all but the hidden ones."""
         tokens: Tensor = self.embed(x) + self.position[-x.shape[1] :]
         return tokens
 

@@ -3,8 +3,9 @@
     context = encoder(pictures, actions)                     once per control step, keys and values cached
     frame   = decoder(noisy patches, flow time; context, action)      once per denoising step, no attention to history
 
-Encoder and decoder are those that plan actions; the decoder's tokens are patches of the frame that follows, and the
-action executed in the present control step is one more token of its context. Further frames follow by giving what was
+Encoder and decoder are those that plan actions; the decoder's tokens are patches of the frame that follows, each beside
+the patch that was last seen in its place, and the action executed in the present control step is one more token of its
+context. Further frames follow by giving what was
 imagined to the encoder as the next observation.
 
 The decoder says what the clean patch is, not the velocity, which follows from it: a patch has more numbers than the
@@ -17,7 +18,7 @@ Da action width, D width.
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -62,12 +63,14 @@ class FrameModel(HistoryModel[ContextT]):
 
     def tokens(self, frame: Tensor, last: Tensor) -> Tensor:
         """Clean tokens (R, L, Dx) of frames (R, H, W, C) uint8 that follow those in `last`."""
-        side, values = self.config.frames.patch_size, self._scaled(frame)
+        values = self._scaled(frame)
         if self.config.frames.residual:
             values = _CHANGE * (values - self._scaled(last))
-        rows, height, width, channels = values.shape
-        grid = values.reshape(rows, height // side, side, width // side, side, channels).transpose(2, 3)
-        return grid.flatten(3).flatten(1, 2)
+        return self._patches(values)
+
+    def known(self, last: Tensor) -> Tensor:
+        """What is known (R, L, Dx) of each token: the patch of the last frame."""
+        return self._patches(self._scaled(last))
 
     def frames(self, tokens: Tensor, last: Tensor) -> Tensor:
         """Inverse of `tokens`, (R, H, W, C) uint8."""
@@ -85,9 +88,10 @@ class FrameModel(HistoryModel[ContextT]):
         context: ContextT,
         token_valid: Tensor | None = None,
         end_time: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> Tensor:
         """As of `HistoryModel`, at flow times below 1, from the clean tokens that the decoder says."""
-        said = super().velocity(x, flow_time, context, token_valid, end_time)
+        said = super().velocity(x, flow_time, context, token_valid, end_time, known)
         return (said - x) / (1 - flow_time)[..., None]
 
     def imagine(
@@ -130,19 +134,19 @@ class FrameModel(HistoryModel[ContextT]):
             noise = torch.randn(shape, device=weight.device, dtype=weight.dtype)
         sampler = sampler or SamplerConfig()
         conditioning = self.conditioning(sampler) if conditioning is None else conditioning
-        full = self.with_action(context, action)
-        return sample(self._velocity(full, conditioning, None, guidance_scale, corruption_noise), noise, sampler).x
+        full, known = self.with_action(context, action), self.known(last)
+        clean = self._velocity(full, conditioning, None, guidance_scale, corruption_noise)
 
-    def _velocity(
-        self,
-        context: ContextT,
-        conditioning: Mapping[float, Conditioning],
-        token_valid: Tensor | None,
-        guidance_scale: float,
-        corruption_noise: Tensor | None,
-    ) -> Callable[[Tensor, float], Tensor]:
-        clean = super()._velocity(context, conditioning, token_valid, guidance_scale, corruption_noise)
-        return lambda x, time: (clean(x, time) - x) / (1 - time)
+        def velocity(x: Tensor, time: float) -> Tensor:
+            return (clean(torch.cat((x, known), dim=-1), time) - x) / (1 - time)
+
+        return sample(velocity, noise, sampler).x
+
+    def _patches(self, values: Tensor) -> Tensor:
+        """(R, H, W, C) as (R, L, Dx)."""
+        side, (rows, height, width, channels) = self.config.frames.patch_size, values.shape
+        grid = values.reshape(rows, height // side, side, width // side, side, channels).transpose(2, 3)
+        return grid.flatten(3).flatten(1, 2)
 
     def _scaled(self, frame: Tensor) -> Tensor:
         """Pictures (R, H, W, C) uint8 in [-1, 1]."""

@@ -35,6 +35,7 @@ class SeparableModel(HistoryModel[Tensor]):
         num_tokens, token_dim = config.token_shape
         self.decoder = DiffusionDecoder(
             token_dim=token_dim,
+            known_dim=token_dim if config.decodes_frames else 0,
             num_positions=num_tokens,
             num_hidden_positions=config.num_past_actions,
             num_context_tokens=config.num_decoder_context,

@@ -145,10 +145,11 @@ def velocity_error(
     its authors' code.
     """
     config = model.config
-    context = samples.context
+    context, known = samples.context, None
     if isinstance(model, FrameModel):
         assert samples.action is not None
-        context = model.with_action(context, samples.action)
+        assert samples.last is not None
+        context, known = model.with_action(context, samples.action), model.known(samples.last)
     if config.context_corruption:
         context = corrupt(context, draws.corruption.flatten(0, 2), config.context_corruption)
     flow_time, noise = draws.flow_time.flatten()[:, None], draws.noise.flatten(0, 2)
@@ -161,7 +162,7 @@ def velocity_error(
     path = interpolate(noise, samples.data, flow_time)
 
     def velocity(x: Tensor, start: Tensor, end: Tensor) -> Tensor:
-        return model.velocity(x, start, context, samples.valid, end)
+        return model.velocity(x, start, context, samples.valid, end, known)
 
     if objective in _AVERAGE_VELOCITY:
         said, target = _AVERAGE_VELOCITY[objective](velocity, path.x_t, flow_time, end_time, path.velocity)

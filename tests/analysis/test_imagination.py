@@ -184,7 +184,7 @@ def test_policies_and_models_of_frames_are_told_apart(tmp_path, tiny_run, refuse
 @pytest.mark.slow
 def test_imagination_of_a_moving_square_beats_the_last_frame_repeated_on_moving_pixels(tmp_path) -> None:
     data, held_out = moving_square(60), moving_square(8, seed=1)
-    settings = frame_experiment(600, validate_every=150, warmup_steps=30)
+    settings = frame_experiment(600, validate_every=100, warmup_steps=20, positions_per_segment=11)
     train(data, settings, tmp_path / "run", accelerator="cpu", progress=False)
     losses = [
         read_checkpoint(folder).metrics["val/loss"] for folder in sorted((tmp_path / "run" / "checkpoints").iterdir())

@@ -52,7 +52,7 @@ def frame_experiment(max_steps: int = 4, architecture: str = "separable", **trai
         "held_out": 0.2,
         "learning_rate": 2e-3,
         "ema_decay": 0.98,
-        "flow_time": FlowTimeConfig("logit_normal", -0.8, 0.8),
+        "flow_time": FlowTimeConfig("logit_normal", -2.0, 1.2),
         "augmentation": AugmentationConfig(0, 0, 0, 0),
         **training,
     }

@@ -95,8 +95,10 @@ def test_velocity_leads_to_what_the_decoder_says_is_clean() -> None:
     model = randomised(frame_config())
     context = model.with_action(torch.randn(2, 16, 32, dtype=DOUBLE), torch.randn(2, 2, dtype=DOUBLE))
     x, flow_time = torch.randn(2, 16, 16, dtype=DOUBLE), torch.tensor([[0.2], [0.9]], dtype=DOUBLE)
-    clean = model.decoder(x, flow_time, context)
-    torch.testing.assert_close(x + (1 - flow_time)[..., None] * model.velocity(x, flow_time, context), clean)
+    known = torch.randn(2, 16, 16, dtype=DOUBLE)
+    clean = model.decoder(torch.cat((x, known), dim=-1), flow_time, context)
+    velocity = model.velocity(x, flow_time, context, known=known)
+    torch.testing.assert_close(x + (1 - flow_time)[..., None] * velocity, clean)
 
 
 @torch.no_grad()
@@ -108,7 +110,8 @@ def test_guidance_leads_away_from_a_corrupted_context() -> None:
     strong = model.imagine(context, action, last, **one_step)
     guided = model.imagine(context, action, last, guidance_scale=1.5, corruption_noise=drawn, **one_step)
     spoiled = corrupt(model.with_action(context, action), drawn, 0.5)
-    weak = model.decoder(one_step["noise"], torch.zeros(2, 1, dtype=DOUBLE), spoiled)
+    x = torch.cat((one_step["noise"], model.known(last)), dim=-1)
+    weak = model.decoder(x, torch.zeros(2, 1, dtype=DOUBLE), spoiled)
     torch.testing.assert_close(guided, weak + 1.5 * (strong - weak))
 
 
