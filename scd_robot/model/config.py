@@ -84,7 +84,7 @@ class ScdConfig:
         memory_gate: zero-initialised gate per head on attention to earlier control steps (arXiv 2604.18933).
         encoder_bias: the encoder's queries, keys and values have a bias, as converted layers need (convert.py).
         max_delay_steps: largest prefix of committed actions that training shows to the decoder as clean
-            (training-time real-time chunking, arXiv 2512.05964); 0 = off.
+            (training-time real-time chunking, arXiv 2512.05964), in half of the plans it learns from; 0 = off.
         step_end_input: the decoder is told where its denoising step ends and gives the average velocity until there;
             for the objectives mean_flow and shortcut.
         images: how pictures become tokens; nothing where there are none.

@@ -117,6 +117,14 @@ def test_committed_actions_are_the_executed_ones_and_carry_no_loss() -> None:
     assert count < (samples.valid & samples.counted[:, None]).sum()
 
 
+def test_half_of_the_plans_commit_to_nothing_and_the_rest_to_each_delay() -> None:
+    """So that action 0 is learned as well as the others, however many delays there are."""
+    experiment = tiny_experiment(model={"max_delay_steps": 3}, noise_draws=32)
+    delay = batch_of(experiment).draws.delay.flatten()
+    assert set(delay.tolist()) == {0, 1, 2, 3}
+    assert 0.4 < float((delay == 0).float().mean()) < 0.6
+
+
 @pytest.mark.parametrize("fusion", ["concat", "prefix"])
 def test_every_parameter_gets_a_gradient(fusion: str) -> None:
     experiment = tiny_experiment(model={"fusion": fusion, "memory_gate": True, "max_delay_steps": 2})
