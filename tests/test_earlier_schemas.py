@@ -33,7 +33,8 @@ def act(schema, change=None):
 def test_a_checkpoint_of_each_schema_acts_as_it_did(schema):
     manifest = json.loads((FOLDER / f"schema_{schema}" / "checkpoint" / "manifest.json").read_text())
     assert manifest["schema"] == schema
-    np.testing.assert_allclose(act(schema), episode(schema)["actions"], rtol=0, atol=1e-4)  # other processors round otherwise
+    # Other processors round otherwise.
+    np.testing.assert_allclose(act(schema), episode(schema)["actions"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "encoder", "decoder"])
