@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scd_robot.errors import CheckpointError, ConfigError, DatasetError, ShapeError, UnknownNameError
 
-__all__ = ["MODES", "FieldStatistics", "Mode", "Normalizer", "compute_statistics", "is_constant"]
+__all__ = ["MODES", "FieldStatistics", "Mode", "Normalizer", "compute_statistics"]
 
 Mode = Literal["min_max", "mean_std", "quantile", "identity"]
 MODES: tuple[Mode, ...] = ("min_max", "mean_std", "quantile", "identity")

@@ -63,7 +63,7 @@ def pusht_shaped():
         "observation.environment_state": rng.uniform(50, 450, (count, 16)).astype(np.float32),
     }
     arrays["observation.environment_state"][:, 3] = 250.1
-    arrays["observation.environment_state"][:, 5] = 1 + 1e-7 * (np.arange(count) % 2)  # rounding
+    arrays["observation.environment_state"][:, 5] = 1 + 2e-6 * (np.arange(count) % 2)  # rounding
     observation = {key: ArraySpec(array.shape[1:]) for key, array in arrays.items()}
     arrays["action"] = (512 - arrays["observation.state"]).astype(np.float32)
     return EpisodeDataset(

@@ -16,7 +16,7 @@ import torch
 from lerobot.configs.types import FeatureType, NormalizationMode
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
 from lerobot.utils.constants import ACTION, POLICY_PREPROCESSOR_DEFAULT_NAME
-from torch import Tensor
+from numpy.typing import NDArray
 
 from lerobot_policy_scd.configuration_scd import ScdConfig
 from lerobot_policy_scd.modeling_scd import ScdPolicy
@@ -59,16 +59,17 @@ def convert(folder: Path, out: Path, control_dt: float, keys: Mapping[str, str] 
             raise UnknownNameError("observation key of the policy", key, called)
         called[key] = name
     step = _normalizer_step(folder)
+    still = {key: policy.still[place].numpy() for key, place in policy.places.items()}
+    still[ACTION] = np.zeros(config.action_feature.shape, bool)
     statistics, modes = {}, {}
-    for key in [*policy.model.config.vector_keys, ACTION]:
+    for key, held in still.items():
         mode = step.norm_map.get(step.features[key].type, NormalizationMode.IDENTITY)
         if mode not in _MODES:
             raise ConfigError(f"{key!r} is normalised by {mode.value}, which scd_robot does not have")
-        modes[key], statistics[key] = _MODES[mode], _statistics(step, key)
+        modes[key], statistics[key] = _MODES[mode], _statistics(step, key, held)
     normalizer = Normalizer(statistics, modes)
-    for key in modes:
-        still = None if key == ACTION else policy.still[policy.places[key]]
-        _check_alike(step, normalizer, key, still)
+    for key, held in still.items():
+        _check_alike(step, normalizer, key, held)
     write_checkpoint(
         out,
         policy="scd",
@@ -90,40 +91,42 @@ def _normalizer_step(folder: Path) -> NormalizerProcessorStep:
     return found[0]
 
 
-def _statistics(step: NormalizerProcessorStep, key: str) -> FieldStatistics:
+def _statistics(step: NormalizerProcessorStep, key: str, still: NDArray[np.bool_]) -> FieldStatistics:
+    """LeRobot's statistics as ours; numbers that the policy holds at 0, `still` (Do,), are constant in them."""
     given: Mapping[str, Any] = step.stats.get(key, {})
     missing = [name for name in ("min", "max", "mean", "std") if name not in given]
     if missing:
         raise ConfigError(f"the statistics of {key!r} lack {', '.join(missing)}; train on a dataset that has them")
     names = ("min", "max", "mean", "std", "q01" if "q01" in given else "min", "q99" if "q99" in given else "max")
-    columns = (np.asarray(given[name], np.float64).reshape(-1) for name in names)
-    return FieldStatistics(*(tuple(map(float, column)) for column in columns))
+    columns = {name: np.asarray(given[name], np.float64).reshape(-1) for name in names}
+    held = {name: 0.0 if name == "std" else columns["mean"] for name in names}
+    return FieldStatistics(*(tuple(map(float, np.where(still, held[name], columns[name]))) for name in names))
 
 
-def _check_alike(step: NormalizerProcessorStep, normalizer: Normalizer, key: str, still: Tensor | None) -> None:
+def _check_alike(step: NormalizerProcessorStep, normalizer: Normalizer, key: str, still: NDArray[np.bool_]) -> None:
     """Raises ConfigError where LeRobot's numbers of `key` (for actions those that come back) are others than ours.
 
     Args:
         step: LeRobot's.
         normalizer: ours.
         key: observation key or "action".
-        still: (Do,) numbers that the policy holds at 0; None = it holds none.
+        still: (Do,) numbers that the policy holds at 0.
     """
     known = normalizer.statistics[key]
-    ends = torch.tensor([known.minimum, known.maximum])
-    if still is None:
-        ends = torch.tensor([[-1.0], [1.0]]).expand(2, known.width)
+    _, half = known.center_and_half(normalizer.modes[key])
+    if key == ACTION:
+        ends, unit = torch.tensor([[-1.0], [1.0]]).expand(2, known.width), np.ones(known.width)
         theirs, ours = step._normalize_action(ends, inverse=True), normalizer.denormalize(key, ends)
     else:
+        ends, unit = torch.tensor([known.minimum, known.maximum]), np.where(half == 0, 1.0, half)
         theirs, ours = step._normalize_observation({key: ends}, inverse=False)[key], normalizer.normalize(key, ends)
-        constant = torch.from_numpy(known.center_and_half(normalizer.modes[key])[1] == 0)
-        theirs = torch.where(still & constant, ours, theirs)  # both are 0, but for rounding
-    scale = np.maximum(1.0, np.abs(ours.numpy()))
-    wrong = np.flatnonzero((np.abs((theirs - ours).numpy()) > 1e-4 * scale).any(0))
+        theirs = theirs.masked_fill(torch.from_numpy(still), 0.0)
+    rounding = 1e-7 + 1e-6 * np.maximum(np.abs(known.minimum), np.abs(known.maximum))
+    wrong = np.flatnonzero((np.abs((theirs - ours).numpy()) * unit > 1e-4 * half + rounding).any(0))
     if len(wrong):
         raise ConfigError(
-            f"LeRobot and scd_robot normalise dimensions {wrong.tolist()} of {key!r} otherwise, which hardly moved in "
-            "the dataset; leave them out of it, and train again"
+            f"LeRobot and scd_robot normalise dimensions {wrong.tolist()} of {key!r} otherwise, which hardly ever "
+            "move; leave them out of the dataset, or normalise by MIN_MAX, and train again"
         )
 
 

@@ -23,9 +23,10 @@ from lerobot_policy_scd.windows import WindowDraws, Windows, window_loss
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.model import ScdModel
 from scd_robot.nn import KVCache
-from scd_robot.normalization import is_constant
 
 __all__ = ["ScdPolicy"]
+
+_STILL = 1e-5  # of its magnitude: within a hundred of float32's steps, a number has not moved
 
 
 class ScdPolicy(PreTrainedPolicy):
@@ -76,7 +77,8 @@ class ScdPolicy(PreTrainedPolicy):
         for key, place in self.places.items():
             if stats is not None and {"min", "max"} <= stats.get(key, {}).keys():
                 low, high = (np.asarray(stats[key][name], np.float64).reshape(-1) for name in ("min", "max"))
-                self.still[place] = torch.from_numpy(is_constant(low, high)).to(self.still.device)
+                still = high - low <= _STILL * np.maximum(np.maximum(abs(low), abs(high)), _STILL)
+                self.still[place] = torch.from_numpy(still).to(self.still.device)
 
     # Training.
 
