@@ -21,6 +21,7 @@ def run_python(*arguments: str, folder: Path) -> str:
     [
         "import scd_robot, scd_robot.types, scd_robot.errors, scd_robot.seeding",
         "import scd_robot.control, scd_robot.control.rehearsal",
+        "import scd_robot.export, scd_robot.policies",
         "from scd_robot.cli.main import main; main(['--help'])",
         "from scd_robot.cli.main import main; main(['trian'])",
     ],
