@@ -188,8 +188,8 @@ class SegmentDataset(Dataset[TrainingBatch]):
             if model.max_delay_steps:
                 # Of half of the plans nothing is committed: drawn evenly, action 0 would be learned in one of
                 # max_delay_steps + 1 plans only, and the first actions are those that are executed.
-                drawn = rng.integers(1, model.max_delay_steps + 1, (positions, copies))
-                delay[i] = np.where(rng.random((positions, copies)) < 0.5, 0, drawn)
+                committed = rng.integers(1, model.max_delay_steps + 1, (positions, copies))
+                delay[i] = np.where(rng.random((positions, copies)) < 0.5, 0, committed)
             if model.context_corruption:
                 rng.standard_normal(dtype=np.float32, out=corruption[i])
             if noises_past:
