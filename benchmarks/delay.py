@@ -53,19 +53,12 @@ ARMS: dict[str, Strategy] = {
 }
 AIM_LOSS = 0.05  # of success, the trained arm at the longest delay
 _EARLY_S = 1e-6  # so that a plan is there in the control step in which it is due, whatever the clock's rounding
-# Small networks: thousands of episodes are to be run one by one.
-SMALL = (
-    "model.width=64",
-    "model.encoder_layers=2",
-    "model.num_past_actions=0",
-    "model.history_length=48",
-    "training.virtual_reset_probability=0.0",
-)
 # The two that do not wait: what noise does to a hand is not to be learned as a plan, so there is little of it; they are
 # pushed away instead, and no chunk reaches over a push.
 DYNAMIC = (
-    *SMALL,
-    "training.max_steps=1500",
+    "training.max_steps=2000",
+    "training.virtual_reset_probability=0.0",
+    "model.history_length=48",
     "training.disturbance_threshold=0.5",
     "model.chunk_length=24",
     "model.max_delay_steps=8",
@@ -99,7 +92,7 @@ TASKS = {
     "tray-balance": Task(Recording("scd_memory/tray-balance", 400, 0, 0.015, 0.01), DYNAMIC, num_executed=4),
     "push-v3": Task(
         Recording("metaworld/push-v3"),
-        (*SMALL, "training.max_steps=1000", "model.chunk_length=40", "model.max_delay_steps=16"),
+        ("training.max_steps=2000", "model.chunk_length=40", "model.max_delay_steps=16"),
         num_executed=8,
         rest=(0.0, 0.0, 0.0, None),  # the gripper's effort stays
     ),
