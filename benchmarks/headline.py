@@ -205,7 +205,7 @@ def _results(done: Results, name: str, task: Task, arm: str) -> list[dict[str, A
 
 
 def _table(done: Results, name: str, task: Task) -> str:
-    """One row per arm."""
+    """One row per arm that was run."""
     head = (
         "arm", "seeds", "successes", "score", "success, 95 %", "beside the entangled, 95 %", "parameters",
         "training, CPU s", f"CPU s to {100 * AIM_OF_FINAL:.0f} % of the entangled's success",
@@ -216,7 +216,6 @@ def _table(done: Results, name: str, task: Task) -> str:
     for arm in (*ARMS, *OUTSIDE):
         found = _results(done, name, task, arm)
         if not found:
-            rows.append(f"| {arm} | 0 |" + " - |" * (len(head) - 2))
             continue
         successes = [outcomes(result["evaluation"]) for result in found]
         indices = sorted(set.intersection(*(set(one) for one in successes)))
@@ -235,7 +234,8 @@ def _table(done: Results, name: str, task: Task) -> str:
             _mean([_success_at(result, _cpu_s(ours[0]) if ours else None) for result in found], "{:.1%}"),
         )
         rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+    missing = [arm for arm in (*ARMS, *OUTSIDE) if not _results(done, name, task, arm)]
+    return "\n".join([*rows, *(["", f"Not run: {', '.join(missing)}."] if missing else [])])
 
 
 def _difference(arm: Sequence[dict[str, Any]], rival: Sequence[dict[str, Any]]) -> str:
