@@ -16,16 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.errors import ActionError, ConfigError, ShapeError, UnknownNameError
-from scd_robot.policies.inputs import (
-    checked_action,
-    checked_given,
-    checked_goal,
-    checked_running,
-    checked_task,
-    model_observation,
-    with_goal,
-)
+from scd_robot.errors import ActionError, ConfigError, ShapeError
+from scd_robot.policies.inputs import checked_action, checked_given, checked_running, model_observation
+from scd_robot.policies.instructions import Instructions
 from scd_robot.policies.rows import Architecture, HistoryCache, PlanInput, Rows, plan_noise
 from scd_robot.transforms import TASK, Transforms
 from scd_robot.types import ActionArray, DatasetSpec, GivenActions, Observation, PolicySpec, RunningChunk
@@ -80,7 +73,7 @@ class ChunkPolicy(ABC):
     Attributes:
         spec: keys, shapes, rate and chunk length.
         planned: (B,) which rows the last `act` planned for; None before.
-        goal: as given, by "goal.KEY".
+        instructions: its task and its goal.
     """
 
     def __init__(
@@ -98,19 +91,17 @@ class ChunkPolicy(ABC):
         self.config: Any = config
         sources, recorded = transforms.sources, transforms.recorded.observation
         self._sources = {key: sources[key] for key in keys if key in sources}
-        self.goal = checked_goal(goal or {}, self._sources.values(), recorded)
-        self._tasks = transforms.config.tasks
-        self._task = next(iter(self._tasks)) if len(self._tasks) == 1 else None
-        self.task = task
+        self.instructions = Instructions(transforms.config.tasks, task, goal, self._sources.values(), recorded)
+        told = self.instructions.goal
         self.spec = PolicySpec(
-            observation={key: recorded[key] for key in self._sources.values() if key not in self.goal},
+            observation={key: recorded[key] for key in self._sources.values() if key not in told},
             action_dim=dataset.action_dim,
             control_dt=dataset.control_dt,
             chunk_length=architecture.chunk_length,
             num_executed=config.num_executed,
             history_length=architecture.history_length,
             action_kind=dataset.action_kind,
-            tasks=tuple(self._tasks),
+            tasks=tuple(self.instructions.tasks),
         )
         self.planned: NDArray[np.bool_] | None = None
         self._timings = _empty_timings()
@@ -176,30 +167,15 @@ class ChunkPolicy(ABC):
         Raises:
             UnknownNameError: it does not know the task.
         """
-        return self._task
+        return self.instructions.task
 
     @task.setter
-    def task(self, text: str | None) -> None:
-        if text is not None:
-            self.task_vector(text)
-            self._task = text
+    def task(self, text: str) -> None:
+        self.instructions.task = text
 
     def task_vector(self, text: str | None = None) -> NDArray[np.float32]:
-        """(n,) what the model is shown of a task; None = of `task`.
-
-        Raises:
-            UnknownNameError: it does not know the task.
-            ConfigError: it was not told which.
-        """
-        text = self._task if text is None else text
-        if text is None:
-            raise ConfigError(
-                f"this policy does {len(self._tasks)} tasks and was not told which: set policy.task (--task) to one of "
-                f"{', '.join(map(repr, self._tasks))}"
-            )
-        if text not in self._tasks:
-            raise UnknownNameError("task of this policy", text, self._tasks)
-        return np.asarray(self._tasks[text], np.float32)
+        """(n,) what the model is shown of a task; None = of `task`. Errors: see `Instructions.vector`."""
+        return self.instructions.vector(text)
 
     def reset(self, rows: Sequence[int] | None = None, episodes: Sequence[int] | None = None) -> None:
         """Begins new episodes; see `types.Policy.reset`. Without `episodes` they are counted on, from 0."""
@@ -253,13 +229,11 @@ class ChunkPolicy(ABC):
                 another size or type, or of one colour.
         """
         may_be_absent = self.architecture.observation_tokens == "per_key"
-        if self.goal:
-            observation = with_goal(observation, self.goal)
+        observation = self.instructions.with_goal(observation)
         seen, present = model_observation(observation, self._sources, self.transforms, may_be_absent)
         batch = len(next(iter(seen.values())))
-        if self._tasks:
-            told = observation.get(TASK)
-            seen[TASK] = checked_task(self.task_vector() if told is None else told, batch, self._tasks)
+        if self.spec.tasks:
+            seen[TASK] = self.instructions.task_rows(observation, batch)
         if executed_action is not None:
             executed_action = checked_action("executed_action", executed_action, (batch, self.spec.action_dim))
         if self._rows is None:

@@ -3,30 +3,28 @@
 Shapes: B rows, Da action width; H W C picture.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.errors import ShapeError, UnknownNameError
-from scd_robot.transforms import GOAL, Transforms
-from scd_robot.types import ActionArray, ArraySpec, DatasetSpec, GivenActions, Observation, RunningChunk
+from scd_robot.errors import ShapeError
+from scd_robot.transforms import Transforms
+from scd_robot.types import ActionArray, DatasetSpec, GivenActions, Observation, RunningChunk
 
 if TYPE_CHECKING:
     from scd_robot.model import ScdConfig
     from scd_robot.normalization import Normalizer
 
 __all__ = [
+    "as_float32",
     "check_widths",
     "checked_action",
     "checked_given",
-    "checked_goal",
     "checked_running",
-    "checked_task",
     "model_observation",
-    "with_goal",
 ]
 
 
@@ -85,7 +83,7 @@ def model_observation(
             continue
         name = f"observation {source!r}"
         value: NDArray[Any] = (
-            _as_picture(observation[source], name, spec.shape) if is_picture else _as_float32(observation[source], name)
+            _as_picture(observation[source], name, spec.shape) if is_picture else as_float32(observation[source], name)
         )
         batch = len(value) if batch is None and value.ndim else batch
         if value.shape != (batch, *spec.shape) or not batch:
@@ -105,52 +103,6 @@ def model_observation(
         spec = transforms.spec.observation[key]
         seen[key] = np.zeros((batch, *spec.shape), spec.dtype)
     return seen, dict.fromkeys(absent, False)
-
-
-def checked_goal(
-    goal: Observation, sources: Iterable[str], recorded: Mapping[str, ArraySpec]
-) -> dict[str, NDArray[Any]]:
-    """Goals by the recording's keys with "goal." before them.
-
-    Args:
-        goal: by key, without a batch axis.
-        sources: the recording's keys of what the model takes.
-        recorded: their specifications.
-
-    Raises:
-        UnknownNameError: a key of which the model is shown no goal.
-        ShapeError: another shape or type than that is recorded with.
-    """
-    shown = {key.removeprefix(GOAL) for key in sources if key.startswith(GOAL)}
-    found = {}
-    for key, value in goal.items():
-        if key not in shown:
-            raise UnknownNameError("goal", key, shown)
-        spec, array = recorded[GOAL + key], np.asarray(value)
-        if array.shape != tuple(spec.shape) or (array.dtype == np.uint8) != (spec.dtype == "uint8"):
-            raise ShapeError(
-                f"the goal {key!r} must be {spec.dtype} {tuple(spec.shape)}, got {array.dtype} {array.shape}"
-            )
-        found[GOAL + key] = array
-    return found
-
-
-def with_goal(observation: Observation, goal: Observation) -> dict[str, NDArray[Any]]:
-    """The observation with the goals in every row."""
-    there = [value for value in observation.values() if value is not None and np.ndim(value)]
-    rows = len(there[0]) if there else 1
-    return {**observation, **{key: np.repeat(value[None], rows, axis=0) for key, value in goal.items()}}
-
-
-def checked_task(vector: NDArray[Any], rows: int, tasks: Mapping[str, Sequence[float]]) -> NDArray[np.float32]:
-    """(B, n) vectors of tasks, of one for all rows or of each; raises ShapeError where they are none."""
-    width = len(next(iter(tasks.values())))
-    value = _as_float32(vector, "observation 'task'")
-    if value.shape == (width,):
-        value = np.repeat(value[None], rows, axis=0)
-    if value.shape != (rows, width) or not np.isfinite(value).all():
-        raise ShapeError(f"observation 'task' must be finite numbers {(rows, width)}, got {value.shape}")
-    return value
 
 
 def _as_picture(values: Any, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -207,7 +159,7 @@ def _check_content(pictures: NDArray[np.uint8], name: str) -> None:
 
 def checked_action(name: str, action: ActionArray, shape: tuple[int, ...]) -> ActionArray:
     """The actions in float32; raises ShapeError where they have another shape, or hold NaN or infinite values."""
-    value = _as_float32(action, name)
+    value = as_float32(action, name)
     if value.shape != shape:
         raise ShapeError(f"{name} must be {shape}, got {value.shape}")
     if not np.isfinite(value).all():
@@ -232,7 +184,7 @@ def checked_given(fixed: GivenActions, shape: tuple[int, int, int]) -> GivenActi
     return GivenActions(checked_action("given actions", np.where(mask, fixed.actions, 0.0), shape), mask)
 
 
-def _as_float32(values: Any, name: str) -> ActionArray:
+def as_float32(values: Any, name: str) -> ActionArray:
     """The values in float32, those that are too large as infinite."""
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":

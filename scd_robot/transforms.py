@@ -9,21 +9,17 @@ Two observations are not of a control step but of its episode: the vector of its
 Shapes: (..., Do) and (..., Da) any batch axes; L actions of a chunk; H W C image.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
-from scd_robot.resizing import resize
+from scd_robot.resizing import crop_and_resize
 from scd_robot.rotations import ROTATION_WIDTHS, RotationName, convert_rotation, matrix_of, rotation_from_matrix
 from scd_robot.types import ArraySpec, DatasetSpec
-
-if TYPE_CHECKING:  # a policy that was exported transforms without torch
-    import torch
 
 __all__ = [
     "GOAL",
@@ -34,9 +30,6 @@ __all__ = [
     "RotationStep",
     "TransformConfig",
     "Transforms",
-    "color_jitter",
-    "crop_and_resize",
-    "random_shift",
     "relative_chunk",
     "undo_relative_chunk",
 ]
@@ -366,63 +359,6 @@ def undo_relative_chunk(
         else:
             out[..., chosen] = now + np.cumsum(change, axis=-2) * (control_dt if config.chunk == "velocity" else 1.0)
     return out
-
-
-def crop_and_resize(images: Array, crop: tuple[int, ...] = (), size: tuple[int, ...] = ()) -> NDArray[np.uint8]:
-    """Images (..., H, W, C) uint8 cropped about their centre, then resized (bilinear, with antialiasing)."""
-    height, width = images.shape[-3:-1]
-    if crop:
-        top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
-        images = images[..., top : top + crop[0], left : left + crop[1], :]
-    if not size or tuple(size) == images.shape[-3:-1]:
-        return images
-    if "torch" not in sys.modules:  # a policy that was exported: the same to the bit, but ten times slower
-        return resize(images, size)
-    import torch
-
-    tensor = torch.from_numpy(images.reshape(-1, *images.shape[-3:]))
-    resized = torch.nn.functional.interpolate(
-        tensor.movedim(-1, 1), tuple(size), mode="bilinear", antialias=True, align_corners=False
-    )
-    return resized.movedim(1, -1).numpy().reshape(*images.shape[:-3], *size, images.shape[-1])
-
-
-def random_shift(images: "torch.Tensor", shift: "torch.Tensor") -> "torch.Tensor":
-    """Images (B, C, H, W) moved by whole pixels, edges repeated (Kostrikov et al., arXiv 2004.13649).
-
-    Args:
-        images: any dtype.
-        shift: (B, 2) int64, rows down and columns to the right.
-    """
-    import torch
-
-    batch, _, height, width = images.shape
-    row = (torch.arange(height, device=images.device) - shift[:, :1]).clamp(0, height - 1)
-    column = (torch.arange(width, device=images.device) - shift[:, 1:]).clamp(0, width - 1)
-    index = torch.arange(batch, device=images.device)[:, None, None]
-    return images.movedim(1, -1)[index, row[:, :, None], column[:, None, :]].movedim(-1, 1)
-
-
-def color_jitter(images: "torch.Tensor", factors: "torch.Tensor") -> "torch.Tensor":
-    """Brightness, contrast and saturation of images (B, 3, H, W) in [0, 1], each blended by a factor, then clipped.
-
-    Args:
-        images: float.
-        factors: (B, 3) of brightness (times black), contrast (from the mean grey) and saturation (from the pixel's
-            grey); 1 changes nothing.
-    """
-    brightness, contrast, saturation = (factor[:, None, None, None] for factor in factors.unbind(1))
-    images = (images * brightness).clamp(0, 1)
-    mean = _grey(images).mean(dim=(2, 3), keepdim=True)
-    images = (mean + contrast * (images - mean)).clamp(0, 1)
-    grey = _grey(images)
-    return (grey + saturation * (images - grey)).clamp(0, 1)
-
-
-def _grey(images: "torch.Tensor") -> "torch.Tensor":
-    """(B, 1, H, W) luminance, ITU-R BT.601."""
-    weight = images.new_tensor((0.299, 0.587, 0.114))
-    return (images * weight[:, None, None]).sum(1, keepdim=True)
 
 
 def _replace(

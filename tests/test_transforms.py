@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
 
 from scd_robot.config import from_json, to_json
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
-from scd_robot.resizing import resize
+from scd_robot.resizing import crop_and_resize, resize
 from scd_robot.rotations import matrix_of
 from scd_robot.transforms import (
     ChunkPart,
@@ -15,9 +14,6 @@ from scd_robot.transforms import (
     RotationStep,
     TransformConfig,
     Transforms,
-    color_jitter,
-    crop_and_resize,
-    random_shift,
 )
 from scd_robot.types import ArraySpec, DatasetSpec
 
@@ -134,23 +130,6 @@ def test_image_steps_change_the_specification():
     assert transforms.convert("camera", np.zeros((5, 6, 8, 3), np.uint8)).shape == (5, 2, 2, 3)
 
 
-def test_shift_moves_down_and_right_and_repeats_edges():
-    image = torch.arange(9).reshape(1, 1, 3, 3)
-    moved = random_shift(image.expand(2, 1, 3, 3), torch.tensor([[1, 0], [0, -1]]))
-    assert moved[0, 0].tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5]]
-    assert moved[1, 0].tolist() == [[1, 2, 2], [4, 5, 5], [7, 8, 8]]
-
-
-def test_jitter_on_explicit_numbers():
-    image = torch.tensor([0.2, 0.4, 0.6]).reshape(1, 3, 1, 1).expand(1, 3, 2, 2)
-    same = color_jitter(image, torch.ones(1, 3))
-    torch.testing.assert_close(same, image)
-    torch.testing.assert_close(color_jitter(image, torch.tensor([[2.0, 1, 1]])), (2 * image).clamp(0, 1))
-    grey = 0.299 * 0.2 + 0.587 * 0.4 + 0.114 * 0.6
-    torch.testing.assert_close(color_jitter(image, torch.tensor([[1.0, 1, 0]])), torch.full_like(image, grey))
-    torch.testing.assert_close(color_jitter(image, torch.tensor([[1.0, 0, 1]])), torch.full_like(image, grey))
-
-
 def test_configuration_survives_json():
     config = TransformConfig(
         rename={"a": "b"},
@@ -205,6 +184,8 @@ def test_steps_that_do_not_fit_are_refused(make, error, message):
 
 
 def test_pictures_are_resized_without_torch_as_with_it() -> None:
+    import torch  # noqa: F401 - `crop_and_resize` takes it where it is loaded
+
     rng = np.random.default_rng(0)
     for _ in range(60):
         *shape, height, width = rng.integers(2, 130, 4)

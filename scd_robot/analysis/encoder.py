@@ -33,7 +33,7 @@ def contexts_of_training(policy: ScdPolicy, stream: Stream) -> Tensor:
     """
     model, transforms = policy.model.config, policy.transforms
     seen = {
-        key: np.stack([{**policy.goal, **step}[source] for step in stream.observation])
+        key: np.stack([{**policy.instructions.goal, **step}[source] for step in stream.observation])
         for key, source in transforms.sources.items()
         if key in model.observation_shapes
     }

@@ -207,7 +207,8 @@ def _evaluation(environment: str, episodes: int, dataset: Any, experiment: Any) 
         close_workers(workers)
 
     def run(policy: Any) -> dict[str, float]:
-        policy.task = task
+        if task is not None:
+            policy.task = task
         result = evaluate(policy, environment, episodes, seed_domain=VALIDATION, num_videos=0, progress=False)
         low, high = result.interval
         if result.success_rate is None:  # no valid episode says nothing about the policy

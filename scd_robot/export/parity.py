@@ -103,7 +103,8 @@ def compare(policy: ScdPolicy, exported: ExportedPolicy, observations: Sequence[
     half = np.where(high > low, (high - low) / 2, 1.0)
     for side in (policy, exported):
         side.reset(episodes=list(range(batch)))
-        side.task = policy.task or next(iter(policy.spec.tasks), None)
+        if policy.spec.tasks:
+            side.task = policy.task or policy.spec.tasks[0]
     executed: ActionArray | None = None
     lengths, plans = [], 0
     for step, observation in enumerate(observations):

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scd_robot.errors import ConfigError
-from scd_robot.transforms import color_jitter
 
-__all__ = ["AugmentationConfig", "augmented"]
+__all__ = ["AugmentationConfig", "augmented", "color_jitter"]
 
 
 @dataclass(frozen=True)
@@ -98,3 +97,25 @@ def _coloured(images: Tensor, factors: Tensor) -> Tensor:
         jittered = color_jitter(colours.expand(-1, 3, -1, -1), factor.expand(len(segment), -1))
         segment[..., :3] = (jittered[:, : colours.shape[1]] * 255).round().to(torch.uint8).movedim(1, -1)
     return images
+
+
+def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
+    """Brightness, contrast and saturation of images (B, 3, H, W) in [0, 1], each blended by a factor, then clipped.
+
+    Args:
+        images: float.
+        factors: (B, 3) of brightness (times black), contrast (from the mean grey) and saturation (from the pixel's
+            grey); 1 changes nothing.
+    """
+    brightness, contrast, saturation = (factor[:, None, None, None] for factor in factors.unbind(1))
+    images = (images * brightness).clamp(0, 1)
+    mean = _grey(images).mean(dim=(2, 3), keepdim=True)
+    images = (mean + contrast * (images - mean)).clamp(0, 1)
+    grey = _grey(images)
+    return (grey + saturation * (images - grey)).clamp(0, 1)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """(B, 1, H, W) luminance, ITU-R BT.601."""
+    weight = images.new_tensor((0.299, 0.587, 0.114))
+    return (images * weight[:, None, None]).sum(1, keepdim=True)

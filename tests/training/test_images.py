@@ -16,7 +16,7 @@ from scd_robot.errors import ConfigError, DatasetError, ShapeError
 from scd_robot.model import build_model
 from scd_robot.policies import load_policy
 from scd_robot.training import train
-from scd_robot.training.augmentation import AugmentationConfig, augmented
+from scd_robot.training.augmentation import AugmentationConfig, augmented, color_jitter
 from scd_robot.training.batches import SegmentDataset
 from scd_robot.training.callbacks import CheckpointWriter
 from scd_robot.training.objective import loss_terms
@@ -230,3 +230,13 @@ def test_recording_training_and_evaluating_with_pictures_of_a_memory_task(tmp_pa
     assert losses[-1] < losses[0]
     result = evaluate(load_policy(tmp_path / "run"), name, 2, num_envs=1, num_videos=0, progress=False)
     assert len(result.valid) == 2
+
+
+def test_jitter_on_explicit_numbers():
+    image = torch.tensor([0.2, 0.4, 0.6]).reshape(1, 3, 1, 1).expand(1, 3, 2, 2)
+    same = color_jitter(image, torch.ones(1, 3))
+    torch.testing.assert_close(same, image)
+    torch.testing.assert_close(color_jitter(image, torch.tensor([[2.0, 1, 1]])), (2 * image).clamp(0, 1))
+    grey = 0.299 * 0.2 + 0.587 * 0.4 + 0.114 * 0.6
+    torch.testing.assert_close(color_jitter(image, torch.tensor([[1.0, 1, 0]])), torch.full_like(image, grey))
+    torch.testing.assert_close(color_jitter(image, torch.tensor([[1.0, 0, 1]])), torch.full_like(image, grey))
