@@ -52,8 +52,8 @@ def test_where_a_spot_is_can_be_learned_in_a_few_steps() -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"tokens_per_image": 0}, "tokens_per_image must be in 1..16, got 0"),
-        ({"tokens_per_image": 17}, "in 1..16, got 17"),
+        ({"tokens_per_image": -1}, "tokens_per_image must be in 0..16, got -1"),
+        ({"tokens_per_image": 17}, "in 0..16, got 17"),
         ({"channels": (16, 20)}, "multiples of 8"),
         ({"channels": ()}, "multiples of 8"),
         ({"patch_size": 0}, "patch_size must be at least 1"),

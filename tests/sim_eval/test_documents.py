@@ -47,6 +47,9 @@ def written(tiny_run, tiny_store, tmp_path_factory):
             sys.executable,
         ]
         assert main([*named, "--out", str(out / "named")]) == 0
+        exported = str(out / "exported")
+        assert main(["export", str(tiny_run), "--format", "torch-export", "--out", exported]) == 0
+        assert main(["eval", exported, "--trust", *common, "--max-steps", "8", "--out", str(out / "graphs")]) == 0
         both = ["--env", POINT, "metaworld/pusch-v3", "--episodes", "2"]
         assert main(["sweep", str(tiny_run), *both, "--out", str(out / "sweep")]) == 2
     found = {name: [json.loads(p.read_text()) for p in sorted(out.rglob(name))] for name in DOCUMENTS}
