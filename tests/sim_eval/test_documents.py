@@ -16,7 +16,7 @@ from scd_robot.sim_eval.registry import known_environments
 
 DOCS = Path(__file__).parents[2] / "docs"
 VALIDATOR = Draft202012Validator(json.loads((DOCS / "result.schema.json").read_text()))
-FREE = {"versions", "settings", "options", "trained_from", "trained_with", "by_age"}  # their keys are data
+FREE = {"versions", "settings", "options", "trained_from", "trained_with", "by_age", "sha256"}  # their keys are data
 BY_KIND = {"success", "plan_change"}  # of history.json: their first keys are data
 MODULES = {"gymnasium": "gymnasium_tasks", "scd_memory": "memory"}  # called otherwise than their environments
 POINT = "toy_environment:make_point"
