@@ -28,7 +28,7 @@ from scd_robot.errors import (
 from scd_robot.sim_eval.adapter import canonical_name, check_physics, checked_action, digest, read_options
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
-__all__ = ["TAKES_WORDS", "TASKS", "GymnasiumEnvironment", "GymnasiumOptions", "make"]
+__all__ = ["TASKS", "GymnasiumEnvironment", "GymnasiumOptions", "make"]
 
 _FETCH = ("FetchPickAndPlace-v4", "FetchPush-v4", "FetchReach-v4", "FetchSlide-v4")
 _ADROIT = ("AdroitHandDoor-v1", "AdroitHandHammer-v1", "AdroitHandPen-v1", "AdroitHandRelocate-v1")
@@ -36,7 +36,6 @@ _KITCHEN = ("FrankaKitchen-v1",)
 _ALOHA = ("AlohaInsertion-v0", "AlohaTransferCube-v0")
 _ALOHA_CAMERA = "top"
 TASKS = (*_FETCH, *_ADROIT, *_KITCHEN, *_ALOHA)
-TAKES_WORDS = True
 
 _LIMITS = {**dict.fromkeys(_FETCH, 50), **dict.fromkeys(_ADROIT, 200), "FrankaKitchen-v1": 280,
            **dict.fromkeys(_ALOHA, 300)}  # fmt: skip

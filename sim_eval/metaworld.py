@@ -29,9 +29,8 @@ from scd_robot.errors import (
 from scd_robot.sim_eval.adapter import canonical_name, check_physics, checked_action, digest, read_options
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
-__all__ = ["TAKES_WORDS", "TASKS", "MetaworldEnvironment", "MetaworldOptions", "make"]
+__all__ = ["TASKS", "MetaworldEnvironment", "MetaworldOptions", "make"]
 
-TAKES_WORDS = True
 # Spelled out, so that a name can be checked before the simulator is imported (or where it is not installed).
 TASKS = (
     "assembly-v3",

@@ -40,10 +40,9 @@ from scd_robot.seeding import EVALUATION, derive_seed
 from scd_robot.sim_eval.adapter import canonical_name, checked_action, read_options
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
-__all__ = ["TAKES_WORDS", "TASKS", "PushtEnvironment", "PushtOptions", "block_keypoints", "make", "state_difference"]
+__all__ = ["TASKS", "PushtEnvironment", "PushtOptions", "block_keypoints", "make", "state_difference"]
 
 TASKS = ("",)  # there is one, called by the prefix alone
-TAKES_WORDS = True  # options may be words
 
 _KEYS = {"state": ("state",), "keypoints": ("state", "keypoint"), "image": ("state", "keypoint", "img")}
 _STARTS = ("benchmark", "seeds")

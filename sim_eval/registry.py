@@ -1,10 +1,10 @@
 """Environments by name: `metaworld/push-v3`; options follow a colon: `metaworld/push-v3:goal_steps=5,max_steps=200`.
 
 A new environment is one module and one line in `_FACTORIES`. The module holds `TASKS`, the names after the slash (a
-single empty one where the name has no slash), and the function named here: it takes the task and the options and
-returns an `Environment`. Options are integers; where the module says `TAKES_WORDS = True`, also words, which it checks
-itself. It must import its simulator inside functions only, so that names can be listed and checked without one. Where
-it has a function `refuse_unknown(task, options)`, that may say more about a name that is not in `TASKS`.
+single empty one where the name has no slash), and the function named here: it takes the task and the options, integers
+or words, which it checks, and returns an `Environment`. It must import its simulator inside functions only, so that
+names can be listed and checked without one. Where it has a function `refuse_unknown(task, options)`, that may say more
+about a name that is not in `TASKS`.
 
 An environment that is not registered is named `module:callable`; its module may lie in the current folder.
 """
@@ -32,8 +32,8 @@ def make_environment(name: str) -> Environment:
     """Makes an environment; `spec.name` of the result is the canonical spelling of `name`.
 
     Args:
-        name: `PREFIX/TASK` or `PREFIX/TASK:OPTION=INTEGER,...`; `known_environments()` lists what may stand before the
-            colon, the environment's module describes its options, which may also be words (`pusht:observation=image`).
+        name: `PREFIX/TASK` or `PREFIX/TASK:OPTION=VALUE,...`; `known_environments()` lists what may stand before the
+            colon, the environment's module describes its options.
             Or `package.module:callable`, something of the user's own that makes an environment.
 
     Raises:
@@ -51,9 +51,6 @@ def make_environment(name: str) -> Environment:
             _module(prefix).refuse_unknown(task, options)
         raise UnknownNameError("environment", base, known)
     module, function = _module(prefix), _FACTORIES[prefix].partition(":")[2]
-    words = [f"{key}={value}" for key, value in options.items() if isinstance(value, str)]
-    if words and not getattr(module, "TAKES_WORDS", False):
-        raise ConfigError(f"options of {base} are written OPTION=INTEGER, got {words[0]!r} in {name!r}")
     return cast(Environment, getattr(module, function)(task, options))
 
 

@@ -53,7 +53,6 @@ from scd_robot.sim_eval.robosuite_arguments import (
 from scd_robot.types import ActionArray, ArraySpec, EnvironmentSpec, StepResult
 
 __all__ = [
-    "TAKES_WORDS",
     "TASKS",
     "WITHOUT_RENDERER",
     "RobosuiteEnvironment",
@@ -86,7 +85,6 @@ TASKS = (
     "TwoArmTransport",
     "Wipe",
 )
-TAKES_WORDS = True
 
 _MAX_STEPS, _LONG_STEPS = 400, {"ToolHang": 700, "TwoArmTransport": 700}  # robomimic's roll-outs
 _ELSEWHERE = (

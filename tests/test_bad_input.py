@@ -260,7 +260,7 @@ class TestNoWritePermission:
     def locked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = tmp_path / "locked"
         folder.mkdir()
-        for method in ("mkdir", "touch", "write_text", "open"):
+        for method in ("mkdir", "touch", "write_bytes", "write_text", "open"):
             fail_in(monkeypatch, method, errno.EACCES, lambda path: folder in path.parents)
         return folder
 
@@ -353,7 +353,7 @@ class TestFullDisk:
         refused(train(store, out), f"cannot write to {out}", "no space left on device", at_once=False)
         assert threading.excepthook is before
 
-    @pytest.mark.parametrize(("method", "name"), [("open", "episodes.jsonl"), ("write_text", "result.json")])
+    @pytest.mark.parametrize(("method", "name"), [("open", "episodes.jsonl"), ("write_bytes", "result.json")])
     def test_evaluation(self, method, name, tiny_run, tmp_path, point_world, monkeypatch, refused: Refused) -> None:
         fail_in(monkeypatch, method, errno.ENOSPC, lambda path: path.name.startswith(name))
         refused(evaluate_arguments(tiny_run, tmp_path / "out"), name, "o space left on device", at_once=False)
@@ -388,7 +388,7 @@ class TestFullDisk:
         self, tiny_run, tmp_path, point_world, monkeypatch, capsys
     ) -> None:
         (tmp_path / "x.json").write_text("{}")
-        fail_in(monkeypatch, "write_text", errno.ENOSPC, lambda path: path.name.startswith("x.json"))
+        fail_in(monkeypatch, "write_bytes", errno.ENOSPC, lambda path: path.name.startswith("x.json"))
         arguments = evaluate_arguments(tiny_run, tmp_path / "out", "--json", tmp_path / "x.json")
         assert main([str(argument) for argument in arguments]) == 2
         shown = capsys.readouterr()

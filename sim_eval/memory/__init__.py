@@ -16,14 +16,13 @@ from scd_robot.sim_eval.memory.hidden_friction import HiddenFriction
 from scd_robot.sim_eval.memory.occluded_reach import OccludedReach
 from scd_robot.sim_eval.memory.place_back import PlaceBack
 
-__all__ = ["MEMORY_TASKS", "TAKES_WORDS", "TASKS", "MemoryEnvironment", "MemoryOptions", "make"]
+__all__ = ["MEMORY_TASKS", "TASKS", "MemoryEnvironment", "MemoryOptions", "make"]
 
 MEMORY_TASKS: dict[str, type[MemoryEnvironment]] = {
     kind.task: kind for kind in (CueReach, PlaceBack, CountPress, OccludedReach, HiddenFriction)
 }
 _DYNAMIC: dict[str, type[MemoryEnvironment]] = {kind.task: kind for kind in (MovingTarget, TrayBalance)}
 TASKS = (*MEMORY_TASKS, *_DYNAMIC)
-TAKES_WORDS = True
 
 
 def make(task: str, options: Mapping[str, Any]) -> MemoryEnvironment:

@@ -48,11 +48,9 @@ assert not {"pymunk", "pygame", "gym_pusht", "gymnasium", "cv2"} & set(sys.modul
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_options_may_be_words_only_where_the_environment_takes_them():
+def test_options_may_be_words():
     assert "pusht" in known_environments()
     assert parse_name("pusht:observation=image,max_steps=9") == ("pusht", {"observation": "image", "max_steps": 9})
-    with pytest.raises(ConfigError, match="OPTION=INTEGER, got 'max_steps=many'"):
-        make_environment("metaworld/push-v3:max_steps=many")
 
 
 @pytest.mark.parametrize("options", [{"max_steps": 0}, {"max_steps": "many"}])
