@@ -1,11 +1,13 @@
 # Each target works in a fresh clone, on a machine with make and Python 3.11 to 3.13. 'make' alone lists them.
 #   make test PYTHON=python3.12        another Python
 #   make test ARGS="-m 'not slow'"     arguments for pytest; likewise for 'make demo' and 'make bench'
+#   make test WORKERS=0                in one process; otherwise files of tests run side by side, a core each
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BENCH ?= latency
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 8 ? cores : 8)))
 
 # Without it OpenMP threads spin at barriers, which on a busy machine makes torch many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -14,6 +16,9 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 # What robomimic needs for its datasets and environments, without torchvision (docs/install.md).
 ROBOMIMIC_NEEDS := imageio psutil six tensorboardX termcolor
+
+# Whole files, so that what a file's tests share is made once.
+SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench robosuite lerobot rivals openpi clean distclean
@@ -25,7 +30,7 @@ demo: $(VENV)/.sim  ## install with the simulators, then record, train, evaluate
 	$(BIN)/scd demo $(ARGS)
 
 test: $(VENV)/.dev  ## run the tests (ARGS for pytest)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 # mypy cannot follow the mapping of datasets/, policies/ and sim_eval/ into scd_robot, so it reads a copy laid out as
 # the wheel is.
@@ -41,7 +46,7 @@ bench: $(VENV)/.sim  ## run benchmarks/latency.py, or another with BENCH=five_ta
 	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 robosuite: $(VENV)-robosuite/.made  ## run the tests beside robosuite, with its older numpy and zarr
-	$(VENV)-robosuite/bin/python -m pytest -m "not slow" $(ARGS)
+	$(VENV)-robosuite/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(ARGS)
 
 lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot read a dataset of ours, and train our policy by its commands (1.7 GB)
 	rm -rf build/lerobot && mkdir -p build/lerobot

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 for _folder in ("training", "helpers"):  # makes `tiny` and `browser` importable
     sys.path.insert(0, str(Path(__file__).parent / _folder))
 
