@@ -257,7 +257,7 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
     if schema < 5:
         config = {**config, "transforms": {"tasks": {}, "goals": [], **config["transforms"]}}
         frames = {"camera": "", "patch_size": 8, "residual": True}
-        config = {**config, "model": {"frames": frames, **config["model"]}}
+        config = {**config, "model": {"frames": frames, "add_context": False, **config["model"]}}
     return config
 
 

@@ -76,7 +76,11 @@ def pusht_state(dataset: DatasetSpec) -> ExperimentConfig:
     return ExperimentConfig(
         preset="pusht_state",
         model=ScdConfig(
-            observation_shapes=vectors, action_dim=dataset.action_dim, history_length=2, num_past_actions=0
+            observation_shapes=vectors,
+            action_dim=dataset.action_dim,
+            history_length=2,
+            num_past_actions=0,
+            add_context=False,  # as it was measured
         ),
         training=TrainingConfig(
             max_steps=10_000, positions_per_segment=48, action_normalization="mean_std", validate_every=500
@@ -100,7 +104,7 @@ def memory_state(dataset: DatasetSpec) -> ExperimentConfig:
     return replace(
         base,
         preset="memory_state",
-        model=replace(base.model, history_length=256, history_stride=2),
+        model=replace(base.model, history_length=256, history_stride=2, add_context=False),  # as it was measured
         training=replace(
             base.training,
             max_steps=1000,
@@ -179,6 +183,7 @@ def frames_64(dataset: DatasetSpec) -> ExperimentConfig:
             encoder_layers=3,
             history_length=16,
             num_context_tokens=0,
+            add_context=False,
             chunk_length=1,
             num_past_actions=0,
             past_action_input="full",

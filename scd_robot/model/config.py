@@ -56,7 +56,7 @@ class ScdConfig:
             which are uint8.
         action_dim: Da, width of one action.
         architecture: "separable", or "entangled": the rival `CausalDitModel` of the same width and of encoder_layers +
-            decoder_layers layers, all of which see the history at every denoising step. It reads no fusion,
+            decoder_layers layers, all of which see the history at every denoising step. It reads no fusion, add_context,
             num_context_tokens, context_corruption, memory_gate and encoder_bias, which must be as by default, the
             corruption 0.
         local_layers: entangled only: in the last so many layers nothing attends to earlier control steps.
@@ -77,6 +77,8 @@ class ScdConfig:
             2505.09561); 0 = off. They are left out when a plan is made, so they cost nothing then.
         fusion: "concat" puts context and noisy tokens in one sequence that shares the flow time (arXiv 2602.10095);
             "prefix" lets the context attend to itself only, so that its keys and values are computed once per plan.
+        add_context: the mean of the context tokens, through a layer, is also added to every noisy token, so that the
+            decoder's few layers need not find it by attention first. Costs one addition per denoising step.
         past_action_input: whether the previous executed action is a token of the group: "none", "noised" (noise of
             `past_action_noise` in training) or "full".
         past_action_noise: standard deviation in normalised units.
@@ -109,6 +111,7 @@ class ScdConfig:
     chunk_length: int = 16
     num_past_actions: int = 8
     fusion: Literal["concat", "prefix"] = "prefix"
+    add_context: bool = True
     past_action_input: Literal["none", "noised", "full"] = "none"
     past_action_noise: float = 0.3
     context_corruption: float = 0.05

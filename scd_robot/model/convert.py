@@ -127,6 +127,9 @@ def separate(source: CausalDitModel, config: ScdConfig, encoder: Sequence[int], 
     state["decoder.context_embed.weight"] = torch.eye(config.width)
     state["decoder.context_embed.bias"] = torch.zeros(config.width)
     state["decoder.context_position"] = torch.zeros(config.num_context_tokens, config.width)
+    if model.decoder.context_add is not None:  # nothing at first, as in the source
+        state["decoder.context_add.weight"] = torch.zeros(config.width, config.width)
+        state["decoder.context_add.bias"] = torch.zeros(config.width)
     model.load_state_dict(state)
     return model
 

@@ -42,10 +42,12 @@ class PreparedContext:
     Attributes:
         tokens: (B, K, D) embedded context, for fusion "concat".
         keys_values: per layer keys and values (2, B, N, K, Dh), for fusion "prefix".
+        added: (B, 1, D) what every noisy token begins with besides its own; None = nothing.
     """
 
     tokens: Tensor | None
     keys_values: list[Tensor] | None
+    added: Tensor | None
 
 
 class FlowTransformer(nn.Module):
@@ -138,6 +140,7 @@ class DiffusionDecoder(FlowTransformer):
         num_layers: blocks.
         mlp_ratio: hidden width of the MLPs in units of D.
         fusion: "concat" or "prefix", see `ScdConfig`.
+        add_context: see `ScdConfig`.
         **tokens: of `FlowTransformer`.
     """
 
@@ -150,6 +153,7 @@ class DiffusionDecoder(FlowTransformer):
         num_layers: int,
         mlp_ratio: int,
         fusion: Literal["concat", "prefix"],
+        add_context: bool,
         **tokens: Any,
     ) -> None:
         blocks = (AdaLNBlock(width, num_heads, mlp_ratio) for _ in range(num_layers))
@@ -158,6 +162,7 @@ class DiffusionDecoder(FlowTransformer):
         self.num_context_tokens = num_context_tokens
         self.context_embed = nn.Linear(width, width)
         self.context_position = nn.Parameter(torch.randn(num_context_tokens, width) * 0.02)
+        self.context_add = nn.Linear(width, width) if add_context else None
 
     def forward(self, x: Tensor, flow_time: Tensor, context: Tensor, token_valid: Tensor | None = None) -> Tensor:
         """Velocity (B, L, Dx) of noisy tokens.
@@ -184,13 +189,14 @@ class DiffusionDecoder(FlowTransformer):
     def prepare(self, context: Tensor) -> PreparedContext:
         """Everything that depends on the context (B, K, D) alone."""
         tokens = self.context_embed(context) + self.context_position
+        added = None if self.context_add is None else self.context_add(tokens.mean(1, keepdim=True))
         if self.fusion == "concat":
-            return PreparedContext(tokens, None)
+            return PreparedContext(tokens, None, added)
         keys_values = []
         for index, block in enumerate(self._blocks()):
             tokens, pair = block.prefix(tokens, last=index == len(self.blocks) - 1)
             keys_values.append(pair)
-        return PreparedContext(None, keys_values)
+        return PreparedContext(None, keys_values, added)
 
     def velocity(
         self, x: Tensor, conditioning: Conditioning, context: PreparedContext, token_valid: Tensor | None = None
@@ -198,6 +204,8 @@ class DiffusionDecoder(FlowTransformer):
         """As `forward`, with the parts that do not change between denoising steps computed beforehand."""
         length, tokens = x.shape[1], self.embed_noisy(x)
         mask = self._mask(length, token_valid, x.device)
+        if context.added is not None:
+            tokens = tokens + context.added
         if context.tokens is not None:
             tokens = torch.cat((context.tokens, tokens), dim=1)
         for index, block in enumerate(self._blocks()):

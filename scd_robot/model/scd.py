@@ -44,6 +44,7 @@ class SeparableModel(HistoryModel[Tensor]):
             num_layers=config.decoder_layers,
             mlp_ratio=config.mlp_ratio,
             fusion=config.fusion,
+            add_context=config.add_context,
             step_end_input=config.step_end_input,
         )
 

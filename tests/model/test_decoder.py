@@ -65,9 +65,9 @@ def test_prefix_context_is_blind_to_noise_and_flow_time_while_concat_is_not() ->
     flow_time = torch.full((4, 1), 0.4, dtype=torch.float64)
     decoder = model.decoder
     conditions = decoder.condition(flow_time)
-    tokens = torch.cat(
-        (decoder.context_embed(context) + decoder.context_position, decoder.embed(x) + decoder.position), 1
-    )
+    embedded = decoder.context_embed(context) + decoder.context_position
+    added = decoder.context_add(embedded.mean(1, keepdim=True))
+    tokens = torch.cat((embedded, decoder.embed(x) + decoder.position + added), 1)
     count = context.shape[1]
     is_context = torch.arange(tokens.shape[1]) < count
     mask = ~is_context[:, None] | is_context[None, :]
@@ -79,6 +79,18 @@ def test_prefix_context_is_blind_to_noise_and_flow_time_while_concat_is_not() ->
     shift, factor = conditions.head
     expected = decoder.head(decoder.norm(tokens[:, count:]) * factor + shift)
     torch.testing.assert_close(decoder(x, flow_time, context), expected)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@torch.no_grad()
+def test_context_that_adds_nothing_is_as_without(fusion: str) -> None:
+    model, without = randomised(fusion=fusion), randomised(fusion=fusion, add_context=False)
+    without.load_state_dict({name: value for name, value in model.state_dict().items() if "context_add" not in name})
+    given = inputs(model)
+    assert (model.decoder(*given) - without.decoder(*given)).abs().amin() > 1e-6
+    for parameter in model.decoder.context_add.parameters():
+        parameter.zero_()
+    assert torch.equal(model.decoder(*given), without.decoder(*given))
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
