@@ -48,13 +48,14 @@ bench: $(VENV)/.sim  ## run benchmarks/latency.py, or another with BENCH=five_ta
 robosuite: $(VENV)-robosuite/.made  ## run the tests beside robosuite, with its older numpy and zarr
 	$(VENV)-robosuite/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(ARGS)
 
-lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot read a dataset of ours, and train our policy by its commands (1.7 GB)
+lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot read a dataset of ours, train our policy, and drive its robots (1.7 GB)
 	rm -rf build/lerobot && mkdir -p build/lerobot
 	$(BIN)/python tests/lerobot_env/write_example.py build/lerobot/dataset build/lerobot/expected.npz
 	HF_HUB_OFFLINE=1 $(VENV)-lerobot/bin/python tests/lerobot_env/check_lerobot.py \
 	    build/lerobot/dataset build/lerobot/expected.npz
 	$(VENV)-lerobot/bin/python tests/lerobot_env/check_rivals.py build/lerobot/dataset build/lerobot/dataset.hdf5
 	$(VENV)-lerobot/bin/python tests/lerobot_env/check_policy.py build/lerobot/dataset
+	$(VENV)-lerobot/bin/python tests/lerobot_env/check_robot.py
 
 rivals: $(VENV)-lerobot/.made  ## make the environment of benchmarks/outside, the same (1.7 GB on disk)
 
