@@ -37,6 +37,7 @@ FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
         level: (f"training.positions_per_segment={level}", "training.noise_draws=1") for level in ("1", "4", "16")
     },
     "context-tokens": {level: (f"model.num_context_tokens={level}",) for level in ("1", "4")},
+    "context-added": {"no": ("model.add_context=false",), "yes": ("model.add_context=true",)},
 }
 # The levels are pinned here, so that a changed default of the preset cannot move the reference unseen.
 REFERENCE = {
@@ -46,6 +47,7 @@ REFERENCE = {
     "virtual-reset": "0.2",
     "samples": "16",
     "context-tokens": "1",
+    "context-added": "no",
 }
 
 
