@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from scd_robot.policies.imagination import Imagination, load_imagination
     from scd_robot.policies.loading import load_policy
     from scd_robot.policies.scd import ScdPolicy
+    from scd_robot.policies.surprise import Surprise
 
 __all__ = [
     "CausalDitPolicy",
@@ -21,6 +22,7 @@ __all__ = [
     "GoalPicture",
     "Imagination",
     "ScdPolicy",
+    "Surprise",
     "load_imagination",
     "load_policy",
 ]
@@ -31,6 +33,7 @@ _MODULES = {
     "GoalPicture": "choosing",
     "Imagination": "imagination",
     "ScdPolicy": "scd",
+    "Surprise": "surprise",
     "load_imagination": "imagination",
     "load_policy": "loading",
 }
