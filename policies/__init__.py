@@ -10,16 +10,30 @@ if __name__ == "policies":
 
 if TYPE_CHECKING:
     from scd_robot.policies.causal_dit import CausalDitPolicy
+    from scd_robot.policies.choosing import ChoosingPolicy, GoalPicture
     from scd_robot.policies.imagination import Imagination, load_imagination
     from scd_robot.policies.loading import load_policy
     from scd_robot.policies.scd import ScdPolicy
+    from scd_robot.policies.surprise import Surprise
 
-__all__ = ["CausalDitPolicy", "Imagination", "ScdPolicy", "load_imagination", "load_policy"]
+__all__ = [
+    "CausalDitPolicy",
+    "ChoosingPolicy",
+    "GoalPicture",
+    "Imagination",
+    "ScdPolicy",
+    "Surprise",
+    "load_imagination",
+    "load_policy",
+]
 
 _MODULES = {
     "CausalDitPolicy": "causal_dit",
+    "ChoosingPolicy": "choosing",
+    "GoalPicture": "choosing",
     "Imagination": "imagination",
     "ScdPolicy": "scd",
+    "Surprise": "surprise",
     "load_imagination": "imagination",
     "load_policy": "loading",
 }

@@ -23,7 +23,7 @@ from scd_robot.policies.rows import Architecture, HistoryCache, PlanInput, Rows,
 from scd_robot.transforms import TASK, Transforms
 from scd_robot.types import ActionArray, DatasetSpec, GivenActions, Observation, PolicySpec, RunningChunk
 
-__all__ = ["ChunkPolicy", "Settings", "recorded_chunk"]
+__all__ = ["Choice", "ChunkPolicy", "Settings", "recorded_chunk"]
 
 _MOST_TIMINGS = 100_000  # a robot that runs for days and never asks for them must not run out of memory
 
@@ -52,6 +52,19 @@ class Settings(Protocol):
         ...
 
 
+class Choice(Protocol):
+    """Which of several chunks is followed."""
+
+    @property
+    def num_candidates(self) -> int:
+        """N, sampled for each plan."""
+        ...
+
+    def best(self, chunks: ActionArray, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n,) which of the chunks (n, N, Ta, Da) of some rows (n,)."""
+        ...
+
+
 class ChunkPolicy(ABC):
     """A policy in a control loop; numpy in and out, in the units and keys of the dataset.
 
@@ -74,6 +87,7 @@ class ChunkPolicy(ABC):
         spec: keys, shapes, rate and chunk length.
         planned: (B,) which rows the last `act` planned for; None before.
         instructions: its task and its goal.
+        choice: among several chunks that are sampled for each plan of `act` and `plan`; None = the only one.
     """
 
     def __init__(
@@ -104,6 +118,7 @@ class ChunkPolicy(ABC):
             tasks=tuple(self.instructions.tasks),
         )
         self.planned: NDArray[np.bool_] | None = None
+        self.choice: Choice | None = None
         self._timings = _empty_timings()
         self._rows: Rows | None = None
         self._context: Any = None  # what plans are made from, of all rows
@@ -386,20 +401,33 @@ class ChunkPolicy(ABC):
     def _sample_chunks(self, chosen: NDArray[np.int64], prefix: ActionArray | None) -> ActionArray:
         """New chunks (rows, Ta, Da) for some rows."""
         started = time.perf_counter()
-        chunk = self._denoise(self._plan_input(chosen), prefix)
+        if self.choice is None:
+            chunk = self._denoise(self._plan_input(chosen), prefix)
+        else:
+            count = self.choice.num_candidates
+            prefix = None if prefix is None else np.repeat(prefix, count, axis=0)
+            sampled = self._denoise(self._plan_input(np.repeat(chosen, count), count), prefix)
+            chunks = sampled.reshape(len(chosen), count, *sampled.shape[1:])
+            chunk = chunks[np.arange(len(chosen)), self.choice.best(chunks, chosen)]
         self._timings["plan_ms"].append(1e3 * (time.perf_counter() - started))
         self._timings["plan_rows"].append(len(chosen))
         return chunk
 
-    def _plan_input(self, chosen: NDArray[np.int64]) -> PlanInput:
-        """Of some rows; the context of all rows is not copied."""
+    def _plan_input(self, chosen: NDArray[np.int64], candidates: int = 1) -> PlanInput:
+        """Of some rows, each named so often in a row as it has candidates; the context of all rows is not copied."""
         rows = self._observed("plan")
         guided, copies = self.config.guidance_scale != 1.0, self.config.num_samples
         noise, corruption = plan_noise(
-            self.architecture, rows, chosen, seed=self.config.seed, num_samples=copies, guided=guided
+            self.architecture,
+            rows,
+            chosen,
+            seed=self.config.seed,
+            num_samples=copies,
+            guided=guided,
+            candidates=candidates,
         )
         context = self._context
-        if len(chosen) < rows.batch_size:
+        if candidates > 1 or len(chosen) < rows.batch_size:
             context = self._of_rows(context, chosen)
         state = {key: value[chosen] for key, value in self._state.items()}
         return PlanInput(chosen, context, state, noise, corruption, rows.past[chosen], rows.past_known[chosen])

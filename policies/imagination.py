@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scd_robot.checkpoint import read_checkpoint
-from scd_robot.config import from_json
+from scd_robot.checkpoint import Checkpoint, read_checkpoint
+from scd_robot.config import from_json, to_json
 from scd_robot.errors import CheckpointError, ConfigError, ShapeError
-from scd_robot.model import FrameModel, ScdConfig, build_model
+from scd_robot.model import FrameModel, HistoryContext, ScdConfig, build_model
+from scd_robot.nn import KVCache
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.config import ScdPolicyConfig
 from scd_robot.policies.inputs import check_widths, checked_action, model_observation
@@ -29,7 +30,7 @@ from scd_robot.seeding import POLICY_NOISE, keyed_rng
 from scd_robot.transforms import TransformConfig, Transforms
 from scd_robot.types import ActionArray, DatasetSpec
 
-__all__ = ["Imagination", "load_imagination"]
+__all__ = ["Imagination", "imagination_of", "load_imagination"]
 
 Frames = NDArray[np.uint8]
 
@@ -45,15 +46,30 @@ def load_imagination(path: str | Path, device: str | torch.device = "cpu", **ove
     Raises:
         CheckpointError: missing, foreign or damaged, or of a policy, which plans actions.
     """
-    checkpoint = read_checkpoint(path)
+    return imagination_of(read_checkpoint(path), device, **overrides)
+
+
+def imagination_of(checkpoint: Checkpoint, device: str | torch.device = "cpu", **overrides: Any) -> "Imagination":
+    """The model of frames of a checkpoint that was read already; arguments and errors as for `load_imagination`.
+
+    Its attribute `provenance` tells, as plain JSON types, what it was made of.
+    """
     if checkpoint.policy != FRAMES:
         raise CheckpointError(
             f"{checkpoint.path} holds a policy ({checkpoint.policy}), which plans actions and imagines no frames; "
             "train a model of frames with: scd train frames_64"
         )
-    return Imagination.from_parts(
+    found = Imagination.from_parts(
         checkpoint.config, checkpoint.weights, checkpoint.normalizer, checkpoint.dataset, device, **overrides
     )
+    settings = to_json(found.config)
+    found.provenance = {
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.step,
+        "weights_sha256": checkpoint.weights_sha256,
+        "settings": {name: settings[name] for name in ("sampler", "guidance_scale", "seed")},
+    }
+    return found
 
 
 class Imagination:
@@ -72,6 +88,7 @@ class Imagination:
     Attributes:
         source: the recording's key of the camera.
         transforms: as given.
+        provenance: what it was made of, see `imagination_of`; empty where nobody told.
     """
 
     def __init__(
@@ -91,6 +108,7 @@ class Imagination:
         self.config.check_fits(model.config)
         self._camera = model.config.frames.camera
         self.source = self.transforms.sources[self._camera]
+        self.provenance: dict[str, Any] = {}
 
     @classmethod
     def from_parts(
@@ -121,6 +139,11 @@ class Imagination:
         settings.update({name: value for name, value in overrides.items() if value is not None})
         transforms = from_json(TransformConfig, config["transforms"], "transforms")
         return cls(model, normalizer, dataset, from_json(ScdPolicyConfig, settings, "policy"), device, transforms)
+
+    @property
+    def pictures_shape(self) -> tuple[int, ...]:
+        """(H, W, C) of pictures as the model sees them."""
+        return tuple(self.model.config.observation_shapes[self._camera])
 
     def pictures(self, frames: NDArray[Any]) -> Frames:
         """Recorded frames (B, T, H, W, C) as the model sees them, which is how it imagines them.
@@ -164,30 +187,53 @@ class Imagination:
         if len(numbers) != batch:
             raise ConfigError(f"episodes must be {batch} numbers, one of each row, got {len(numbers)}")
         with inference(self.device, batch):
-            given = torch.as_tensor(self.transforms.action(checked), device=self.device)
-            rolled = self._roll(
-                torch.as_tensor(seen, device=self.device), self.normalizer.normalize("action", given), numbers
-            )
-            imagined: Frames = rolled.cpu().numpy()
+            placed, action = torch.as_tensor(seen, device=self.device), self.normalised(checked)
+            cache = self.model.new_cache(batch)
+            for step in range(known):  # in the first control step the past action is ignored
+                context = self.read(placed[:, step], action[:, max(step - 1, 0)], cache)
+            keys = [(POLICY_NOISE, self.config.seed, number) for number in numbers]
+            imagined: Frames = self.ahead(context, cache, placed[:, -1], action[:, known - 1 :], keys).cpu().numpy()
         return imagined
 
-    def _roll(self, seen: Tensor, action: Tensor, episodes: Sequence[int]) -> Tensor:
-        """Frames (B, Tf, H, W, C) after `seen` (B, Tc, H, W, C), of normalised actions (B, Tc - 1 + Tf, Da)."""
-        model, config = self.model, self.model.config
-        cache, known = model.new_cache(len(seen)), seen.shape[1]
-        conditioning = model.conditioning(self.config.sampler)
-        reads_past = config.past_action_input != "none"
+    # Step by step, as tensors: what `imagine` and `FrameStream` are made of.
+
+    def normalised(self, actions: ActionArray) -> Tensor:
+        """Actions (..., Da) as recorded, as the model has them."""
+        given = torch.as_tensor(self.transforms.action(actions), device=self.device)
+        return self.normalizer.normalize("action", given)
+
+    def read(self, picture: Tensor, past_action: Tensor, cache: KVCache) -> Any:
+        """The context of one more control step.
+
+        Args:
+            picture: (B, H, W, C) uint8, as the model sees it.
+            past_action: (B, Da) normalised, executed one step before; ignored in the first step of a row.
+            cache: of B rows; advanced in place.
+        """
+        past = past_action if self.model.config.past_action_input != "none" else None
+        return self.model.encode_step({self._camera: picture}, cache, past_action=past)
+
+    def ahead(
+        self, context: Any, cache: KVCache, picture: Tensor, action: Tensor, keys: Sequence[tuple[int, ...]]
+    ) -> Tensor:
+        """Frames (B, Tf, H, W, C) that follow the control step last read.
+
+        Args:
+            context: of that step.
+            cache: advanced in place by the frames imagined, but the last.
+            picture: (B, H, W, C) uint8 of that step.
+            action: (B, Tf, Da) normalised, the first one executed in that step.
+            keys: of each row's noise; the number of the frame is added to them.
+        """
+        conditioning = self.model.conditioning(self.config.sampler)
         imagined: list[Tensor] = []
-        for step in range(action.shape[1]):
-            picture = seen[:, step] if step < known else imagined[-1]
-            past = action[:, max(step - 1, 0)] if reads_past else None  # ignored in the first control step
-            context = model.encode_step({self._camera: picture}, cache, past_action=past)
-            if step < known - 1:
-                continue
-            noise, corruption = self._noise(episodes, len(imagined))
-            tokens = model.imagine(
+        for number in range(action.shape[1]):
+            if number:
+                context = self.read(picture, action[:, number - 1], cache)
+            noise, corruption = self._noise(keys, number)
+            tokens = self.model.imagine(
                 context,
-                action[:, step],
+                action[:, number],
                 picture,
                 sampler=self.config.sampler,
                 noise=noise,
@@ -195,17 +241,22 @@ class Imagination:
                 corruption_noise=corruption,
                 conditioning=conditioning,
             )
-            imagined.append(model.frames(tokens, picture))
+            picture = self.model.frames(tokens, picture)
+            imagined.append(picture)
         return torch.stack(imagined, dim=1)
 
-    def _noise(self, episodes: Sequence[int], number: int) -> tuple[Tensor, Tensor | None]:
+    def repeated(self, context: Any, rows: Tensor) -> Any:
+        """A copy of the context of some rows (n,), any of them several times."""
+        return context.rows(rows) if isinstance(context, HistoryContext) else context[rows]
+
+    def _noise(self, keys: Sequence[tuple[int, ...]], number: int) -> tuple[Tensor, Tensor | None]:
         """Of one frame: the sampler's (B, L, Dx), and that of guidance (B, K + 1, D)."""
         config = self.model.config
         guided = self.config.guidance_scale != 1.0
-        noise = np.empty((len(episodes), *config.token_shape), np.float32)
-        corruption = np.empty((len(episodes) * guided, config.num_decoder_context, config.width), np.float32)
-        for row, episode in enumerate(episodes):
-            rng = keyed_rng(POLICY_NOISE, self.config.seed, episode, number)
+        noise = np.empty((len(keys), *config.token_shape), np.float32)
+        corruption = np.empty((len(keys) * guided, config.num_decoder_context, config.width), np.float32)
+        for row, key in enumerate(keys):
+            rng = keyed_rng(*key, number)
             rng.standard_normal(dtype=np.float32, out=noise[row])
             if guided:
                 rng.standard_normal(dtype=np.float32, out=corruption[row])

@@ -237,18 +237,27 @@ def _episode_numbers(episodes: Sequence[int], count: int) -> NDArray[np.int64]:
 
 
 def plan_noise(
-    architecture: Architecture, rows: Rows, chosen: NDArray[np.int64], *, seed: int, num_samples: int, guided: bool
+    architecture: Architecture,
+    rows: Rows,
+    chosen: NDArray[np.int64],
+    *,
+    seed: int,
+    num_samples: int,
+    guided: bool,
+    candidates: int = 1,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Of the sampler (rows, S, L, Da) and of guidance (rows or 0, K, D), keyed by (seed, episode, plan).
 
-    With several samples L counts the past actions too, by which one of them is chosen.
+    With several samples L counts the past actions too, by which one of them is chosen. Of `candidates`, for which each
+    row is named so often in a row, the first has the noise of a plan without any, the others are numbered in their key.
     """
     length = architecture.chunk_length + (architecture.num_past_actions if num_samples > 1 else 0)
     noise = np.empty((len(chosen), num_samples, length, architecture.action_dim), np.float32)
     context = (architecture.num_context_tokens, architecture.width)
     corruption = np.empty((len(chosen) * guided, *context), np.float32)
     for i, row in enumerate(chosen):
-        rng = keyed_rng(POLICY_NOISE, seed, rows.episode[row], rows.num_plans[row])
+        number = (i % candidates,) if i % candidates else ()
+        rng = keyed_rng(POLICY_NOISE, seed, rows.episode[row], rows.num_plans[row], *number)
         rng.standard_normal(dtype=np.float32, out=noise[i])
         if guided:
             rng.standard_normal(dtype=np.float32, out=corruption[i])

@@ -9,6 +9,7 @@ import numpy as np
 __all__ = [
     "EPISODE_SPLIT",
     "EVALUATION",
+    "LIVE_FRAMES",
     "OBSERVATION_FAULTS",
     "POLICY_NOISE",
     "RECORDING",
@@ -33,6 +34,7 @@ SEGMENT_START = 7
 TRAINING_DRAW = 8
 VALIDATION_DRAW = 9
 OBSERVATION_FAULTS = 10
+LIVE_FRAMES = 11
 
 
 def keyed_rng(*keys: int) -> np.random.Generator:

@@ -251,6 +251,36 @@ class MetaworldEnvironment:
             info=dict(info),
         )
 
+    def move_object(self, offset: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Moves the object at once, as if by hand, and brings it to rest there; nothing else changes.
+
+        Args:
+            offset: (3,) of its position [m].
+
+        Returns:
+            The observation after the move.
+
+        Raises:
+            ConfigError: the task's object is part of a mechanism and cannot be moved so.
+        """
+        import mujoco
+
+        before, model, data = self._present(), self._env.model, self._env.data
+        qpos, qvel = data.qpos.copy(), data.qvel.copy()
+        moved, still = qpos.copy(), qvel.copy()
+        for joint in np.flatnonzero(model.jnt_type == mujoco.mjtJoint.mjJNT_FREE)[:1]:
+            place, speed = model.jnt_qposadr[joint], model.jnt_dofadr[joint]
+            moved[place : place + 3] += offset
+            still[speed : speed + 6] = 0
+        self._env.set_state(moved, still)
+        after = before.copy()
+        after[: _OBJECT.stop] = self._env._get_curr_obs_combined_no_goal()
+        if not np.allclose(after[4:7] - before[4:7], offset, atol=1e-6):
+            self._env.set_state(qpos, qvel)
+            raise ConfigError(f"the object of {self.spec.name} cannot be moved by hand: it is part of a mechanism")
+        self._raw = after
+        return self._observation()
+
     def state_hash(self) -> str:
         """Hexadecimal SHA-256 of joint positions and velocities, motion target of the hand, and goal."""
         goal = self._present()[_GOAL]

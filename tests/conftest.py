@@ -126,3 +126,31 @@ def tiny_run(tiny_store: Path, tiny_train_options: list[str], tmp_path_factory: 
     options = ["--dataset", str(tiny_store), "--out", str(out), "--max-steps", "4", *tiny_train_options]
     assert main(["train", "metaworld_state", *options]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_frames_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Zarr store of the moving square of `frame_models`, at the rate of the toy environment."""
+    import dataclasses
+
+    from frame_models import moving_square
+
+    from scd_robot.datasets.convert import write_zarr
+
+    data = moving_square(episodes=6)
+    path = tmp_path_factory.mktemp("tiny") / "square.zarr"
+    write_zarr(dataclasses.replace(data, spec=dataclasses.replace(data.spec, control_dt=0.05)), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_frames_run(tiny_frames_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of two steps of a model of frames on `tiny_frames_store`."""
+    from frame_models import frame_experiment
+
+    from scd_robot.datasets import open_dataset
+    from scd_robot.training import train
+
+    out = tmp_path_factory.mktemp("tiny") / "frames"
+    train(open_dataset(tiny_frames_store), frame_experiment(2), out, accelerator="cpu", progress=False)
+    return out

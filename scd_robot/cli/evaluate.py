@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from scd_robot.cli.imagining import ImaginingOptions, choosing
 from scd_robot.cli.policy_source import (
     exported_instructions,
     exported_policy,
@@ -40,6 +41,7 @@ def evaluate(
     goal: str | None = None,
     device: str = "cpu",
     reproducible: bool = False,
+    imagining: Annotated[ImaginingOptions, tyro.conf.arg(name="")] = ImaginingOptions(),  # noqa: B008 - frozen
     trust: bool = False,
     policy_options: tuple[str, ...] = (),
     policy_python: str | None = None,
@@ -83,6 +85,7 @@ def evaluate(
         device: torch device of the policy.
         reproducible: plan for all environments whenever one is due: with the same --num-envs and kind of CPU an episode
             is then bitwise the same however episodes are divided (--first-episode, --ray); takes more time.
+        imagining: choice among several chunks by what a model of frames imagines of each.
         trust: run the native or pickled code of an export of the formats aoti and torch-export; ONNX needs no trust.
         policy_options: KEY=VALUE for a policy of your own, values in JSON or plain text, for example seed=1 run=runs/a;
             they are keyword arguments of the callable.
@@ -115,6 +118,8 @@ def evaluate(
     if out is not None:
         check_output_folder(out, overwrite)
     troubles = _faults(latency_ms, jitter_ms, drop, freeze)
+    if imagining.imagine is not None and diagnose_history:
+        raise ConfigError("--diagnose-history is for policies that do not choose; leave out --imagine")
     overrides: dict[str, Any] = {
         "num_denoising_steps": num_denoising_steps,
         "num_executed": num_executed,
@@ -148,6 +153,7 @@ def evaluate(
         demonstrations = _check_diagnosis(found, diagnose_history, dataset, troubles)
         told = {"environment": env, "task": task, "goal": goal}
         load = functools.partial(make_policy, found, device, seed=seed, **told, **overrides)
+    load = choosing(load, imagining, device, seed, own=not (policy.startswith(("ws://", "wss://")) or is_named(source)))
     where: dict[str, Any] = {"first_episode": first_episode, "max_steps": max_steps, "num_envs": num_envs}
     options = {**where, "overwrite": overwrite, "num_videos": num_videos}
     jobs = []

@@ -8,6 +8,7 @@ from typing import Any
 __all__ = [
     "exported_instructions",
     "exported_policy",
+    "goal_of",
     "instructions",
     "is_exported",
     "is_named",
@@ -152,7 +153,7 @@ def instructions(
     told: dict[str, Any] = {"task": known_task(environment, transforms["tasks"], task)}
     if goal is not None:
         recorded = {ours: theirs for theirs, ours in transforms["rename"].items()}
-        told["goal"] = _goal_of(goal, [recorded.get(key, key) for key in transforms["goals"]])
+        told["goal"] = goal_of(goal, [recorded.get(key, key) for key in transforms["goals"]])
     return told
 
 
@@ -164,12 +165,13 @@ def exported_instructions(folder: Path, environment: str, task: str | None, goal
     return instructions(to_json(read_manifest(folder).transforms), environment, task, goal)
 
 
-def _goal_of(source: str, keys: Sequence[str]) -> dict[str, Any]:
+def goal_of(source: str, keys: Sequence[str], option: str = "--goal") -> dict[str, Any]:
     """What was observed at the end of a recorded episode.
 
     Args:
         source: PATH:NUMBER of a dataset and an episode.
         keys: observation keys of the recording.
+        option: that named it, for messages.
 
     Raises:
         ConfigError: not of this form, or there is no such episode.
@@ -180,7 +182,7 @@ def _goal_of(source: str, keys: Sequence[str]) -> dict[str, Any]:
 
     path, _, number = source.rpartition(":")
     if not path or not number.isdecimal():
-        raise ConfigError(f"--goal takes DATASET:EPISODE, for example data/push.zarr:0, got {source!r}")
+        raise ConfigError(f"{option} takes DATASET:EPISODE, for example data/push.zarr:0, got {source!r}")
     if not keys:
         raise ConfigError("--goal is for policies that were trained with --goals, this one is shown none")
     data = open_dataset(path, list(keys))

@@ -17,6 +17,7 @@ from scd_robot.errors import CheckpointError, ConfigError, ShapeError, UnknownNa
 from scd_robot.model import build_model
 from scd_robot.policies import Imagination, load_imagination, load_policy
 from scd_robot.policies.scd import ScdPolicyConfig
+from scd_robot.seeding import POLICY_NOISE
 from scd_robot.training import train
 from scd_robot.training.start import fit_normalizer
 from scd_robot.types import ArraySpec
@@ -50,8 +51,8 @@ def test_imagined_frames_are_the_next_observations() -> None:
     assert together.dtype == np.uint8
     shown = np.concatenate([frames, together[:, :4]], axis=1)
     first = untrained()
-    noises = [imagination._noise([3], number) for number in range(5)]
-    first._noise = lambda episodes, number: noises[4]  # type: ignore[method-assign]
+    noises = [imagination._noise([(POLICY_NOISE, 0, 3)], number) for number in range(5)]
+    first._noise = lambda keys, number: noises[4]  # type: ignore[method-assign]
     np.testing.assert_array_equal(first.imagine(shown, actions, [3])[:, 0], together[:, 4])
 
 

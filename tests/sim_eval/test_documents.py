@@ -23,7 +23,7 @@ POINT = "toy_environment:make_point"
 
 
 @pytest.fixture(scope="module")
-def written(tiny_run, tiny_store, tmp_path_factory):
+def written(tiny_run, tiny_store, tiny_frames_run, tiny_frames_store, tmp_path_factory):
     """By file, documents of that name: of policies that tell little or much, of success and of failure."""
     out = tmp_path_factory.mktemp("documents")
     common = ["--env", POINT, "--episodes", "2", "--num-videos", "0"]
@@ -50,6 +50,10 @@ def written(tiny_run, tiny_store, tmp_path_factory):
         exported = str(out / "exported")
         assert main(["export", str(tiny_run), "--format", "torch-export", "--out", exported]) == 0
         assert main(["eval", exported, "--trust", *common, "--max-steps", "8", "--out", str(out / "graphs")]) == 0
+        imagined = ["eval", str(tiny_run), "--env", "toy_environment:make_seeing", *common[2:], "--max-steps", "4"]
+        imagined += ["--imagine", str(tiny_frames_run), "--candidates", "2"]
+        assert main([*imagined, "--score", "toy_environment:most_to_the_right", "--out", str(out / "scored")]) == 0
+        assert main([*imagined, "--goal-picture", f"{tiny_frames_store}:0", "--out", str(out / "goal")]) == 0
         both = ["--env", POINT, "metaworld/pusch-v3", "--episodes", "2"]
         assert main(["sweep", str(tiny_run), *both, "--out", str(out / "sweep")]) == 2
     found = {name: [json.loads(p.read_text()) for p in sorted(out.rglob(name))] for name in DOCUMENTS}

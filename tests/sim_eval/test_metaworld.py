@@ -232,6 +232,28 @@ class TestWithSimulator:
         push.reset(0)
         assert push.state_hash() == start
 
+    @pytest.mark.parametrize("task", ["push-v3", "peg-insert-side-v3"])
+    def test_an_object_moved_by_hand_is_elsewhere_at_rest_and_nothing_else_has_changed(self, task):
+        environment, offset = make_environment(f"metaworld/{task}"), np.array([0.05, -0.02, 0.0])
+        environment.reset(3)
+        before, hand = environment.positions["object"], environment.hand
+        observation = environment.move_object(offset)
+        np.testing.assert_allclose(environment.positions["object"], before + offset, atol=1e-9)
+        np.testing.assert_allclose(observation["object"][:3], before + offset, atol=1e-6)
+        np.testing.assert_array_equal(environment.hand, hand)
+        after = environment.step(np.zeros(4, np.float32)).observation["object"][:3]
+        np.testing.assert_allclose(after, before + offset, atol=1e-3)
+        environment.close()
+
+    def test_a_part_of_a_mechanism_is_not_moved_by_hand(self):
+        environment = make_environment("metaworld/door-open-v3")
+        environment.reset(3)
+        state = environment.state_hash()
+        with pytest.raises(ConfigError, match="cannot be moved by hand"):
+            environment.move_object(np.array([0.05, 0.0, 0.0]))
+        assert environment.state_hash() == state
+        environment.close()
+
     def test_closing_twice_is_allowed(self):
         environment = MetaworldEnvironment("reach-v3")
         environment.reset(0)

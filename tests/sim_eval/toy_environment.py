@@ -132,6 +132,29 @@ class TellingEnvironment(PointEnvironment):
 make_telling = TellingEnvironment
 
 
+class SeeingEnvironment(PointEnvironment):
+    """Has a camera as well, which sees the point as a bright square of 4 x 4 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        keys = {**self.spec.observation, "eye": ArraySpec((16, 16, 1), "uint8")}
+        self.spec = dataclasses.replace(self.spec, observation=keys)
+
+    def _observe(self):
+        eye = np.full((16, 16, 1), 30, np.uint8)
+        row, column = np.clip(6 + 2 * self._position, 0, 12).astype(int)
+        eye[row : row + 4, column : column + 4] = 220
+        return {**super()._observe(), "eye": eye}
+
+
+make_seeing = SeeingEnvironment
+
+
+def most_to_the_right(frames, chunks):
+    """A score of imagined frames that reads the first action of each chunk only."""
+    return chunks[:, 0, 1]
+
+
 class LateEnvironment(PointEnvironment):
     """Cannot be made `failures` times after the first `free`; `counter` is a file in which attempts are counted."""
 
