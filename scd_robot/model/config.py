@@ -56,9 +56,9 @@ class ScdConfig:
             which are uint8.
         action_dim: Da, width of one action.
         architecture: "separable", or "entangled": the rival `CausalDitModel` of the same width and of encoder_layers +
-            decoder_layers layers, all of which see the history at every denoising step. It reads no fusion, add_context,
-            num_context_tokens, context_corruption, memory_gate and encoder_bias, which must be as by default, the
-            corruption 0.
+            decoder_layers layers, all of which see the history at every denoising step. It reads no fusion,
+            add_context, num_context_tokens, context_corruption, memory_gate and encoder_bias, which must be as by
+            default, the corruption 0.
         local_layers: entangled only: in the last so many layers nothing attends to earlier control steps.
         width: D, of encoder and decoder tokens.
         num_heads: N; must divide `width` into an even head width.
