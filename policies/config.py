@@ -1,12 +1,14 @@
-"""How a trained model is run as a policy."""
+"""How a trained model is run as a policy, and whether what makes up a policy is of one checkpoint."""
 
 from dataclasses import dataclass, field
 
 from scd_robot.diffusion import SamplerConfig
-from scd_robot.errors import ConfigError
+from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.model import ScdConfig, check_sampler
+from scd_robot.normalization import Normalizer
+from scd_robot.types import DatasetSpec
 
-__all__ = ["ScdPolicyConfig"]
+__all__ = ["ScdPolicyConfig", "check_widths"]
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,25 @@ class ScdPolicyConfig:
             )
         if self.guidance_scale != 1.0 and not model.context_corruption:
             raise ConfigError("guidance_scale != 1 needs a model trained with context_corruption > 0")
+
+
+def check_widths(config: ScdConfig, normalizer: Normalizer, dataset: DatasetSpec) -> None:
+    """Raises ShapeError where model, statistics and specification are not of one dataset."""
+    specified = {key: spec.shape for key, spec in dataset.observation.items()} | {"action": (dataset.action_dim,)}
+    for key in config.image_keys:
+        spec, shape = dataset.observation.get(key), config.observation_shapes[key]
+        if spec is None or (tuple(spec.shape), spec.dtype) != (tuple(shape), "uint8"):
+            has = "none" if spec is None else f"{spec.dtype} {tuple(spec.shape)}"
+            raise ShapeError(
+                f"the model takes pictures {key!r} as uint8 {tuple(shape)}, the dataset's specification has {has}; "
+                "they must be of one checkpoint"
+            )
+    vectors = {key: config.observation_shapes[key] for key in config.vector_keys}
+    for key, shape in {**vectors, "action": (config.action_dim,)}.items():
+        statistics = normalizer.statistics.get(key)
+        found = (specified.get(key), None if statistics is None else (statistics.width,))
+        if found != (tuple(shape), tuple(shape)):
+            raise ShapeError(
+                f"the model takes {key!r} of shape {tuple(shape)}, the dataset's specification has {found[0]} and the "
+                f"normalisation {found[1]}; they must be of one checkpoint"
+            )

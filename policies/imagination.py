@@ -22,8 +22,8 @@ from scd_robot.errors import CheckpointError, ConfigError, ShapeError
 from scd_robot.model import FrameModel, HistoryContext, ScdConfig, build_model
 from scd_robot.nn import KVCache
 from scd_robot.normalization import Normalizer
-from scd_robot.policies.config import ScdPolicyConfig
-from scd_robot.policies.inputs import check_widths, checked_action, model_observation
+from scd_robot.policies.config import ScdPolicyConfig, check_widths
+from scd_robot.policies.inputs import checked_action, model_observation
 from scd_robot.policies.registry import FRAMES
 from scd_robot.policies.sampling import inference
 from scd_robot.seeding import POLICY_NOISE, keyed_rng

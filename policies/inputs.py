@@ -5,49 +5,22 @@ Shapes: B rows, Da action width; H W C picture.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.errors import ShapeError
 from scd_robot.transforms import Transforms
-from scd_robot.types import ActionArray, DatasetSpec, GivenActions, Observation, RunningChunk
-
-if TYPE_CHECKING:
-    from scd_robot.model import ScdConfig
-    from scd_robot.normalization import Normalizer
+from scd_robot.types import ActionArray, GivenActions, Observation, RunningChunk
 
 __all__ = [
     "as_float32",
-    "check_widths",
     "checked_action",
     "checked_given",
     "checked_running",
     "model_observation",
 ]
-
-
-def check_widths(config: "ScdConfig", normalizer: "Normalizer", dataset: DatasetSpec) -> None:
-    """Raises ShapeError where model, statistics and specification are not of one dataset."""
-    specified = {key: spec.shape for key, spec in dataset.observation.items()} | {"action": (dataset.action_dim,)}
-    for key in config.image_keys:
-        spec, shape = dataset.observation.get(key), config.observation_shapes[key]
-        if spec is None or (tuple(spec.shape), spec.dtype) != (tuple(shape), "uint8"):
-            has = "none" if spec is None else f"{spec.dtype} {tuple(spec.shape)}"
-            raise ShapeError(
-                f"the model takes pictures {key!r} as uint8 {tuple(shape)}, the dataset's specification has {has}; "
-                "they must be of one checkpoint"
-            )
-    vectors = {key: config.observation_shapes[key] for key in config.vector_keys}
-    for key, shape in {**vectors, "action": (config.action_dim,)}.items():
-        statistics = normalizer.statistics.get(key)
-        found = (specified.get(key), None if statistics is None else (statistics.width,))
-        if found != (tuple(shape), tuple(shape)):
-            raise ShapeError(
-                f"the model takes {key!r} of shape {tuple(shape)}, the dataset's specification has {found[0]} and the "
-                f"normalisation {found[1]}; they must be of one checkpoint"
-            )
 
 
 def model_observation(

@@ -18,8 +18,7 @@ from scd_robot.errors import CheckpointError
 from scd_robot.model import ActionModel, ScdConfig, build_model, check_guidance
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.chunked import ChunkPolicy
-from scd_robot.policies.config import ScdPolicyConfig
-from scd_robot.policies.inputs import check_widths
+from scd_robot.policies.config import ScdPolicyConfig, check_widths
 from scd_robot.policies.planner import Planner
 from scd_robot.policies.rows import Architecture, PlanInput, Rows
 from scd_robot.policies.sampling import TorchCache, inference

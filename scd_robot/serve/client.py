@@ -22,7 +22,9 @@ try:
     from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
     from websockets.sync.client import ClientConnection, connect
 except ModuleNotFoundError as error:
-    raise MissingDependencyError("a client needs websockets 13 or newer: pip install 'scd_robot[serve]'") from error
+    raise MissingDependencyError(
+        "a client needs websockets 13 or newer: pip install websockets, or 'scd_robot[serve]'"
+    ) from error
 
 __all__ = ["HistoryLostError", "PolicyClient", "RequestRefusedError", "ServerUnreachableError"]
 

@@ -16,7 +16,7 @@ from scd_robot.errors import MissingDependencyError, ScdRobotError
 try:
     import msgpack
 except ModuleNotFoundError as error:
-    raise MissingDependencyError("serving needs msgpack: pip install 'scd_robot[serve]'") from error
+    raise MissingDependencyError("serving needs msgpack: pip install msgpack, or 'scd_robot[serve]'") from error
 
 __all__ = ["MessageError", "pack", "unpack"]
 

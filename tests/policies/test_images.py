@@ -7,7 +7,7 @@ from pictures import ARCHITECTURES, SHAPES, picture_data, picture_policy
 
 from scd_robot.errors import ShapeError
 from scd_robot.policies import ScdPolicy
-from scd_robot.policies.inputs import check_widths
+from scd_robot.policies.config import check_widths
 from scd_robot.transforms import ImageStep, TransformConfig
 
 DATA = picture_data()
