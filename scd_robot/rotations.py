@@ -3,8 +3,7 @@
 Shapes: (..., n) any batch axes; n is the width of the representation.
 """
 
-import warnings
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +29,7 @@ ROTATION_WIDTHS: dict[RotationName, int] = {
 }
 
 _SMALLEST = 1e-6  # length below which a vector has no direction
+_LOCKED = 1e-7  # cosine below which an angle counts as a right one
 _CLOSE = 0.1  # largest difference of a recorded matrix's numbers from those of a rotation
 
 Array = NDArray[np.floating]
@@ -73,11 +73,11 @@ def matrix_of(x: Array, source: RotationName, predicted: bool = False) -> Array:
             raise ShapeError(
                 "a quaternion of length 0 is no rotation; is the sensor silent, or are these other numbers?"
             )
-        matrix = _scipy().from_quat(flat, scalar_first=source == "quat_wxyz").as_matrix()
+        matrix = _of_quaternion(np.roll(flat, -1, axis=1) if source == "quat_wxyz" else flat)
     elif source == "euler_xyz":
-        matrix = _scipy().from_euler("xyz", flat).as_matrix()
+        matrix = _of_euler(flat)
     elif source == "axis_angle":
-        matrix = _scipy().from_rotvec(flat).as_matrix()
+        matrix = _of_vector(flat)
     else:
         matrix = _nearest_rotation(flat.reshape(-1, 3, 3), np.inf if predicted else _CLOSE)
     return matrix.reshape(*x.shape[:-1], 3, 3)
@@ -91,22 +91,93 @@ def rotation_from_matrix(matrix: Array, target: RotationName) -> Array:
     elif target == "matrix":
         found = flat.reshape(-1, 9)
     elif target == "euler_xyz":
-        with warnings.catch_warnings():
-            # Where y is 90 degrees many angles mean the same rotation; scipy takes one of them and warns.
-            warnings.filterwarnings("ignore", message="Gimbal lock")
-            found = _scipy().from_matrix(flat).as_euler("xyz")
+        found = _euler_of(flat)
     elif target == "axis_angle":
-        found = _scipy().from_matrix(flat).as_rotvec()
+        found = _vector_of(flat)
     else:
-        found = _scipy().from_matrix(flat).as_quat(canonical=True, scalar_first=target == "quat_wxyz")
+        found = _quaternion_of(flat)
+        found = np.roll(found, 1, axis=1) if target == "quat_wxyz" else found
     return np.asarray(found).reshape(*matrix.shape[:-2], ROTATION_WIDTHS[target])
 
 
-def _scipy() -> Any:
-    """Loaded where it is needed: a policy that was exported does without it unless its dataset has other rotations."""
-    from scipy.spatial.transform import Rotation
+def _of_quaternion(q: Array) -> Array:
+    """Matrices (n, 3, 3) of quaternions (n, 4) x y z w of any length."""
+    x, y, z, w = (q / np.linalg.norm(q, axis=1, keepdims=True)).T
+    rows = (
+        (1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)),
+        (2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)),
+        (2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)),
+    )
+    return _stacked(rows)
 
-    return Rotation
+
+def _of_euler(angles: Array) -> Array:
+    """Matrices (n, 3, 3) of angles (n, 3) about x, y, z: Rz Ry Rx."""
+    (cx, cy, cz), (sx, sy, sz) = np.cos(angles).T, np.sin(angles).T
+    rows = (
+        (cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx),
+        (sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx),
+        (-sy, cy * sx, cy * cx),
+    )
+    return _stacked(rows)
+
+
+def _of_vector(vector: Array) -> Array:
+    """Matrices (n, 3, 3) of rotation vectors (n, 3), by Rodrigues' formula."""
+    x, y, z = vector.T
+    zero = np.zeros_like(x)
+    cross = _stacked(((zero, -z, y), (z, zero, -x), (-y, x, zero)))
+    angle = np.linalg.norm(vector, axis=1)[:, None, None]
+    sine, cosine = np.sinc(angle / np.pi), 0.5 * np.sinc(angle / (2 * np.pi)) ** 2  # sin t / t, (1 - cos t) / t^2
+    return np.eye(3) + sine * cross + cosine * (cross @ cross)
+
+
+def _quaternion_of(matrix: Array) -> Array:
+    """Quaternions (n, 4) x y z w of matrices (n, 3, 3), with w >= 0; of those with w = 0 the first number is positive.
+
+    Of the four numbers the largest one is found first, so that nothing small is divided by (Shepperd 1978).
+    """
+    m = np.moveaxis(matrix, 0, -1)
+    xx, yy, zz = m[0, 0], m[1, 1], m[2, 2]
+    wx, wy, wz = m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]
+    xy, xz, yz = m[1, 0] + m[0, 1], m[2, 0] + m[0, 2], m[2, 1] + m[1, 2]
+    # 4 q q^T: each row is a multiple of q.
+    products = (
+        (1 + xx - yy - zz, xy, xz, wx),
+        (xy, 1 - xx + yy - zz, yz, wy),
+        (xz, yz, 1 - xx - yy + zz, wz),
+        (wx, wy, wz, 1 + xx + yy + zz),
+    )
+    table = _stacked(products)
+    q = table[np.arange(len(table)), np.argmax(np.diagonal(table, axis1=1, axis2=2), axis=1)]
+    q = q / np.linalg.norm(q, axis=1, keepdims=True)
+    deciding = np.roll(q, 1, axis=1)  # w first
+    sign = np.sign(deciding[np.arange(len(q)), np.argmax(deciding != 0, axis=1)])
+    return q * sign[:, None]
+
+
+def _euler_of(matrix: Array) -> Array:
+    """Angles (n, 3) of matrices (n, 3, 3); where y is a right angle many mean the same rotation, and z is 0."""
+    x = np.arctan2(matrix[:, 2, 1], matrix[:, 2, 2])
+    y = np.arctan2(-matrix[:, 2, 0], np.hypot(matrix[:, 0, 0], matrix[:, 1, 0]))
+    z = np.arctan2(matrix[:, 1, 0], matrix[:, 0, 0])
+    locked = np.hypot(matrix[:, 0, 0], matrix[:, 1, 0]) < _LOCKED
+    x = np.where(locked, np.arctan2(-matrix[:, 1, 2], matrix[:, 1, 1]), x)
+    return np.stack((x, y, np.where(locked, 0.0, z)), axis=1)
+
+
+def _vector_of(matrix: Array) -> Array:
+    """Rotation vectors (n, 3) of matrices (n, 3, 3), no longer than pi."""
+    q = _quaternion_of(matrix)
+    sine = np.linalg.norm(q[:, :3], axis=1)
+    angle = 2 * np.arctan2(sine, q[:, 3])
+    small = sine < _SMALLEST
+    return q[:, :3] * np.where(small, 2.0, angle / np.where(small, 1.0, sine))[:, None]
+
+
+def _stacked(rows: tuple[tuple[Array, ...], ...]) -> Array:
+    """Rows of numbers (n,) each, as matrices (n, rows, columns)."""
+    return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
 
 
 def _nearest_rotation(matrix: Array, tolerance: float) -> Array:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
 
 from scd_robot.errors import ShapeError
-from scd_robot.rotations import ROTATION_WIDTHS, convert_rotation, matrix_of
+from scd_robot.rotations import ROTATION_WIDTHS, convert_rotation, matrix_of, rotation_from_matrix
 
 ROOT = np.sqrt(0.5)
 # A quarter turn about z: x -> y.
@@ -66,6 +67,43 @@ def test_batch_axes_and_dtype_stay():
     found = convert_rotation(x, "quat_xyzw", "rot6d")
     assert (found.shape, found.dtype) == ((5, 2, 6), np.float32)
     assert convert_rotation(x[:0], "quat_xyzw", "axis_angle").shape == (0, 2, 3)
+
+
+def scipy_of(name: str, x: np.ndarray) -> Rotation:
+    if name.startswith("quat"):
+        return Rotation.from_quat(x, scalar_first=name == "quat_wxyz")
+    return Rotation.from_euler("xyz", x) if name == "euler_xyz" else Rotation.from_rotvec(x)
+
+
+def in_scipy(name: str, rotation: Rotation) -> np.ndarray:
+    if name.startswith("quat"):
+        return rotation.as_quat(canonical=True, scalar_first=name == "quat_wxyz")
+    return rotation.as_euler("xyz") if name == "euler_xyz" else rotation.as_rotvec()
+
+
+@pytest.mark.filterwarnings("ignore:Gimbal lock")
+@pytest.mark.parametrize("name", ["quat_xyzw", "quat_wxyz", "euler_xyz", "axis_angle"])
+def test_they_are_those_of_scipy(name: str) -> None:
+    """Among them turns by nothing, by next to nothing, by half a turn, and with an angle of 90 degrees."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(0, 2, (500, ROTATION_WIDTHS[name]))
+    if name == "axis_angle":
+        x = np.concatenate([x, np.zeros((1, 3)), 1e-9 * x[:5], np.pi * np.eye(3)])
+    elif name == "euler_xyz":
+        x[:20, 1] = np.pi / 2 * rng.choice([-1, 1], 20)
+        x = np.concatenate([x, np.zeros((1, 3)), np.pi * np.eye(3)])
+    else:
+        x = np.concatenate([x, np.eye(4), -np.eye(4)])
+    matrix = matrix_of(x, name)
+    np.testing.assert_allclose(matrix, scipy_of(name, x).as_matrix(), atol=1e-14)
+    for other in ("quat_xyzw", "quat_wxyz", "euler_xyz", "axis_angle"):
+        found = rotation_from_matrix(matrix, other)
+        np.testing.assert_allclose(scipy_of(other, found).as_matrix(), matrix, atol=1e-7)
+        plain = slice(20, 500)  # further ones may be half turns, of which two vectors and quaternions are equally good
+        np.testing.assert_allclose(found[plain], in_scipy(other, Rotation.from_matrix(matrix[plain])), atol=1e-9)
+        np.testing.assert_allclose(
+            found[:20], in_scipy(other, Rotation.from_matrix(matrix[:20])), atol=1e-7 if other == "euler_xyz" else 1e-9
+        )
 
 
 @pytest.mark.parametrize(
