@@ -235,6 +235,24 @@ class Transforms:
         """By key of the model the recording's key; the task's vector has none."""
         return dict(self._sources)
 
+    def stand_in(self) -> dict[str, Array]:
+        """An observation as recorded that nothing is wrong with: zeros, rotations by nothing, pictures of a ramp."""
+        found = {}
+        for key, source in self._sources.items():
+            spec = self.recorded.observation[source]
+            x = np.zeros(int(np.prod(spec.shape)), spec.dtype)
+            if spec.dtype == "uint8" and len(spec.shape) == 3:
+                x = (np.arange(x.size) % 256).astype(np.uint8)
+            steps = [step for step in self.config.rotations if step.key == self._step_key(key)]
+            for count, step in enumerate(steps):
+                start = step.start
+                for earlier in reversed(steps[:count]):  # which `start` is counted after
+                    wider = ROTATION_WIDTHS[earlier.target] - ROTATION_WIDTHS[earlier.source]
+                    start -= wider if start > earlier.start else 0
+                x[start : start + ROTATION_WIDTHS[step.source]] = rotation_from_matrix(np.eye(3), step.source)
+            found[source] = x.reshape(spec.shape)
+        return found
+
     def observation(self, observation: Mapping[str, Array]) -> dict[str, Array]:
         """Observations (..., Do) or (..., H, W, C) as recorded, to those of the model."""
         return {key: self.convert(key, observation[source]) for key, source in self._sources.items()}

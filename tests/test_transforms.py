@@ -191,3 +191,29 @@ def test_pictures_are_resized_without_torch_as_with_it() -> None:
         *shape, height, width = rng.integers(2, 130, 4)
         pictures = rng.integers(0, 256, (2, *shape, rng.choice([1, 3, 4])), np.uint8)
         np.testing.assert_array_equal(resize(pictures, (height, width)), crop_and_resize(pictures, (), (height, width)))
+
+
+def test_a_stand_in_is_an_observation_that_every_step_takes():
+    """Two rotations in one key, the second one counted after the first one became wider."""
+    spec = DatasetSpec(
+        {"hands": ArraySpec((2, 8)), "matrix": ArraySpec((9,)), "camera": ArraySpec((6, 8, 3), "uint8")}, 7, 0.5
+    )
+    config = TransformConfig(
+        rename={"matrix": "turn"},
+        flatten=("hands",),
+        images=(ImageStep("camera", size=(3, 4)),),
+        rotations=(
+            RotationStep("hands", 1, "quat_wxyz"),
+            RotationStep("hands", 12, "quat_xyzw", "axis_angle"),
+            RotationStep("turn", 0, "matrix"),
+        ),
+        goals=("turn",),
+    )
+    transforms = Transforms(config, spec)
+    found = transforms.stand_in()
+    assert {key: ArraySpec(x.shape, str(x.dtype)) for key, x in found.items()} == transforms.recorded.observation
+    assert np.argwhere(found["hands"]).tolist() == [[0, 1], [1, 5]]  # w, first and last
+    assert found["camera"].min() < found["camera"].max()
+    seen = transforms.observation(found)
+    np.testing.assert_allclose(seen["hands"][1:7], [1, 0, 0, 0, 1, 0], atol=1e-12)
+    np.testing.assert_allclose(seen["goal.turn"], [1, 0, 0, 0, 1, 0], atol=1e-12)

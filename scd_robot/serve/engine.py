@@ -110,11 +110,9 @@ class Engine:
             )
 
     def warm_up(self) -> None:
-        """Plans once from zeros, so that the first request is not the slow one."""
-        spec = self.policy.spec.observation
-        zeros = {key: np.zeros(array.shape, array.dtype) for key, array in spec.items()}
+        """Plans once from nothing in particular, so that the first request is not the slow one."""
         task = next(iter(self.policy.spec.tasks), None)
-        result = self.run([(Session(), Request(observation=zeros, prompt=task))])[0]
+        result = self.run([(Session(), Request(observation=self.policy.transforms.stand_in(), prompt=task))])[0]
         if isinstance(result, Exception):
             raise result
         self._next_episode = 0

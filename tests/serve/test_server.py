@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from pictures import picture_data, picture_policy
 from small_policies import small_policy
 from tiny import tiny_data, tiny_experiment
 from websockets.exceptions import InvalidStatus
@@ -22,6 +23,7 @@ from scd_robot.serve.requests import Request
 from scd_robot.serve.server import PolicyServer, ServerConfig, running_server
 from scd_robot.serve.wire import pack, unpack
 from scd_robot.training import train
+from scd_robot.transforms import TransformConfig
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -409,6 +411,13 @@ def test_a_policy_that_reads_the_keys_that_are_there_gets_them(start, connect, s
     first, second = stream(2)
     client.infer(first)
     assert client.infer({"goal": second["goal"]})["actions"].shape == (4, 2)
+
+
+def test_a_policy_with_cameras_is_served(start, connect):
+    """It plans once before anybody sends a picture."""
+    data = picture_data()
+    client = connect(start(picture_policy("separable", data, TransformConfig())))
+    assert client.infer({key: data.arrays[key][0] for key in data.spec.observation})["actions"].shape == (4, 2)
 
 
 def test_answers_hold_no_array_but_the_actions(start, stream):
