@@ -21,7 +21,7 @@ ROBOMIMIC_NEEDS := imageio psutil six tensorboardX termcolor
 SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench robosuite lerobot rivals openpi clean distclean
+.PHONY: help demo test lint bench robosuite lerobot rivals openpi runtime clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -62,16 +62,26 @@ rivals: $(VENV)-lerobot/.made  ## make the environment of benchmarks/outside, th
 openpi: $(VENV)-openpi/.made $(VENV)/.dev  ## let the published openpi-client drive a task through our server
 	SCD_OPENPI_PYTHON=$(VENV)-openpi/bin/python $(BIN)/python -m pytest tests/serve/test_openpi_client.py $(ARGS)
 
+# The wheel is built from the sdist, as an index would have it; the environment was made by pip from the folder.
+runtime: $(VENV)-runtime/.made $(VENV)/.dev  ## let scd_robot_runtime do its work in an environment with only what it needs
+	rm -rf build/runtime
+	$(BIN)/python -m build --outdir build/runtime scd_robot_runtime > /dev/null
+	$(VENV)-runtime/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --force-reinstall \
+	    build/runtime/*.whl
+	$(VENV)-runtime/bin/python -m pip check
+	SCD_RUNTIME_PYTHON=$(abspath $(VENV)-runtime/bin/python) $(BIN)/python -m pytest tests/test_runtime.py $(ARGS)
+
 clean:  ## remove what builds and tools left
-	rm -rf build dist scd_robot.egg-info lerobot_policy_scd/build lerobot_policy_scd/src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist scd_robot.egg-info lerobot_policy_scd/build lerobot_policy_scd/src/*.egg-info \
+	    scd_robot_runtime/build scd_robot_runtime/src .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## and the environments
-	rm -rf .venv .venv-robosuite .venv-lerobot .venv-openpi
+	rm -rf .venv .venv-robosuite .venv-lerobot .venv-openpi .venv-runtime
 
 # Stamps: an environment is filled again only when pyproject.toml or the constraints changed.
 
-$(VENV)/.made $(VENV)-robosuite/.venv $(VENV)-lerobot/.venv $(VENV)-openpi/.venv:
+$(VENV)/.made $(VENV)-robosuite/.venv $(VENV)-lerobot/.venv $(VENV)-openpi/.venv $(VENV)-runtime/.venv:
 	@command -v $(PYTHON) > /dev/null || { echo "make: there is no '$(PYTHON)'; name one with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo \
 	    "make: Python 3.11 to 3.13 is needed, '$(PYTHON)' is $$($(PYTHON) --version); name another with PYTHON=..." >&2; \
@@ -109,4 +119,11 @@ $(VENV)-lerobot/.made: $(VENV)-lerobot/.venv constraints/lerobot.txt pyproject.t
 $(VENV)-openpi/.made: $(VENV)-openpi/.venv constraints/openpi.txt
 	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps \
 	    --requirement constraints/openpi.txt
+	@touch $@
+
+# Nothing else may be in it: setuptools, which Python 3.11 puts into every environment, goes.
+$(VENV)-runtime/.made: $(VENV)-runtime/.venv constraints.txt scd_robot_runtime/pyproject.toml scd_robot_runtime/setup.py
+	$(@D)/bin/python -m pip uninstall --quiet --yes --disable-pip-version-check setuptools
+	$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt \
+	    ./scd_robot_runtime
 	@touch $@

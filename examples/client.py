@@ -1,6 +1,7 @@
 """A control loop with the policy on another machine: every control step is observed, plans are asked for when due.
 
-Needs the extra [serve] only. The robot here is a stand-in that sends noise and does what it is told.
+Needs the extra [serve] only; on a robot's computer scd_robot_runtime, which then is imported in the place of scd_robot.
+The robot here is a stand-in that sends noise and does what it is told.
 
     scd serve runs/example/run
     python examples/client.py ws://127.0.0.1:8000
@@ -21,7 +22,8 @@ def main(address: str, steps: int, api_key: str | None) -> None:
         executed, actions, age = None, None, 0
         for step in range(steps):
             observation = {
-                key: rng.uniform(0, 1, array["shape"]).astype(array["dtype"]) for key, array in told["keys"].items()
+                key: rng.uniform(0, 256 if array["dtype"] == "uint8" else 1, array["shape"]).astype(array["dtype"])
+                for key, array in told["keys"].items()
             }
             due = actions is None or age >= told["num_executed"]
             # The server keeps the history: it wants every observation, and what was really executed since the last one.

@@ -1,0 +1,1 @@
+"""What exported policies are made of."""
