@@ -202,6 +202,9 @@ def test_a_run_is_never_overwritten_and_resumes_with_its_own_settings_only(tmp_p
     assert_same(before, weights(tmp_path / "run"))
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         run(tmp_path / "nowhere", resume=True)
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*begun to resume from; train without --resume"):
+        run(tmp_path / "begun", resume=True)
 
 
 def test_nan_stops_training_and_keeps_earlier_checkpoints(tmp_path: Path) -> None:
