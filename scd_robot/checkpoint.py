@@ -202,7 +202,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     folder = find_checkpoint(path)
     manifest = _read_object(folder / "manifest.json")
     if manifest.get("format") != _FORMAT:
-        raise CheckpointError(f"{folder / 'manifest.json'} is not of an scd_robot checkpoint")
+        other = f", but of {what!r}" if isinstance(what := manifest.get("format"), str) else ""
+        raise CheckpointError(f"{folder / 'manifest.json'} is not of an scd_robot checkpoint{other}")
     if manifest.get("schema") not in range(1, SCHEMA + 1):
         raise CheckpointError(
             f"{folder} has checkpoint schema {manifest.get('schema')}, this version of scd_robot reads 1 to {SCHEMA}"

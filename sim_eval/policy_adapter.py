@@ -137,9 +137,13 @@ def check_policy_spec(policy: Any, environment: EnvironmentSpec) -> None:
     name = environment.name
     for key, wanted in spec.observation.items():
         if key not in environment.observation:
+            goal = key.startswith("goal.") and key.removeprefix("goal.") in environment.observation
+            hint = "was the policy trained for another one?"
+            if goal:
+                hint = "the policy is shown goals, give it one (scd eval --goal DATASET:EPISODE)"
             raise ShapeError(
                 f"the policy needs the observation {key!r}, which environment {name!r} does not give; "
-                f"it gives {', '.join(sorted(environment.observation))}: was the policy trained for another one?"
+                f"it gives {', '.join(sorted(environment.observation))}: {hint}"
             )
         given = environment.observation[key]
         if tuple(given.shape) != tuple(wanted.shape) or given.dtype != wanted.dtype:

@@ -144,6 +144,28 @@ class TestUnknownNames:
         refused(train(store, tmp_path / "run", "--accelerator", "abacus"), "accelerator 'abacus'")
         assert list_checkpoints(tmp_path / "run") == []
 
+    @pytest.mark.parametrize(
+        ("option", "value", "told"),
+        [
+            ("--threads", 0, "--threads must be at least 1, got 0"),
+            ("--threads", -1, "--threads must be at least 1, got -1"),
+            ("--devices", -1, "-1 devices"),
+            ("--eval-episodes", 0, "--eval-episodes must be at least 1, got 0"),
+            (
+                "--tasks",
+                "onehot",
+                "--tasks takes one-hot, or a JSON file with a vector for each task; there is no onehot",
+            ),
+        ],
+    )
+    def test_training_option(self, option, value, told, store: Path, tmp_path: Path, train, refused: Refused) -> None:
+        refused(train(store, tmp_path / "run", option, value), told, at_once=False)
+        assert list_checkpoints(tmp_path / "run") == []
+
+    @pytest.mark.parametrize(("option", "size"), [("--max-frame-mb", "nan"), ("--max-history-mb", "inf")])
+    def test_bound_of_the_server(self, option, size, tiny_run: Path, refused: Refused) -> None:
+        refused(["serve", tiny_run, option, size], f"{option} must be a positive finite number, got {size}")
+
 
 class TestDatasets:
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from scd_robot.datasets.formats import ReadOptions, choose
 from scd_robot.datasets.lazy import RowArray
-from scd_robot.datasets.schema import ACTION, EpisodeDataset
+from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, EpisodeDataset
 from scd_robot.datasets.zarr.files import ATTRIBUTE, ENDS, ZarrFiles, read_ends, read_errors
 from scd_robot.datasets.zarr.writer import SCHEMA
 from scd_robot.errors import DatasetError, UnknownNameError
@@ -55,6 +55,8 @@ def open_store(path: Path | str, options: ReadOptions | None = None) -> EpisodeD
     for key in sorted(names, key=[*spec.observation, ACTION, *names].index):
         array = files.rows(f"data/{key}", rows)
         arrays[key] = array if array.dtype == np.uint8 and array.ndim > 2 else array[:]
+        if arrays[key].dtype == np.float64 and key in (*spec.observation, ACTION, EXECUTED_ACTION):
+            arrays[key] = np.asarray(arrays[key], np.float32)  # written by other programs
     meta = files.names("meta")
     info = {
         name.removeprefix("episode_"): files.rows(f"meta/{name}", len(ends))[:]

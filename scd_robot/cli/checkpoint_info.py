@@ -5,23 +5,29 @@ from typing import Annotated, Any
 
 import tyro
 
-__all__ = ["describe_checkpoint", "info"]
+from scd_robot.cli.policy_source import is_exported
+
+__all__ = ["describe_checkpoint", "describe_export", "info"]
 
 
 def info(checkpoint: Annotated[Path, tyro.conf.Positional], /, *, json: Path | None = None) -> None:
     """Shows what a checkpoint holds: architecture, sizes, dataset, normalisation, metrics and versions.
 
+    Of an exported policy: what it was made of, what it takes and gives, and how well it follows the checkpoint.
+
     Args:
-        checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint).
+        checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint), or a folder that 'scd export'
+            wrote.
         json: write the description to this file too ("-": standard output).
     """
     from scd_robot.output import write_json
 
-    description = describe_checkpoint(checkpoint)
+    exported = is_exported(checkpoint)
+    description = describe_export(checkpoint) if exported else describe_checkpoint(checkpoint)
     if json is not None:
         write_json(json, description)
     if str(json) != "-":
-        print("\n".join(_lines(description)))
+        print("\n".join(_export_lines(description) if exported else _lines(description)))
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
@@ -54,6 +60,48 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         "metrics": checkpoint.metrics,
         "versions": checkpoint.versions,
     }
+
+
+def describe_export(path: Path) -> dict[str, Any]:
+    """The manifest of an exported folder, whose files are compared with it, and `parity` (null where not compared)."""
+    from json import loads
+
+    from scd_robot.errors import CheckpointError
+    from scd_robot.export import read_manifest
+
+    file = path / "parity.json"
+    manifest = read_manifest(path).to_json()
+    try:
+        parity = loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}; export the checkpoint again") from error
+    return {"export": str(path), **manifest, "parity": parity}
+
+
+def _export_lines(description: dict[str, Any]) -> list[str]:
+    spec, settings, made = description["spec"], description["settings"], description["checkpoint"]
+    dataset, parity = description["dataset"], description["parity"]
+    plan = f"{settings['num_denoising_steps']} {settings['solver']} steps"
+    plan += f", guidance {settings['guidance_scale']:g}" if settings["guidance_scale"] != 1 else ""
+    plan += f", the best of {settings['num_samples']} samples" if settings["num_samples"] != 1 else ""
+    compared = "not compared with the checkpoint"
+    if parity is not None:
+        worst = (f"{name} {parity[name]['max']:.1e}" for name in ("context", "action", "velocity"))
+        compared = f"largest differences from the checkpoint: {', '.join(worst)}; tolerance {parity['tolerance']:g}"
+    return [
+        f"export       {description['export']}, {description['kind']}, batches of {description['batch_size']}",
+        f"made of      {made.get('checkpoint', 'a policy in memory')}"
+        + (f", preset {made['preset']}, step {made['step']}" if {"preset", "step"} <= made.keys() else ""),
+        f"trained on   {dataset['source'] or 'unknown source'}, control_dt {dataset['control_dt']:g} s",
+        "observation  " + ", ".join(f"{key} {tuple(one['shape'])}" for key, one in spec["observation"].items()),
+        f"action       ({spec['action_dim']},)" + (f", {kind}" if (kind := dataset["action_kind"]) else ""),
+        *([] if not (tasks := spec["tasks"]) else [f"tasks        {', '.join(map(repr, tasks))}"]),
+        f"history      {spec['history_length']} control steps per layer",
+        f"plan         chunk of {spec['chunk_length']}, {settings['num_executed']} executed, {plan}",
+        f"parity       {compared}",
+        "versions     " + ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
+        "graphs       " + ", ".join(graph["file"] for graph in description["graphs"].values()),
+    ]
 
 
 def _lines(description: dict[str, Any]) -> list[str]:

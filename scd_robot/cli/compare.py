@@ -27,6 +27,7 @@ def compare(
     seed: int | None = None,
     device: str = "cpu",
     reproducible: bool = False,
+    trust: bool = False,
     policy_options: tuple[str, ...] = (),
     policy_python: str | None = None,
     env_python: str | None = None,
@@ -38,13 +39,12 @@ def compare(
     """Tells which of two policies is better, from the same start states.
 
     FIRST (A) and SECOND (B) are each an evaluation of 'scd eval' (its folder or result.json), several, one per training
-    seed (a folder of them, or a quoted pattern like 'sweep/push/a_seed*'), or, with --env, a checkpoint (or run), which
-    is evaluated now, or several of them (a quoted pattern like 'runs/a_seed*'), or a policy of your own,
-    package.module:callable. One evaluation each gives the exact
-    McNemar test and a paired interval; several trainings in both arms an interval over seeds and start states, the
-    wider of a bootstrap and Welch's t. Evaluations of the same weights count as one training; where an arm has only
-    one, the verdict is about these checkpoints. A is non-inferior to B where the lower end of the 95 % interval of A -
-    B is above -5 points.
+    seed (a folder of them, or a quoted pattern like 'sweep/push/a_seed*'), or, with --env, a checkpoint (or run, or
+    export), which is evaluated now, or several of them (a quoted pattern like 'runs/a_seed*'), or a policy of your own,
+    package.module:callable. One evaluation each gives the exact McNemar test and a paired interval; several trainings
+    in both arms an interval over seeds and start states, the wider of a bootstrap and Welch's t. Evaluations of the
+    same weights count as one training; where an arm has only one, the verdict is about these checkpoints. A is
+    non-inferior to B where the lower end of the 95 % interval of A - B is above -5 points.
 
     Args:
         first: arm A.
@@ -59,6 +59,7 @@ def compare(
         seed: of the noise of checkpoints; replaces their own.
         device: torch device for checkpoints.
         reproducible: see 'scd eval --help'.
+        trust: likewise.
         policy_options: KEY=VALUE for arms that are named package.module:callable, the same for both.
         policy_python: python of another environment for them, as in 'scd eval'.
         env_python: python of another environment, with scd_robot and the simulator, as in 'scd eval'.
@@ -87,7 +88,7 @@ def compare(
     arms = [find_arm(path, env) for path in (first, second)]
     if env is not None and any(arm.checkpoints for arm in arms):
         wanted = range(first_episode, first_episode + episodes)
-        settings = Settings(env, wanted, sequential, num_envs, env_python, device, seed, reproducible)
+        settings = Settings(env, wanted, sequential, num_envs, env_python, device, seed, reproducible, trust)
         evaluate_arms(arms, settings, out, named)
     elif sequential:
         raise ConfigError("--sequential decides how much is evaluated, and both arms are evaluations already")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scd_robot.cli.policy_source import is_named
+from scd_robot.cli.policy_source import is_exported, is_named, read_trained
 from scd_robot.errors import ConfigError
 
 __all__ = ["ArmSource", "Settings", "evaluate_arms", "find_arm"]
@@ -26,6 +26,7 @@ class Settings:
         device: torch device of the policies.
         seed: of their noise; None = the checkpoint's own.
         reproducible: see 'scd eval --help'.
+        trust: likewise.
     """
 
     env: str
@@ -36,6 +37,7 @@ class Settings:
     device: str = "cpu"
     seed: int | None = None
     reproducible: bool = False
+    trust: bool = False
 
 
 @dataclass
@@ -45,7 +47,7 @@ class ArmSource:
     Attributes:
         path: as it was named.
         evaluations: folder and `result.json` of each.
-        checkpoints: to be evaluated, or the dotted name of one policy.
+        checkpoints: to be evaluated, exported ones too, or the dotted name of one policy.
         actions: (steps, action width) of the first evaluation by episode, where it was made now.
     """
 
@@ -93,10 +95,10 @@ def find_arm(path: Path, env: str | None) -> ArmSource:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a checkpoint, or the run of a training, lies there."""
+    """Whether a checkpoint, the run of a training, or what `scd export` made of one lies there."""
     from scd_robot.checkpoint import list_checkpoints
 
-    return (path / "model.safetensors").is_file() or bool(list_checkpoints(path))
+    return (path / "model.safetensors").is_file() or bool(list_checkpoints(path)) or is_exported(path)
 
 
 def evaluate_arms(arms: Sequence[ArmSource], settings: Settings, out: Path | None, named: Callable[..., Any]) -> None:
@@ -108,17 +110,18 @@ def evaluate_arms(arms: Sequence[ArmSource], settings: Settings, out: Path | Non
 
     Raises:
         ConfigError: an arm does not fit --sequential, or what would be evaluated now.
-        ScdRobotError: as `read_checkpoint` and `evaluate` do.
+        ScdRobotError: as `read_trained` and `evaluate` do.
     """
-    from scd_robot.checkpoint import read_checkpoint
-    from scd_robot.cli.evaluate import make_policy
     from scd_robot.sim_eval.comparison import is_decided
 
     for arm in arms:
         count = len(arm.evaluations) + len(arm.checkpoints)
         if settings.sequential and count > 1:
             raise ConfigError(f"--sequential is for one evaluation of each arm, and {count} were found in {arm.path}")
-    loaded = [[path if is_named(path) else read_checkpoint(path) for path in arm.checkpoints] for arm in arms]
+    loaded = [
+        [path if is_named(path) else read_trained(path, settings.device, settings.trust) for path in arm.checkpoints]
+        for arm in arms
+    ]
     indices = _episodes_to_run([found for arm in arms for found in arm.evaluations], settings)
     growing: list[list[_Evaluation]] = []
     for arm, checkpoints, name in zip(arms, loaded, "ab", strict=True):
@@ -128,9 +131,7 @@ def evaluate_arms(arms: Sequence[ArmSource], settings: Settings, out: Path | Non
             "reproducible": settings.reproducible,
         }
         policies = [
-            named(one, settings.env, settings.seed)()
-            if isinstance(one, Path)
-            else make_policy(one, settings.device, **options)
+            named(one, settings.env, settings.seed)() if isinstance(one, Path) else one.make(**options)
             for one in checkpoints
         ]
         places = _folders(arm, None if out is None else out / name, arms)

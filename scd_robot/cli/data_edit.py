@@ -111,9 +111,14 @@ def split(
     """
     from scd_robot.datasets import open_dataset
     from scd_robot.datasets.convert import deal_episodes
+    from scd_robot.errors import ConfigError, OutputError
 
     dataset = open_dataset(source, **vars(read))
     parts = deal_episodes(dataset.num_episodes, shares, len(out), seed)
+    if len({path.resolve() for path in (Path(source), *out)}) <= len(out):
+        raise ConfigError(f"the source and the new stores must all differ, got {source} and {', '.join(map(str, out))}")
+    if there := [path for path in out if path.exists() and not overwrite]:  # rather than after the first is written
+        raise OutputError(f"{there[0]} exists already; choose another path, or overwrite it with --overwrite")
     finish([write(dataset.select(part), path, "zarr", overwrite) for part, path in zip(parts, out, strict=True)], json)
 
 
@@ -148,7 +153,7 @@ def filter_episodes(
 
     dataset = open_dataset(source, **vars(replace(read, check=False)))  # what is left is checked
     lengths = dataset.episode_lengths
-    keep = (lengths >= min_length) & (lengths <= (max_length or lengths.max(initial=0)))
+    keep = (lengths >= min_length) & (lengths <= (lengths.max(initial=0) if max_length is None else max_length))
     if success:
         keep &= episode_success(dataset)
     chosen = dataset.select(keep)

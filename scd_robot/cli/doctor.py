@@ -55,6 +55,7 @@ if sys.version_info < (3, 11):
 if sys.path[0] == "":
     del sys.path[0]
 import scd_robot
+import tyro  # what it needs is there as well
 """
 _PACKAGES = (
     _Package("numpy", "import numpy", "pip install numpy", True),

@@ -53,7 +53,7 @@ def export(
         tolerance: largest difference of a context or velocity, and of an action in units of half its range in the
             training data.
         parity: compare.
-        overwrite: replace what is in OUT.
+        overwrite: replace an earlier export in OUT.
         json: write the report of the comparison to this file too ("-": standard output).
     """
     import torch
@@ -95,21 +95,31 @@ def export(
 
 
 def _recorded(policy: Any, path: Path, episode: int, batch_size: int) -> list[dict[str, Any]]:
-    """Observations of an episode, repeated until the history overflows twice; row i is i control steps ahead."""
+    """Observations of an episode, repeated until the history overflows twice; row i is i control steps ahead.
+
+    Goals are what was observed at its end.
+    """
     import numpy as np
 
     from scd_robot.datasets import open_dataset
     from scd_robot.errors import DatasetError
     from scd_robot.export.parity import needed_steps
+    from scd_robot.transforms import GOAL
 
-    keys = list(policy.spec.observation)
+    goals = {policy.transforms.sources[GOAL + key] for key in policy.transforms.config.goals}
+    recorded = {key: key.removeprefix(GOAL) if key in goals else key for key in policy.spec.observation}
+    keys = list(dict.fromkeys(recorded.values()))
     data = open_dataset(path, keys)
     if not -data.num_episodes <= episode < data.num_episodes:
         raise DatasetError(f"--episode {episode}: {path} has {data.num_episodes} episodes")
     arrays = data.episode(episode, keys)
     length = len(arrays[keys[0]])
     steps = itertools.islice(itertools.cycle(range(length)), max(length, needed_steps(policy)))
-    return [{key: arrays[key][(step + np.arange(batch_size)) % length] for key in keys} for step in steps]
+    rows, last = np.arange(batch_size), np.full(batch_size, length - 1)
+    return [
+        {key: arrays[name][last if key in goals else (step + rows) % length] for key, name in recorded.items()}
+        for step in steps
+    ]
 
 
 def _lines(report: dict[str, Any], out: Path) -> list[str]:

@@ -2,10 +2,12 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "Trained",
     "exported_instructions",
     "exported_policy",
     "goal_of",
@@ -15,6 +17,7 @@ __all__ = [
     "known_task",
     "load_source",
     "named_policies",
+    "read_trained",
     "refuse_checkpoint_options",
 ]
 
@@ -39,12 +42,17 @@ def exported_policy(folder: Path, device: str, trust: bool, **overrides: Any) ->
     Raises:
         ConfigError: another device than the CPU; an override that is part of the graphs.
     """
-    from scd_robot.errors import ConfigError
     from scd_robot.export import load_exported
+
+    _check_device(device)
+    return load_exported(folder, trusted=trust, **overrides)
+
+
+def _check_device(device: str) -> None:
+    from scd_robot.errors import ConfigError
 
     if device != "cpu":
         raise ConfigError(f"exported graphs run on the CPU, got --device {device}")
-    return load_exported(folder, trusted=trust, **overrides)
 
 
 def load_source(source: Path, device: str = "cpu", trust: bool = False, **overrides: Any) -> Any:
@@ -60,6 +68,49 @@ def load_source(source: Path, device: str = "cpu", trust: bool = False, **overri
 
     torch.set_num_threads(1)  # batches are small
     return load_policy(source, device, **overrides)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint, or a folder that `scd export` wrote, of which policies are made to be evaluated.
+
+    Attributes:
+        path: of the folder.
+        make: makes a policy; takes `environment`, `seed` and `reproducible` by name.
+        identity: what `result.json` tells of the policy wherever it is this one.
+    """
+
+    path: Path
+    make: Callable[..., Any]
+    identity: dict[str, Any]
+
+
+def read_trained(source: Path, device: str, trust: bool = False) -> Trained:
+    """Reads a checkpoint (a run stands for its newest) or an exported folder.
+
+    Raises:
+        CheckpointError: neither, or damaged.
+        ConfigError: an exported folder on another device than the CPU.
+    """
+    from scd_robot.checkpoint import read_checkpoint
+    from scd_robot.cli import evaluate
+
+    if is_exported(source):
+        from scd_robot.export import read_manifest
+
+        _check_device(device)
+        manifest = read_manifest(source)
+        make = functools.partial(_make_exported, source.resolve(), device, trust)
+        identity = {"weights_sha256": manifest.checkpoint.get("weights_sha256"), "export": manifest.sha256}
+        return Trained(source, make, identity)
+    checkpoint = read_checkpoint(source)
+    make = functools.partial(evaluate.make_policy, checkpoint, device)
+    return Trained(checkpoint.path, make, {"weights_sha256": checkpoint.weights_sha256, "export": None})
+
+
+def _make_exported(folder: Path, device: str, trust: bool, *, environment: str, **overrides: Any) -> Any:
+    told = exported_instructions(folder, environment, None, None)
+    return exported_policy(folder, device, trust, **told, **overrides)
 
 
 def named_policies(

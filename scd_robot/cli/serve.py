@@ -84,8 +84,12 @@ def serve(
     """
     import asyncio
 
+    from scd_robot.errors import ConfigError
     from scd_robot.serve.server import PolicyServer, ServerConfig
 
+    for name, size in (("--max-frame-mb", max_frame_mb), ("--max-history-mb", max_history_mb)):
+        if not 0 < size < float("inf"):
+            raise ConfigError(f"{name} must be a positive finite number, got {size:g}")
     config = ServerConfig(
         host=host,
         port=port,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from scd_robot.cli.policy_source import is_named, named_policies, refuse_checkpoint_options
+from scd_robot.cli.policy_source import is_named, named_policies, read_trained, refuse_checkpoint_options
 
 __all__ = ["sweep"]
 
@@ -26,6 +26,7 @@ def sweep(
     num_videos: int = 0,
     device: str = "cpu",
     reproducible: bool = False,
+    trust: bool = False,
     policy_options: tuple[str, ...] = (),
     policy_python: str | None = None,
     ray: str | None = None,
@@ -39,8 +40,8 @@ def sweep(
     'scd compare' takes these folders, also as patterns: 'OUT/ENVIRONMENT/a_seed*' is an arm of several trainings.
 
     Args:
-        policies: folders of checkpoints, or of training runs (their newest checkpoints), or package.module:callable,
-            see 'scd eval --help'.
+        policies: folders of checkpoints, or of training runs (their newest checkpoints), or folders that 'scd export'
+            wrote, or package.module:callable, see 'scd eval --help'.
         env: environments.
         out: folder for the evaluations.
         episodes: how many in each.
@@ -50,13 +51,12 @@ def sweep(
         num_videos: successes and failures to replay into videos, so many of each; 0 = none.
         device: torch device of the policies.
         reproducible: see 'scd eval --help'.
+        trust: likewise.
         policy_options: KEY=VALUE for all policies that are named package.module:callable.
         policy_python: python of another environment for them.
         ray: address of a running Ray cluster ("auto", "ray://host:10001"), see 'scd eval --help'.
         json: write the table to this file too ("-": standard output).
     """
-    from scd_robot.checkpoint import find_checkpoint, read_checkpoint
-    from scd_robot.cli.evaluate import make_policy
     from scd_robot.errors import ConfigError
     from scd_robot.output import check_target, write_json
     from scd_robot.sim_eval.jobs import EvaluationJob, run_jobs
@@ -68,7 +68,7 @@ def sweep(
     named = named_policies(policies, policy_options, policy_python)
     for source in filter(is_named, policies):
         refuse_checkpoint_options(source, {"reproducible": reproducible})
-    loaded = {source: read_checkpoint(find_checkpoint(source)) for source in policies if not is_named(source)}
+    loaded = {source: read_trained(source, device, trust) for source in policies if not is_named(source)}
     jobs: dict[Path, EvaluationJob] = {}
     documents: dict[Path, dict[str, Any]] = {}
     for name, place in zip(env, _folder_names(env), strict=True):
@@ -76,10 +76,9 @@ def sweep(
             for seed in seeds or (None,):
                 target = out / place / label / (f"seed_{seed}" if seed is not None else "")
                 if source in loaded:
-                    checkpoint = loaded[source]
                     how: dict[str, Any] = {"environment": name, "seed": seed, "reproducible": reproducible}
-                    make = functools.partial(make_policy, checkpoint, device, **how)
-                    wanted = {"weights_sha256": checkpoint.weights_sha256, "reproducible": reproducible}
+                    make = functools.partial(loaded[source].make, **how)
+                    wanted = {**loaded[source].identity, "reproducible": reproducible}
                 else:
                     make = named(source, name, seed)
                     wanted = {"module": dict(zip(("name", "options"), make.args, strict=False))}
@@ -168,6 +167,9 @@ def _difference(document: dict[str, Any], episodes: range, seed: int | None, wan
     policy = document.get("provenance", {}).get("policy", {})
     if policy.get("weights_sha256") != wanted.get("weights_sha256", policy.get("weights_sha256")):
         return f"of other weights, {document['policy']}"
+    exported = policy.get("export", {}).get("sha256")
+    if exported != wanted.get("export"):
+        return f"of {'no' if exported is None else 'another'} export, {document['policy']}"
     module = policy.get("module", {})
     if {key: module.get(key) for key in wanted.get("module", {})} != wanted.get("module", {}):
         return f"of {module.get('name', document['policy'])} with options {module.get('options')}"

@@ -87,6 +87,8 @@ def train(
 
     if bool(eval_env) != bool(eval_every):
         raise ConfigError("evaluation while training needs both --eval-env and --eval-every")
+    if eval_episodes < 1:
+        raise ConfigError(f"--eval-episodes must be at least 1, got {eval_episodes}")
     if json is not None:
         check_target(json)
     data = open_datasets(dataset, weights, read)
@@ -165,7 +167,10 @@ def _read_transforms(path: Path | None) -> Any:
 def _told(experiment: Any, data: Any, tasks: str | None, goals: tuple[str, ...]) -> Any:
     """The experiment with tasks and goals as observations, see `train`."""
     from scd_robot.datasets.tasks import one_hot_tasks, read_task_vectors
+    from scd_robot.errors import ConfigError
 
+    if tasks not in (None, "one-hot") and not Path(tasks).exists():
+        raise ConfigError(f"--tasks takes one-hot, or a JSON file with a vector for each task; there is no {tasks}")
     if goals:
         experiment = experiment.with_goals(goals)
     if tasks is not None:

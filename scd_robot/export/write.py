@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from scd_robot.errors import ConfigError, MissingDependencyError, OutputError
 from scd_robot.export.graphs import DecoderStep, EncoderStep, Plan, cache_names, new_cache
-from scd_robot.export.manifest import FORMATS, ExportedSettings, Format, Graph, Manifest, digest
+from scd_robot.export.manifest import FORMATS, ExportedSettings, Format, Graph, Manifest, digest, is_export
 from scd_robot.export.parity import check_parity
 from scd_robot.export.policy import CACHE, NEXT, load_exported
 from scd_robot.model import ScdModel
@@ -59,7 +59,7 @@ def export_policy(
         observations: of consecutive control steps, (B, ...) each, for the comparison; see `check_parity`, which draws
             some where there are none.
         tolerance: see `check_parity`; 0 = no comparison, None = its own.
-        overwrite: replace what is at `out`.
+        overwrite: replace an earlier export at `out`.
 
     Returns:
         The report of the comparison; empty without one.
@@ -67,12 +67,11 @@ def export_policy(
     Raises:
         ConfigError: the entangled architecture; the graphs are further from the policy than the tolerance: nothing is
             written then.
-        OutputError: `out` exists, or cannot be written.
+        OutputError: `out` exists (with `overwrite`: and is no export), or cannot be written.
         MissingDependencyError: no onnx, or no C++ compiler for aoti.
     """
     _check(policy, kind, batch_size)
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists already; choose another --out, or --overwrite")
+    _check_target(out, overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
@@ -176,6 +175,15 @@ def _check(policy: ScdPolicy, kind: str, batch_size: int) -> None:
         raise MissingDependencyError(
             "aoti compiles C++ and finds neither g++ nor clang++; install one, or export to ONNX"
         )
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise OutputError(f"{out} exists already; choose another --out, or --overwrite")
+    if not is_export(out):
+        raise OutputError(f"{out} is not an exported policy and will not be replaced; choose another --out")
 
 
 def _write_graph(made: Made, path: Path, kind: Format) -> None:

@@ -93,7 +93,8 @@ def record_demonstrations(
                 if attempt.crash is not None:
                     logger.warning("attempt %d was dropped: %s", attempt.index, attempt.crash)
                 if attempt.episode is not None:
-                    writer.append(attempt.episode, {"seed": attempt.start_seed, "attempt": attempt.index})
+                    told = {"seed": attempt.start_seed, "attempt": attempt.index, "success": 1}  # others are dropped
+                    writer.append(attempt.episode, told)
                     bar.update()
                 bar.set_postfix(failures=attempts - writer.num_episodes, refresh=False)
                 if writer.num_episodes == episodes:

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import signal
 import threading
 import time
 import warnings
@@ -75,6 +76,7 @@ def train(
         CheckpointError: nothing to resume from, or other settings, data or weights were used there.
         ConfigError, DatasetError, ShapeError: settings and data do not fit.
         TrainingDivergedError: the loss became NaN; checkpoints written before stay.
+        KeyboardInterrupt, SystemExit: Ctrl-C, and SIGTERM (exit code 143); likewise.
     """
     data.check("the training dataset")
     recorded, data = data.spec, transformed(data, experiment.transforms)
@@ -103,7 +105,7 @@ def train(
     trainer = _trainer(out, experiment, callbacks, accelerator, devices, num_nodes, strategy)
     started = time.monotonic()
     if start.step < experiment.training.max_steps:
-        with _writing_to(out):
+        with _writing_to(out), _stopped_from_outside(out):
             datamodule = EpisodeDataModule(data, experiment, start.step)
             trainer.fit(module, datamodule, ckpt_path=start.state, weights_only=True if start.state else None)
     if not trainer.is_global_zero:
@@ -122,6 +124,27 @@ def train(
 
 def _parameters(model: HistoryModel[Any], prefix: str) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefix))
+
+
+@contextlib.contextmanager
+def _stopped_from_outside(out: Path) -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM end a training as they end anything else: Lightning makes exits of its own of them."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        asked = isinstance(stop, SIGTERMException)
+        if not asked and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        written = list_checkpoints(out)
+        left = f"--resume goes on from {written[-1].name}" if written else "there was no checkpoint yet"
+        logger.warning("the training of %s was stopped; %s", out, left)
+        if asked:
+            raise SystemExit(128 + signal.SIGTERM) from stop
+        signal.signal(signal.SIGINT, on_interrupt)  # Lightning ignores further ones
+        raise KeyboardInterrupt from stop
 
 
 @contextlib.contextmanager
@@ -190,7 +213,7 @@ def _trainer(
             use_distributed_sampler=False,
             callbacks=callbacks,
         )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(
             f"cannot train with accelerator {accelerator!r}, {devices} devices, {num_nodes} nodes, strategy "
             f"{strategy!r} and precision {training.precision!r}: {error}"

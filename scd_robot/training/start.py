@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scd_robot.checkpoint import Checkpoint, read_checkpoint, resume_file
+from scd_robot.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, resume_file
 from scd_robot.config import from_json, to_json
 from scd_robot.datasets import ACTION, PRESENT, EpisodeDataset
 from scd_robot.errors import CheckpointError, ConfigError, DatasetError, ShapeError
@@ -186,6 +186,8 @@ def _check_pictures(data: EpisodeDataset, key: str) -> None:
 
 
 def _resumed(out: Path, experiment: ExperimentConfig, origin: dict[str, Any]) -> Start:
+    if out.is_dir() and not list_checkpoints(out):
+        raise CheckpointError(f"there is no checkpoint in {out} to resume from; train without --resume")
     newest = read_checkpoint(out)
     state = resume_file(newest.path, RESUME_FILE.name)
     changed = _differences(newest.config, to_json(experiment))

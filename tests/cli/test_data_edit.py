@@ -113,13 +113,20 @@ def test_filter_keeps_what_meets_all_conditions(store, tmp_path, options, kept):
         (["merge", "{a}", "{a}", "--out", "{a}"], "exists already"),
         (["split", "{a}", "--out", "{new}.zarr", "--shares", "1", "1"], "1 outputs need as many positive shares"),
         (["split", "{a}", "--out", "{new}.zarr", "{new}2.zarr", "--shares", "1", "100"], "a part would be empty"),
+        (["split", "{a}", "--out", "{new}.zarr", "{new}.zarr", "--shares", "1", "1"], "must all differ"),
+        (["split", "{a}", "--out", "{new}.zarr", "{a}", "--shares", "1", "1", "--overwrite"], "must all differ"),
+        (["split", "{a}", "--out", "{new}.zarr", "{there}", "--shares", "1", "1"], "exists already"),
+        (["filter", "{a}", "{new}.zarr", "--max-length", "0"], "no episode is left"),
         (["filter", "{a}", "{new}.zarr", "--only", "4"], "does not name episodes of 0 to 3"),
         (["filter", "{a}", "{new}.zarr", "--only", "x"], "FIRST-LAST"),
         (["filter", "{a}", "{new}.zarr", "--min-length", "99"], "no episode is left"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(store, tmp_path, refused, arguments, told):
-    refused(["data", *(text.format(a=store, new=tmp_path / "new") for text in arguments)], told, unchanged=[tmp_path])
+    there = tmp_path / "there.zarr"
+    there.mkdir()
+    names = {"a": store, "new": tmp_path / "new", "there": there}
+    refused(["data", *(text.format(**names) for text in arguments)], told, unchanged=[tmp_path])
 
 
 def test_a_conversion_that_fails_leaves_nothing(store, tmp_path, refused, monkeypatch):

@@ -110,7 +110,7 @@ def test_tasks_and_goals_of_recordings_reach_the_evaluation(
     assert main([*arguments, *goal, "--out", str(tmp_path / "out")]) == 0  # the task that is called as the environment
     assert main([*arguments, *goal, "--task", "pull"]) == 0
     refused([*arguments, *goal, "--task", "pul"], "unknown task of this policy 'pul'; did you mean 'pull'")
-    refused(arguments, "needs the observation 'goal.position'")
+    refused(arguments, "needs the observation 'goal.position'", "give it one (scd eval --goal DATASET:EPISODE)")
     refused([*arguments, "--goal", f"{tiny_store}:99"], "has 6 episodes, from 0 on; got 99")
     arguments[arguments.index("--env") + 1] = "toy_environment:make_taking_poses"
     refused([*arguments, *goal], "several tasks; say which with --task", "'pull'")

@@ -122,6 +122,22 @@ def test_keys_choose_the_observations(store):
         open_dataset(store, keys=["stata"])
 
 
+def test_numbers_of_double_precision_are_read_as_any_others(store):
+    before = open_dataset(store)
+    group = zarr.open_group(store, mode="r+")
+    for key in ("action", next(iter(before.spec.observation))):
+        values = group[f"data/{key}"][:]
+        if values.dtype == np.float32:
+            del group[f"data/{key}"]
+            group.create_array(f"data/{key}", data=values.astype(np.float64))
+    after = open_dataset(store)
+    assert after.arrays["action"].dtype == np.float32  # torch multiplies no doubles with the weights of a model
+    np.testing.assert_array_equal(after.arrays["action"], before.arrays["action"])
+    assert {key: array.dtype for key, array in after.arrays.items()} == {
+        key: array.dtype for key, array in before.arrays.items()
+    }
+
+
 def test_executed_falls_back_to_action(tmp_path):
     with ZarrWriter(tmp_path / "a.zarr", SPEC) as writer:
         writer.append(make_episode(3, executed=False))

@@ -14,7 +14,10 @@ from pictures import picture_data, picture_policy
 from small_policies import small_policy
 
 from scd_robot import load_policy
+from scd_robot.checkpoint import find_checkpoint
+from scd_robot.cli.export import _recorded
 from scd_robot.cli.main import main
+from scd_robot.datasets import open_dataset
 from scd_robot.errors import CheckpointError, ConfigError
 from scd_robot.export import OnnxPolicy, is_export, load_exported, read_manifest
 from scd_robot.policies import ScdPolicy
@@ -121,6 +124,57 @@ def test_scd_eval_of_the_folder_executes_the_actions_of_the_checkpoint(exported,
     assert made["settings"]["num_denoising_steps"] == 2
 
 
+def test_it_is_swept_and_compared_like_the_checkpoint(exported, tiny_run, point, tmp_path, refused) -> None:
+    few = ["--env", point, "--episodes", "2", "--num-videos", "0", "--num-envs", "2"]
+    sweep = ["sweep", str(exported), str(tiny_run), *few, "--out", str(tmp_path / "sweep")]
+    assert main(sweep) == 0
+    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["evaluations"]
+    assert rows[0]["policy"] == str(exported)
+    assert rows[0]["successes"] == rows[1]["successes"]
+    written = Path(rows[0]["folder"]) / "result.json"
+    before = written.stat().st_mtime_ns
+    assert main(sweep) == 0
+    assert written.stat().st_mtime_ns == before
+    other = shutil.copytree(exported, tmp_path / "other" / exported.name)
+    manifest = other / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
+    compare = ["compare", str(other), str(tiny_run), *few, "--json", str(tmp_path / "comparison.json")]
+    assert main(compare) == 0
+    arms = json.loads((tmp_path / "comparison.json").read_text())
+    assert arms["a"]["episodes"] == arms["b"]["episodes"] == 2
+
+
+def test_scd_info_tells_what_it_was_made_of_and_how_good_it_is(exported, tiny_run, tmp_path, capsys, refused) -> None:
+    assert main(["info", str(exported), "--json", str(tmp_path / "info.json")]) == 0
+    out = capsys.readouterr().out
+    assert f"made of      {find_checkpoint(tiny_run)}, preset metaworld_state, step 4" in out
+    assert "observation  position (2,), goal (2,)" in out or "observation  goal (2,), position (2,)" in out
+    assert "largest differences from the checkpoint: context " in out
+    description = json.loads((tmp_path / "info.json").read_text())
+    assert description["parity"]["good"]
+    spoiled = shutil.copytree(exported, tmp_path / "spoiled")
+    (spoiled / "plan.onnx").write_bytes(b"x")
+    refused(["info", spoiled], "plan.onnx was truncated or changed")
+    (spoiled / "plan.onnx").write_bytes((exported / "plan.onnx").read_bytes())
+    (spoiled / "parity.json").unlink()
+    assert main(["info", str(spoiled)]) == 0
+    assert "not compared with the checkpoint" in capsys.readouterr().out
+
+
+def test_an_episode_with_its_goal_is_compared(tiny_store, tiny_train_options, tmp_path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    told = ["--dataset", str(tiny_store), "--out", str(run), "--goals", "position", "--max-steps", "2"]
+    assert main(["train", "metaworld_state", *told, *tiny_train_options]) == 0
+    data, policy = open_dataset(tiny_store), load_policy(run)
+    steps = _recorded(policy, tiny_store, 1, 2)
+    last = data.episode(1)["position"][-1]
+    assert all(np.array_equal(step["goal.position"], [last, last]) for step in steps)
+    np.testing.assert_array_equal(steps[1]["position"], data.episode(1)["position"][1:3])
+    options = ["--out", str(out), "--format", "torch-export", "--dataset", str(tiny_store), "--batch-size", "2"]
+    assert main(["export", str(run), *options]) == 0
+    assert json.loads((out / "parity.json").read_text())["observations"] == "recorded"
+
+
 def test_the_policy_server_serves_it_like_the_checkpoint(exported, tiny_run) -> None:
     pytest.importorskip("websockets")
     from scd_robot.serve.engine import Engine, Session
@@ -202,7 +256,8 @@ def test_what_cannot_be_exported_or_run_is_refused_and_nothing_written(exported,
     refused(["export", tiny_run, "--out", exported], "exists already", unchanged=[exported])
     refused(["export", tiny_run, *out, "--batch-size", "0"], "--batch-size must be at least 1")
     refused(["export", tiny_run, *out, "--tolerance", "0"], "--tolerance must be positive")
-    refused(["export", exported, *out], "is not of an scd_robot checkpoint")
+    refused(["export", exported, *out], "is not of an scd_robot checkpoint, but of 'scd_robot export'")
+    refused(["sweep", exported, "--env", "x", *out, "--device", "cuda"], "exported graphs run on the CPU")
     refused(["eval", exported, "--env", "x", "--device", "cuda"], "exported graphs run on the CPU")
     refused(["eval", exported, "--env", "x", "--diagnose-history", "2"], "are for checkpoints")
     refused(["serve", exported, "--num-denoising-steps", "9"], "is part of the exported graphs")

@@ -47,14 +47,24 @@ def causal_dit() -> ScdPolicy:
 
 def test_graphs_that_are_not_good_are_not_written_and_what_was_there_stays(tmp_path, monkeypatch) -> None:
     folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "mine").touch()
     policy = small_policy()
+    export_policy(policy, folder, "torch-export", tolerance=0)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(OutputError, match="exists already"):
         export_policy(policy, folder, "torch-export")
     with pytest.raises(ConfigError, match=r"the graphs are not good.*nothing was written"):
         export_policy(spoiled(policy, monkeypatch), folder, "torch-export", overwrite=True)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert after == before
+
+
+def test_only_an_export_is_replaced(tmp_path) -> None:
+    folder = tmp_path / "demonstrations"
+    folder.mkdir()
+    (folder / "mine").touch()
+    with pytest.raises(OutputError, match="is not an exported policy and will not be replaced"):
+        export_policy(small_policy(), folder, "torch-export", overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["demonstrations", "mine"]
 
 
 def spoiled(policy: ScdPolicy, monkeypatch: pytest.MonkeyPatch) -> ScdPolicy:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from scd_robot.datasets import POSITION
+from scd_robot.datasets.convert import episode_success
 from scd_robot.datasets.open import open_dataset
 from scd_robot.errors import ConfigError, DatasetError, OutputError, SimulatorError, UnknownNameError
 from scd_robot.recording import record_demonstrations
@@ -80,6 +81,7 @@ def test_demonstrations_are_the_first_successes_and_failures_are_counted(toy, tm
     assert (summary["attempts"], summary["failures"]) == (good[-1] + 1, good[-1] - 3)
     dataset = open_dataset(tmp_path / "a.zarr")
     assert dataset.episode_info["attempt"].tolist() == good
+    assert episode_success(dataset).all()  # so that `scd data filter --success` keeps them
     assert dataset.episode_info["seed"].tolist() == [seeds[index] for index in good]
     assert (dataset.metadata["attempts"], dataset.metadata["failures"]) == (summary["attempts"], summary["failures"])
 

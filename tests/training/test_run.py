@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 from tiny import tiny_data, tiny_experiment
 
@@ -201,6 +202,9 @@ def test_a_run_is_never_overwritten_and_resumes_with_its_own_settings_only(tmp_p
     assert_same(before, weights(tmp_path / "run"))
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         run(tmp_path / "nowhere", resume=True)
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*begun to resume from; train without --resume"):
+        run(tmp_path / "begun", resume=True)
 
 
 def test_nan_stops_training_and_keeps_earlier_checkpoints(tmp_path: Path) -> None:
@@ -210,6 +214,23 @@ def test_nan_stops_training_and_keeps_earlier_checkpoints(tmp_path: Path) -> Non
     data.arrays["goal"][3, 0] = np.nan
     with pytest.raises(DatasetError, match=r"'goal'.*episode 0 at step 3"):
         train(data, tiny_experiment(), tmp_path / "nan", accelerator="cpu", progress=False)
+
+
+@pytest.mark.parametrize(("stop", "seen"), [(KeyboardInterrupt, KeyboardInterrupt), (SIGTERMException, SystemExit)])
+def test_a_run_that_is_stopped_says_so_and_where_it_can_go_on(tmp_path: Path, monkeypatch, caplog, stop, seen) -> None:
+    step, on_interrupt = ScdLightningModule.training_step, signal.getsignal(signal.SIGINT)
+
+    def stopping(self: ScdLightningModule, *batch: object) -> object:
+        if self.global_step == 3:
+            raise stop
+        return step(self, *batch)
+
+    monkeypatch.setattr(ScdLightningModule, "training_step", stopping)
+    with pytest.raises(seen) as stopped:
+        run(tmp_path / "run", tiny_experiment(4, validate_every=2))
+    assert seen is KeyboardInterrupt or stopped.value.code == 143
+    assert "was stopped; --resume goes on from step_00000002" in caplog.text
+    assert signal.getsignal(signal.SIGINT) is on_interrupt
 
 
 def test_a_dataset_of_other_widths_is_refused(tmp_path: Path) -> None:
