@@ -136,6 +136,8 @@ def write_checkpoint(
             (beside / "resume").mkdir()
             write_resume(beside / "resume")
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, beside / "model.safetensors")
+        # safetensors lets nobody but the owner read it; others may read it as they may read the rest.
+        (beside / "model.safetensors").chmod((beside / "config.json").stat().st_mode)
         manifest = {
             "format": _FORMAT,
             "schema": SCHEMA,

@@ -261,6 +261,13 @@ def test_new_fields_come_with_a_new_schema(tiny_run) -> None:
     assert (SCHEMA, hashlib.sha256(" ".join(fields).encode()).hexdigest()[:12]) == (5, "4dde49cbe10b"), fields
 
 
+def test_who_may_read_a_checkpoint_may_read_its_weights(tiny_run) -> None:
+    """safetensors makes files that only their owner may read."""
+    modes = {path.name: path.stat().st_mode for path in find_checkpoint(tiny_run).iterdir() if path.is_file()}
+    assert "model.safetensors" in modes
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_published_checkpoint_needs_no_training_state(run_folder, readers, tmp_path, refused) -> None:
     shutil.rmtree(find_checkpoint(run_folder) / "resume")
     assert load_policy(run_folder).spec.chunk_length == 4
