@@ -32,9 +32,7 @@ def test_nothing_else_ships():
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_intervals_of_the_table_are_those_of_its_counts(name):
     table = (FOLDER / "README.md").read_text()
-    [(successes, episodes, low, high)] = re.findall(
-        rf"\| `{name}` \|.*\| (\d+)/(\d+) \[([\d.]+), ([\d.]+)\]", table
-    )
+    [(successes, episodes, low, high)] = re.findall(rf"\| `{name}` \|.*\| (\d+)/(\d+) \[([\d.]+), ([\d.]+)\]", table)
     told = wilson_interval(int(successes), int(episodes))
     assert [float(low), float(high)] == [round(100 * value, 1) for value in told]
 
