@@ -186,7 +186,7 @@ def _check_pictures(data: EpisodeDataset, key: str) -> None:
 
 
 def _resumed(out: Path, experiment: ExperimentConfig, origin: dict[str, Any]) -> Start:
-    if out.is_dir() and not list_checkpoints(out):
+    if (out / "checkpoints").is_dir() and not list_checkpoints(out):
         raise CheckpointError(f"there is no checkpoint in {out} to resume from; train without --resume")
     newest = read_checkpoint(out)
     state = resume_file(newest.path, RESUME_FILE.name)

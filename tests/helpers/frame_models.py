@@ -23,6 +23,7 @@ FRAMES: dict[str, Any] = {
     "decoder_layers": 1,
     "history_length": 4,
     "num_context_tokens": 0,
+    "add_context": False,  # as the preset
     "chunk_length": 1,
     "num_past_actions": 0,
     "past_action_input": "full",

@@ -57,7 +57,7 @@ def cluster():
 def make_policy(run):
     from scd_robot.policies import load_policy
 
-    return load_policy(run)
+    return load_policy(run, reproducible=True)
 
 
 class Mortal:
