@@ -5,6 +5,7 @@
 Runs in the environment of constraints/lerobot.txt, with scd_robot.
 """
 
+# ruff: noqa: E402  torchvision is mended before lerobot imports it
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -12,6 +13,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from outside import shim
+
+shim.mend_torchvision()  # lerobot.datasets imports it
 from lerobot.datasets.utils import build_dataset_frame, hw_to_dataset_features
 from lerobot.robots import Robot, RobotConfig
 from lerobot.utils.decorators import check_if_already_connected, check_if_not_connected
