@@ -324,8 +324,11 @@ class ChunkPolicy(ABC):
         Each snapshot has noise of its own, as each plan has.
 
         Raises:
-            ConfigError: a plan is not due; see `may_plan`.
+            ConfigError: a plan is not due, see `may_plan`; or its chunks are chosen among several, which plans from
+                snapshots are not.
         """
+        if self.choice is not None:
+            raise ConfigError("plans from snapshots choose among no candidates: use act, or take the choice away")
         rows = self._plannable("snapshot")
         given = self._plan_input(np.arange(rows.batch_size))
         rows.num_plans += 1

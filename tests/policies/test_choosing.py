@@ -53,6 +53,17 @@ def test_the_first_candidate_is_the_action_policy_by_itself(kind, candidates, se
     np.testing.assert_allclose(act_all(policy, observations, [3, 4]), alone, atol=1e-5)
 
 
+def test_a_snapshot_does_not_leave_the_choice_out_silently(scd_policy, seen) -> None:
+    inner, [observation] = scd_policy(), seen(1, 1)
+    inner.observe(observation)
+    inner.snapshot()
+    ChoosingPolicy(inner, random_frames(), to_the_right, 2)
+    inner.reset()
+    inner.observe(observation)
+    with pytest.raises(ConfigError, match="choose among no candidates"):
+        inner.snapshot()
+
+
 def test_the_chunk_that_scores_best_is_followed_and_the_scores_are_kept(scd_policy, seen) -> None:
     given = []
 
