@@ -25,7 +25,7 @@ PYTHON = os.environ.get("SCD_RUNTIME_PYTHON")
 NEEDS = {"msgpack", "numpy", "onnxruntime", "websockets"}
 ONLY_WHEN_USED = {  # or, as torch, only where it is loaded already
     "resizing.py": {"torch"},
-    "ros_robot.py": {"rclpy", "sensor_msgs", "std_msgs", "trajectory_msgs"},
+    "ros_node.py": {"rclpy", "sensor_msgs", "std_msgs", "trajectory_msgs"},
 }
 NOT_IN_IT = {f"{NAME}.export.torch_runtime"}  # asked for by exports that need torch, and refused
 

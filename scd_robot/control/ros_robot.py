@@ -1,4 +1,4 @@
-"""A robot behind ROS 2 topics under the control loop: a node of its own, which spins in a thread of its own.
+"""A robot behind ROS 2 topics under the control loop.
 
 A sample's time is when its messages arrived, by this machine's monotonic clock, which is the loop's. Stamps in headers
 are of the sender's clock, or of a simulated one, or 0; an age by them is as wrong as those clocks are. What a header is
@@ -10,7 +10,7 @@ Shapes: Da action width.
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -19,10 +19,10 @@ from scd_robot.control.clock import Clock, MonotonicClock
 from scd_robot.control.interfaces import Command, Sample
 from scd_robot.control.names import PRESENT_STEPS, NameMap, Rest
 from scd_robot.control.ros_messages import joint_values, picture, stamp_of
+from scd_robot.control.ros_node import RosNode, Subscription
 from scd_robot.errors import (
     ActionError,
     ConfigError,
-    MissingDependencyError,
     ScdRobotError,
     ShapeError,
     UnknownNameError,
@@ -32,8 +32,6 @@ from scd_robot.types import PolicySpec
 
 __all__ = ["RosRobot", "RosTopics"]
 
-_SPIN_S = 0.1  # how often the thread looks whether it is to end
-_CLOSE_TIMEOUT_S = 5.0
 _MOST_NODES = 10  # that publish joint states in the same moment
 
 
@@ -131,9 +129,7 @@ class RosRobot:
         self._numbers: dict[str, _Number] = {}
         self._pictures: dict[str, _Picture] = {}
         self._bad: ShapeError | None = None
-        self._closing = False
-        self._ended = "it was not started: call connect(), or use 'with'"
-        self._thread: threading.Thread | None = None
+        self._node: RosNode | None = None
 
     def connect(self, timeout_s: float = 10.0) -> None:
         """Starts the node and waits for the first sample.
@@ -147,7 +143,7 @@ class RosRobot:
             ShapeError: messages that do not hold what the policy needs.
             ConfigError: joints in other units than the data's.
         """
-        self._start()
+        self._node = self._start()
         try:
             with self._came:
                 self._came.wait_for(self._complete, timeout_s)
@@ -166,7 +162,7 @@ class RosRobot:
             TimeoutError: a topic is silent.
             ShapeError: messages that do not hold what the policy needs.
         """
-        self._check_alive()
+        self._running()
         now = self._clock.now()
         with self._came:
             if self._bad is not None:
@@ -189,10 +185,10 @@ class RosRobot:
         """
         if not np.isfinite(command).all():
             raise ActionError(f"a command must be finite, got {command}")
-        self._check_alive()
-        if not self._publisher.get_subscription_count():
+        node = self._running()
+        if not node.publisher.get_subscription_count():
             raise ConnectionError(f"nobody listens to {self._topics.command}: is the controller active?")
-        self._publisher.publish(self._message(self._names.named(command)))
+        node.publisher.publish(self._message(self._names.named(command), node.messages))
 
     def hold(self) -> None:
         """Commands the present position.
@@ -202,7 +198,7 @@ class RosRobot:
             TimeoutError: joint states did not tell it in the last two control steps: an old one would be a jump back.
                 The controller is left to itself, and stays at what was commanded last.
         """
-        self._check_alive()
+        self._running()
         with self._came:
             self._check_numbers(self._pose_names, self._clock.now(), PRESENT_STEPS * self._spec.control_dt)
             values = {name: self._numbers[name].value for name in self._pose_names}
@@ -210,15 +206,8 @@ class RosRobot:
 
     def close(self) -> None:
         """Ends the node; may be called twice."""
-        if self._thread is None:
-            return
-        self._closing = True
-        self._thread.join(_CLOSE_TIMEOUT_S)
-        self._thread = None
-        self._executor.shutdown(timeout_sec=_CLOSE_TIMEOUT_S)
-        self._node.destroy_node()
-        if self._context.ok():
-            self._rclpy.shutdown(context=self._context)
+        if self._node is not None:
+            self._node.close()
 
     def __enter__(self) -> Self:
         self.connect()
@@ -231,41 +220,20 @@ class RosRobot:
 
     # The node.
 
-    def _start(self) -> None:
-        """In a context of its own, for which rclpy catches no signals: after Ctrl-C the loop can still hold."""
-        self._rclpy, messages = _import_ros()
-        from rclpy.context import Context
-        from rclpy.executors import SingleThreadedExecutor
-        from rclpy.qos import QoSHistoryPolicy, QoSProfile, QoSReliabilityPolicy
+    def _start(self) -> RosNode:
+        joints = Subscription("JointState", self._topics.joint_states, self._take_joints, depth=_MOST_NODES)
+        cameras = [Subscription("Image", topic, self._taker(camera)) for camera, topic in self._cameras.items()]
+        kind = "JointTrajectory" if self._topics.command_type == "trajectory" else "Float64MultiArray"
+        return RosNode(self._node_name, kind, self._topics.command, [joints, *cameras], self._wake)
 
-        # The newest message is all that counts; of joint states, the newest of each node. Commands are reliable: a
-        # controller that asks for that would otherwise get none, while one that does not takes them as well.
-        last, unsure = QoSHistoryPolicy.KEEP_LAST, QoSReliabilityPolicy.BEST_EFFORT
-        seeing = QoSProfile(history=last, depth=1, reliability=unsure)
-        feeling = QoSProfile(history=last, depth=_MOST_NODES, reliability=unsure)
-        commanding = QoSProfile(history=last, depth=1, reliability=QoSReliabilityPolicy.RELIABLE)
-        self._messages = messages
-        self._context = Context()
-        self._rclpy.init(context=self._context)
-        self._node = self._rclpy.create_node(self._node_name, context=self._context)
-        kind = messages["JointTrajectory" if self._topics.command_type == "trajectory" else "Float64MultiArray"]
-        self._publisher = self._node.create_publisher(kind, self._topics.command, commanding)
-        self._node.create_subscription(messages["JointState"], self._topics.joint_states, self._take_joints, feeling)
-        for camera, topic in self._cameras.items():
-            self._node.create_subscription(messages["Image"], topic, self._taker(camera), seeing)
-        self._executor = SingleThreadedExecutor(context=self._context)
-        self._executor.add_node(self._node)
-        self._thread = threading.Thread(target=self._spin, name="rclpy", daemon=True)
-        self._thread.start()
+    def _running(self) -> RosNode:
+        if self._node is None:
+            raise ConnectionError("the ROS 2 node does not run: it was not started: call connect(), or use 'with'")
+        if not self._node.runs:
+            raise ConnectionError(f"the ROS 2 node does not run: {self._node.ended}")
+        return self._node
 
-    def _spin(self) -> None:
-        """The thread: callbacks, which only keep what came."""
-        try:
-            while not self._closing and self._context.ok():
-                self._executor.spin_once(timeout_sec=_SPIN_S)
-            self._ended = "it was shut down"
-        except Exception as error:  # told by whatever is called next
-            self._ended = f"{type(error).__name__}: {error}"
+    def _wake(self) -> None:
         with self._came:
             self._came.notify_all()
 
@@ -298,13 +266,9 @@ class RosRobot:
 
     def _complete(self) -> bool:
         """Whether everything has come once, or nothing more will."""
-        alive = self._thread is not None and self._thread.is_alive()
+        alive = self._node is not None and self._node.runs
         numbers = all(name in self._numbers for name in self._number_names)
         return not alive or (numbers and all(camera in self._pictures for camera in self._cameras))
-
-    def _check_alive(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            raise ConnectionError(f"the ROS 2 node does not run: {self._ended}")
 
     def _check_numbers(self, names: list[str], now: float, max_age_s: float) -> float:
         """When the oldest of these numbers came [s]; raises where one is missing or too old."""
@@ -338,14 +302,14 @@ class RosRobot:
 
     # What goes.
 
-    def _message(self, command: Mapping[str, float]) -> Any:
-        """A message of a command by names."""
+    def _message(self, command: Mapping[str, float], kinds: Mapping[str, Any]) -> Any:
+        """A message, of one of these kinds, of a command by names."""
         by_joint = {_joint(name): value for name, value in command.items()}
         if self._topics.command_type == "array":
-            array = self._messages["Float64MultiArray"]()
+            array = kinds["Float64MultiArray"]()
             array.data = [by_joint[joint] for joint in self._topics.array_joints]
             return array
-        trajectory, point = self._messages["JointTrajectory"](), self._messages["JointTrajectoryPoint"]()
+        trajectory, point = kinds["JointTrajectory"](), kinds["JointTrajectoryPoint"]()
         point.positions = list(by_joint.values())
         point.time_from_start.sec, point.time_from_start.nanosec = divmod(round(1e9 * self._reach_s), 10**9)
         trajectory.joint_names, trajectory.points = list(by_joint), [point]
@@ -377,18 +341,3 @@ def _check_commands(names: NameMap, topics: RosTopics, rest: Rest | None) -> Non
             f"array_joints must be the joints {', '.join(joints)} in the order of the controller's parameter 'joints', "
             f"got {topics.array_joints}"
         )
-
-
-def _import_ros() -> tuple[ModuleType, dict[str, Any]]:
-    """rclpy, and the messages that are used."""
-    try:
-        import rclpy
-        from sensor_msgs.msg import Image, JointState
-        from std_msgs.msg import Float64MultiArray
-        from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"ROS 2 is not there ({error}); source its setup file, and use the Python that it was built for"
-        ) from error
-    kinds = (Image, JointState, Float64MultiArray, JointTrajectory, JointTrajectoryPoint)
-    return rclpy, {kind.__name__: kind for kind in kinds}

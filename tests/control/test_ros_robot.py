@@ -176,7 +176,7 @@ class TestNode:
 
     def test_a_node_that_dies_is_told(self, scene):
         scene.ros.publish("/joint_states", ExternalShutdownException("context"))
-        scene.robot._thread.join(WAIT_S)
+        scene.robot._node.thread.join(WAIT_S)
         for call in (scene.robot.observe, scene.robot.hold, lambda: scene.robot.send(np.zeros(3))):
             with pytest.raises(ConnectionError, match="ExternalShutdownException: context"):
                 call()
