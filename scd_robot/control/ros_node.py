@@ -5,6 +5,7 @@ So after Ctrl-C the control loop can still hold its robot.
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -48,7 +49,7 @@ class RosNode:
         messages: types of messages, by name.
         publisher: rclpy's.
         thread: which calls what takes messages.
-        ended: why it does not run any more, once that is so.
+        ended: why it does not run any more; empty while it runs.
 
     Raises:
         MissingDependencyError: there is no ROS 2 in this Python.
@@ -57,7 +58,7 @@ class RosNode:
     def __init__(
         self, name: str, kind: str, topic: str, subscriptions: Sequence[Subscription], on_end: Callable[[], None]
     ) -> None:
-        self._rclpy, self.messages = _import_ros()
+        rclpy, self.messages = _import_ros()
         from rclpy.context import Context
         from rclpy.executors import SingleThreadedExecutor
         from rclpy.qos import QoSHistoryPolicy, QoSProfile, QoSReliabilityPolicy
@@ -67,33 +68,33 @@ class RosNode:
         # them as well. Of what sensors tell, the newest message is all that counts.
         last, unsure = QoSHistoryPolicy.KEEP_LAST, QoSReliabilityPolicy.BEST_EFFORT
         commanding = QoSProfile(history=last, depth=1, reliability=QoSReliabilityPolicy.RELIABLE)
-        self._context = Context()
-        self._rclpy.init(context=self._context)
-        self._node = self._rclpy.create_node(name, context=self._context)
-        self.publisher = self._node.create_publisher(self.messages[kind], topic, commanding)
-        for one in subscriptions:
-            sensing = QoSProfile(history=last, depth=one.depth, reliability=unsure)
-            self._node.create_subscription(self.messages[one.kind], one.topic, one.take, sensing)
-        self._executor = SingleThreadedExecutor(context=self._context)
-        self._executor.add_node(self._node)
-        self.thread = threading.Thread(target=self._spin, name="rclpy", daemon=True)
-        self.thread.start()
-
-    @property
-    def runs(self) -> bool:
-        """Whether messages are still taken."""
-        return self.thread.is_alive() and not self._closing
+        with ExitStack() as opened:  # ends what there is, if the rest fails
+            self._context = Context()
+            rclpy.init(context=self._context)
+            opened.callback(self._end_context, rclpy)
+            node = rclpy.create_node(name, context=self._context)
+            opened.callback(node.destroy_node)
+            self.publisher = node.create_publisher(self.messages[kind], topic, commanding)
+            for one in subscriptions:
+                sensing = QoSProfile(history=last, depth=one.depth, reliability=unsure)
+                node.create_subscription(self.messages[one.kind], one.topic, one.take, sensing)
+            self._executor = SingleThreadedExecutor(context=self._context)
+            opened.callback(self._executor.shutdown, timeout_sec=_CLOSE_TIMEOUT_S)
+            self._executor.add_node(node)
+            self.thread = threading.Thread(target=self._spin, name="rclpy", daemon=True)
+            self.thread.start()
+            self._opened = opened.pop_all()
 
     def close(self) -> None:
         """Ends it; may be called twice."""
-        if self._closing:
-            return
         self._closing = True
         self.thread.join(_CLOSE_TIMEOUT_S)
-        self._executor.shutdown(timeout_sec=_CLOSE_TIMEOUT_S)
-        self._node.destroy_node()
+        self.ended = self.ended or "it was shut down"
+        self._opened.close()
+
+    def _end_context(self, rclpy: ModuleType) -> None:
         if self._context.ok():
-            self._rclpy.shutdown(context=self._context)
+            rclpy.shutdown(context=self._context)
 
     def _spin(self) -> None:
         """The thread: callbacks, which only keep what came."""

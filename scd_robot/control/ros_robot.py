@@ -143,6 +143,8 @@ class RosRobot:
             ShapeError: messages that do not hold what the policy needs.
             ConfigError: joints in other units than the data's.
         """
+        with self._came:  # what came to an earlier node is too old
+            self._numbers, self._pictures, self._bad = {}, {}, None
         self._node = self._start()
         try:
             with self._came:
@@ -228,8 +230,8 @@ class RosRobot:
 
     def _running(self) -> RosNode:
         if self._node is None:
-            raise ConnectionError("the ROS 2 node does not run: it was not started: call connect(), or use 'with'")
-        if not self._node.runs:
+            raise ConnectionError("the ROS 2 node was not started: call connect(), or use 'with'")
+        if self._node.ended:
             raise ConnectionError(f"the ROS 2 node does not run: {self._node.ended}")
         return self._node
 
@@ -266,7 +268,7 @@ class RosRobot:
 
     def _complete(self) -> bool:
         """Whether everything has come once, or nothing more will."""
-        alive = self._node is not None and self._node.runs
+        alive = self._node is not None and not self._node.ended
         numbers = all(name in self._numbers for name in self._number_names)
         return not alive or (numbers and all(camera in self._pictures for camera in self._cameras))
 

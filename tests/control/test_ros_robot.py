@@ -5,7 +5,17 @@ import sys
 
 import numpy as np
 import pytest
-from fake_ros import WAIT_S, Arm, ExternalShutdownException, FakeRos, JointState, image, joint_state
+from fake_ros import (
+    WAIT_S,
+    Arm,
+    ExternalShutdownException,
+    FakeRos,
+    JointState,
+    Node,
+    SingleThreadedExecutor,
+    image,
+    joint_state,
+)
 from robot_fakes import DT, FRONT, SPEC, STATE, Stage, Walks, virtual_clock
 
 from scd_robot.control import Limits, LoopConfig
@@ -198,6 +208,30 @@ class TestNode:
     def test_a_silent_topic_is_told(self, monkeypatch):
         with pytest.raises(TimeoutError, match="no message has come on /joint_states"):
             Scene(monkeypatch).robot.connect(0.05)
+
+    def test_a_silent_topic_that_speaks_again_is_connected_to(self, monkeypatch):
+        scene = Scene(monkeypatch)
+        with pytest.raises(TimeoutError):
+            scene.robot.connect(0.05)
+        with scene:
+            scene.robot.observe()
+        with pytest.raises(TimeoutError, match="no message has come"):  # to this node; those before are forgotten
+            scene.robot.connect(0.05)
+
+    @pytest.mark.parametrize("failing", ["create_node", "create_subscription", "add_node"])
+    def test_what_fails_halfway_leaves_neither_node_nor_context(self, monkeypatch, failing):
+        scene = Scene(monkeypatch)
+        owner = {"create_node": sys.modules["rclpy"], "create_subscription": Node, "add_node": SingleThreadedExecutor}
+
+        def fail(*_, **__):
+            raise RuntimeError("the middleware refuses")
+
+        monkeypatch.setattr(owner[failing], failing, fail)
+        with pytest.raises(RuntimeError, match="refuses"):
+            scene.robot.connect(WAIT_S)
+        assert [context.ok() for context in scene.ros.contexts] == [False]
+        assert scene.ros.destroyed == ([] if failing == "create_node" else ["scd_robot"])
+        scene.robot.close()
 
     def test_degrees_are_not_taken_for_radians(self, monkeypatch):
         scene = Scene(monkeypatch)

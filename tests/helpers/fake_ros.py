@@ -105,7 +105,7 @@ class Publisher:
 
 class Node:
     def __init__(self, ros, name, context):
-        self._ros, self.name, self.context = ros, name, context
+        self._ros, self.name, self.context, self._topics = ros, name, context, []
 
     def create_publisher(self, msg_type, topic, qos_profile, *, callback_group=None, event_callbacks=None):
         return Publisher(self._ros, msg_type, topic, qos_profile)
@@ -115,11 +115,14 @@ class Node:
     ):
         assert qos_profile.reliability == "best_effort", "a sensor's best-effort messages would never come"
         self._ros.subscriptions[topic] = (msg_type, callback)
+        self._topics.append(topic)
         for message in self._ros.early.pop(topic, []):
             self._ros.work.put((topic, message, threading.Event()))
 
     def destroy_node(self):
         self._ros.destroyed.append(self.name)
+        for topic in self._topics:
+            del self._ros.subscriptions[topic]
 
 
 class SingleThreadedExecutor:
