@@ -24,6 +24,7 @@ MODULES = (
     "scd_robot/resizing.py",
     "scd_robot/rotations.py",
     "scd_robot/seeding.py",
+    "scd_robot/transform_config.py",
     "scd_robot/transforms.py",
     "scd_robot/types.py",
     "scd_robot/control/*.py",

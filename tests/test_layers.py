@@ -11,7 +11,7 @@ PACKAGE = CHECKOUT / "scd_robot"
 MAPPED = ("datasets", "policies", "sim_eval")
 
 BASE = {"errors", "types", "dotted", "seeding", "config", "output"}
-NUMERICS = BASE | {"normalization", "resizing", "rotations", "transforms"}
+NUMERICS = BASE | {"normalization", "resizing", "rotations", "transform_config", "transforms"}
 NETWORK = NUMERICS | {"nn", "diffusion", "model"}
 TRAINED = NETWORK | {"checkpoint"}
 EVERYTHING = TRAINED | {
@@ -38,7 +38,8 @@ ALLOWED = {
     "normalization": BASE,
     "resizing": BASE,
     "rotations": BASE,
-    "transforms": BASE | {"normalization", "resizing", "rotations"},
+    "transform_config": BASE | {"rotations"},
+    "transforms": BASE | {"normalization", "resizing", "rotations", "transform_config"},
     "checkpoint": BASE | {"normalization"},
     "hub": BASE | {"checkpoint"},
     "nn": NUMERICS,
@@ -69,7 +70,7 @@ FORBIDDEN = {
     **dict.fromkeys(BASE, HEAVY | {"tyro"}),
     **dict.fromkeys(
         (
-            *("normalization", "resizing", "rotations", "transforms"),
+            *("normalization", "resizing", "rotations", "transform_config", "transforms"),
             *("checkpoint", "hub", "nn", "diffusion", "model", "policies"),
         ),
         NETWORKS_NEED_NOT,
