@@ -108,19 +108,27 @@ class Transforms:
     def stand_in(self) -> dict[str, Array]:
         """An observation as recorded that nothing is wrong with: zeros, rotations by nothing, pictures of a ramp."""
         found = {}
-        for key, source in self._sources.items():
+        for source in self._sources.values():
             spec = self.recorded.observation[source]
-            x = np.zeros(int(np.prod(spec.shape)), spec.dtype)
-            if spec.dtype == "uint8" and len(spec.shape) == 3:
-                x = (np.arange(x.size) % 256).astype(np.uint8)
+            x = np.zeros(spec.shape, spec.dtype)
+            if spec.dtype == "uint8" and x.ndim == 3:
+                x = (np.arange(x.size) % 256).astype(np.uint8).reshape(x.shape)
+            found[source] = x
+        return self.with_rotations(found, np.eye(3))
+
+    def with_rotations(self, observation: Mapping[str, Array], matrix: Array) -> dict[str, Array]:
+        """Observations (..., Do) as recorded, all of whose rotations are `matrix` (..., 3, 3)."""
+        found = {source: np.array(x, order="C") for source, x in observation.items()}
+        for key, source in self._sources.items():
+            x = found[source]
+            x = x.reshape(*x.shape[: x.ndim - len(self.recorded.observation[source].shape)], -1)  # the same memory
             steps = [step for step in self.config.rotations if step.key == self._step_key(key)]
             for count, step in enumerate(steps):
                 start = step.start
                 for earlier in reversed(steps[:count]):  # which `start` is counted after
                     wider = ROTATION_WIDTHS[earlier.target] - ROTATION_WIDTHS[earlier.source]
                     start -= wider if start > earlier.start else 0
-                x[start : start + ROTATION_WIDTHS[step.source]] = rotation_from_matrix(np.eye(3), step.source)
-            found[source] = x.reshape(spec.shape)
+                x[..., start : start + ROTATION_WIDTHS[step.source]] = rotation_from_matrix(matrix, step.source)
         return found
 
     def observation(self, observation: Mapping[str, Array]) -> dict[str, Array]:

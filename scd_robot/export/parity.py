@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scd_robot.errors import ConfigError
 from scd_robot.export.policy import ExportedPolicy
 from scd_robot.policies.scd import ScdPolicy
+from scd_robot.rotations import matrix_of
 from scd_robot.types import ActionArray, Observation
 
 __all__ = ["TOLERANCE", "check_parity", "compare", "drawn_observations", "needed_steps"]
@@ -69,7 +70,7 @@ def needed_steps(policy: ScdPolicy) -> int:
 
 
 def drawn_observations(policy: ScdPolicy, batch_size: int) -> list[dict[str, NDArray[Any]]]:
-    """Random observations within the ranges of the training data, of `needed_steps`."""
+    """Random observations within the ranges of the training data, of `needed_steps`; rotations are any."""
     rng = np.random.default_rng(_SEED)
     statistics = policy.normalizer.statistics
     recorded = {source: key for key, source in policy.transforms.sources.items()}
@@ -78,17 +79,18 @@ def drawn_observations(policy: ScdPolicy, batch_size: int) -> list[dict[str, NDA
         found = statistics.get(recorded[source])
         if found is not None and (found.width,) == spec.shape:
             ranges[source] = (np.asarray(found.minimum), np.asarray(found.maximum))
-    return [
-        {
-            source: rng.integers(0, 256, (batch_size, *spec.shape), np.uint8)
-            if spec.dtype == "uint8"
-            else rng.uniform(*ranges.get(source, (-np.ones(1), np.ones(1))), (batch_size, *spec.shape)).astype(
-                np.float32
+    seen = []
+    for _ in range(needed_steps(policy)):
+        drawn: dict[str, NDArray[Any]] = {}
+        for source, spec in policy.spec.observation.items():
+            shape, limits = (batch_size, *spec.shape), ranges.get(source, (-np.ones(1), np.ones(1)))
+            pixels = spec.dtype == "uint8"
+            drawn[source] = (
+                rng.integers(0, 256, shape, np.uint8) if pixels else rng.uniform(*limits, shape).astype(np.float32)
             )
-            for source, spec in policy.spec.observation.items()
-        }
-        for _ in range(needed_steps(policy))
-    ]
+        turns = matrix_of(rng.standard_normal((batch_size, 4)), "quat_xyzw")
+        seen.append(policy.transforms.with_rotations(drawn, turns))
+    return seen
 
 
 def compare(policy: ScdPolicy, exported: ExportedPolicy, observations: Sequence[Observation]) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from scd_robot.export.parity import check_parity, compare, drawn_observations
 from scd_robot.model import ScdModel
 from scd_robot.normalization import Normalizer, compute_statistics
 from scd_robot.policies import ScdPolicy
+from scd_robot.rotations import convert_rotation
 from scd_robot.training.transformed import transformed
-from scd_robot.transforms import ChunkPart, GripperStep, ImageStep, TransformConfig
+from scd_robot.transforms import ChunkPart, GripperStep, ImageStep, RotationStep, TransformConfig
+from scd_robot.types import ArraySpec
 
 AVERAGE = {"sampler": {"solver": "average", "num_denoising_steps": 2}}
 MIP = {"sampler": {"solver": "mip", "num_denoising_steps": 2}}
@@ -64,6 +66,25 @@ def several_tasks() -> ScdPolicy:
     return ScdPolicy(model, normalizer, recorded.spec, experiment.policy, transforms=experiment.transforms)
 
 
+def turning() -> ScdPolicy:
+    """Observations and actions hold rotations, as matrices and quaternions."""
+    data, rng = tiny_data(), np.random.default_rng(5)
+    quaternions = rng.standard_normal((data.num_steps, 4)).astype(np.float32)
+    matrices = convert_rotation(quaternions, "quat_xyzw", "matrix")
+    arrays = data.arrays | {
+        "position": np.concatenate((data.arrays["position"], matrices), axis=1),
+        "action": np.concatenate((data.arrays["action"][:, :1], matrices), axis=1),
+        "goal": quaternions,
+    }
+    del arrays["executed_action"]
+    specs = {key: ArraySpec(arrays[key].shape[1:]) for key in ("position", "goal")}
+    data = replace(data, spec=replace(data.spec, observation=specs, action_dim=10), arrays=arrays)
+    steps = (RotationStep("position", 2, "matrix"), RotationStep("goal", 0, "quat_xyzw"))
+    config = TransformConfig(rotations=(*steps, RotationStep("action", 1, "matrix")), goals=("position",))
+    shapes = {"position": (8,), "goal": (6,), "goal.position": (8,)}
+    return picture_policy("separable", data, config, observation_shapes=shapes, action_dim=7)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_graphs_follow_the_policy_through_evictions_and_a_reset(case: str) -> None:
     model, settings = CASES[case]
@@ -74,7 +95,7 @@ def test_the_graphs_follow_the_policy_through_evictions_and_a_reset(case: str) -
     assert report["longest_prefix"] == (model.get("max_delay_steps") or policy.spec.chunk_length - 1)
 
 
-@pytest.mark.parametrize("make", [picture, relative, several_tasks])
+@pytest.mark.parametrize("make", [picture, relative, several_tasks, turning])
 def test_the_graphs_follow_the_policy_behind_transforms(make) -> None:
     policy = make()
     assert check_parity(policy, eager_export(policy))["good"]
