@@ -178,13 +178,16 @@ def format_of(target: Path) -> OutputFormat:
 
 def write(dataset: Any, target: Path, format_name: OutputFormat, overwrite: bool) -> dict[str, Any]:
     """Writes an `EpisodeDataset` and returns the writer's summary."""
+    from scd_robot.cli.termination import unfinished_removed
+
     if format_name == "zarr":
         from scd_robot.datasets.convert import write_zarr as write_it
     elif format_name == "robomimic":
         from scd_robot.datasets.hdf5.robomimic_writer import write_robomimic as write_it
     else:
         from scd_robot.datasets.lerobot.writer import write_lerobot as write_it
-    summary: dict[str, Any] = write_it(dataset, target, overwrite=overwrite)
+    with unfinished_removed():
+        summary: dict[str, Any] = write_it(dataset, target, overwrite=overwrite)
     return summary
 
 

@@ -58,6 +58,7 @@ def export(
     """
     import torch
 
+    from scd_robot.cli.termination import unfinished_removed
     from scd_robot.errors import ConfigError
     from scd_robot.export.write import export_policy
     from scd_robot.output import check_target, write_json
@@ -79,15 +80,17 @@ def export(
         seed=seed,
     )
     observations = None if dataset is None else _recorded(policy, dataset, episode, batch_size)
-    report = export_policy(
-        policy,
-        out,
-        format,
-        batch_size=batch_size,
-        observations=observations,
-        tolerance=tolerance if parity else 0,
-        overwrite=overwrite,
-    )
+    with unfinished_removed():
+        report = export_policy(
+            policy,
+            out,
+            format,
+            batch_size=batch_size,
+            observations=observations,
+            tolerance=tolerance if parity else 0,
+            overwrite=overwrite,
+            progress=str(json) != "-",
+        )
     if json is not None:
         write_json(json, report)
     if str(json) != "-":

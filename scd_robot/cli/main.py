@@ -42,7 +42,7 @@ exit codes:
        reproduced; from 'scd doctor': something does not work; otherwise a bug of ours, with its traceback
   2    bad usage or input (one sentence says what); from 'scd eval' and 'scd sweep': an evaluation failed, or had
        no valid episode
-  130  interrupted (143: 'scd train' was terminated)"""
+  130  interrupted (143: terminated)"""
 
 # What to do about the operating system's refusals; any other OSError is taken for a bug.
 FILE_HINTS = {

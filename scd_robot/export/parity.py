@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from scd_robot.errors import ConfigError
 from scd_robot.export.policy import ExportedPolicy
@@ -33,6 +34,7 @@ def check_parity(
     exported: ExportedPolicy,
     observations: Sequence[Observation] | None = None,
     tolerance: float | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """`compare`, refusing graphs that are not good.
 
@@ -42,6 +44,7 @@ def check_parity(
         observations: of consecutive control steps, arrays (B, ...) each; None = `drawn_observations`.
         tolerance: largest difference of a context (which has unit RMS) or a velocity, and of an action in units of half
             its range in the training data; None = `TOLERANCE`.
+        progress: show a progress bar.
 
     Raises:
         ConfigError: a difference is larger, or not a number.
@@ -51,7 +54,7 @@ def check_parity(
         raise ConfigError(f"the tolerance must be positive, got {tolerance}")
     drawn = observations is None
     seen = drawn_observations(policy, exported.manifest.batch_size) if observations is None else observations
-    report = compare(policy, exported, seen)
+    report = compare(policy, exported, seen, progress)
     report = {"tolerance": tolerance, "observations": "drawn" if drawn else "recorded", **report}
     worst = {name: report[name]["max"] for name in ("context", "action", "velocity")}
     report["good"] = all(error <= tolerance for error in worst.values())
@@ -93,7 +96,9 @@ def drawn_observations(policy: ScdPolicy, batch_size: int) -> list[dict[str, NDA
     return seen
 
 
-def compare(policy: ScdPolicy, exported: ExportedPolicy, observations: Sequence[Observation]) -> dict[str, Any]:
+def compare(
+    policy: ScdPolicy, exported: ExportedPolicy, observations: Sequence[Observation], progress: bool = False
+) -> dict[str, Any]:
     """Largest and root-mean-square differences of contexts, actions and velocities over an episode.
 
     Actions are compared in units of half their range in the training data (dimensions that are constant there in the
@@ -109,7 +114,8 @@ def compare(policy: ScdPolicy, exported: ExportedPolicy, observations: Sequence[
             side.task = policy.task or policy.spec.tasks[0]
     executed: ActionArray | None = None
     lengths, plans = [], 0
-    for step, observation in enumerate(observations):
+    bar = tqdm(observations, desc="comparing", unit="step", disable=not progress)
+    for step, observation in enumerate(bar):
         if step == middle:
             for side in (policy, exported):
                 side.reset(rows=list(range(batch)), episodes=list(range(batch, 2 * batch)))

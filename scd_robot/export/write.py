@@ -48,6 +48,7 @@ def export_policy(
     observations: Sequence[Observation] | None = None,
     tolerance: float | None = None,
     overwrite: bool = False,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Writes the folder `out`, after the graphs were compared with the policy.
 
@@ -60,6 +61,7 @@ def export_policy(
             some where there are none.
         tolerance: see `check_parity`; 0 = no comparison, None = its own.
         overwrite: replace an earlier export at `out`.
+        progress: show a progress bar of the comparison.
 
     Returns:
         The report of the comparison; empty without one.
@@ -86,7 +88,7 @@ def export_policy(
             write_json(beside / "manifest.json", manifest.to_json())
             report: dict[str, Any] = {}
             if tolerance != 0:
-                report = check_parity(policy, load_exported(beside, trusted=True), observations, tolerance)
+                report = check_parity(policy, load_exported(beside, trusted=True), observations, tolerance, progress)
                 write_json(beside / "parity.json", report)
             replace_folder(beside, out)
     except OSError as error:

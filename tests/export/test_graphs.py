@@ -177,8 +177,9 @@ def test_a_prefix_is_followed_exactly_and_a_longer_one_refused() -> None:
         exported.plan(np.zeros((1, 3, 2), np.float32))
 
 
-def test_a_comparison_of_a_few_steps_tells_how_far_it_went() -> None:
+def test_a_comparison_of_a_few_steps_tells_how_far_it_went(capsys) -> None:
     policy = small_policy()
-    report = compare(policy, eager_export(policy), drawn_observations(policy, 1)[:6])
+    report = compare(policy, eager_export(policy), drawn_observations(policy, 1)[:6], progress=True)
+    assert "comparing: 100%" in capsys.readouterr().err
     assert (report["control_steps"], report["plans"], report["reset_at"]) == (6, 6, 3)
     assert 0 <= report["action"]["rms"] <= report["action"]["max"]

@@ -11,9 +11,10 @@ from scd_robot.export.write import export_policy
 from scd_robot.policies import ScdPolicy
 
 
-def test_torch_export_follows_the_policy_and_needs_trust(tmp_path) -> None:
+def test_torch_export_follows_the_policy_and_needs_trust(tmp_path, capsys) -> None:
     folder = tmp_path / "out"
     report = export_policy(small_policy({"max_delay_steps": 2}), folder, "torch-export")
+    assert "comparing" in capsys.readouterr().err
     assert report["good"]
     assert sorted(path.name for path in folder.iterdir()) == [
         *("decoder_step.pt2", "encoder_step.pt2", "manifest.json", "parity.json", "plan.pt2"),
