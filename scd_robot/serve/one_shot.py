@@ -153,15 +153,25 @@ class _Handler(BaseHTTPRequestHandler):
         text = self.headers.get("Content-Length", "")
         return int(text) if text.isascii() and text.isdigit() and "Transfer-Encoding" not in self.headers else None
 
-    def _say(self, status: HTTPStatus, text: str) -> None:
-        self._send(status, text.encode(errors="replace"), "text/plain; charset=utf-8")
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server refuses by itself: another method (it says 501), or a head that is none of HTTP."""
+        self.close_connection = True
+        if code == HTTPStatus.NOT_IMPLEMENTED:
+            self._say(HTTPStatus.METHOD_NOT_ALLOWED, "there is only POST /act here\n", Allow="POST")
+        else:
+            self._say(HTTPStatus(code), f"{message or HTTPStatus(code).phrase}\n")
 
-    def _send(self, status: HTTPStatus, body: bytes, kind: str) -> None:
+    def _say(self, status: HTTPStatus, text: str, **more: str) -> None:
+        self._send(status, text.encode(errors="replace"), "text/plain; charset=utf-8", **more)
+
+    def _send(self, status: HTTPStatus, body: bytes, kind: str, **more: str) -> None:
         self.send_response(status)
-        for name, value in (("Content-Type", kind), ("Content-Length", str(len(body))), ("Connection", "close")):
+        sent = {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close", **more}
+        for name, value in sent.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def _hang_up(self) -> None:
         try:

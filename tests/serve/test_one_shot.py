@@ -132,6 +132,25 @@ def test_pages_other_paths_and_other_kinds_are_turned_away(begin, stream):
     assert post(server, b"x", "text/html")[0] == 415
 
 
+@pytest.mark.parametrize("method", ["GET", "PUT", "HEAD"])
+def test_other_methods_are_told_which_one_there_is(begin, method):
+    request = urllib.request.Request(begin().http_address + "/act", method=method)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    answer = refused.value
+    assert (answer.code, answer.headers["Allow"], answer.headers.get_content_type()) == (405, "POST", "text/plain")
+    assert answer.read().decode() == ("" if method == "HEAD" else "there is only POST /act here\n")
+
+
+def test_what_is_no_http_is_refused_as_text(begin):
+    with raw_connection(begin()) as connection:
+        connection.sendall(b"POST /act and more HTTP/1.1\r\n\r\n")
+        answer = connection.recv(1000)
+    assert b" 400 " in answer.splitlines()[0]
+    assert b"text/plain" in answer
+    assert b"<" not in answer
+
+
 def test_large_requests_are_refused_before_they_are_read(begin, stream, monkeypatch):
     server = begin(max_frame_bytes=4000)
     status, told = post(server, b"x" * 4001, MSGPACK)
