@@ -5,6 +5,7 @@ complete or not at all. Tokens are huggingface_hub's affair (`hf auth login`, or
 """
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from scd_robot.checkpoint import PUBLISHED_FILES, Checkpoint, read_checkpoint
-from scd_robot.errors import CheckpointError, MissingDependencyError, OutputError
+from scd_robot.errors import CheckpointError, ConfigError, MissingDependencyError, OutputError
 
 __all__ = ["Published", "download", "model_card", "upload"]
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 _HARMLESS = (".safetensors", ".json", ".md")
 _GIT_FILES = (".gitattributes", ".gitignore")  # the Hub's own; never downloaded
+_REPOSITORY = re.compile(r"(\w|\w[\w.-]*\w)/(\w|\w[\w.-]*\w)", re.ASCII)
 _CLIENTS = ("huggingface_hub", "httpx", "requests")  # httpx2 as well
 
 
@@ -49,9 +51,11 @@ def upload(path: str | Path, repo_id: str, *, private: bool = False, message: st
         message: of the commit; empty = the step.
 
     Raises:
+        ConfigError: `repo_id` is no name of a repository.
         CheckpointError: `path` is no sound checkpoint, the repository holds other things, or it cannot be reached.
         MissingDependencyError: huggingface_hub is not installed.
     """
+    _check_repository(repo_id)
     checkpoint, api = read_checkpoint(path), _api()
     with TemporaryDirectory() as folder:
         for name in PUBLISHED_FILES:
@@ -82,11 +86,13 @@ def download(repo_id: str, out: str | Path, *, revision: str | None = None) -> P
         With the commit it was: give it as `revision` to have exactly this again.
 
     Raises:
+        ConfigError: `repo_id` is no name of a repository.
         CheckpointError: there is no such repository or revision, it cannot be reached, it holds anything that is not
             safetensors, JSON or Markdown, or it is no sound checkpoint.
         OutputError: `out` exists or cannot be written.
         MissingDependencyError: huggingface_hub is not installed.
     """
+    _check_repository(repo_id)
     target, api = Path(out), _api()
     if target.exists():
         raise OutputError(f"{target} exists already; choose another --out")
@@ -160,6 +166,14 @@ def model_card(checkpoint: Checkpoint, repo_id: str) -> str:
         "Made with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _check_repository(repo_id: str) -> None:
+    if not _REPOSITORY.fullmatch(repo_id):
+        raise ConfigError(
+            f"a repository on the Hugging Face Hub is named OWNER/NAME, such as someone/push, in letters, digits, '-', "
+            f"'_' and '.', got {repo_id!r}"
+        )
 
 
 def _check_names(repo_id: str, names: list[str]) -> None:

@@ -166,6 +166,17 @@ def test_what_is_there_is_not_replaced(tiny_run, hub, tmp_path, refused):
     assert hub.downloads == []
 
 
+@pytest.mark.parametrize("name", ["push", "a/b/c", "a/ b", "a/-b", "/b", "a/.", "ä/b"])
+def test_a_name_that_is_none_is_told_before_anything_is_read_or_reached(name, hub, tmp_path, refused):
+    refused(["hub", "upload", tmp_path / "no run", name], "is named OWNER/NAME", f"got {name!r}")
+    refused(["hub", "download", name, "--out", tmp_path / "policy"], "is named OWNER/NAME", unchanged=[tmp_path])
+
+
+@pytest.mark.parametrize("name", ["a/b", "Some-one_1/push.v2"])
+def test_names_are_taken(name, tiny_run, hub):
+    assert upload(tiny_run, name).repo_id == name
+
+
 def test_damaged_checkpoints_are_not_uploaded(tiny_run, hub, tmp_path, refused):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     (find_checkpoint(run) / "metrics.json").write_text("{}")
