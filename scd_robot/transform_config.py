@@ -3,6 +3,7 @@
 They are part of a checkpoint.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -139,6 +140,10 @@ class TransformConfig:
         taken = [i for part in self.chunk_parts for i in range(part.action_start, part.action_start + part.count)]
         if len(taken) != len(set(taken)):
             raise ConfigError("chunk_parts overlap: each number of the action may be in one of them only")
+        for name in ("keys", "flatten", "goals"):
+            twice = [key for key, count in Counter(getattr(self, name)).items() if count > 1]
+            if twice:
+                raise ConfigError(f"{name} names {twice[0]!r} twice; once is enough")
         widths = {len(vector) for vector in self.tasks.values()}
         if len(widths) > 1 or 0 in widths:
             raise ConfigError(f"the vectors of tasks must have one width of at least 1, got {sorted(widths)}")

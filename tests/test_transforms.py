@@ -148,6 +148,8 @@ def test_configuration_survives_json():
     [
         (lambda: TransformConfig(rename={"poze": "x"}), UnknownNameError, "did you mean 'pose'"),
         (lambda: TransformConfig(rename={"pose": "object"}), ConfigError, "one name"),
+        (lambda: TransformConfig(keys=("pose", "pose")), ConfigError, "keys names 'pose' twice"),
+        (lambda: TransformConfig(goals=("pose", "object", "pose")), ConfigError, "goals names 'pose' twice"),
         (lambda: TransformConfig(keys=("propio",)), UnknownNameError, "unknown observation key 'propio'"),
         (lambda: TransformConfig(rotations=(RotationStep("pose", 5, "quat_xyzw"),)), ShapeError, "4 numbers from 5 on"),
         (lambda: TransformConfig(rotations=(RotationStep("hand", 0, "matrix"),)), UnknownNameError, "'hand'"),
