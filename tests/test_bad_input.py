@@ -90,6 +90,13 @@ class TestUnknownNames:
         arguments = ["train", "metaworld_stat", "--dataset", store, "--out", tmp_path / "run"]
         refused(arguments, "unknown preset 'metaworld_stat'", "'metaworld_state'", unchanged=[tmp_path])
 
+    @pytest.mark.parametrize("place", ["", "checkpoints/step_00000004"])
+    def test_a_run_in_the_place_of_a_preset(self, store: Path, tiny_run: Path, refused: Refused, place: str) -> None:
+        run, config = tiny_run / place, tiny_run / "checkpoints" / "step_00000004" / "config.json"
+        arguments = ["train", run, "--dataset", store, "--out", tiny_run.parent / "new"]
+        told = ("with --resume", f"a preset and --init {run}", f"anew with its settings, give {config}")
+        refused(arguments, *told, unchanged=[tiny_run.parent])
+
     @pytest.mark.parametrize(
         ("setting", "told"),
         [
@@ -142,7 +149,7 @@ class TestUnknownNames:
 
     def test_accelerator(self, store: Path, tmp_path: Path, train, refused: Refused) -> None:
         refused(train(store, tmp_path / "run", "--accelerator", "abacus"), "accelerator 'abacus'")
-        assert list_checkpoints(tmp_path / "run") == []
+        assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize(
         ("option", "value", "told"),
@@ -160,7 +167,7 @@ class TestUnknownNames:
     )
     def test_training_option(self, option, value, told, store: Path, tmp_path: Path, train, refused: Refused) -> None:
         refused(train(store, tmp_path / "run", option, value), told, at_once=False)
-        assert list_checkpoints(tmp_path / "run") == []
+        assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize(("option", "size"), [("--max-frame-mb", "nan"), ("--max-history-mb", "inf")])
     def test_bound_of_the_server(self, option, size, tiny_run: Path, refused: Refused) -> None:

@@ -190,12 +190,7 @@ def _trainer(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices found, products advertised
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "checkpoints").mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
-    try:
-        return lightning.Trainer(
+        trainer = lightning.Trainer(
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
@@ -218,6 +213,12 @@ def _trainer(
             f"cannot train with accelerator {accelerator!r}, {devices} devices, {num_nodes} nodes, strategy "
             f"{strategy!r} and precision {training.precision!r}: {error}"
         ) from error
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+    return trainer
 
 
 def _strategy(name: str, world_size: int) -> Any:
