@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from scd_robot.checkpoint import list_checkpoints
 from scd_robot.config import from_json, to_json
 from scd_robot.diffusion import FlowTimeConfig
 from scd_robot.errors import ConfigError, DatasetError, UnknownNameError
@@ -225,7 +226,7 @@ def resolve(name: str, dataset: DatasetSpec, transforms: TransformConfig | None 
 
     Raises:
         UnknownNameError: no preset of that name; the message has the nearest names.
-        ConfigError: the file is missing, or no experiment.
+        ConfigError: the file is missing, or no experiment; the folder of a run.
     """
     if name.endswith(".json"):
         if transforms is not None:
@@ -236,6 +237,13 @@ def resolve(name: str, dataset: DatasetSpec, transforms: TransformConfig | None 
             raise ConfigError(f"cannot read the experiment {name}: {error}") from error
         return from_json(ExperimentConfig, tree, name)
     if name not in PRESETS:
+        folders = [*list_checkpoints(Path(name)), Path(name)]
+        if trained := [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]:
+            raise ConfigError(
+                f"{name} is trained already, and a preset's name belongs there; to continue that run, repeat its "
+                f"command with --resume; to fine-tune it, give a preset and --init {name}; to train anew with its "
+                f"settings, give {trained[-1]}"
+            )
         raise UnknownNameError("preset", name, PRESETS)
     if transforms is None:
         return PRESETS[name](dataset)
