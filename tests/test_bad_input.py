@@ -174,6 +174,25 @@ class TestUnknownNames:
         refused(["serve", tiny_run, option, size], f"{option} must be a positive finite number, got {size}")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data", "convert", "no.zarr", "new.zarr"],
+        ["data", "merge", "no.zarr", "nor.zarr", "--out", "new.zarr"],
+        ["data", "split", "no.zarr", "--out", "new.zarr", "other.zarr", "--shares", "1", "1"],
+        ["data", "filter", "no.zarr", "new.zarr"],
+        ["data", "info", "no.zarr"],
+        ["probe", "no run", "--dataset", "no.zarr"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_summary_that_cannot_be_written_is_told_before_the_work(arguments, tmp_path, refused, monkeypatch) -> None:
+    """Which would end, here, for want of a dataset."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    refused([*arguments, "--json", "folder"], "cannot write 'folder'", "it is a folder", unchanged=[tmp_path])
+
+
 class TestDatasets:
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("key", ["goal", "action", "executed_action"])

@@ -99,8 +99,11 @@ def info(
     """
     from scd_robot.datasets.open import open_dataset
     from scd_robot.datasets.summary import describe, format_description
-    from scd_robot.output import write_json
+    from scd_robot.output import check_target, write_json
 
+    for target in (env_args, json):
+        if target is not None:
+            check_target(target)
     dataset = open_dataset(path, **vars(read))
     description = describe(dataset)
     if plot is not None:

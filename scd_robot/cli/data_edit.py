@@ -43,6 +43,7 @@ def convert(
     """
     from scd_robot.datasets import open_dataset
 
+    begin(json)
     format_name = to or format_of(target)
     dataset = open_dataset(source, **vars(read))
     if cameras is None:
@@ -83,6 +84,7 @@ def merge(
     from scd_robot.datasets import open_dataset
     from scd_robot.datasets.combine import join_datasets
 
+    begin(json)
     joined = join_datasets([open_dataset(source, **vars(read)) for source in sources], sources)
     finish(write(joined, out, "zarr", overwrite), json)
 
@@ -113,6 +115,7 @@ def split(
     from scd_robot.datasets.convert import deal_episodes
     from scd_robot.errors import ConfigError, OutputError
 
+    begin(json)
     dataset = open_dataset(source, **vars(read))
     parts = deal_episodes(dataset.num_episodes, shares, len(out), seed)
     if len({path.resolve() for path in (Path(source), *out)}) <= len(out):
@@ -151,6 +154,7 @@ def filter_episodes(
     from scd_robot.datasets import open_dataset
     from scd_robot.datasets.convert import episode_success
 
+    begin(json)
     dataset = open_dataset(source, **vars(replace(read, check=False)))  # what is left is checked
     lengths = dataset.episode_lengths
     keep = (lengths >= min_length) & (lengths <= (lengths.max(initial=0) if max_length is None else max_length))
@@ -160,6 +164,14 @@ def filter_episodes(
     if read.check:
         chosen.check(source)
     finish(write(chosen, target, "zarr", overwrite), json)
+
+
+def begin(json: Path | None) -> None:
+    """Refuses a file for the summary that cannot be written, before the work is done."""
+    from scd_robot.output import check_target
+
+    if json is not None:
+        check_target(json)
 
 
 def format_of(target: Path) -> OutputFormat:

@@ -54,11 +54,13 @@ def probe(
     from scd_robot.analysis.probes import probe as look
     from scd_robot.datasets import open_dataset
     from scd_robot.errors import OutputError
-    from scd_robot.output import write_json
+    from scd_robot.output import check_target, write_json
     from scd_robot.policies import load_policy
 
     if out is not None and (out / "probe.json").exists() and not overwrite:
         raise OutputError(f"{out} already holds a probe; choose another --out, or --overwrite it")
+    if json is not None:
+        check_target(json)
     torch.set_num_threads(1)
     policy, quiet = load_policy(checkpoint), str(json) == "-"
     document = look(
