@@ -44,6 +44,8 @@ _COLOURS = {
     "invalid": "#060708",
     "accent": "#070809",
 }
+_SCALE = ("accent", "success", "failure")  # of what has an order: first, in the middle, last
+_BLEND = "#0809"  # begins the placeholder of a colour on that scale, whose last byte is where: 0 to 254
 _WIDTH_IN = 4.4
 _COMPACT = {"handlelength": 1.0, "columnspacing": 1.2}
 _STYLE: Any = {
@@ -177,33 +179,29 @@ def arms_plot(comparison: Comparison) -> str:
 
 
 def age_plot(layers: Sequence[Mapping[str, Any]]) -> str:
-    """SVG of the share of attention by the age of what is attended to, a line per layer."""
+    """SVG of the share of attention by the age of what is attended to, a line per layer, coloured in their order."""
     figure = _Figure(2.4)
     for number, layer in enumerate(layers):
         ages = [0, *map(int, layer["by_age"])]
         shares = [100 * layer["present"], *(100 * share for share in layer["by_age"].values())]
-        strength = 0.35 + 0.65 * (number + 1) / len(layers)
-        figure.axes.plot(range(len(ages)), shares, marker="o", markersize=3, color=_COLOURS["accent"], alpha=strength,
-                         label=f"layer {number}")  # fmt: skip
+        colour = _blend(number, len(layers))
+        figure.axes.plot(range(len(ages)), shares, marker="o", markersize=3, color=colour, label=str(number))
         figure.axes.set_xticks(range(len(ages)), [str(age) for age in ages])
     figure.axes.set_ylim(bottom=0)
-    figure.legend()
+    figure.legend_beside("layer")
     figure.label("age from ... on [control steps]", "attention [%]")
     return figure.svg("Attention by age")
 
 
 def layers_plot(x: Sequence[float], lines: Mapping[Any, Sequence[float | None]], x_label: str, y_label: str) -> str:
-    """SVG of a number for each layer, a line per layer, the later the stronger; a single line has no name."""
+    """SVG of a number for each layer, a line per layer, coloured in their order; a single line has no name."""
     figure = _Figure(2.4)
     for number, (layer, values) in enumerate(lines.items()):
         known = [(at, value) for at, value in zip(x, values, strict=True) if value is not None]
-        strength = 0.3 + 0.7 * (number + 1) / len(lines)
-        name = f"layer {layer}" if len(lines) > 1 else None
-        figure.axes.plot(
-            *zip(*known, strict=True), marker="o", markersize=3, color=_COLOURS["accent"], alpha=strength, label=name
-        )
+        colour = _blend(number, len(lines))
+        figure.axes.plot(*zip(*known, strict=True), marker="o", markersize=3, color=colour, label=str(layer))
     if len(lines) > 1:
-        figure.legend()
+        figure.legend_beside("layer")
     if all(float(at).is_integer() for at in x):
         figure.axes.set_xticks(list(x))
     figure.label(x_label, y_label)
@@ -291,12 +289,12 @@ def pairs_plot(comparison: Comparison) -> str:
         chosen = sign * gap > 0
         if chosen.any():
             figure.axes.bar(comparison.indices[chosen], gap[chosen], color=_COLOURS[name], label=label)
-    figure.axes.axhline(0, color=_COLOURS["line"], linewidth=0.8)
     figure.axes.set_ylim(-105, 105)
     if gap.any():
+        figure.axes.axhline(0, color=_COLOURS["line"], linewidth=0.8)
         figure.legend()
     else:
-        figure.say("no start state told them apart")
+        figure.say("no start state told them apart", height=0.62)
     figure.label("episode", "A minus B [points]")
     return figure.svg("Start states that one arm solves more often than the other")
 
@@ -324,12 +322,22 @@ class _Figure:
         with self._context(_STYLE):
             self.axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **style)
 
+    def legend_beside(self, title: str) -> None:
+        """In the order of the lines, to the right of the axes; long ones in two columns."""
+        columns = 1 + (len(self.axes.lines) > 10)
+        with self._context(_STYLE):
+            self.axes.legend(
+                loc="center left", bbox_to_anchor=(1.0, 0.5), title=title, ncols=columns, fontsize=8, title_fontsize=8,
+                labelspacing=0.3, **_COMPACT,
+            )  # fmt: skip
+
     def mark(self, x: float, text: str) -> None:
         transform = self.axes.get_xaxis_transform()
         self.axes.text(x, 1.02, text, transform=transform, ha="center", color=_COLOURS["ink"])
 
-    def say(self, text: str) -> None:
-        self.axes.text(0.5, 0.5, text, transform=self.axes.transAxes, ha="center", color=_COLOURS["muted"])
+    def say(self, text: str, height: float = 0.5) -> None:
+        style: Any = {"ha": "center", "va": "center", "color": _COLOURS["muted"]}
+        self.axes.text(0.5, height, text, transform=self.axes.transAxes, **style)
 
     def whole_number_ticks(self) -> None:
         from matplotlib.ticker import MaxNLocator
@@ -357,4 +365,16 @@ class _Figure:
         text = text.replace("'DejaVu Sans'", "system-ui")
         for name, placeholder in _COLOURS.items():
             text = text.replace(placeholder, f"var(--{name})")
-        return text
+        return re.sub(rf"{_BLEND}([0-9a-f]{{2}})", _blended, text)
+
+
+def _blend(number: int, count: int) -> str:
+    """Colour of one of several things in order."""
+    return f"{_BLEND}{round(254 * number / max(1, count - 1)):02x}"
+
+
+def _blended(placeholder: re.Match[str]) -> str:
+    """The same as CSS."""
+    at = int(placeholder[1], 16) / 127  # 0 to 2
+    first, second = _SCALE[int(at > 1) :][:2]
+    return f"color-mix(in oklch, var(--{second}) {100 * (at - (at > 1)):.0f}%, var(--{first}))"

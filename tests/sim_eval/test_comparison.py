@@ -1,6 +1,7 @@
 """Comparisons of two policies: what is compared, what is said about it, and the verb."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from scd_robot.sim_eval import evaluate, wilson_interval
 from scd_robot.sim_eval.comparison import PairedCounts, compare, format_comparison, is_decided
 from scd_robot.sim_eval.comparison_report import write_comparison
 from scd_robot.sim_eval.output import read_actions
+from scd_robot.sim_eval.plots import pairs_plot
 from scd_robot.sim_eval.saved import find_evaluations
 
 
@@ -386,3 +388,11 @@ class TestNotes:
         assert any("different versions of mujoco: 3.3.0, 3.4.0" in note for note in notes)
         assert any("fewer than 5 seeds" in note for note in compare(both("wx", "3.3.0"), both("yz", "3.3.0")).notes)
         assert compare(both("x", "3.3.0"), both("y", "3.3.0")).notes == ()
+
+
+def test_no_line_goes_through_the_words_where_nothing_differs():
+    svg = pairs_plot(compare([document([1, 0])], [document([1, 0])]))
+    across = [float(y) for y in re.findall(r'd="M 4[\d.]+ ([\d.]+) \nL 30[\d.]+ \1 \n"', svg)]
+    assert len(across) >= 5
+    baseline = float(re.search(r'y="([\d.]+)"[^>]*>no start state told them apart', svg)[1])
+    assert not [y for y in across if baseline - 10 < y < baseline + 5]
