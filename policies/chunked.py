@@ -1,55 +1,28 @@
-"""What policies have in common that plan in chunks: rows, episodes, noise, and which plan is due when. No torch.
+"""What policies have in common that plan in chunks: from what, with which noise, and which plan is due when. No torch.
 
-A subclass computes: a policy with its model in this process (`ScdPolicy`), or graphs that were made of one
-(`scd_robot.export.ExportedPolicy`).
+What they remember of their observations is in `observing.py`. A subclass computes: a policy with its model in this
+process (`ScdPolicy`), or graphs that were made of one (`scd_robot.export.ExportedPolicy`).
 
 Shapes: B rows, Ta chunk length, Da action width, d committed actions.
 """
 
 import time
-from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.errors import ActionError, ConfigError, ShapeError
-from scd_robot.policies.inputs import checked_action, checked_given, checked_running, model_observation
-from scd_robot.policies.instructions import Instructions
-from scd_robot.policies.rows import Architecture, HistoryCache, PlanInput, Rows, plan_noise
-from scd_robot.transforms import TASK, Transforms
-from scd_robot.types import ActionArray, DatasetSpec, GivenActions, Observation, PolicySpec, RunningChunk
+from scd_robot.errors import ActionError, ConfigError
+from scd_robot.policies.inputs import checked_action, checked_given, checked_running
+from scd_robot.policies.observing import ObservingPolicy
+from scd_robot.policies.rows import PlanInput, Rows, plan_noise
+from scd_robot.transforms import Transforms
+from scd_robot.types import ActionArray, GivenActions, Observation, RunningChunk
 
-__all__ = ["Choice", "ChunkPolicy", "Settings", "recorded_chunk"]
-
-_MOST_TIMINGS = 100_000  # a robot that runs for days and never asks for them must not run out of memory
-
-
-class Settings(Protocol):
-    """How a model is run; fields of `ScdPolicyConfig`."""
-
-    @property
-    def num_executed(self) -> int:
-        """Actions taken from one plan before the next."""
-        ...
-
-    @property
-    def num_samples(self) -> int:
-        """Plans sampled at a time."""
-        ...
-
-    @property
-    def guidance_scale(self) -> float:
-        """1 = off."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Of the noise."""
-        ...
+__all__ = ["Choice", "ChunkPolicy", "recorded_chunk"]
 
 
 class Choice(Protocol):
@@ -65,94 +38,16 @@ class Choice(Protocol):
         ...
 
 
-class ChunkPolicy(ABC):
-    """A policy in a control loop; numpy in and out, in the units and keys of the dataset.
-
-    Rows are independent: each has its own history, position in its chunk, and noise keyed by (seed, episode, plan), so
-    that a row does the same alone and in a batch.
-
-    Args:
-        architecture: of the model.
-        keys: its observation keys.
-        dataset: specification of its training data, as recorded.
-        transforms: between the recording and the model; what they did to actions is undone.
-        config: how to run it.
-        reproducible: `act` computes plans for all rows whenever one is due, so that every computation has the same
-            shape and a row's actions are bitwise the same whatever the others do; takes more time.
-        task: of several, see `task` below.
-        goal: what is to be reached, by observation key as recorded (without "goal.") and without a batch axis, where
-            the model is shown goals. None = every observation brings it, as "goal.KEY".
+class ChunkPolicy(ObservingPolicy):
+    """A policy in a control loop: plans in chunks from what it has observed; see `ObservingPolicy` for its arguments.
 
     Attributes:
-        spec: keys, shapes, rate and chunk length.
         planned: (B,) which rows the last `act` planned for; None before.
-        instructions: its task and its goal.
         choice: among several chunks that are sampled for each plan of `act` and `plan`; None = the only one.
     """
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        keys: Sequence[str],
-        dataset: DatasetSpec,
-        transforms: Transforms,
-        config: Settings,
-        reproducible: bool = False,
-        task: str | None = None,
-        goal: Observation | None = None,
-    ) -> None:
-        self.architecture, self.transforms, self.reproducible = architecture, transforms, reproducible
-        self.config: Any = config
-        sources, recorded = transforms.sources, transforms.recorded.observation
-        self._sources = {key: sources[key] for key in keys if key in sources}
-        self.instructions = Instructions(transforms.config.tasks, task, goal, self._sources.values(), recorded)
-        told = self.instructions.goal
-        self.spec = PolicySpec(
-            observation={key: recorded[key] for key in self._sources.values() if key not in told},
-            action_dim=dataset.action_dim,
-            control_dt=dataset.control_dt,
-            chunk_length=architecture.chunk_length,
-            num_executed=config.num_executed,
-            history_length=architecture.history_length,
-            action_kind=dataset.action_kind,
-            tasks=tuple(self.instructions.tasks),
-        )
-        self.planned: NDArray[np.bool_] | None = None
-        self.choice: Choice | None = None
-        self._timings = _empty_timings()
-        self._rows: Rows | None = None
-        self._context: Any = None  # what plans are made from, of all rows
-        self._state: dict[str, NDArray[np.float32]] = {}  # what chunks are relative to
-        self._first_episodes: list[int] | None = None
-        self._next_episode = 0
-
-    # What computes.
-
-    @abstractmethod
-    def _new_cache(self, batch_size: int) -> HistoryCache:
-        """An empty history."""
-
-    @abstractmethod
-    def _encode(
-        self,
-        rows: Rows,
-        seen: Mapping[str, NDArray[Any]],
-        present: Mapping[str, bool],
-        encodes: NDArray[np.bool_],
-        state: Mapping[str, NDArray[Any]],
-    ) -> Any:
-        """One encoder step.
-
-        Args:
-            rows: all; the cache is advanced.
-            seen: arrays (B, ...) by the model's keys.
-            present: False for keys that are absent.
-            encodes: (B,) rows that take the step.
-            state: (B, Do) by key, what past actions are relative to.
-
-        Returns:
-            The context of all rows; of those that take no step what it was before.
-        """
+    planned: NDArray[np.bool_] | None = None
+    choice: Choice | None = None
 
     @abstractmethod
     def _denoise(
@@ -168,109 +63,6 @@ class ChunkPolicy(ABC):
             ActionError: one holds a NaN or infinite action.
             ConfigError: it cannot be guided towards `running`, or hold what is `fixed`.
         """
-
-    @abstractmethod
-    def _of_rows(self, context: Any, rows: NDArray[np.int64]) -> Any:
-        """A copy of the context of some rows (n,)."""
-
-    # What a control loop calls.
-
-    @property
-    def task(self) -> str | None:
-        """What it does, in words; one of `spec.tasks`, or None where it was not told yet. May change at any time.
-
-        Raises:
-            UnknownNameError: it does not know the task.
-        """
-        return self.instructions.task
-
-    @task.setter
-    def task(self, text: str) -> None:
-        self.instructions.task = text
-
-    def task_vector(self, text: str | None = None) -> NDArray[np.float32]:
-        """(n,) what the model is shown of a task; None = of `task`. Errors: see `Instructions.vector`."""
-        return self.instructions.vector(text)
-
-    def reset(self, rows: Sequence[int] | None = None, episodes: Sequence[int] | None = None) -> None:
-        """Begins new episodes; see `types.Policy.reset`. Without `episodes` they are counted on, from 0."""
-        if rows is None:
-            if self._rows is not None:
-                self._next_episode = self._rows.next_episode
-            self._rows, self._context, self._state = None, None, {}
-            self._first_episodes = None if episodes is None else list(episodes)
-            return
-        if self._rows is None:
-            raise ConfigError("reset(rows=...) before the first observation: the number of rows is not known yet")
-        self._rows.reset(rows, episodes)
-
-    def new_history(self, episode: int) -> Rows:
-        """The memory of one row that has observed nothing yet, for `resume`; `episode` keys its noise."""
-        return self._new_rows([episode])
-
-    def resume(self, histories: Sequence[Rows]) -> None:
-        """Goes on with these memories as its rows, in this order, and forgets what it had; `observe` comes next.
-
-        They belong to the policy until `release` hands them back.
-
-        Args:
-            histories: one of each row, from `new_history` or `release`.
-        """
-        self._rows = histories[0] if len(histories) == 1 else Rows.join(histories)
-        self._context, self._state = None, {}
-
-    def release(self) -> list[Rows]:
-        """Hands over the memory of each row, for `resume`, and forgets it: rows may come and go between control steps.
-
-        What the encoder made of the last observation is not part of it: whoever wants a plan of it plans first.
-        """
-        rows, self._rows, self._context, self._state = self._rows, None, None, {}
-        if rows is None or rows.batch_size == 1:
-            return [] if rows is None else [rows]
-        return [rows.select([row]) for row in range(rows.batch_size)]
-
-    def observe(self, observation: Observation, executed_action: ActionArray | None = None) -> None:
-        """Advances every row's history by one control step, without planning.
-
-        Args:
-            observation: arrays (B, ...), all keys of `spec.observation` (others are ignored), pictures (B, H, W, C)
-                uint8. A model with a token for each key does without some of them: what is left out, or None, is absent
-                in this step. Pictures may be None in any model. Where rows do different tasks, "task" (B, n) holds
-                their vectors, see `task_vector`.
-            executed_action: (B, Da) what the robot did in the last step; None = what the policy asked for.
-
-        Raises:
-            ShapeError: missing keys, wrong widths, a batch size other than before, NaN or infinite values; pictures of
-                another size or type, or of one colour.
-        """
-        may_be_absent = self.architecture.observation_tokens == "per_key"
-        observation = self.instructions.with_goal(observation)
-        seen, present = model_observation(observation, self._sources, self.transforms, may_be_absent)
-        batch = len(next(iter(seen.values())))
-        if self.spec.tasks:
-            seen[TASK] = self.instructions.task_rows(observation, batch)
-        if executed_action is not None:
-            executed_action = checked_action("executed_action", executed_action, (batch, self.spec.action_dim))
-        if self._rows is None:
-            episodes = self._first_episodes
-            if episodes is None:
-                episodes = list(range(self._next_episode, self._next_episode + batch))
-            if len(episodes) != batch:
-                raise ShapeError(f"reset() was given {len(episodes)} episodes, the observation has {batch} rows")
-            self._rows = self._new_rows(episodes)
-        elif batch != self._rows.batch_size:
-            raise ShapeError(f"batch has {batch} rows, the policy runs {self._rows.batch_size}; call reset() first")
-        rows = self._rows
-        rows.record_executed(executed_action)
-        encodes = rows.position % self.architecture.history_stride == 0
-        if encodes.any():
-            started = time.perf_counter()
-            state = {part.key: seen[part.key] for part in self.transforms.config.chunk_parts}
-            self._context = self._encode(rows, seen, present, encodes, state)
-            for key, value in state.items():
-                self._state[key] = np.where(encodes[:, None], value, self._state.get(key, value))
-            self._timings["encoder_ms"].append(1e3 * (time.perf_counter() - started))
-        rows.position += 1
 
     def plan(
         self, prefix: ActionArray | None = None, delay_steps: int = 0, rows: Sequence[int] | None = None
@@ -379,28 +171,6 @@ class ChunkPolicy(ABC):
             rows.follow(due, self._sample_chunks(due, None))
         return rows.current_action()
 
-    @property
-    def context(self) -> Any:
-        """(B, K, D) what the encoder made of each row's history when it ran last; plans are made from it.
-
-        Raises:
-            ConfigError: there was no observation yet.
-        """
-        if self._context is None:
-            raise ConfigError("there is no context before the first observation: call observe(observation)")
-        return self._context
-
-    def drain_timings(self) -> dict[str, list[float]]:
-        """Wall times [ms] of encoder steps and plans since the last call, and how many rows each plan was for.
-
-        They are {"encoder_ms", "plan_ms", "plan_rows"}, of each the latest 100,000 at most.
-        """
-        drained, self._timings = self._timings, _empty_timings()
-        return {name: list(values) for name, values in drained.items()}
-
-    def _new_rows(self, episodes: Sequence[int]) -> Rows:
-        return Rows(self._new_cache(len(episodes)), episodes, self.architecture, self.spec.action_dim)
-
     def _sample_chunks(self, chosen: NDArray[np.int64], prefix: ActionArray | None) -> ActionArray:
         """New chunks (rows, Ta, Da) for some rows."""
         started = time.perf_counter()
@@ -451,11 +221,6 @@ class ChunkPolicy(ABC):
             raise ConfigError(f"{call}() needs an observation of rows {waiting} first, which were just reset")
         return rows
 
-    def _observed(self, call: str) -> Rows:
-        if self._rows is None or self._context is None:
-            raise ConfigError(f"{call}() needs an observation first: call observe(observation)")
-        return self._rows
-
 
 def recorded_chunk(
     chunk: NDArray[Any],
@@ -478,7 +243,3 @@ def recorded_chunk(
     if prefix is not None:
         chunk[:, : prefix.shape[1]] = prefix
     return chunk
-
-
-def _empty_timings() -> dict[str, deque[float]]:
-    return {name: deque(maxlen=_MOST_TIMINGS) for name in ("encoder_ms", "plan_ms", "plan_rows")}

@@ -39,6 +39,7 @@ MODULES = (
     "policies/chunked.py",
     "policies/inputs.py",
     "policies/instructions.py",
+    "policies/observing.py",
     "policies/rows.py",
 )
 
