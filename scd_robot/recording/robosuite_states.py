@@ -28,8 +28,8 @@ from scd_robot.datasets.schema import SIM_STATE, EpisodeDataset
 from scd_robot.datasets.zarr.writer import ZarrWriter
 from scd_robot.errors import DatasetError, SimulatorError, UnknownNameError
 from scd_robot.recording.robosuite_models import recorded_arguments, recorded_version, upgraded
-from scd_robot.sim_eval.robosuite import WITHOUT_RENDERER, import_robosuite, observe
 from scd_robot.sim_eval.robosuite_arguments import arguments_before_1_5, hold_orientation, is_before_1_5
+from scd_robot.sim_eval.robosuite_simulator import WITHOUT_RENDERER, import_robosuite, observe
 from scd_robot.types import ActionArray, ArraySpec, DatasetSpec, StepResult
 
 __all__ = ["MODEL", "RobosuiteSimulator", "observe_states", "write_observations"]

@@ -206,7 +206,7 @@ class TestWithRobosuite:
         environment.close()
 
     def test_the_opengl_backend_is_still_to_be_chosen_after_the_import(self):
-        code = "import os; from scd_robot.sim_eval.robosuite import import_robosuite; import_robosuite(); "
+        code = "import os; from scd_robot.sim_eval.robosuite_simulator import import_robosuite; import_robosuite(); "
         code += "raise SystemExit(os.environ.get('MUJOCO_GL'))"
         environment = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
