@@ -129,6 +129,28 @@ def tiny_run(tiny_store: Path, tiny_train_options: list[str], tmp_path_factory: 
 
 
 @pytest.fixture(scope="session")
+def tiny_instructed_run(
+    tiny_store: Path, tiny_train_options: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run of two steps of a policy of two tasks, "pull" and the toy environment's name, that is shown a goal."""
+    import dataclasses
+
+    from scd_robot.cli.main import main
+    from scd_robot.datasets import ZarrWriter, open_dataset
+
+    folder, data = tmp_path_factory.mktemp("instructed"), open_dataset(tiny_store)
+    stores = {"toy_environment:make_point": folder / "first.zarr", "pull": folder / "second.zarr"}
+    for source, store in stores.items():
+        with ZarrWriter(store, dataclasses.replace(data.spec, source=source)) as writer:
+            for index in range(data.num_episodes):
+                writer.append(data.episode(index))
+    options = ["--dataset", *map(str, stores.values()), "--out", str(folder / "run"), "--max-steps", "2"]
+    told = ["--tasks", "one-hot", "--goals", "position"]
+    assert main(["train", "metaworld_state", *options, *told, *tiny_train_options]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
 def tiny_frames_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Zarr store of the moving square of `frame_models`, at the rate of the toy environment."""
     import dataclasses

@@ -25,6 +25,8 @@ def compare(
     sequential: int = 0,
     num_envs: int | None = None,
     seed: int | None = None,
+    task: str | None = None,
+    goal: str | None = None,
     device: str = "cpu",
     reproducible: bool = False,
     trust: bool = False,
@@ -57,6 +59,8 @@ def compare(
             error rate stays 5 % however often one looks. 0 = all episodes at once.
         num_envs: environments side by side for checkpoints.
         seed: of the noise of checkpoints; replaces their own.
+        task: in words, for checkpoints of several tasks; by default the one that is called as the environment.
+        goal: DATASET:EPISODE whose last observation is the goal of checkpoints that are shown goals.
         device: torch device for checkpoints.
         reproducible: see 'scd eval --help'.
         trust: likewise.
@@ -84,14 +88,17 @@ def compare(
         check_output_folder(out, overwrite)
     named = named_policies([first, second], policy_options, policy_python, env_python)
     for path in filter(is_named, (first, second)):
-        refuse_checkpoint_options(path, {"reproducible": reproducible})
+        refuse_checkpoint_options(path, {"reproducible": reproducible, "task": task, "goal": goal})
     arms = [find_arm(path, env) for path in (first, second)]
     if env is not None and any(arm.checkpoints for arm in arms):
         wanted = range(first_episode, first_episode + episodes)
-        settings = Settings(env, wanted, sequential, num_envs, env_python, device, seed, reproducible, trust)
+        how = (device, seed, task, goal, reproducible, trust)
+        settings = Settings(env, wanted, sequential, num_envs, env_python, *how)
         evaluate_arms(arms, settings, out, named)
     elif sequential:
         raise ConfigError("--sequential decides how much is evaluated, and both arms are evaluations already")
+    elif task is not None or goal is not None:
+        raise ConfigError("--task and --goal are for what is evaluated now, and both arms are evaluations already")
     documents = arms[0].documents, arms[1].documents
     comparison = run(*documents, str(first), str(second), sequential=bool(sequential))
     if out is not None:

@@ -25,6 +25,8 @@ class Settings:
         python: of another environment, with the simulator.
         device: torch device of the policies.
         seed: of their noise; None = the checkpoint's own.
+        task: in words, for policies of several; None = the one that is called as the environment.
+        goal: DATASET:EPISODE whose last observation is the goal, for policies that are shown goals.
         reproducible: see 'scd eval --help'.
         trust: likewise.
     """
@@ -36,6 +38,8 @@ class Settings:
     python: str | None = None
     device: str = "cpu"
     seed: int | None = None
+    task: str | None = None
+    goal: str | None = None
     reproducible: bool = False
     trust: bool = False
 
@@ -118,10 +122,8 @@ def evaluate_arms(arms: Sequence[ArmSource], settings: Settings, out: Path | Non
         count = len(arm.evaluations) + len(arm.checkpoints)
         if settings.sequential and count > 1:
             raise ConfigError(f"--sequential is for one evaluation of each arm, and {count} were found in {arm.path}")
-    loaded = [
-        [path if is_named(path) else read_trained(path, settings.device, settings.trust) for path in arm.checkpoints]
-        for arm in arms
-    ]
+    how = (settings.device, settings.trust, settings.task, settings.goal)
+    loaded = [[path if is_named(path) else read_trained(path, *how) for path in arm.checkpoints] for arm in arms]
     indices = _episodes_to_run([found for arm in arms for found in arm.evaluations], settings)
     growing: list[list[_Evaluation]] = []
     for arm, checkpoints, name in zip(arms, loaded, "ab", strict=True):

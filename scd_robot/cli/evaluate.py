@@ -10,12 +10,13 @@ import tyro
 from scd_robot.cli.imagining import ImaginingOptions, choosing
 from scd_robot.cli.policy_source import (
     exported_instructions,
-    exported_policy,
     instructions,
     is_exported,
     is_named,
     known_task,
+    make_exported,
     named_policies,
+    note_instructions,
     refuse_checkpoint_options,
 )
 
@@ -146,8 +147,9 @@ def evaluate(
             raise ConfigError(
                 "--diagnose-history and --dataset are for checkpoints; diagnose the one that was exported"
             )
-        told = exported_instructions(source, env, task, goal)
-        load = functools.partial(exported_policy, source.resolve(), device, trust, seed=seed, **told, **overrides)
+        exported_instructions(source, env, task, goal)  # tells at once what is wrong with them
+        told = {"environment": env, "task": task, "goal": goal}
+        load = functools.partial(make_exported, source.resolve(), device, trust, seed=seed, **told, **overrides)
     else:
         found = read_checkpoint(source)
         demonstrations = _check_diagnosis(found, diagnose_history, dataset, troubles)
@@ -254,7 +256,7 @@ def make_policy(
 
     torch.set_num_threads(1)
     told = instructions(checkpoint.config["transforms"], environment, task, goal)
-    return policy_of(checkpoint, device, **told, **overrides)
+    return note_instructions(policy_of(checkpoint, device, **told, **overrides), told["task"], goal)
 
 
 def _check_remote(options: Mapping[str, Any]) -> None:
@@ -277,7 +279,7 @@ def _remote_policy(address: str, environment: str, task: str | None) -> Any:
     tasks = dict.fromkeys(policy.spec.tasks)
     # Where nothing tells which of several, the server's own task may.
     policy.task = known_task(environment, tasks, task) if task is not None or environment in tasks else None
-    return policy
+    return note_instructions(policy, policy.task, None)
 
 
 def _diagnose(

@@ -16,7 +16,9 @@ __all__ = [
     "is_named",
     "known_task",
     "load_source",
+    "make_exported",
     "named_policies",
+    "note_instructions",
     "read_trained",
     "refuse_checkpoint_options",
 ]
@@ -77,40 +79,90 @@ class Trained:
     Attributes:
         path: of the folder.
         make: makes a policy; takes `environment`, `seed` and `reproducible` by name.
-        identity: what `result.json` tells of the policy wherever it is this one.
+        tasks: that it knows, by their words.
+        task: what the user said; None = by the environment's name.
+        identity: what `result.json` tells of the policy wherever it is this one, but for the task.
     """
 
     path: Path
     make: Callable[..., Any]
+    tasks: Mapping[str, Any]
+    task: str | None
     identity: dict[str, Any]
 
+    def identity_in(self, environment: str) -> dict[str, Any]:
+        """What `result.json` tells of the policy where it was evaluated in this environment."""
+        from scd_robot.errors import ConfigError
 
-def read_trained(source: Path, device: str, trust: bool = False) -> Trained:
+        try:
+            task = known_task(environment, self.tasks, self.task)
+        except ConfigError:  # several, and none was said: nothing was evaluated there, and making it tells why
+            task = None
+        return {**self.identity, "task": task}
+
+
+def read_trained(
+    source: Path, device: str, trust: bool = False, task: str | None = None, goal: str | None = None
+) -> Trained:
     """Reads a checkpoint (a run stands for its newest) or an exported folder.
+
+    Args:
+        source: its folder.
+        device: of its policies, torch's.
+        trust: run native or pickled code of an export.
+        task: what the user said, see `known_task`.
+        goal: likewise, see `goal_of`.
 
     Raises:
         CheckpointError: neither, or damaged.
-        ConfigError: an exported folder on another device than the CPU.
+        ConfigError: an exported folder on another device than the CPU; a task or a goal for a policy that has none.
+        UnknownNameError: a task that it does not know.
+        DatasetError: the goal cannot be read.
     """
     from scd_robot.checkpoint import read_checkpoint
     from scd_robot.cli import evaluate
+    from scd_robot.config import to_json
 
+    make: Callable[..., Any]
     if is_exported(source):
         from scd_robot.export import read_manifest
 
         _check_device(device)
         manifest = read_manifest(source)
-        make = functools.partial(_make_exported, source.resolve(), device, trust)
+        path, transforms = source, to_json(manifest.transforms)
+        make = functools.partial(make_exported, source.resolve(), device, trust)
         identity = {"weights_sha256": manifest.checkpoint.get("weights_sha256"), "export": manifest.sha256}
-        return Trained(source, make, identity)
-    checkpoint = read_checkpoint(source)
-    make = functools.partial(evaluate.make_policy, checkpoint, device)
-    return Trained(checkpoint.path, make, {"weights_sha256": checkpoint.weights_sha256, "export": None})
+    else:
+        checkpoint = read_checkpoint(source)
+        path, transforms = checkpoint.path, checkpoint.config["transforms"]
+        make = functools.partial(evaluate.make_policy, checkpoint, device)
+        identity = {"weights_sha256": checkpoint.weights_sha256, "export": None}
+    if task is not None or goal is not None:  # what is wrong with them is told before anything is evaluated
+        instructions(transforms, "", task or next(iter(transforms["tasks"]), None), goal)
+    make = functools.partial(make, task=task, goal=goal)
+    return Trained(path, make, transforms["tasks"], task, {**identity, "goal": goal})
 
 
-def _make_exported(folder: Path, device: str, trust: bool, *, environment: str, **overrides: Any) -> Any:
-    told = exported_instructions(folder, environment, None, None)
-    return exported_policy(folder, device, trust, **told, **overrides)
+def make_exported(
+    folder: Path,
+    device: str,
+    trust: bool,
+    *,
+    environment: str,
+    task: str | None = None,
+    goal: str | None = None,
+    **overrides: Any,
+) -> Any:
+    """The policy of an exported folder in an environment; arguments as those of `evaluate.make_policy`."""
+    told = exported_instructions(folder, environment, task, goal)
+    return note_instructions(exported_policy(folder, device, trust, **told, **overrides), told["task"], goal)
+
+
+def note_instructions(policy: Any, task: str | None, goal: str | None) -> Any:
+    """The policy, whose provenance tells its task and where its goal is recorded, if it has them."""
+    told = {"task": task, "goal": goal}
+    policy.provenance = {**policy.provenance, **{name: value for name, value in told.items() if value is not None}}
+    return policy
 
 
 def named_policies(

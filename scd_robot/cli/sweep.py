@@ -24,6 +24,8 @@ def sweep(
     seeds: tuple[int, ...] = (),
     num_envs: int | None = None,
     num_videos: int = 0,
+    task: str | None = None,
+    goal: str | None = None,
     device: str = "cpu",
     reproducible: bool = False,
     trust: bool = False,
@@ -49,6 +51,8 @@ def sweep(
         seeds: of the policies' noise, each evaluated; by default each policy's own.
         num_envs: environments side by side.
         num_videos: successes and failures to replay into videos, so many of each; 0 = none.
+        task: in words, for policies of several tasks; by default the one that is called as each environment.
+        goal: DATASET:EPISODE whose last observation is the goal of policies that are shown goals.
         device: torch device of the policies.
         reproducible: see 'scd eval --help'.
         trust: likewise.
@@ -67,8 +71,8 @@ def sweep(
         raise ConfigError("a sweep needs at least one policy and one --env")
     named = named_policies(policies, policy_options, policy_python)
     for source in filter(is_named, policies):
-        refuse_checkpoint_options(source, {"reproducible": reproducible})
-    loaded = {source: read_trained(source, device, trust) for source in policies if not is_named(source)}
+        refuse_checkpoint_options(source, {"reproducible": reproducible, "task": task, "goal": goal})
+    loaded = {source: read_trained(source, device, trust, task, goal) for source in policies if not is_named(source)}
     jobs: dict[Path, EvaluationJob] = {}
     documents: dict[Path, dict[str, Any]] = {}
     for name, place in zip(env, _folder_names(env), strict=True):
@@ -78,7 +82,7 @@ def sweep(
                 if source in loaded:
                     how: dict[str, Any] = {"environment": name, "seed": seed, "reproducible": reproducible}
                     make = functools.partial(loaded[source].make, **how)
-                    wanted = {**loaded[source].identity, "reproducible": reproducible}
+                    wanted = {**loaded[source].identity_in(name), "reproducible": reproducible}
                 else:
                     make = named(source, name, seed)
                     wanted = {"module": dict(zip(("name", "options"), make.args, strict=False))}
@@ -175,6 +179,9 @@ def _difference(document: dict[str, Any], episodes: range, seed: int | None, wan
         return f"of {module.get('name', document['policy'])} with options {module.get('options')}"
     if seed is not None and policy["settings"].get("seed") != seed:
         return f"with seed {policy['settings'].get('seed')}"
+    for what in ("task", "goal"):
+        if what in wanted and policy.get(what) != wanted[what]:
+            return f"with the {what} {policy[what]!r}" if what in policy else f"without a {what}"
     reproducible = wanted.get("reproducible", False)
     if policy.get("reproducible", False) != reproducible:
         return f"with{'out' if reproducible else ''} --reproducible"

@@ -1,14 +1,13 @@
 """`scd eval`: what is refused before the first episode, and what is kept when something fails after the last."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from scd_robot.analysis import history
 from scd_robot.cli.main import main
-from scd_robot.datasets import ZarrWriter, open_dataset
+from scd_robot.datasets import ZarrWriter
 from scd_robot.errors import ConfigError
 from scd_robot.types import ArraySpec, DatasetSpec
 
@@ -95,17 +94,9 @@ def test_an_evaluation_without_a_valid_episode_is_kept_and_is_no_success(argumen
 
 
 def test_tasks_and_goals_of_recordings_reach_the_evaluation(
-    tiny_store, tiny_train_options, arguments, point, tmp_path, refused, capsys
+    tiny_store, tiny_instructed_run, arguments, point, tmp_path, refused, capsys
 ):
-    data = open_dataset(tiny_store)
-    for name, source in (("first", point), ("second", "pull")):
-        with ZarrWriter(tmp_path / f"{name}.zarr", replace(data.spec, source=source)) as writer:
-            for index in range(data.num_episodes):
-                writer.append(data.episode(index))
-    told = ["--tasks", "one-hot", "--goals", "position", "--max-steps", "2", *tiny_train_options]
-    stores = [str(tmp_path / f"{name}.zarr") for name in ("first", "second")]
-    assert main(["train", "metaworld_state", "--dataset", *stores, "--out", str(tmp_path / "run"), *told]) == 0
-    arguments[1] = str(tmp_path / "run")
+    arguments[1] = str(tiny_instructed_run)
     goal = ["--goal", f"{tiny_store}:1"]
     assert main([*arguments, *goal, "--out", str(tmp_path / "out")]) == 0  # the task that is called as the environment
     assert main([*arguments, *goal, "--task", "pull"]) == 0
@@ -115,7 +106,7 @@ def test_tasks_and_goals_of_recordings_reach_the_evaluation(
     arguments[arguments.index("--env") + 1] = "toy_environment:make_taking_poses"
     refused([*arguments, *goal], "several tasks; say which with --task", "'pull'")
     capsys.readouterr()
-    assert main(["info", str(tmp_path / "run")]) == 0
+    assert main(["info", arguments[1]]) == 0
     assert f"tasks        'pull', '{point}'" in capsys.readouterr().out
 
 

@@ -23,7 +23,7 @@ POINT = "toy_environment:make_point"
 
 
 @pytest.fixture(scope="module")
-def written(tiny_run, tiny_store, tiny_frames_run, tiny_frames_store, tmp_path_factory):
+def written(tiny_run, tiny_store, tiny_instructed_run, tiny_frames_run, tiny_frames_store, tmp_path_factory):
     """By file, documents of that name: of policies that tell little or much, of success and of failure."""
     out = tmp_path_factory.mktemp("documents")
     common = ["--env", POINT, "--episodes", "2", "--num-videos", "0"]
@@ -36,6 +36,8 @@ def written(tiny_run, tiny_store, tiny_frames_run, tiny_frames_store, tmp_path_f
         diagnosis = ["--diagnose-history", "2", "--dataset", str(tiny_store), "--json", str(out / "told.json")]
         assert main([*checkpoint, *diagnosis, "--out", str(out / "run")]) == 0
         assert main([*checkpoint, "--latency-ms", "0", "100", "--out", str(out / "late")]) == 0
+        instructed = ["eval", str(tiny_instructed_run), *common, "--max-steps", "4", "--goal", f"{tiny_store}:0"]
+        assert main([*instructed, "--out", str(out / "instructed")]) == 0
         patch.chdir(Path(__file__).parent)  # where toy_policy lies
         named = [
             "eval",
