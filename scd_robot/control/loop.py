@@ -9,27 +9,25 @@ Shapes: Da action width, Ta chunk length, d committed actions.
 import queue
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from scd_robot.control.clock import Clock, MonotonicClock, Pacer
+from scd_robot.control.commander import Commander
 from scd_robot.control.interfaces import Command, Robot, Sample, StreamingPolicy
 from scd_robot.control.journal import Journal
-from scd_robot.control.limits import Limiter, Limits
+from scd_robot.control.limits import Limits
 from scd_robot.control.planner import Planner, ThreadPlanner
 from scd_robot.control.planning import Planning
 from scd_robot.control.recorder import FlightRecorder
 from scd_robot.control.settings import LoopConfig, LoopReport, State, check_settings, describe_settings
 from scd_robot.control.watchdog import Approach, ObservationGate
-from scd_robot.errors import ActionError
 from scd_robot.types import ActionArray
 
 __all__ = ["ControlLoop"]
 
-_LEAST_SPACING = 0.5  # of the servo period, between two commands
 _SWITCH_INTERVAL_S = 0.0005  # within which Python lets a plan in another thread give way; by itself it takes 5 ms
-_HOLD_ATTEMPTS = 3
 
 
 class ControlLoop:
@@ -64,22 +62,16 @@ class ControlLoop:
         self._control_dt, self._servo_dt = spec.control_dt, spec.control_dt / config.servo_steps
         recorder = recorder or FlightRecorder(config.recorder, spec.observation, spec.action_dim, spec.control_dt)
         recorder.about = {"control_dt": spec.control_dt, "settings": describe_settings(config, limits)}
-        self._places = np.array([rest is None for rest in limits.rest])
-        self._limiter = Limiter(limits, self._servo_dt)
         self._planning = Planning(policy, self._planner, config.execution, limits.rest)
         self._journal = Journal(recorder, self._clock, self._planning)
+        self._commander = Commander(robot, limits, config.servo_steps, self._servo_dt, self._clock, self._journal)
         self._gate = ObservationGate(dict(spec.observation), config.watchdog)
         self._requests: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._intent: Literal["run", "pause", "stop"] = "run"
-        self._anchored = False  # the limiter knows where the robot is
-        self._hold_owed_s: float | None = None  # since when hold() has failed
-        self._released_s = -np.inf
         self._followed = False  # a plan of this epoch was followed
         self._approach: Approach | None = None  # while blending into a plan
         self._goal: Command | None = None
         self._from: Command = np.zeros(spec.action_dim)
-        self._command: Command | None = None  # the last one, if it was sent in the step before
-        self._sent_s = -np.inf
         self._holding_since: float | None = None
         self._encoded_s = -np.inf  # stamp of the sample that was encoded last
 
@@ -152,54 +144,36 @@ class ControlLoop:
             self._new_epoch()
         self._look()
         self._collect_plan()
-        if self._hold_owed_s is not None:
+        if self._commander.owes_hold:
             self._release()
-        if self._intent == "run" and not self._anchored:
-            self._anchor()
+        if self._intent == "run" and not self._commander.anchored and not self._is_stale():
+            self._commander.anchor(self._gate.newest)
         self._goal, rate = None, 0.0
-        if self._intent == "run" and self._anchored:
+        if self._intent == "run" and self._commander.anchored:
             rate = self._rate()
             self._encode()
             self._ask_for_plan()
             self._goal = self._next_goal(rate)
-            self._from = self._limiter.last
+            self._from = self._commander.last
         self._settle(rate)
         self._end_step(late_s, rate)
 
     def _servo_step(self, part: int) -> None:
-        """One command out, if the limiter knows where the robot is."""
-        if self._anchored:
+        """One command out, if it is known where the robot is."""
+        if self._commander.anchored:
             target = None
             if self._goal is not None:
-                target = self._between(self._from, self._goal, part)
-            self._send(target)
-        if self._intent != "run":
-            if self._anchored and self._limiter.still:
+                target = self._commander.between(self._from, self._goal, part)
+            if not self._commander.send(target):  # the robot must tell where it is
                 self._release()
-            if not self._anchored and (self._hold_owed_s is None or self._hold_is_hopeless()):
+                if self._config.watchdog.robot_error == "stop":
+                    self._intent = "stop"
+        if self._intent != "run":
+            if self._commander.anchored and self._commander.still:
+                self._release()
+            if not self._commander.anchored and (not self._commander.owes_hold or self._hold_is_hopeless()):
                 self._journal.enter("paused" if self._intent == "pause" else "stopped")
                 self._holding_since = None
-
-    def _between(self, start: Command, goal: Command, part: int) -> Command:
-        """The target of a servo step: on the way to a place, an increment or velocity as it is."""
-        share = (part + 1) / self._config.servo_steps
-        return np.where(self._places, start + share * (goal - start), goal)
-
-    def _send(self, target: Command | None) -> None:
-        self._clock.sleep_until(self._sent_s + _LEAST_SPACING * self._servo_dt)
-        command = self._limiter.step(target)
-        self._sent_s = self._clock.now()
-        self._journal.commands += 1
-        try:
-            self._robot.send(command)
-        except Exception as error:  # nobody knows whether the robot follows it: it must tell where it is
-            self._journal.fault("robot_send", f"{type(error).__name__}: {error}")
-            self._command = None
-            self._release()
-            if self._config.watchdog.robot_error == "stop":
-                self._intent = "stop"
-        else:
-            self._command = command
 
     def _obey(self) -> None:
         """What other threads asked for."""
@@ -215,7 +189,7 @@ class ControlLoop:
                 self._intent = "pause"
             elif request == "resume" and self._intent == "pause":
                 self._intent = "run"
-                self._released_s = self._clock.now()  # what was seen while somebody moved the robot does not count
+                self._commander.distrust_samples()  # what was seen while somebody moved the robot does not count
                 self._gate.forget_freezing()
                 self._new_epoch()
             elif request == "reset":
@@ -243,19 +217,6 @@ class ControlLoop:
                 self._intent = "stop"
         elif self._planning.executor.has_actions:
             self._journal.condition("plan_late", False)
-
-    def _anchor(self) -> None:
-        """Tells the limiter where the robot is, by a sample that is fresh and newer than its last hold."""
-        sample = self._gate.newest
-        if sample is None or sample.stamp_s <= self._released_s or self._is_stale():
-            return
-        try:
-            self._limiter.start(sample.pose)
-        except ActionError as error:
-            self._journal.condition("bad_pose", True, str(error))
-            return
-        self._journal.condition("bad_pose", False)
-        self._anchored = True
 
     def _is_stale(self) -> bool:
         return self._gate.age_s(self._clock.now()) > self._config.watchdog.max_age_s
@@ -308,8 +269,8 @@ class ControlLoop:
     def _executed(self, sample: Sample) -> ActionArray | None:
         """(1, Da) what the robot did in the step before: as it tells, or else as it was sent."""
         told = sample.executed if sample.stamp_s > self._encoded_s else None
-        known = self._command if told is None else told
-        fitting = self._fitting(known)
+        known = self._commander.command if told is None else told
+        fitting = self._commander.fitting(known)
         return None if fitting is None or not np.isfinite(fitting).all() else fitting[None].astype(np.float32)
 
     def _ask_for_plan(self) -> None:
@@ -327,12 +288,7 @@ class ControlLoop:
         goals = self._planning.executor.upcoming(count)
         if self._approach is not None or not len(goals):
             return None
-        targets, start = [], self._limiter.last
-        for goal in goals:
-            targets += [self._between(start, goal, part) for part in range(self._config.servo_steps)]
-            start = goal
-        commands = self._limiter.preview(targets)[self._config.servo_steps - 1 :: self._config.servo_steps]
-        return np.stack(commands)[None].astype(np.float32)
+        return np.stack(self._commander.ahead(list(goals)))[None].astype(np.float32)
 
     def _next_goal(self, rate: float) -> Command | None:
         """The goal of this control step; None = brake and stand still."""
@@ -347,22 +303,22 @@ class ControlLoop:
             return None
         if not self._followed:
             self._followed = True
-            if self._config.start.is_far(goal, self._limiter.last, self._limits.rest):
+            if self._config.start.is_far(goal, self._commander.last, self._limits.rest):
                 self._journal.fault(
-                    "far_start", f"the first action is {np.round(goal - self._limiter.last, 4).tolist()} away"
+                    "far_start", f"the first action is {np.round(goal - self._commander.last, 4).tolist()} away"
                 )
                 if self._config.start.reaction == "refuse":
                     self._intent = "stop"
                     return None
                 self._approach = Approach(self._config.start, self._control_dt, self._limits.rest)
-                self._from = self._limiter.last
+                self._from = self._commander.last
         return self._approached(goal)
 
     def _approached(self, goal: Command) -> Command:
         """The goal, or a point on the way to it after a far start."""
         if self._approach is None:
             return goal
-        goal = self._approach.step(goal, self._limiter.last)
+        goal = self._approach.step(goal, self._commander.last)
         if self._approach.over:
             self._approach = None
         return goal
@@ -379,23 +335,12 @@ class ControlLoop:
 
     def _release(self) -> None:
         """Lets the robot hold by its own means; commands begin again from where it is then."""
-        self._anchored, self._command = False, None
         self._new_epoch()
-        try:
-            self._robot.hold()
-        except Exception as error:
-            self._hold_owed_s = self._clock.now() if self._hold_owed_s is None else self._hold_owed_s
-            self._journal.condition("robot_hold", True, f"{type(error).__name__}: {error}")
-        else:
-            self._hold_owed_s = None
-            self._journal.condition("robot_hold", False)
-        self._released_s = self._clock.now()
+        self._commander.release()
 
     def _hold_is_hopeless(self) -> bool:
         """Whether a loop that is to stop has waited for long enough for the robot to accept hold()."""
-        assert self._hold_owed_s is not None
-        waited = self._clock.now() - self._hold_owed_s
-        return self._intent == "stop" and waited > self._config.watchdog.give_up_s
+        return self._intent == "stop" and self._commander.owes_hold_for(self._config.watchdog.give_up_s)
 
     def _settle(self, rate: float) -> None:
         """Names the state, and gives up after holding for too long."""
@@ -414,26 +359,17 @@ class ControlLoop:
 
     def _end_step(self, late_s: float, rate: float) -> None:
         """Keeps the step; `command` is the last one of the step before."""
-        sample = self._gate.newest
+        sample, fitting = self._gate.newest, self._commander.fitting
         values = {
-            "late_ms": 1e3 * late_s, "rate": rate, "target": self._goal, "command": self._command,
-            "executed": self._fitting(sample and sample.executed), "pose": self._fitting(sample and sample.pose),
+            "late_ms": 1e3 * late_s, "rate": rate, "target": self._goal, "command": self._commander.command,
+            "executed": fitting(sample and sample.executed), "pose": fitting(sample and sample.pose),
         }  # fmt: skip
         self._journal.end_step(sample, self._gate.age_s(self._clock.now()), values)
 
-    def _fitting(self, value: Any) -> Command | None:
-        """What a robot tells, if it is as wide as a command."""
-        array = None if value is None else np.asarray(value, np.float64)
-        return array if array is not None and array.shape == self._places.shape else None
-
     def _finish(self, pacer: Pacer) -> None:
         """Whatever happened: the robot holds, and what is not on disk is written."""
-        for _ in range(_HOLD_ATTEMPTS if self._journal.state != "stopped" else 0):
-            try:
-                self._robot.hold()
-                break
-            except Exception as error:
-                self._journal.fault("robot_hold", f"{type(error).__name__}: {error}")
+        if self._journal.state != "stopped":
+            self._commander.hold_at_last()
         self._journal.state = "stopped"
         self._planner.close()
         self._journal.close(pacer)
