@@ -52,7 +52,7 @@ ALLOWED = {
     "training": TRAINED | {"datasets", "policies"},
     "recording": BASE | {"datasets", "sim_eval", "control"},
     "export": TRAINED | {"policies"},
-    "serve": TRAINED | {"policies"},
+    "serve": TRAINED | {"policies", "control"},
     "analysis": TRAINED | {"datasets", "policies", "sim_eval", "control", "training"},
     "presets": EVERYTHING,
     "cli": EVERYTHING | {"presets"},

@@ -199,7 +199,11 @@ def test_in_an_environment_of_its_own_it_does_what_scd_robot_does(tmp_path) -> N
     assert done.returncode == 0, done.stderr
     with served(tmp_path / "checkpoint") as address:
         told = run_alone(scripts / "check_runtime.py", tmp_path, address, folder=tmp_path)
-        example = (CHECKOUT / "examples" / "client.py").read_text()
-        (tmp_path / "client.py").write_text(example.replace("from scd_robot.", f"from {NAME}."))
+        for example in ("client.py", "remote_loop.py"):
+            text = (CHECKOUT / "examples" / example).read_text()
+            (tmp_path / example).write_text(text.replace("from scd_robot.", f"from {NAME}."))
         assert run_alone("client.py", address, "--steps", "6", folder=tmp_path).count("planned in") == 3
+        driven = run_alone("remote_loop.py", address, "--steps", "40", folder=tmp_path)
+        assert "'followed': 0" not in driven
+        assert "followed" in driven
     assert told.endswith("does what scd_robot does\n")

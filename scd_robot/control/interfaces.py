@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from scd_robot.types import ActionArray, Observation, PolicySpec, RunningChunk
 
-__all__ = ["Command", "Robot", "Sample", "StreamingPolicy"]
+__all__ = ["Command", "EncodingPolicy", "Robot", "Sample", "StreamingPolicy"]
 
 Command = NDArray[np.float64]
 """(Da,) in the units of the policy's actions; float64, since limits on acceleration are differences of differences."""
@@ -51,19 +51,19 @@ class Robot(Protocol):
         ...
 
 
-class StreamingPolicy(Protocol):
-    """A policy as `scd_robot.policies.ScdPolicy` is one: `observe` in one thread, `plan_from` in another."""
+class EncodingPolicy(Protocol):
+    """What the loop's thread asks of a policy, wherever its plans are made; the calls are quick."""
 
     spec: PolicySpec
 
     @property
     def may_plan(self) -> bool:
-        """Whether `snapshot` is possible after this observation."""
+        """Whether a plan of this observation is possible."""
         ...
 
     @property
     def max_prefix(self) -> int:
-        """Most committed actions that `plan_from` takes."""
+        """Most committed actions that a plan begins with."""
         ...
 
     def reset(self, rows: Sequence[int] | None = None, episodes: Sequence[int] | None = None) -> None:
@@ -74,13 +74,17 @@ class StreamingPolicy(Protocol):
         """Encodes one control step."""
         ...
 
+    def check_guidance(self, max_gain: float) -> None:
+        """Raises ConfigError where plans take no running chunk; asked by the strategies that are guided."""
+        ...
+
     def snapshot(self) -> Any:
         """What a plan from the last observation is made from."""
         ...
 
-    def check_guidance(self, max_gain: float) -> None:
-        """Raises ConfigError where `plan_from` takes no running chunk; asked by the strategies that are guided."""
-        ...
+
+class StreamingPolicy(EncodingPolicy, Protocol):
+    """A policy as `scd_robot.policies.ScdPolicy` is one: `observe` in one thread, `plan_from` in another."""
 
     def plan_from(
         self, given: Any, prefix: ActionArray | None = None, running: RunningChunk | None = None

@@ -18,7 +18,7 @@ from scd_robot.control.commander import Commander
 from scd_robot.control.interfaces import Command, Robot, Sample, StreamingPolicy
 from scd_robot.control.journal import Journal
 from scd_robot.control.limits import Limits
-from scd_robot.control.planner import Planner, ThreadPlanner
+from scd_robot.control.planner import Planner, PlanningPolicy, ThreadPlanner
 from scd_robot.control.planning import Planning
 from scd_robot.control.recorder import FlightRecorder
 from scd_robot.control.settings import LoopConfig, LoopReport, State, check_settings, describe_settings
@@ -35,18 +35,19 @@ class ControlLoop:
 
     Args:
         robot: see `Robot`.
-        policy: see `StreamingPolicy`; nobody else may use it while the loop runs.
+        policy: see `StreamingPolicy`; nobody else may use it while the loop runs. Or one behind a server, see
+            `scd_robot.serve.RemoteStream`.
         limits: what every command keeps to.
         config: settings.
         clock: the machine's, or a virtual one.
-        planner: None = a thread.
+        planner: None = the policy itself where it is one, otherwise a thread.
         recorder: None = as the settings say.
     """
 
     def __init__(
         self,
         robot: Robot,
-        policy: StreamingPolicy,
+        policy: StreamingPolicy | PlanningPolicy,
         limits: Limits,
         config: LoopConfig | None = None,
         *,
@@ -58,7 +59,7 @@ class ControlLoop:
         check_settings(limits, config, spec.action_dim, set(spec.observation))
         self._robot, self._policy, self._limits, self._config = robot, policy, limits, config
         self._clock: Clock = clock or MonotonicClock()
-        self._planner: Planner = planner or ThreadPlanner(policy)
+        self._planner: Planner = planner or (policy if isinstance(policy, Planner) else ThreadPlanner(policy))
         self._control_dt, self._servo_dt = spec.control_dt, spec.control_dt / config.servo_steps
         recorder = recorder or FlightRecorder(config.recorder, spec.observation, spec.action_dim, spec.control_dt)
         recorder.about = {"control_dt": spec.control_dt, "settings": describe_settings(config, limits)}

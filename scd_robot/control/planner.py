@@ -9,15 +9,24 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from scd_robot.control.clock import Clock
-from scd_robot.control.interfaces import StreamingPolicy
-from scd_robot.types import ActionArray, RunningChunk
+from scd_robot.control.interfaces import EncodingPolicy, StreamingPolicy
+from scd_robot.types import ActionArray, PolicySpec, RunningChunk
 
-__all__ = ["PlanRequest", "PlanResult", "Planner", "ThreadPlanner", "VirtualPlanner", "make_plan"]
+__all__ = [
+    "PlanRequest",
+    "PlanResult",
+    "Planner",
+    "PlanningPolicy",
+    "ThreadPlanner",
+    "VirtualPlanner",
+    "checked_plan",
+    "make_plan",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +65,7 @@ class PlanResult:
     error: str = ""
 
 
+@runtime_checkable
 class Planner(Protocol):
     """Makes one plan at a time."""
 
@@ -65,7 +75,11 @@ class Planner(Protocol):
         ...
 
     def submit(self, request: PlanRequest) -> None:
-        """Begins a plan and returns at once."""
+        """Begins a plan of the observation of this control step, and returns at once."""
+        ...
+
+    def skip(self) -> None:
+        """No plan of the observation of this control step is asked for."""
         ...
 
     def poll(self) -> PlanResult | None:
@@ -77,14 +91,23 @@ class Planner(Protocol):
         ...
 
 
+class PlanningPolicy(EncodingPolicy, Planner, Protocol):
+    """A policy that sees to its plans by itself, such as one behind a server."""
+
+
 def make_plan(policy: StreamingPolicy, request: PlanRequest) -> PlanResult:
     """Plans, and turns whatever goes wrong into a result."""
-    shape = (policy.spec.chunk_length, policy.spec.action_dim)
     try:
         chunk = np.asarray(policy.plan_from(request.given, request.prefix, request.running))
     except Exception as error:
         logger.debug("a plan failed", exc_info=error)
         return PlanResult(request, None, f"{type(error).__name__}: {error}")
+    return checked_plan(policy.spec, request, chunk)
+
+
+def checked_plan(spec: PolicySpec, request: PlanRequest, chunk: ActionArray) -> PlanResult:
+    """The result that a chunk (1, Ta, Da) is, or why it must not be followed."""
+    shape = (spec.chunk_length, spec.action_dim)
     if chunk.shape != (1, *shape):
         return PlanResult(request, None, f"the policy planned {chunk.shape} instead of {(1, *shape)}")
     if not np.isfinite(chunk).all():
@@ -112,6 +135,9 @@ class ThreadPlanner:
         assert not self._waiting, "one plan at a time"
         self._waiting = True
         self._requests.put(request)
+
+    def skip(self) -> None:
+        """Nothing waits for it."""
 
     def poll(self) -> PlanResult | None:
         """The result if it is there."""
@@ -156,6 +182,9 @@ class VirtualPlanner:
         assert self._result is None, "one plan at a time"
         self._there_s = self._clock.now() + self._duration_s()
         self._result = make_plan(self._policy, request)
+
+    def skip(self) -> None:
+        """Nothing waits for it."""
 
     def poll(self) -> PlanResult | None:
         """The result, from its time on."""

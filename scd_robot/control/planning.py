@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from scd_robot.control.delay import DelayEstimator, Split, split_chunk
 from scd_robot.control.executor import ChunkExecutor, ExecutionConfig
-from scd_robot.control.interfaces import StreamingPolicy
+from scd_robot.control.interfaces import EncodingPolicy
 from scd_robot.control.planner import Planner, PlanRequest, PlanResult
 from scd_robot.types import ActionArray, RunningChunk
 
@@ -37,7 +37,7 @@ class Planning:
     """
 
     def __init__(
-        self, policy: StreamingPolicy, planner: Planner, config: ExecutionConfig, rest: tuple[float | None, ...]
+        self, policy: EncodingPolicy, planner: Planner, config: ExecutionConfig, rest: tuple[float | None, ...]
     ) -> None:
         if config.is_guided:
             policy.check_guidance(config.max_gain)
@@ -110,6 +110,7 @@ class Planning:
         """
         split = self.split
         if self._planner.busy or not self._policy.may_plan or not self.executor.wants_plan(split):
+            self._planner.skip()
             return None
         committed, running, delay = None, None, split.delay_steps
         if self._config.strategy == "prefix":

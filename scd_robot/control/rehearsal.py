@@ -6,7 +6,7 @@ Shapes: Da = 2 action width, Ta chunk length.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from scd_robot.control.inspection import InspectedRobot
 from scd_robot.control.interfaces import Command, Sample
 from scd_robot.control.limits import Limits
 from scd_robot.control.loop import ControlLoop
-from scd_robot.control.planner import VirtualPlanner
+from scd_robot.control.planner import PlanningPolicy, VirtualPlanner
 from scd_robot.control.recorder import FlightRecorder, write_record
 from scd_robot.control.settings import LoopConfig, LoopReport
 from scd_robot.errors import OutputError
 from scd_robot.types import ActionArray, ArraySpec, Observation, PolicySpec, RunningChunk
 
-__all__ = ["KINDS", "Incident", "Rehearsal", "ScriptedPolicy", "ScriptedRobot", "rehearse"]
+__all__ = ["KINDS", "LINK_KINDS", "Connect", "Incident", "Rehearsal", "ScriptedPolicy", "ScriptedRobot", "rehearse"]
 
 _DA = 2
 SPEC = PolicySpec({"state": ArraySpec((_DA,)), "camera": ArraySpec((4, 4), "uint8")}, _DA, 0.05, 16, 8, 8)
@@ -54,13 +54,23 @@ KINDS = (
     "reset",
 )
 
+LINK_KINDS = (  # with a policy behind a server, see `scd_robot.serve.rehearsal`
+    "server_gone",  # killed, and there again
+    "network_cut",  # nothing arrives on either side, and nobody is told
+    "slow_network",
+    "duplicated",  # every answer comes twice
+    "reordered",  # two answers change places
+    "refused",
+    "forgotten",  # the server drops the history
+)
+
 
 @dataclass(frozen=True)
 class Incident:
     """Something that happens.
 
     Attributes:
-        kind: of `KINDS`.
+        kind: of `KINDS` or `LINK_KINDS`.
         at: first control step.
         steps: for so many.
     """
@@ -70,7 +80,7 @@ class Incident:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        assert self.kind in KINDS, self.kind
+        assert self.kind in KINDS + LINK_KINDS, self.kind
 
 
 class Script:
@@ -192,6 +202,10 @@ class ScriptedPolicy:
         return chunk[None, :-1] if self._script.going_on("plan_shape") else chunk[None]
 
 
+Connect = Callable[[ScriptedPolicy, Script, VirtualClock, Callable[[], float]], PlanningPolicy]
+"""Puts a policy behind a server: from it, the script, the clock, and how long its next plan takes [s]."""
+
+
 @dataclass(frozen=True)
 class Rehearsal:
     """What happened.
@@ -224,6 +238,7 @@ def rehearse(
     seed: int = 0,
     plan_steps: float = 1.5,
     tells_executed: bool = True,
+    connect: Connect | None = None,
 ) -> Rehearsal:
     """Runs the loop through a script.
 
@@ -235,6 +250,7 @@ def rehearse(
         seed: of the plans.
         plan_steps: control steps that a plan takes; 20 times as many while "slow_plan" goes on.
         tells_executed: whether the robot tells what it did.
+        connect: puts the policy behind a server; None = it is in this process.
     """
     clock = VirtualClock()
     script = Script(incidents, clock, SPEC.control_dt)
@@ -252,8 +268,11 @@ def rehearse(
         write_record(target, arrays, document)
 
     recorder = FlightRecorder(config.recorder, SPEC.observation, _DA, SPEC.control_dt, background=False, write=write)
-    planner = VirtualPlanner(policy, clock, duration_s)
-    loop = ControlLoop(port, policy, limits, config, clock=clock, planner=planner, recorder=recorder)
+    how: dict[str, Any] = {"clock": clock, "recorder": recorder}
+    if connect is None:
+        loop = ControlLoop(port, policy, limits, config, planner=VirtualPlanner(policy, clock, duration_s), **how)
+    else:
+        loop = ControlLoop(port, connect(policy, script, clock, duration_s), limits, config, **how)
     stage = _Stage(loop, robot, clock, script, limits)
     report, raised = None, None
     try:

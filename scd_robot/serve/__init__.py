@@ -5,5 +5,13 @@ The server's side is `scd_robot.serve.server`, or `scd serve`.
 
 from scd_robot.serve.client import HistoryLostError, PolicyClient, RequestRefusedError, ServerUnreachableError
 from scd_robot.serve.remote_policy import RemotePolicy
+from scd_robot.serve.remote_stream import RemoteStream
 
-__all__ = ["HistoryLostError", "PolicyClient", "RemotePolicy", "RequestRefusedError", "ServerUnreachableError"]
+__all__ = [
+    "HistoryLostError",
+    "PolicyClient",
+    "RemotePolicy",
+    "RemoteStream",
+    "RequestRefusedError",
+    "ServerUnreachableError",
+]

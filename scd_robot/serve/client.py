@@ -5,42 +5,27 @@
 
 import contextlib
 import logging
-import ssl
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
-from scd_robot.errors import ConfigError, MissingDependencyError, ScdRobotError
-from scd_robot.serve.wire import MessageError, pack, unpack
+from scd_robot.serve.endpoint import (
+    ClientConnection,
+    ConnectionClosed,
+    Endpoint,
+    HistoryLostError,
+    RequestRefusedError,
+    ServerUnreachableError,
+    read_answer,
+)
+from scd_robot.serve.wire import pack
 from scd_robot.types import ActionArray
-
-try:
-    from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
-    from websockets.sync.client import ClientConnection, connect
-except ModuleNotFoundError as error:
-    raise MissingDependencyError(
-        "a client needs websockets 13 or newer: pip install websockets, or 'scd_robot[serve]'"
-    ) from error
 
 __all__ = ["HistoryLostError", "PolicyClient", "RequestRefusedError", "ServerUnreachableError"]
 
 logger = logging.getLogger(__name__)
-
-
-class ServerUnreachableError(ScdRobotError):
-    """No policy server answers at this address, or it lets nobody in."""
-
-
-class RequestRefusedError(ScdRobotError):
-    """The server answered a request with an error."""
-
-
-class HistoryLostError(ScdRobotError):
-    """The connection broke in the middle of an episode, and the server has forgotten its history."""
 
 
 class PolicyClient:
@@ -71,13 +56,9 @@ class PolicyClient:
         answer_timeout_s: float = 60.0,
         max_frame_bytes: int = 32 * 2**20,
     ) -> None:
-        if not address.startswith(("ws://", "wss://")):
-            raise ConfigError(f"an address begins with ws:// or wss://, got {address!r}")
         self.address = address
-        self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key is not None else {}
-        self._tls = _tls(address, tls_ca)
+        self._endpoint = Endpoint(address, api_key, tls_ca, max_frame_bytes)
         self._timeouts = connect_timeout_s, answer_timeout_s
-        self._max_frame_bytes = max_frame_bytes
         self._stack = contextlib.ExitStack()
         self._connection: ClientConnection | None = None
         self._begun = False
@@ -199,21 +180,10 @@ class PolicyClient:
         deadline, pause = time.monotonic() + connect_timeout_s, 0.05
         while True:
             try:
-                self._connection = self._stack.enter_context(
-                    connect(
-                        self.address,
-                        additional_headers=self._headers,
-                        ssl=self._tls,
-                        compression=None,
-                        open_timeout=max(0.1, deadline - time.monotonic()),
-                        close_timeout=1.0,
-                        max_size=self._max_frame_bytes,
-                    )
-                )
+                attempt = self._endpoint.open(max(0.1, deadline - time.monotonic()))
+                self._connection = self._stack.enter_context(attempt)
                 self.metadata = self._next_message()
                 return
-            except (InvalidHandshake, InvalidURI, ssl.SSLError) as error:
-                raise ServerUnreachableError(f"{self.address} does not let us in: {error}") from error
             except (OSError, ConnectionClosed) as error:
                 if time.monotonic() + pause > deadline:
                     raise ServerUnreachableError(
@@ -231,21 +201,4 @@ class PolicyClient:
         except TimeoutError as error:
             self.close()  # a late answer must not be taken for that of the next request
             raise ServerUnreachableError(f"{self.address} did not answer within {answer_timeout_s:g} s") from error
-        if isinstance(answer, str):
-            raise RequestRefusedError(f"{self.address} refuses: {answer}")
-        message = unpack(answer)
-        actions = message.get("actions")
-        if actions is not None and not (isinstance(actions, np.ndarray) and np.isfinite(actions).all()):
-            raise MessageError(f"{self.address} sent actions that are no array of finite numbers; stop the robot")
-        return message
-
-
-def _tls(address: str, authority: str | Path | None) -> ssl.SSLContext | None:
-    if address.startswith("ws://"):
-        if authority is not None:
-            raise ConfigError(f"a certificate is of no use for {address}; begin it with wss://")
-        return None
-    try:
-        return ssl.create_default_context(cafile=authority)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"cannot use the certificate {str(authority)!r}: {error}") from error
+        return read_answer(self.address, answer)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.serve.client import PolicyClient
-from scd_robot.types import ActionArray, ArraySpec, Observation, PolicySpec
+from scd_robot.serve.endpoint import Served
+from scd_robot.types import ActionArray, Observation
 
 __all__ = ["RemotePolicy"]
 
@@ -40,24 +41,10 @@ class RemotePolicy:
     def __init__(self, address: str, **options: Any) -> None:
         self._options = (address, options)
         self._clients = [PolicyClient(address, **options)]
-        told = self._clients[0].metadata
-        if told.get("protocol") != "openpi+scd" or told.get("version") != 1:
-            raise ConfigError(
-                f"{address} speaks {told.get('protocol', 'plain openpi')!r}, version {told.get('version')}; this needs "
-                "a server started with scd serve ('openpi+scd', version 1)"
-            )
-        self._names = {array["name"]: key for key, array in told["keys"].items()}
-        self.spec = PolicySpec(
-            observation={array["name"]: ArraySpec.from_json(array) for array in told["keys"].values()},
-            action_dim=told["action_dim"],
-            control_dt=told["control_dt"],
-            chunk_length=told["action_horizon"],
-            num_executed=told["num_executed"],
-            history_length=told["history"],
-            tasks=tuple(told.get("tasks", ())),
-        )
+        served = Served.of(address, self._clients[0].metadata)
+        self._names, self.spec = served.keys, served.spec
         self.task: str | None = None
-        self.provenance = {**told["policy"], "server": address, "served_by": told["server"]}
+        self.provenance = served.provenance
         self.planned: NDArray[np.bool_] | None = None
         self._episodes: list[int] | None = None  # of the rows that begin with the next observation
         self._new: dict[int, dict[str, Any]] = {}  # what goes with the next observation of rows that begin

@@ -22,10 +22,11 @@ import scd_robot_runtime
 from scd_robot_runtime.control import ControlLoop, Limits, LoopConfig, Sample, VirtualClock
 from scd_robot_runtime.control.inspection import InspectedRobot
 from scd_robot_runtime.control.planner import VirtualPlanner
-from scd_robot_runtime.control.rehearsal import KINDS, Incident, rehearse
+from scd_robot_runtime.control.rehearsal import KINDS, LINK_KINDS, Incident, rehearse
 from scd_robot_runtime.errors import MissingDependencyError
 from scd_robot_runtime.export import OnnxPolicy, load_exported
 from scd_robot_runtime.serve import PolicyClient, RemotePolicy
+from scd_robot_runtime.serve.rehearsal import behind_a_server
 
 NAME = "scd_robot_runtime"
 NEEDS = {"msgpack", "numpy", "onnxruntime", "websockets"}
@@ -67,8 +68,9 @@ def check_rehearsal() -> None:
     assert not quiet.violations, quiet.violations
     assert quiet.commands > 100, quiet.commands
     assert not quiet.report.faults, quiet.report.faults
-    for kind in KINDS:
-        found = rehearse([Incident(kind, 20, 3)], LoopConfig(), limits, steps=60)
+    for kind in KINDS + LINK_KINDS:
+        connect = behind_a_server if kind in LINK_KINDS else None
+        found = rehearse([Incident(kind, 20, 3)], LoopConfig(), limits, steps=60, connect=connect)
         assert not found.violations, (kind, found.violations)
         assert found.raised is None, (kind, found.raised)
 

@@ -11,10 +11,10 @@ import pytest
 
 from scd_robot.serve import PolicyClient, ServerUnreachableError
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "client.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_the_example_drives_a_served_checkpoint_until_sigterm(tiny_run, tmp_path):
+def test_the_examples_drive_a_served_checkpoint_until_sigterm(tiny_run, tmp_path):
     key = tmp_path / "key"
     key.write_text("secret\n")
     options = ["--port", "0", "--api-key-file", str(key), "--keys", "position=robot/xy"]
@@ -30,11 +30,17 @@ def test_the_example_drives_a_served_checkpoint_until_sigterm(tiny_run, tmp_path
         with pytest.raises(ServerUnreachableError, match="401"):
             PolicyClient(address)
         done = subprocess.run(
-            [sys.executable, EXAMPLE, address, "--steps", "6", "--api-key", "secret"], capture_output=True, text=True
+            [sys.executable, EXAMPLES / "client.py", address, "--steps", "6", "--api-key", "secret"],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         assert "robot/xy" in done.stdout
         assert done.stdout.count("planned in") == 3
+        remote = [sys.executable, EXAMPLES / "remote_loop.py", address, "--steps", "100", "--api-key", "secret"]
+        done = subprocess.run([*remote, "--flights", tmp_path / "flights"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert int(re.search(r"'followed': (\d+)", done.stdout)[1]) > 0
         os.kill(server.pid, signal.SIGTERM)
         assert server.wait(timeout=30) == 0
     finally:

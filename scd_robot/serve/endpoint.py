@@ -1,0 +1,173 @@
+"""Where a policy server is, how a connection to it is opened, and what its answers mean."""
+
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scd_robot.errors import ConfigError, MissingDependencyError, ScdRobotError, UnknownNameError
+from scd_robot.serve.wire import MessageError, unpack
+from scd_robot.types import ArraySpec, PolicySpec
+
+try:
+    from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+    from websockets.sync.client import ClientConnection, connect
+except ModuleNotFoundError as error:
+    raise MissingDependencyError(
+        "a client needs websockets 13 or newer: pip install websockets, or 'scd_robot[serve]'"
+    ) from error
+
+__all__ = [
+    "ClientConnection",
+    "ConnectionClosed",
+    "Endpoint",
+    "HistoryLostError",
+    "RequestRefusedError",
+    "Served",
+    "ServerUnreachableError",
+    "read_answer",
+]
+
+
+class ServerUnreachableError(ScdRobotError):
+    """No policy server answers at this address, or it lets nobody in."""
+
+
+class RequestRefusedError(ScdRobotError):
+    """The server answered a request with an error."""
+
+
+class HistoryLostError(ScdRobotError):
+    """The connection broke in the middle of an episode, and the server has forgotten its history."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server's address, and how to be let in.
+
+    Attributes:
+        address: "ws://host:port", or "wss://" with TLS.
+        api_key: that the server asks for.
+        tls_ca: file with the certificate of the server's authority (PEM); None = the system's.
+        max_frame_bytes: of an answer.
+
+    Raises:
+        ConfigError: another kind of address, or a certificate that cannot be used.
+    """
+
+    address: str
+    api_key: str | None = field(default=None, repr=False)
+    tls_ca: str | Path | None = None
+    max_frame_bytes: int = 32 * 2**20
+    _tls: ssl.SSLContext | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.address.startswith(("ws://", "wss://")):
+            raise ConfigError(f"an address begins with ws:// or wss://, got {self.address!r}")
+        object.__setattr__(self, "_tls", _tls(self.address, self.tls_ca))
+
+    def open(self, timeout_s: float) -> ClientConnection:
+        """One attempt to connect; the server speaks first.
+
+        Raises:
+            ServerUnreachableError: it does not let us in; another attempt would be of no use.
+            OSError: nobody answers.
+        """
+        try:
+            return connect(
+                self.address,
+                additional_headers={} if self.api_key is None else {"Authorization": f"Api-Key {self.api_key}"},
+                ssl=self._tls,
+                compression=None,
+                open_timeout=timeout_s,
+                close_timeout=1.0,
+                max_size=self.max_frame_bytes,
+            )
+        except (InvalidHandshake, InvalidURI, ssl.SSLError) as error:
+            raise ServerUnreachableError(f"{self.address} does not let us in: {error}") from error
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server of this project says about its policy.
+
+    Attributes:
+        address: of the server.
+        spec: of the policy.
+        keys: what a client calls each key of the observation.
+        history_stride: control steps from one that can be planned from to the next.
+        max_prefix: most committed actions that a plan begins with.
+        provenance: where actions come from, as plain JSON types.
+    """
+
+    address: str
+    spec: PolicySpec
+    keys: dict[str, str]
+    history_stride: int
+    max_prefix: int
+    provenance: dict[str, Any]
+
+    @classmethod
+    def of(cls, address: str, told: Mapping[str, Any]) -> "Served":
+        """From the first message of a connection.
+
+        Raises:
+            ConfigError: the server does not keep histories as ours do.
+        """
+        if told.get("protocol") != "openpi+scd" or told.get("version") != 1:
+            raise ConfigError(
+                f"{address} speaks {told.get('protocol', 'plain openpi')!r}, version {told.get('version')}; this needs "
+                "a server started with scd serve ('openpi+scd', version 1)"
+            )
+        spec = PolicySpec(
+            observation={array["name"]: ArraySpec.from_json(array) for array in told["keys"].values()},
+            action_dim=told["action_dim"],
+            control_dt=told["control_dt"],
+            chunk_length=told["action_horizon"],
+            num_executed=told["num_executed"],
+            history_length=told["history"],
+            tasks=tuple(told.get("tasks", ())),
+        )
+        return cls(
+            address=address,
+            spec=spec,
+            keys={array["name"]: key for key, array in told["keys"].items()},
+            history_stride=told.get("history_stride", 1),
+            max_prefix=told.get("max_prefix", spec.chunk_length - 1),
+            provenance={**told["policy"], "server": address, "served_by": told["server"]},
+        )
+
+    def check_task(self, task: str | None) -> None:
+        """Raises UnknownNameError where the policy does not know a task (None = the server's)."""
+        if task is not None and task not in self.spec.tasks:
+            raise UnknownNameError("task of this policy", task, self.spec.tasks)
+
+
+def read_answer(address: str, frame: str | bytes) -> dict[str, Any]:
+    """What a server said.
+
+    Raises:
+        RequestRefusedError: it refused.
+        MessageError: it is no message, or has actions that nobody should follow.
+    """
+    if isinstance(frame, str):
+        raise RequestRefusedError(f"{address} refuses: {frame}")
+    message = unpack(frame)
+    actions = message.get("actions")
+    if actions is not None and not (isinstance(actions, np.ndarray) and np.isfinite(actions).all()):
+        raise MessageError(f"{address} sent actions that are no array of finite numbers; stop the robot")
+    return message
+
+
+def _tls(address: str, authority: str | Path | None) -> ssl.SSLContext | None:
+    if address.startswith("ws://"):
+        if authority is not None:
+            raise ConfigError(f"a certificate is of no use for {address}; begin it with wss://")
+        return None
+    try:
+        return ssl.create_default_context(cafile=authority)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"cannot use the certificate {str(authority)!r}: {error}") from error
