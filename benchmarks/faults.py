@@ -1,15 +1,14 @@
 """Does any fault make the control loop send an unsafe command?
 
-    python benchmarks/faults.py                      10,000 random schedules in virtual time, then real runs
-    python benchmarks/faults.py --schedules 500 --skip-real
+    python benchmarks/faults.py                              10,000 random schedules in virtual time, 100 real runs
+    python benchmarks/faults.py --only schedules --minutes 10    so much of it as fits; started again, it goes on
+    python benchmarks/faults.py --report
 
-A schedule is up to eight faults of `scd_robot.control.rehearsal` in 100 control steps, with random settings of the loop
-and random limits; the robot is scripted, the loop is the real one. In the real runs a policy with random weights drives
-Meta-World's push-v3, which goes on by the wall clock in a process of its own, and something is really broken: processes
-are killed, threads sleep, files do not fit. Every command is checked at the robot's port, by
-`scd_robot.control.inspection`: bounds, velocity, acceleration, workspace, spacing in time, NaN.
+Every command is checked at the robot's port, by `scd_robot.control.inspection`: bounds, velocity, acceleration,
+workspace, spacing in time, NaN. `fault_schedules.py` and `fault_runs.py` have what is done.
 
-Prints counts; exits with 1 where a command was unsafe, a fault was not recorded, or the loop did not end as it should.
+OUT/results holds a file for each 250 schedules and for each real run; what is there is not done again. OUT/report.md
+has the counts. Exits with 1 where a command was unsafe, a fault was not recorded, or a loop did not end as it should.
 """
 
 import os
@@ -17,261 +16,152 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
+import datetime
+import json
 import logging
-import resource
-import signal
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import fault_runs
+import fault_schedules
+from job import code_version
 
-from scd_robot.control import (
-    ControlLoop,
-    DelayConfig,
-    ExecutionConfig,
-    Limits,
-    LoopConfig,
-    LoopReport,
-    MonotonicClock,
-    RecorderConfig,
-    StartGuard,
-    WatchdogConfig,
-    Workspace,
-)
-from scd_robot.control.inspection import InspectedRobot
-from scd_robot.control.recorder import read_record
-from scd_robot.control.rehearsal import KINDS, Incident, rehearse
+from scd_robot.errors import ConfigError
+from scd_robot.output import write_json
 
-STEPS = 100
-REAL_DT = 0.05  # slow motion, so that a busy machine can follow
-REAL_STEPS = 160
-FAULT_AT = 50
+PIECE = 250
+Result = dict[str, Any]
 
 
-# -------------------------------------------------------------------------------------------------- virtual schedules
+def pieces(options: argparse.Namespace) -> Iterator[tuple[Path, Result, Callable[[], Result]]]:
+    """All that is to be done: where its result lies, its settings, and what makes it."""
+    folder = options.out / "results"
+    if "schedules" in options.only:
+        for first in range(0, options.schedules, PIECE):
+            count = min(PIECE, options.schedules - first)
+            what = {**fault_schedules.settings(options.seed), "first": first, "count": count}
+            place = folder / f"schedules_{first:06d}_{count}.json"
+            yield place, what, lambda first=first, count=count: fault_schedules.run_piece(first, count, options.seed)
+    if "real" in options.only:
+        names = list(fault_runs.REAL)
+        for run in range(options.real):
+            what = {"fault": names[run % len(names)], "run": run, "control_dt": fault_runs.REAL_DT}
+            place = folder / f"real_{run:03d}.json"
+            yield place, what, lambda name=what["fault"], run=run: fault_runs.run_real(name, run)
 
 
-def random_limits(rng: np.random.Generator) -> Limits:
-    """Places, velocities or both; sometimes a workspace."""
-    kind = rng.integers(4)
-    rest = ((None, None), (0.0, 0.0), (None, 0.0), (None, None))[kind]
-    velocity, acceleration = (tuple(10 ** rng.uniform(low, high, 2)) for low, high in ((-0.5, 1.5), (0.0, 3.0)))
-    box = Workspace((-0.9,), (0.9,), lambda at: at[:1] + 0.3 * np.sin(3 * at[1:])) if kind == 3 else None
-    return Limits((-1.0, -1.0), (1.0, 1.0), velocity, acceleration, rest, box)
+def finished(place: Path, what: Result) -> Result | None:
+    """The result that lies there already.
+
+    Raises:
+        ConfigError: it is of something else.
+    """
+    if not place.is_file():
+        return None
+    result: Result = json.loads(place.read_text())
+    if result["settings"] != what:
+        raise ConfigError(f"{place} is of other settings; choose another --out, or remove it")
+    return result
 
 
-def random_config(rng: np.random.Generator, folder: Path) -> LoopConfig:
-    """Any strategy and any reactions."""
-
-    def one_of(*choices: Any) -> Any:
-        return choices[rng.integers(len(choices))]
-
-    watchdog = WatchdogConfig(
-        stale_observation=one_of("hold", "hold", "slow", "slow", "stop"),
-        frozen_keys=("camera",),
-        max_frozen_s=0.2,
-        frozen_observation=one_of("hold", "hold", "slow", "slow", "stop"),
-        late_plan=one_of("hold", "hold", "slow", "slow", "stop"),
-        plan_error=one_of("retry", "retry", "retry", "stop"),
-        robot_error=one_of("hold", "hold", "hold", "stop"),
-        give_up_s=one_of(1.0, 10.0),
-    )
-    execution = ExecutionConfig(
-        one_of("receding", "prefix", "ensemble"), one_of(None, 1, 4, 12, 16), delay=DelayConfig(window=10, warm_up=1)
-    )
-    guard = StartGuard(one_of(None, (0.1, 0.1)), one_of("blend", "blend", "blend", "refuse"), one_of(0.3, 1.0))
-    recorder = RecorderConfig(folder, least_apart_s=2.0)
-    return LoopConfig(int(rng.integers(1, 5)), execution, watchdog, guard, recorder)
+def make(place: Path, what: Result, work: Callable[[], Result]) -> Result:
+    """Does it, and keeps it."""
+    load = os.getloadavg()[0]
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    result = {"settings": what, "code": code_version(), "date": date, "load_1min": load, **work()}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_json(place, result)
+    return result
 
 
-def run_schedules(count: int, seed: int) -> bool:
-    """Runs them, prints counts, and returns whether all was well."""
-    totals: Counter[str] = Counter()
-    faults: Counter[str] = Counter()
-    started = time.monotonic()
-    for number in range(count):
-        rng = np.random.default_rng((seed, number))
-        script = [
-            Incident(KINDS[rng.integers(len(KINDS))], int(rng.integers(0, STEPS - 10)), int(rng.integers(1, 13)))
-            for _ in range(rng.integers(0, 9))
-        ]
-        with tempfile.TemporaryDirectory() as folder:
-            done = rehearse(
-                script,
-                random_config(rng, Path(folder)),
-                random_limits(rng),
-                steps=STEPS,
-                seed=number,
-                plan_steps=float(rng.choice([0.0, 0.5, 1.5, 6.0, 14.0])),
-                tells_executed=bool(rng.integers(2)),
+def report_of(results: Sequence[Result]) -> str:
+    """Counts, as Markdown."""
+    lines = ["## Faults of the control loop", ""]
+    virtual = [result for result in results if "totals" in result]
+    real = [result for result in results if "fine" in result]
+    if virtual:
+        totals, faults = Counter[str](), Counter[str]()
+        for result in virtual:
+            totals.update(result["totals"])
+            faults.update(result["faults"])
+        cpu_s = sum(result["cpu_s"] for result in virtual)
+        lines += ["### Random schedules in virtual time", "", "| what | number |", "|---|---|"]
+        lines += [f"| {name.replace('_', ' ')} | {value:,} |" for name, value in totals.items()]
+        lines += [f"| CPU ms per schedule | {1e3 * cpu_s / totals['schedules']:.1f} |", ""]
+        lines += [f"Faults: {sum(faults.values()):,}, of them {told(faults)}.", ""]
+        for one in (one for result in virtual for one in result["not_as_it_should"]):
+            lines += [f"- NOT AS IT SHOULD BE: {json.dumps(one)}"]
+    if real:
+        lines += ["### Real runs", ""]
+        lines += ["| what breaks | runs | as they should | commands | unsafe | faults | missed control steps |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for name in dict.fromkeys(result["settings"]["fault"] for result in real):
+            runs = [result for result in real if result["settings"]["fault"] == name]
+            seen = Counter[str]()
+            for result in runs:
+                seen.update(result["faults"])
+            ticks = sum(result["pacing"]["ticks"] + result["pacing"]["missed"] for result in runs)
+            cells = (
+                len(runs),
+                sum(result["fine"] for result in runs),
+                f"{sum(result['commands'] for result in runs):,}",
+                sum(len(result["unsafe"]) for result in runs),
+                told(seen) or "none",
+                f"{sum(result['pacing']['missed'] for result in runs)} of {ticks:,}",
             )
-        forever = any(one.kind == "disk_full" and one.at + one.steps >= (done.report or _NONE).steps for one in script)
-        totals.update(
-            schedules=1,
-            commands=done.commands,
-            unsafe=len(done.violations),
-            raised=done.raised is not None,
-            stopped_early=done.report is not None and done.report.steps < STEPS,
-            unrecorded=0 if forever else done.unrecorded,
-            records=done.records,
-        )
-        faults += Counter({} if done.report is None else done.report.faults)
-        if done.violations or done.raised or (done.unrecorded and not forever):
-            print(f"schedule {number}: {script}\n  {done.violations[:3]} {done.raised!r} unrecorded {done.unrecorded}")
-        if number % 500 == 499:
-            print(f"  after {number + 1} schedules: " + told(totals), flush=True)
-    print(f"virtual time, {time.monotonic() - started:.0f} s: " + told(totals))
-    print(f"  faults: {sum(faults.values())}: " + told(faults))
-    return not (totals["unsafe"] or totals["raised"] or totals["unrecorded"])
-
-
-_NONE = LoopReport("stopped", 0, 0, {}, {}, {}, {}, 0)
+            lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
+        for result in real:
+            if not result["fine"]:
+                lines.append(f"- NOT AS IT SHOULD BE: run {result['settings']['run']}, {json.dumps(result)[:1000]}")
+    codes = sorted({result["code"] for result in results})
+    return "\n".join([*lines, "", f"Code: {', '.join(codes)}.", ""])
 
 
 def told(counts: Counter[str]) -> str:
     """As words."""
-    return ", ".join(f"{name.replace('_', ' ')} {counts[name]:,}" for name in counts)
-
-
-# --------------------------------------------------------------------------------------------------------- real runs
-
-
-class Broken:
-    """A policy and a robot that break on demand; everything else is passed on."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner, self.breaks = inner, {}  # by method: called first, with the method's result function
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._inner, name)
-        broken = self.breaks.get(name)
-        return value if broken is None else lambda *args: broken(value, *args)
-
-
-def fail(method: Callable[..., Any], *args: Any) -> Any:
-    """In the place of a call."""
-    raise ConnectionError("broken on purpose")
-
-
-def slow(method: Callable[..., Any], *args: Any) -> Any:
-    """A call that takes two seconds."""
-    time.sleep(2.0)
-    return method(*args)
-
-
-def spoil(method: Callable[..., Any]) -> Any:
-    """NaN in an observation."""
-    sample = method()
-    return replace(sample, observation={**sample.observation, "proprio": sample.observation["proprio"] * np.nan})
-
-
-class Frozen:
-    """The first observation again and again, with new stamps."""
-
-    kept = None
-
-    def observe(self, method: Callable[..., Any]) -> Any:
-        """In the place of the robot's."""
-        sample = method()
-        self.kept = self.kept or sample
-        return replace(sample, observation=self.kept.observation)
-
-
-# By name: what breaks, where, for how many control steps, the fault that must be recorded, and whether it ends the run.
-REAL = {
-    "nothing": (None, None, 0, None, False),
-    "slow plan": ("policy", {"plan_from": slow}, 12, "plan_late", False),
-    "exception in a plan": ("policy", {"plan_from": fail}, 20, "plan_error", False),
-    "exception in the encoder": ("policy", {"observe": fail}, 5, "encoder_error", False),
-    "NaN observation": ("robot", {"observe": spoil}, 20, "bad_observation", False),
-    "frozen sensor": ("robot", {"observe": Frozen().observe}, 30, "frozen_observation", False),
-    "stall of the loop": ("robot", {"observe": slow}, 1, "clock_gap", False),
-    "commands get lost": ("robot", {"send": fail}, 5, "robot_send", False),
-    "simulator killed": ("kill", None, 0, "robot_observe", True),
-    "full disk": ("disk", {"plan_from": fail}, 10, "recorder_error", False),
-}
-
-
-def run_real(name: str, policy: Any, folder: Path) -> bool:
-    """Breaks one thing in the middle of a run; prints and returns whether all was well."""
-    from scd_robot.sim_eval.simulated_robot import SimulatedRobot, limits_of
-
-    where, breaks, steps, expected, ends = REAL[name]
-    broken_policy = Broken(policy)
-    with SimulatedRobot("metaworld/push-v3", 0, control_dt=REAL_DT) as simulator:
-        robot = Broken(simulator)
-        limits = limits_of(simulator.spec, velocity=10.0)
-        port = InspectedRobot(robot, limits, REAL_DT, MonotonicClock())
-        watchdog = WatchdogConfig(max_age_s=0.4, frozen_keys=("proprio",), max_frozen_s=0.5, give_up_s=3.0)
-        config = LoopConfig(watchdog=watchdog, recorder=RecorderConfig(folder, least_apart_s=1.0))
-        loop = ControlLoop(port, broken_policy, limits, config)
-        count = 0
-        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-        def stage() -> bool:
-            nonlocal count
-            count += 1
-            if count == FAULT_AT:
-                if where == "kill":
-                    os.kill(simulator._process.pid, signal.SIGKILL)  # type: ignore[arg-type]
-                if where == "disk":
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, unlimited[1]))
-                (robot if where == "robot" else broken_policy).breaks = breaks or {}
-            if count == FAULT_AT + steps:
-                robot.breaks = broken_policy.breaks = {}
-            if count == FAULT_AT + steps + 25:
-                resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-            return False
-
-        report = loop.run(REAL_STEPS, stage)
-    recorded: Counter[str] = Counter()
-    for record in sorted(folder.iterdir()) if folder.exists() else []:
-        recorded |= Counter(read_record(record)[1]["faults"])
-    ended_early = report.steps < REAL_STEPS
-    missing = Counter(report.faults) - recorded
-    fine = (
-        not port.violations
-        and not missing
-        and ended_early == ends
-        and (expected is None or report.faults.get(expected))
-    )
-    times, pacing = report.times_ms, report.pacing
-    print(
-        f"  {name}: {port.commands} commands, unsafe {len(port.violations)}; faults {report.faults}; unrecorded "
-        f"{dict(missing)}; {'ended' if ended_early else 'went on'}; plans {report.plans}; missed {pacing['missed']} of "
-        f"{pacing['ticks']}; encoder p50/p99 {times['encoder']['p50']:.1f}/{times['encoder']['p99']:.1f} ms, plan "
-        f"{times['plan']['p50']:.1f}/{times['plan']['p99']:.1f} ms{'' if fine else '   NOT AS IT SHOULD BE'}"
-    )
-    return bool(fine)
+    return ", ".join(f"{name} {value:,}" for name, value in counts.most_common())
 
 
 def main() -> int:
+    """Does what is missing, and prints the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedules", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--skip-real", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=list(REAL), default=list(REAL), help="real runs")
+    parser.add_argument("--real", type=int, default=100, help="real runs; every kind of fault in turn")
+    parser.add_argument("--only", nargs="+", choices=("schedules", "real"), default=["schedules", "real"])
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="of this process's wall clock")
+    parser.add_argument("--seed", type=int, default=0, help="of the schedules")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/faults"))
     options = parser.parse_args()
     logging.disable(logging.ERROR)
-    fine = run_schedules(options.schedules, options.seed)
-    if not options.skip_real:
-        import torch
-        from latency import make_policy
+    until_s = time.monotonic() + 60 * options.minutes
+    results = []
+    try:
+        for place, what, work in pieces(options):
+            result = finished(place, what)
+            if result is None and not options.report and time.monotonic() < until_s:
+                result = make(place, what, work)
+                print(f"{place.name}: {'fine' if is_fine(result) else 'NOT AS IT SHOULD BE'}", flush=True)
+            results += [] if result is None else [result]
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not results:
+        print("nothing is done yet")
+        return 0
+    text = report_of(results)
+    print(text)
+    (options.out / "report.md").write_text(text)
+    return 0 if all(map(is_fine, results)) else 1
 
-        torch.set_num_threads(1)
-        print(f"wall clock, metaworld/push-v3 at {1 / REAL_DT:g} Hz, {REAL_STEPS} control steps each:")
-        for name in options.only:
-            policy = make_policy(64, 4)
-            policy.spec = replace(policy.spec, control_dt=REAL_DT)
-            with tempfile.TemporaryDirectory() as folder:
-                fine = run_real(name, policy, Path(folder) / "records") and fine
-    return 0 if fine else 1
+
+def is_fine(result: Result) -> bool:
+    """Whether nothing was unsafe, unrecorded, or otherwise than it should be."""
+    return not result["not_as_it_should"] if "totals" in result else bool(result["fine"])
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class RemoteStream:
 
     Attributes:
         spec: of the policy.
+        link: as given.
         task: may be changed at any time.
 
     Raises:
@@ -70,7 +71,7 @@ class RemoteStream:
         if not answer_timeout_s > 0:
             raise ConfigError(f"answer_timeout_s must be positive [s], got {answer_timeout_s}")
         self.spec, self.task = served.spec, task
-        self._link, self._served, self._timeout_s = link, served, answer_timeout_s
+        self.link, self._served, self._timeout_s = link, served, answer_timeout_s
         self._clock: Clock = clock or MonotonicClock()
         self._connected = False
         self._begins = True  # the next observation begins a history
@@ -200,7 +201,7 @@ class RemoteStream:
 
     def close(self) -> None:
         """Ends the connection."""
-        self._link.close()
+        self.link.close()
 
     # The connection.
 
@@ -208,13 +209,13 @@ class RemoteStream:
         message, self._pending = self._pending, None
         assert message is not None
         sent = _Sent(self._step, self._begins, request, self._clock.now())
-        self._link.send(pack(message))
+        self.link.send(pack(message))
         self._unanswered.append(sent)
         self._begins = False
 
     def _take_in(self) -> None:
         """All that happened since the last call."""
-        while (event := self._link.receive()) is not None:
+        while (event := self.link.receive()) is not None:
             if isinstance(event, Answered):
                 self._take(event.frame)
             elif isinstance(event, Broken):
@@ -261,7 +262,7 @@ class RemoteStream:
             self._result = checked_plan(self.spec, sent.request, actions[None])
 
     def _give_up(self, reason: str) -> None:
-        self._link.restart()
+        self.link.restart()
         self._break(reason)
 
     def _break(self, reason: str) -> None:

@@ -57,7 +57,7 @@ class Kept:
 
     def __call__(self, *parts):
         stream = behind_a_server(*parts)
-        self.link = stream._link
+        self.link = stream.link
         return stream
 
 

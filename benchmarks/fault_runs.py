@@ -1,0 +1,254 @@
+"""Real runs of the control loop in which something really breaks: the second half of `faults.py`.
+
+A policy with random weights drives Meta-World's push-v3, which goes on by the wall clock in a process of its own.
+Processes are killed and stopped, threads sleep, files do not fit.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import asyncio
+import contextlib
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scd_robot.control import ControlLoop, LoopConfig, MonotonicClock, RecorderConfig, WatchdogConfig
+from scd_robot.control.inspection import InspectedRobot
+from scd_robot.control.recorder import read_record
+from scd_robot.serve import RemoteStream
+
+__all__ = ["REAL", "REAL_DT", "REAL_STEPS", "run_real"]
+
+REAL_DT = 0.05  # slow motion, so that a busy machine can follow
+REAL_STEPS = 160
+FAULT_AT = 50
+
+
+class Broken:
+    """A policy and a robot that break on demand; everything else is passed on."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner, self.breaks = inner, {}  # by method: called first, with the method's result function
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        broken = self.breaks.get(name)
+        return value if broken is None else lambda *args: broken(value, *args)
+
+
+def fail(method: Callable[..., Any], *args: Any) -> Any:
+    """In the place of a call."""
+    raise ConnectionError("broken on purpose")
+
+
+def slow(method: Callable[..., Any], *args: Any) -> Any:
+    """A call that takes two seconds."""
+    time.sleep(2.0)
+    return method(*args)
+
+
+def spoil(method: Callable[..., Any]) -> Any:
+    """NaN in an observation."""
+    sample = method()
+    return replace(sample, observation={**sample.observation, "proprio": sample.observation["proprio"] * np.nan})
+
+
+class Frozen:
+    """The first observation again and again, with new stamps."""
+
+    kept = None
+
+    def observe(self, method: Callable[..., Any]) -> Any:
+        """In the place of the robot's."""
+        sample = method()
+        self.kept = self.kept or sample
+        return replace(sample, observation=self.kept.observation)
+
+
+class Server:
+    """A policy server in a process of its own, at a port that it keeps."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.address = f"ws://127.0.0.1:{self._port}"
+        self._process: subprocess.Popen[str] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Begins; `RemoteStream` waits until it is there."""
+        self._process = subprocess.Popen([sys.executable, __file__, str(self._port)], text=True)
+
+    def signal(self, number: signal.Signals) -> None:
+        """To its process."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """Ends it without a farewell."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+
+def policy_with_random_weights() -> Any:
+    """Of the default size, in slow motion."""
+    import torch
+    from latency import make_policy
+
+    torch.set_num_threads(1)
+    policy = make_policy(64, 4)
+    policy.spec = replace(policy.spec, control_dt=REAL_DT)
+    return policy
+
+
+def serve(port: int) -> None:
+    """What the server's process does."""
+    from scd_robot.serve.server import PolicyServer, ServerConfig
+
+    asyncio.run(PolicyServer(policy_with_random_weights(), ServerConfig(port=port)).run())
+
+
+# By name: what breaks, where, for how many control steps, the fault that must be recorded, and whether it ends the run.
+REAL: dict[str, tuple[str | None, Any, int, str | None, bool]] = {
+    "nothing": (None, None, 0, None, False),
+    "slow plan": ("policy", {"plan_from": slow}, 12, "plan_late", False),
+    "exception in a plan": ("policy", {"plan_from": fail}, 20, "plan_error", False),
+    "exception in the encoder": ("policy", {"observe": fail}, 5, "encoder_error", False),
+    "NaN observation": ("robot", {"observe": spoil}, 20, "bad_observation", False),
+    "frozen sensor": ("robot", {"observe": Frozen}, 30, "frozen_observation", False),
+    "stall of the loop": ("robot", {"observe": slow}, 1, "clock_gap", False),
+    "commands get lost": ("robot", {"send": fail}, 5, "robot_send", False),
+    "simulator killed": ("kill", None, 0, "robot_observe", True),
+    "full disk": ("disk", {"plan_from": fail}, 10, "recorder_error", False),
+    "server killed and started again": ("server killed", None, 10, "encoder_error", False),
+    "server that hangs": ("server hangs", None, 40, "encoder_error", False),
+}
+
+
+class Stage:
+    """Breaks and mends things; called in each control step."""
+
+    def __init__(self, name: str, at: int, robot: Broken, policy: Any, kill: Callable[[], None], server: Any) -> None:
+        self._where, breaks, self._steps, *_ = REAL[name]
+        self._breaks = {key: value().observe if value is Frozen else value for key, value in (breaks or {}).items()}
+        self._at, self._robot, self._policy, self._kill, self._server = at, robot, policy, kill, server
+        self._unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self._count = 0
+
+    def __call__(self) -> bool:
+        """Never stops the loop."""
+        self._count += 1
+        if self._count == self._at:
+            self._break()
+        if self._count == self._at + self._steps:
+            self._mend()
+        if self._count == self._at + self._steps + 25:
+            self.end()
+        return False
+
+    def end(self) -> None:
+        """The disk has room again."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, self._unlimited)
+
+    def _break(self) -> None:
+        if self._where == "kill":
+            self._kill()
+        elif self._where == "disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, self._unlimited[1]))
+        elif self._where == "server killed":
+            threading.Thread(target=self._server.kill).start()
+        elif self._where == "server hangs":
+            self._server.signal(signal.SIGSTOP)
+        if self._breaks:
+            (self._robot if self._where == "robot" else self._policy).breaks = self._breaks
+
+    def _mend(self) -> None:
+        self._robot.breaks = {}
+        if isinstance(self._policy, Broken):
+            self._policy.breaks = {}
+        if self._where == "server killed":
+            threading.Thread(target=self._server.start).start()
+        elif self._where == "server hangs":
+            self._server.signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def policy_for(name: str) -> Iterator[tuple[Any, Server | None]]:
+    """The policy of a run, and its server if it is behind one."""
+    if not str(REAL[name][0]).startswith("server"):
+        yield Broken(policy_with_random_weights()), None
+        return
+    server = Server()
+    try:
+        stream = RemoteStream.connect(server.address, connect_timeout_s=120.0, answer_timeout_s=1.0)
+        stream.spec = replace(stream.spec, control_dt=REAL_DT)
+        yield stream, server
+    finally:
+        server.kill()
+
+
+def run_real(name: str, episode: int) -> dict[str, Any]:
+    """Breaks one thing in the middle of a run, and tells what came of it."""
+    from scd_robot.sim_eval.simulated_robot import SimulatedRobot, limits_of
+
+    expected, ends = REAL[name][3:]
+    steps = REAL_STEPS if not str(REAL[name][0]).startswith("server") else 3 * REAL_STEPS  # which takes time to start
+    began_s = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        policy_for(name) as (policy, server),
+        SimulatedRobot("metaworld/push-v3", episode, control_dt=REAL_DT) as simulator,
+    ):
+        records = Path(folder) / "records"
+        robot = Broken(simulator)
+        limits = limits_of(simulator.spec, velocity=10.0)
+        port = InspectedRobot(robot, limits, REAL_DT, MonotonicClock())
+        give_up_s = 3.0 if server is None else 60.0
+        watchdog = WatchdogConfig(max_age_s=0.4, frozen_keys=("proprio",), max_frozen_s=0.5, give_up_s=give_up_s)
+        config = LoopConfig(watchdog=watchdog, recorder=RecorderConfig(records, least_apart_s=1.0))
+        loop = ControlLoop(port, policy, limits, config)
+        process = simulator._process
+        kill = lambda: os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]  # noqa: E731
+        stage = Stage(name, FAULT_AT + episode % 25, robot, policy, kill, server)
+        try:
+            report = loop.run(steps, stage)
+        finally:
+            stage.end()
+        recorded: Counter[str] = Counter()
+        for record in sorted(records.iterdir()) if records.exists() else []:
+            recorded |= Counter(read_record(record)[1]["faults"])
+    missing = Counter(report.faults) - recorded
+    ended_early = report.steps < steps
+    told = expected is None or bool(report.faults.get(expected))
+    return {
+        "fine": not port.violations and not missing and ended_early == ends and told,
+        "commands": port.commands,
+        "unsafe": port.violations[:5],
+        "faults": report.faults,
+        "unrecorded": dict(missing),
+        "ended_early": ended_early,
+        "plans": report.plans,
+        "pacing": report.pacing,
+        "times_ms": report.times_ms,
+        "wall_s": time.monotonic() - began_s,
+    }
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))
