@@ -31,7 +31,7 @@ from scd_robot.control.inspection import InspectedRobot
 from scd_robot.control.recorder import read_record
 from scd_robot.serve import RemoteStream
 
-__all__ = ["REAL", "REAL_DT", "REAL_STEPS", "run_real"]
+__all__ = ["REAL", "REAL_DT", "REAL_STEPS", "Server", "policy_with_random_weights", "run_real"]
 
 REAL_DT = 0.05  # slow motion, so that a busy machine can follow
 REAL_STEPS = 160
@@ -93,6 +93,12 @@ class Server:
     def start(self) -> None:
         """Begins; `RemoteStream` waits until it is there."""
         self._process = subprocess.Popen([sys.executable, __file__, str(self._port)], text=True)
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        assert self._process is not None
+        return self._process.pid
 
     def signal(self, number: signal.Signals) -> None:
         """To its process."""
