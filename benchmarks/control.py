@@ -12,6 +12,10 @@ clock (time.perf_counter). Arms whose tools are missing (a C++ compiler, the ext
 
 With --pace every arm in turn has a loop to itself: `act` in each control step, which plans in every `num_executed`-th;
 a miss is a step whose action came after the next step was due, or that was left out for it. Each is recorded.
+
+Compiling is most of the work: about 40 s of CPU for the first graph, which on a machine that is busy otherwise is a
+quarter of an hour. What it costs is told on standard error graph by graph; what is done is kept in --keep, so that a
+run which was ended goes on from there. Exports of another commit, or of changes since, are not used.
 """
 
 import os
@@ -19,6 +23,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
@@ -26,7 +31,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +42,7 @@ from job import code_version, describe_machine
 from latency import floor_ms, make_policy, measure_machine, observation, timed
 
 from scd_robot.control.clock import Clock, MonotonicClock, Pacer
-from scd_robot.export import load_exported
+from scd_robot.export import is_export, load_exported
 from scd_robot.export.policy import ExportedPolicy
 from scd_robot.export.write import export_policy, make_graphs, manifest_of
 from scd_robot.output import write_json
@@ -52,12 +57,26 @@ RATE_HZ, STEPS = 100.0, 8
 Times = dict[str, dict[str, list[float]]]
 
 
+@contextlib.contextmanager
+def told_on_stderr(what: str) -> Iterator[None]:
+    """What is done, and what it cost: a machine without time for it must not look like one that hangs."""
+    print(f"{what} ...", file=sys.stderr, flush=True)
+    began_s, began_cpu = time.monotonic(), sum(os.times()[:4])
+    yield
+    cpu_s = sum(os.times()[:4]) - began_cpu
+    print(f"{what}: {time.monotonic() - began_s:.0f} s, {cpu_s:.0f} s of CPU", file=sys.stderr, flush=True)
+
+
 class CompiledRuntime:
     """The graphs' modules behind torch.compile."""
 
     def __init__(self, policy: ScdPolicy) -> None:
         self.made = make_graphs(policy, 1)
         self._calls = {name: torch.compile(made[0], dynamic=False) for name, made in self.made.items()}
+        for name, (_, names, example, _) in self.made.items():  # now, and not in the middle of what is measured
+            inputs = {key: value.numpy() for key, value in zip(names, example, strict=True)}
+            with told_on_stderr(f"compiling {name}"):
+                self.run(name, inputs)
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
@@ -88,8 +107,8 @@ def make_arms(names: tuple[str, ...], history: int, folder: Path) -> tuple[dict[
     arms: dict[str, ChunkPolicy] = {}
     for name in names:
         if name not in left_out:
-            print(f"making {name}", file=sys.stderr)
-            arms[name] = makers[name]()
+            with told_on_stderr(f"making {name}"):
+                arms[name] = makers[name]()
     return arms, left_out
 
 
@@ -99,8 +118,17 @@ def _compiled(policy: ScdPolicy) -> ExportedPolicy:
 
 
 def _exported(policy: ScdPolicy, kind: Any, folder: Path) -> ExportedPolicy:
-    export_policy(policy, folder, kind, tolerance=0)
+    if not is_export(folder):  # which it is only once it is complete
+        export_policy(policy, folder, kind, tolerance=0)
     return load_exported(folder, trusted=True)
+
+
+def exports_folder(keep: Path, history: int) -> Path | None:
+    """Where exports of this code, torch and history lie from one run to the next; None where the code has changes."""
+    code = code_version()
+    if code == "unknown" or code.endswith("-dirty"):
+        return None
+    return keep / f"{code}_torch-{torch.__version__}_history-{history}_nfe-{STEPS}"
 
 
 def take_turns(arms: Mapping[str, ChunkPolicy], observe: Callable[[], Any], ticks: int) -> Times:
@@ -220,11 +248,16 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--pace", type=float, default=0.0, metavar="MINUTES", help="of a loop of 100 Hz, for each arm")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/control.json"))
+    parser.add_argument(
+        "--keep", type=Path, default=Path("runs/benchmarks/control_graphs"), help="folder of what was compiled"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     load, started = os.getloadavg()[0], time.time()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(options.keep.resolve() / "inductor"))
     with tempfile.TemporaryDirectory() as folder:
-        arms, left_out = make_arms(tuple(options.arms), options.history, Path(folder))
+        exports = exports_folder(options.keep, options.history) or Path(folder)
+        arms, left_out = make_arms(tuple(options.arms), options.history, exports)
         observe = partial(observation, np.random.default_rng(0))
         difference, machine = worst_difference(arms, observe), measure_machine()
         floors = floor_ms(make_policy(options.history, STEPS).model.config, STEPS, machine)

@@ -57,3 +57,25 @@ def test_a_faster_arm_that_computes_something_else_is_seen() -> None:
     other = small_policy({"width": 8})
     difference = control.worst_difference({"eager": policy, "graphs": eager_export(policy), "other": other}, seen)
     assert difference["graphs"] < 1e-4 < difference["other"]
+
+
+@pytest.mark.parametrize(("code", "kept"), [("abc1234", True), ("abc1234-dirty", False), ("unknown", False)])
+def test_what_was_compiled_is_used_again_by_the_same_code_only(monkeypatch, tmp_path, code: str, kept: bool) -> None:
+    monkeypatch.setattr(control, "code_version", lambda: code)
+    folder = control.exports_folder(tmp_path, 128)
+    assert (folder is not None) == kept
+    if kept:
+        assert folder.parent == tmp_path
+        assert folder != control.exports_folder(tmp_path, 64)
+        monkeypatch.setattr(control, "code_version", lambda: "def5678")
+        assert folder != control.exports_folder(tmp_path, 128)
+
+
+def test_an_export_that_is_there_is_not_made_again(monkeypatch, tmp_path) -> None:
+    made = []
+    monkeypatch.setattr(control, "is_export", lambda folder: folder in made)
+    monkeypatch.setattr(control, "export_policy", lambda policy, folder, *_, **__: made.append(folder))
+    monkeypatch.setattr(control, "load_exported", lambda folder, trusted: folder)
+    for _ in range(2):
+        assert control._exported(small_policy(), "aoti", tmp_path / "aoti") == tmp_path / "aoti"
+    assert made == [tmp_path / "aoti"]
