@@ -202,7 +202,7 @@ def policy_for(name: str) -> Iterator[tuple[Any, Server | None]]:
         return
     server = Server()
     try:
-        stream = RemoteStream.connect(server.address, connect_timeout_s=120.0, answer_timeout_s=1.0)
+        stream = RemoteStream.connect(server.address, connect_timeout_s=600.0, answer_timeout_s=1.0)
         stream.spec = replace(stream.spec, control_dt=REAL_DT)
         yield stream, server
     finally:

@@ -142,7 +142,7 @@ def policy_of(server: bool, rate_hz: float) -> Iterator[tuple[Any, Any, dict[str
         return
     process = Server()
     try:
-        stream = RemoteStream.connect(process.address, connect_timeout_s=120.0)
+        stream = RemoteStream.connect(process.address, connect_timeout_s=600.0)
         stream.spec = replace(stream.spec, control_dt=1 / rate_hz)
         yield stream, lambda at_s: None, {**processes, "server": psutil.Process(process.pid)}
     finally:
