@@ -1,6 +1,7 @@
 """The memory suite: experts that remember succeed, those that cannot do not, and nothing tells the hidden cue."""
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -209,24 +210,36 @@ def waiting_observations(task, episodes, kind):
     """
     environment = make(task, "delay=20")
     rng = np.random.default_rng(0)
+    before_signal = steps_before_signal(environment)  # of every episode
+    chosen = [before_signal + i for i in (-19, -10, -1)]
     seen, hidden = [], []
     for episode in range(episodes):
         environment.reset(derive_seed(EVALUATION, episode))
         rows = []
-        while True:
+        for step in itertools.count():
             noise = 0.015 * rng.standard_normal(environment.spec.action_dim)  # as in the benchmark's recordings
             result = environment.step((environment.expert_action() + noise).astype(np.float32))
             over = result.terminated or result.truncated
             assert not over, "the episode ended before the wait did"
             if environment._signal():
                 break
-            row = result.observation
-            if kind == "image":
-                row = {"image": environment.render(64, 64)} if not environment._is_free() else {}
-            rows.append(row)
-        seen.append([np.concatenate([np.ravel(small(value)) for value in rows[i].values()]) for i in (-19, -10, -1)])
+            if step in chosen:
+                assert not environment._is_free()
+                row = {"image": environment.render(64, 64)} if kind == "image" else result.observation
+                rows.append(np.concatenate([np.ravel(small(value)) for value in row.values()]))
+        assert step == before_signal
+        seen.append(rows)
         hidden.append(environment._hidden())
     return np.array(seen).swapaxes(0, 1), np.array(hidden)
+
+
+def steps_before_signal(environment):
+    """Control steps of an expert's episode after which there is no signal to act yet."""
+    environment.reset(0)
+    for step in itertools.count():
+        environment.step(environment.expert_action())
+        if environment._signal():
+            return step
 
 
 def small(value):
