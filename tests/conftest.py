@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,31 @@ TINY_SETTINGS = (
     "policy.num_executed=2",
     "policy.sampler.num_denoising_steps=2",
 )
+
+
+# With --dist loadfile, the tests of a parameter are kept together in these files, not those of the file.
+SPREAD = ("tests/sim_eval/test_contract.py",)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Spreads the longest files over processes; robosuite's ten minutes in one of them would be waited for."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return f"{file}[{test.partition('[')[2]}" if file in SPREAD else file
+
+    return Scheduling(config, log)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marks what has `robosuite` in its name, so that `make robosuite` runs it, slow or not."""
+    if "robosuite" in item.nodeid:
+        item.add_marker("robosuite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
