@@ -19,7 +19,7 @@ from torch import Tensor
 from scd_robot.checkpoint import Checkpoint, read_checkpoint
 from scd_robot.config import from_json, to_json
 from scd_robot.errors import CheckpointError, ConfigError, ShapeError
-from scd_robot.model import FrameModel, HistoryContext, ScdConfig, build_model
+from scd_robot.model import FrameModel, HistoryContext, JointModel, ScdConfig, build_model
 from scd_robot.nn import KVCache
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.config import ScdPolicyConfig, check_widths
@@ -36,7 +36,7 @@ Frames = NDArray[np.uint8]
 
 
 def load_imagination(path: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> "Imagination":
-    """Loads a trained model of frames.
+    """Loads a trained model of frames, or that part of a policy that was trained with one beside its actions.
 
     Args:
         path: checkpoint folder, or a training run's folder (its newest checkpoint).
@@ -44,7 +44,7 @@ def load_imagination(path: str | Path, device: str | torch.device = "cpu", **ove
         **overrides: as of `Imagination.from_parts`; None leaves the checkpoint's.
 
     Raises:
-        CheckpointError: missing, foreign or damaged, or of a policy, which plans actions.
+        CheckpointError: missing, foreign or damaged, or of a policy that plans actions alone.
     """
     return imagination_of(read_checkpoint(path), device, **overrides)
 
@@ -54,10 +54,10 @@ def imagination_of(checkpoint: Checkpoint, device: str | torch.device = "cpu", *
 
     Its attribute `provenance` tells, as plain JSON types, what it was made of.
     """
-    if checkpoint.policy != FRAMES:
+    if checkpoint.policy != FRAMES and not checkpoint.config["model"]["frames"]["beside_actions"]:
         raise CheckpointError(
             f"{checkpoint.path} holds a policy ({checkpoint.policy}), which plans actions and imagines no frames; "
-            "train a model of frames with: scd train frames_64"
+            "train a model of frames with: scd train frames_64, or a policy that has one: scd train image_frames"
         )
     found = Imagination.from_parts(
         checkpoint.config, checkpoint.weights, checkpoint.normalizer, checkpoint.dataset, device, **overrides
@@ -122,17 +122,22 @@ class Imagination:
     ) -> "Imagination":
         """From a checkpoint's contents; `overrides` are num_denoising_steps, guidance_scale and seed.
 
+        Of a policy with frames beside its actions the seed is taken. Its sampler and guidance are those of plans; here
+        they are the default ones.
+
         Raises:
             CheckpointError: the weights are not those of the configuration.
         """
         model = build_model(from_json(ScdConfig, config["model"], "model"))
-        if not isinstance(model, FrameModel):
+        if not isinstance(model, FrameModel | JointModel):
             raise CheckpointError("the configuration is of a model that plans actions")
         try:
             model.load_state_dict(dict(weights), strict=True)
         except RuntimeError as error:
             raise CheckpointError(f"the weights do not fit the configuration: {str(error).splitlines()[-1]}") from error
         settings = dict(config["policy"])
+        if isinstance(model, JointModel):
+            model, settings = model.frame_model(), to_json(ScdPolicyConfig(num_executed=1, seed=settings["seed"]))
         steps = overrides.pop("num_denoising_steps", None)
         if steps is not None:
             settings["sampler"] = {**settings["sampler"], "num_denoising_steps": steps}

@@ -49,7 +49,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 5
+SCHEMA = 6
 _FORMAT = "scd_robot checkpoint"
 _JSON_FILES = ("config", "dataset", "normalization", "origin", "metrics")
 PUBLISHED_FILES = ("manifest.json", "model.safetensors", *(f"{name}.json" for name in _JSON_FILES))
@@ -261,6 +261,13 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         config = {**config, "transforms": {"tasks": {}, "goals": [], **config["transforms"]}}
         frames = {"camera": "", "patch_size": 8, "residual": True}
         config = {**config, "model": {"frames": frames, "add_context": False, **config["model"]}}
+    if schema < 6:
+        frames = {"beside_actions": False, "decoder_layers": 2, **config["model"]["frames"]}
+        config = {**config, "model": {**config["model"], "frames": frames}}
+    if schema < 6 and "training" in config:
+        flow_time = {"distribution": "logit_normal", "mean": -2.0, "std": 1.2}
+        loss = {"loss_weight": 1.0, "positions_per_segment": 8, "flow_time": flow_time}
+        config = {**config, "training": {"frames": loss, **config["training"]}}
     return config
 
 

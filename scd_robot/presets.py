@@ -27,6 +27,7 @@ __all__ = [
     "PRESETS",
     "frames_64",
     "image",
+    "image_frames",
     "memory_state",
     "metaworld_state",
     "pusht_state",
@@ -155,6 +156,22 @@ def image(dataset: DatasetSpec) -> ExperimentConfig:
     )
 
 
+def image_frames(dataset: DatasetSpec) -> ExperimentConfig:
+    """As image, with a decoder of one camera's next frames on the same encoder, trained along with the actions.
+
+    The same weights plan and imagine. What it costs is in training; plans are as fast as those of image.
+    """
+    base = image(dataset)
+    cameras = base.model.image_keys
+    if len(cameras) != 1:
+        raise DatasetError(
+            f"preset image_frames imagines the frames of one camera, got pictures {', '.join(cameras)}: name it, "
+            "scd train image --set model.frames.beside_actions=true model.frames.camera=KEY"
+        )
+    frames = FrameConfig(cameras[0], beside_actions=True)
+    return replace(base, preset="image_frames", model=replace(base.model, frames=frames))
+
+
 def frames_64(dataset: DatasetSpec) -> ExperimentConfig:
     """Imagines the next frames of one camera, 64 x 64 pixels, given what was seen and the actions to be executed.
 
@@ -209,6 +226,7 @@ def frames_64(dataset: DatasetSpec) -> ExperimentConfig:
 PRESETS: dict[str, Callable[[DatasetSpec], ExperimentConfig]] = {
     "frames_64": frames_64,
     "image": image,
+    "image_frames": image_frames,
     "memory_state": memory_state,
     "metaworld_state": metaworld_state,
     "pusht_state": pusht_state,

@@ -9,6 +9,7 @@ import numpy as np
 __all__ = [
     "EPISODE_SPLIT",
     "EVALUATION",
+    "FRAME_DRAW",
     "LIVE_FRAMES",
     "OBSERVATION_FAULTS",
     "POLICY_NOISE",
@@ -35,6 +36,7 @@ TRAINING_DRAW = 8
 VALIDATION_DRAW = 9
 OBSERVATION_FAULTS = 10
 LIVE_FRAMES = 11
+FRAME_DRAW = 12
 
 
 def keyed_rng(*keys: int) -> np.random.Generator:

@@ -1,6 +1,7 @@
 """Presets fit any dataset of their kind, and settings replace their fields strictly."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from scd_robot.cli.main import main
 from scd_robot.config import from_json, to_json
 from scd_robot.errors import ConfigError, DatasetError, UnknownNameError
+from scd_robot.model import FrameConfig
 from scd_robot.presets import PRESETS, resolve, with_settings
 from scd_robot.training import ExperimentConfig
 from scd_robot.transforms import TransformConfig
@@ -23,6 +25,7 @@ CAMERA = DatasetSpec({"proprio": ArraySpec((4,)), "camera": ArraySpec((64, 64, 3
 FITTING = {  # by preset a dataset, and the model's observations
     "frames_64": (CAMERA, {"camera": (64, 64, 3)}),
     "image": (SPEC, {"proprio": (4,), "camera": (8, 8, 3)}),
+    "image_frames": (CAMERA, {"proprio": (4,), "camera": (64, 64, 3)}),
     "memory_state": (SPEC, {"proprio": (4,)}),
     "metaworld_state": (SPEC, {"proprio": (4,)}),
     "pusht_state": (PUSHT, {"state": (5,), "keypoint": (18,)}),
@@ -88,6 +91,19 @@ def test_image_preset_takes_pictures_of_any_size(caplog: pytest.LogCaptureFixtur
     assert "depth, points are neither pictures nor vectors" in caplog.text
     with pytest.raises(DatasetError, match=r"needs pictures \(H, W, C\) uint8, got \['proprio'\]"):
         resolve("image", DatasetSpec({"proprio": SPEC.observation["proprio"]}, 3, 0.1))
+
+
+def test_frames_beside_actions_need_to_be_told_which_of_several_cameras() -> None:
+    two = DatasetSpec(dict.fromkeys(("left", "right"), CAMERA.observation["camera"]), 3, 0.1)
+    with pytest.raises(DatasetError, match=r"one camera, got pictures left, right: name it, .*frames\.camera=KEY"):
+        resolve("image_frames", two)
+    settings = ["model.frames.beside_actions=true", "model.frames.camera=left"]
+    chosen = with_settings(resolve("image", two), settings).model
+    assert chosen.frames.beside_actions
+    assert chosen.frames_alone.observation_shapes == {"left": (64, 64, 3)}
+    alone = resolve("image_frames", CAMERA).model
+    assert alone.frames.camera == "camera"
+    assert replace(alone, frames=FrameConfig()) == resolve("image", CAMERA).model
 
 
 def test_pusht_preset_names_what_it_misses() -> None:

@@ -109,10 +109,10 @@ def _lines(description: dict[str, Any]) -> list[str]:
     model, conversion = config["model"], description["origin"].get("conversion")
     sampler = f"{config['policy']['sampler']['num_denoising_steps']} {config['policy']['sampler']['solver']} steps"
     plan = f"plan         chunk of {model['chunk_length']}, {config['policy']['num_executed']} executed, {sampler}"
-    if model["frames"]["camera"]:
-        plan = (
-            f"frames       of {model['frames']['camera']}, patches of {model['frames']['patch_size']} pixels, {sampler}"
-        )
+    frames = f"frames       of {model['frames']['camera']}, patches of {model['frames']['patch_size']} pixels"
+    beside = model["frames"]["beside_actions"]
+    if model["frames"]["camera"] and not beside:
+        plan = f"{frames}, {sampler}"
     lines = [
         f"checkpoint   {description['checkpoint']}",
         f"policy       {description['policy']}, preset {config['preset']}, step {description['step']}"
@@ -125,6 +125,7 @@ def _lines(description: dict[str, Any]) -> list[str]:
         f"history      {model['history_length']} control steps per layer, "
         f"receptive field {description['receptive_field']}",
         plan,
+        *([frames] if beside else []),
         *([] if conversion is None else [_converted(conversion)]),
         "versions     " + ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
         "metrics",

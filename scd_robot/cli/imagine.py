@@ -35,15 +35,15 @@ def imagine(
 
     Args:
         checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint), of a model of frames
-            (scd train frames_64).
+            (scd train frames_64) or of a policy that has one (scd train image_frames).
         dataset: recorded episodes of the same camera.
         episode: their numbers, from 0 on; 'scd data info' tells how many there are.
         context: control steps that the model sees.
         length: frames that it imagines then; by default up to the end of the shortest of the episodes.
         out: folder for the results.
         read: what to read of the dataset.
-        num_denoising_steps: per frame; by default the checkpoint's.
-        guidance_scale: guidance by context corruption, 1 = off; by default the checkpoint's.
+        num_denoising_steps: per frame; by default the checkpoint's, or of a policy 8.
+        guidance_scale: guidance by context corruption, 1 = off; by default the checkpoint's, or of a policy 1.
         seed: of the noise; by default the checkpoint's.
         device: torch device.
         overwrite: replace results in OUT.

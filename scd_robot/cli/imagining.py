@@ -14,8 +14,9 @@ class ImaginingOptions:
     """How a policy chooses among chunks.
 
     Attributes:
-        imagine: checkpoint of a model of frames (scd train frames_64): each plan then samples several chunks and
-            follows the one whose imagined frames score best.
+        imagine: checkpoint of a model of frames (scd train frames_64), or of a policy that has one, which may be the
+            one that acts (scd train image_frames): each plan then samples several chunks and follows the one whose
+            imagined frames score best.
         candidates: chunks sampled for each plan; by default 8.
         imagined_frames: actions of each chunk whose frames are imagined; by default all.
         frame_denoising_steps: of each imagined frame; by default the checkpoint's.

@@ -34,7 +34,7 @@ def surprise(
 
     Args:
         checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint), of a model of frames
-            (scd train frames_64).
+            (scd train frames_64) or of a policy that has one (scd train image_frames).
         dataset: recorded episodes of the same camera.
         episode: numbers of those to look at, from 0 on.
         calibration: what is usual: recorded episodes that the model was not trained on, or a surprise.json of the same

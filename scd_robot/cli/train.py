@@ -49,8 +49,8 @@ def train(
 
     Args:
         preset: named experiment: metaworld_state (any vectors), image (pictures too), memory_state or pusht_state
-            (docs/training.md), frames_64 (imagines pictures, docs/frames.md); or the config.json of a checkpoint, to
-            run it again.
+            (docs/training.md), frames_64 (imagines pictures) or image_frames (acts and imagines, docs/frames.md); or
+            the config.json of a checkpoint, to run it again.
         dataset: dataset of any known format (see 'scd data info --help'), or several, which are then mixed; widths of
             observations and actions are taken from it.
         weights: with several datasets, the share of control steps that each supplies, in any unit; by default by size.
@@ -131,7 +131,7 @@ def report(summary: dict[str, Any] | None, json: Path | None) -> None:
         held_out = "" if error is None else f", held-out chunk error {error:.4f} (RMS, normalised units)"
         if frame is not None:
             repeated = metrics["val/repeated_frame_rmse"]
-            held_out = f", held-out error of the next frame {frame:.4f}, of the last one repeated {repeated:.4f} (RMS)"
+            held_out += f", held-out error of the next frame {frame:.4f}, of the last one repeated {repeated:.4f} (RMS)"
         print(f"{summary['checkpoint']}: {summary['steps']} steps in {summary['seconds']:.0f} s{held_out}")
     if json is not None:
         write_json(json, summary)

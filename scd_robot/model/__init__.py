@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from scd_robot.model.base import ActionModel, ActionPlan, HistoryModel, check_guidance, check_sampler
+from scd_robot.model.base import ActionModel, ActionPlan, HistoryModel, check_guidance
 from scd_robot.model.causal_dit import CausalDitModel, HistoryContext
 from scd_robot.model.config import FrameConfig, ScdConfig
 from scd_robot.model.decoder import Conditioning, DiffusionDecoder
+from scd_robot.model.denoiser import Denoiser, check_sampler
 from scd_robot.model.encoder import CausalEncoder
-from scd_robot.model.frames import CausalDitFrameModel, FrameModel, ScdFrameModel
+from scd_robot.model.frames import CausalDitFrameModel, FrameDenoiser, FrameModel, ScdFrameModel
 from scd_robot.model.held import FixedActions
+from scd_robot.model.joint import JointModel
 from scd_robot.model.scd import ScdModel
 from scd_robot.model.tokenizer import StepTokenizer
 
@@ -19,12 +21,15 @@ __all__ = [
     "CausalDitModel",
     "CausalEncoder",
     "Conditioning",
+    "Denoiser",
     "DiffusionDecoder",
     "FixedActions",
     "FrameConfig",
+    "FrameDenoiser",
     "FrameModel",
     "HistoryContext",
     "HistoryModel",
+    "JointModel",
     "ScdConfig",
     "ScdFrameModel",
     "ScdModel",
@@ -36,8 +41,13 @@ __all__ = [
 
 
 def build_model(config: ScdConfig) -> HistoryModel[Any]:
-    """The model of a configuration, with random weights: an `ActionModel`, or with `frames.camera` a `FrameModel`."""
+    """The model of a configuration, with random weights: an `ActionModel`, or with `frames.camera` a `FrameModel`.
+
+    With `frames.beside_actions` it is both in one, a `JointModel`.
+    """
     entangled = config.architecture == "entangled"
     if config.decodes_frames:
         return CausalDitFrameModel(config) if entangled else ScdFrameModel(config)
+    if config.frames.beside_actions:
+        return JointModel(config)
     return CausalDitModel(config) if entangled else ScdModel(config)

@@ -9,39 +9,21 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
-from scd_robot.diffusion import (
-    SamplerConfig,
-    TowardsActions,
-    corrupt,
-    guide,
-    guided_velocity,
-    overlap_weights,
-    sample,
-)
-from scd_robot.diffusion.sampler import evaluation_times
+from scd_robot.diffusion import SamplerConfig, TowardsActions, guided_velocity, overlap_weights, sample
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import Conditioning
+from scd_robot.model.denoiser import ContextT, Denoiser
 from scd_robot.model.held import FixedActions, hold
 from scd_robot.model.tokenizer import StepTokenizer
 from scd_robot.nn import KVCache
 
-__all__ = ["ActionModel", "ActionPlan", "HistoryModel", "check_guidance", "check_sampler", "take_steps"]
-
-
-class _Context(Protocol):
-    def __len__(self) -> int: ...
-
-    def clone(self) -> Self: ...
-
-
-ContextT = TypeVar("ContextT", bound=_Context)
+__all__ = ["ActionModel", "ActionPlan", "HistoryModel", "check_guidance", "take_steps"]
 
 
 @dataclass(frozen=True)
@@ -59,18 +41,11 @@ class ActionPlan:
     num_evaluations: int
 
 
-class HistoryModel(nn.Module, Generic[ContextT]):
-    """Tokenizer, what is made of the history (a context of the subclass's type), and a decoder that denoises tokens.
-
-    All inputs and outputs are normalised tensors, pictures uint8.
-    """
-
-    # has position, prepare(context), condition(flow_time, end_time) and velocity(x, conditioning, prepared, valid)
-    decoder: Any
+class HistoryModel(Denoiser[ContextT]):
+    """Tokenizer, what is made of the history, and the decoder to which that is the context."""
 
     def __init__(self, config: ScdConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.tokenizer = StepTokenizer(config)
 
     def encode(
@@ -158,88 +133,6 @@ class HistoryModel(nn.Module, Generic[ContextT]):
     @abstractmethod
     def samples(self, context: ContextT, copies: int) -> ContextT:
         """Of what `encode_at` gave, the context of so many samples of each position, R = B * M * copies in a row."""
-
-    def velocity(
-        self,
-        x: Tensor,
-        flow_time: Tensor,
-        context: ContextT,
-        token_valid: Tensor | None = None,
-        end_time: Tensor | None = None,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        """One evaluation of the decoder, as training needs it.
-
-        Args:
-            x: (R, L, Da) noisy tokens: all positions, or all but the past actions.
-            flow_time: (R, L), or (R, 1) for one flow time shared by all tokens.
-            context: of R samples.
-            token_valid: (R, L) bool, tokens that exist; the others are seen by nobody. None = all.
-            end_time: like flow_time, with `step_end_input`: where the step ends. None = it has no length.
-            known: (R, L, any) what is known of each token, in models of frames.
-
-        Returns:
-            (R, L, Da).
-        """
-        conditioning, prepared = self.decoder.condition(flow_time, end_time), self.decoder.prepare(context)
-        x = x if known is None else torch.cat((x, known), dim=-1)
-        out: Tensor = self.decoder.velocity(x, conditioning, prepared, token_valid)
-        return out
-
-    def _velocity(
-        self,
-        context: ContextT,
-        conditioning: Mapping[float, Conditioning],
-        token_valid: Tensor | None,
-        guidance_scale: float,
-        corruption_noise: Tensor | None,
-    ) -> Callable[[Tensor, float], Tensor]:
-        """The decoder as solvers call it.
-
-        Args:
-            context: of B samples.
-            conditioning: of the sampler, from `conditioning`.
-            token_valid: (B, L) bool, tokens that exist; None = all.
-            guidance_scale: above 1, extrapolates away from a corrupted context, for twice the decoder calls.
-            corruption_noise: (B, K, D) standard normal for that; None = drawn.
-        """
-        config, prepared = self.config, self.decoder.prepare(context)
-
-        def velocity(x: Tensor, time: float) -> Tensor:
-            out: Tensor = self.decoder.velocity(x, conditioning[time], prepared, token_valid)
-            return out
-
-        if guidance_scale == 1.0:
-            return velocity
-        if config.context_corruption == 0:
-            raise ConfigError("guidance needs a model trained with context_corruption > 0, this one has 0")
-        assert isinstance(context, Tensor)  # only such a model has corruption
-        drawn = torch.randn_like(context) if corruption_noise is None else corruption_noise
-        weak = self.decoder.prepare(corrupt(context, drawn, config.context_corruption))
-
-        def extrapolated(x: Tensor, time: float) -> Tensor:
-            return guide(
-                velocity(x, time), self.decoder.velocity(x, conditioning[time], weak, token_valid), guidance_scale
-            )
-
-        return extrapolated
-
-    def conditioning(self, sampler: SamplerConfig, committed: Tensor | None = None) -> dict[float, Conditioning]:
-        """What the decoder derives from each flow time at which `sampler` will call it, in one pass.
-
-        Args:
-            sampler: solver and number of denoising steps.
-            committed: (1, L) bool, tokens that are shown at flow time 1; None = none.
-        """
-        check_sampler(self.config, sampler)
-        times = evaluation_times(sampler)
-        weight = self.decoder.position
-        flow_time = torch.tensor(times, device=weight.device, dtype=weight.dtype)[:, None]
-        end_time = flow_time + 1 / sampler.num_denoising_steps if sampler.solver == "average" else flow_time
-        if committed is not None:
-            flow_time, end_time = (torch.where(committed, 1.0, time) for time in (flow_time, end_time))
-        conditions = self.decoder.condition(flow_time, end_time)
-        return {time: conditions[i] for i, time in enumerate(times)}
 
     def _tokenize(
         self,
@@ -356,20 +249,6 @@ class ActionModel(HistoryModel[ContextT]):
         past = x.shape[1] - config.chunk_length
         target = pad(given.to(x), (0, 0, past, config.chunk_length - remaining))
         return guided_velocity(velocity, target, pad(weights, (past, 0))[:, None], towards.max_gain, towards.jacobian)
-
-
-def check_sampler(config: ScdConfig, sampler: SamplerConfig) -> None:
-    """Raises ConfigError where a model of this architecture does not say what the solver needs."""
-    if config.decodes_frames and sampler.solver not in ("euler", "midpoint"):
-        raise ConfigError(
-            f"frames are denoised by solver 'euler' or 'midpoint', which never ask at flow time 1, got "
-            f"{sampler.solver!r}"
-        )
-    if sampler.solver == "average" and not config.step_end_input:
-        raise ConfigError(
-            "solver 'average' needs a model with step_end_input, trained by the objective mean_flow or shortcut "
-            "(scd distill); use solver 'euler'"
-        )
 
 
 def check_guidance(sampler: SamplerConfig, max_gain: float) -> None:

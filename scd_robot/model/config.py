@@ -4,10 +4,10 @@ Shapes: H W C picture, L tokens that are denoised, Dx width of one, K context to
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from scd_robot.errors import ConfigError
+from scd_robot.errors import ConfigError, UnknownNameError
 from scd_robot.nn import ImageConfig
 
 __all__ = ["FrameConfig", "ScdConfig"]
@@ -15,22 +15,30 @@ __all__ = ["FrameConfig", "ScdConfig"]
 
 @dataclass(frozen=True)
 class FrameConfig:
-    """What a model decodes that imagines frames: the next picture of one camera, a token for each patch.
+    """How frames are decoded: the next picture of one camera, a token for each patch.
 
     Attributes:
-        camera: observation key of the pictures; empty = the model plans actions.
+        camera: observation key of the pictures; empty = the model plans actions and imagines no frames.
         patch_size: side of a square patch [pixel]; must divide height and width.
         residual: tokens hold the change since the last frame, so that a decoder that knows nothing yet repeats it;
             otherwise they hold the frame itself.
+        beside_actions: the model plans actions, and on the same encoder has a frame decoder besides; otherwise frames
+            are all that it decodes.
+        decoder_layers: of that frame decoder besides.
     """
 
     camera: str = ""
     patch_size: int = 8
     residual: bool = True
+    beside_actions: bool = False
+    decoder_layers: int = 2
 
     def __post_init__(self) -> None:
-        if self.patch_size < 1:
-            raise ConfigError(f"frames.patch_size must be at least 1, got {self.patch_size}")
+        for name in ("patch_size", "decoder_layers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"frames.{name} must be at least 1, got {getattr(self, name)}")
+        if self.beside_actions and not self.camera:
+            raise ConfigError("frames.beside_actions needs frames.camera, the key of the pictures to imagine")
 
     def places(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of patches of pictures (H, W, C).
@@ -92,7 +100,8 @@ class ScdConfig:
         images: how pictures become tokens; nothing where there are none.
         frames: makes it a model of frames, which reads the pictures of one camera and past actions, and decodes the
             picture that follows the action of the present control step. It has one action per context (chunk_length
-            1), and none of num_past_actions, max_delay_steps, step_end_input and history_stride.
+            1), and none of num_past_actions, max_delay_steps, step_end_input and history_stride. With
+            `frames.beside_actions` it plans actions as well, whatever else it observes; see `frames_alone`.
     """
 
     observation_shapes: dict[str, tuple[int, ...]]
@@ -175,10 +184,12 @@ class ScdConfig:
 
     def _check_frames(self) -> None:
         """Raises ConfigError where a model of frames cannot be one, or one of actions has what only those have."""
-        camera, least = self.frames.camera, 0 if self.frames.camera else 1
+        camera, least = self.frames.camera, 0 if self.decodes_frames else 1
         if self.num_context_tokens < least:
             raise ConfigError(f"num_context_tokens must be at least {least}, got {self.num_context_tokens}")
-        if not camera:
+        if self.frames.beside_actions:
+            self._check_frames_beside()
+        if not self.decodes_frames:
             return
         if set(self.observation_shapes) != {camera} or len(self.observation_shapes[camera]) != 3:
             raise ConfigError(
@@ -197,10 +208,41 @@ class ScdConfig:
             if getattr(self, name) != value:
                 raise ConfigError(f"a model of frames needs {name} {value}, got {getattr(self, name)}")
 
+    def _check_frames_beside(self) -> None:
+        """Raises ConfigError where a model that plans actions cannot have a frame decoder besides."""
+        camera = self.frames.camera
+        if camera not in self.image_keys:
+            raise UnknownNameError("camera (model.frames.camera)", camera, self.image_keys)
+        self.frames.places(self.observation_shapes[camera])
+        for name, value in {"architecture": "separable", "history_stride": 1}.items():
+            if getattr(self, name) != value:
+                raise ConfigError(f"frames beside actions need {name} {value}, got {getattr(self, name)}")
+
     @property
     def decodes_frames(self) -> bool:
-        """Whether the decoder's tokens are patches of the next frame; else they are actions."""
-        return bool(self.frames.camera)
+        """Whether frames are all that is decoded; else the decoder's tokens are actions."""
+        return bool(self.frames.camera) and not self.frames.beside_actions
+
+    @property
+    def frames_alone(self) -> "ScdConfig":
+        """Of a model with frames beside actions, the model of frames that is part of it.
+
+        The pictures' own tokens are its context, and nothing else that is observed reaches them.
+        """
+        camera = self.frames.camera
+        return replace(
+            self,
+            observation_shapes={camera: self.observation_shapes[camera]},
+            decoder_layers=self.frames.decoder_layers,
+            num_context_tokens=0,
+            add_context=False,
+            chunk_length=1,
+            num_past_actions=0,
+            past_action_input="none",
+            max_delay_steps=0,
+            step_end_input=False,
+            frames=replace(self.frames, beside_actions=False),
+        )
 
     @property
     def token_shape(self) -> tuple[int, int]:

@@ -5,11 +5,12 @@ Shapes: B batch, L noisy tokens, Dx width of a noisy token (Da for actions), K c
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from scd_robot.model.config import ScdConfig
 from scd_robot.nn import AdaLNBlock, FlowTimeEmbedding, modulate
 
 __all__ = ["Conditioning", "DiffusionDecoder", "PreparedContext"]
@@ -163,6 +164,25 @@ class DiffusionDecoder(FlowTransformer):
         self.context_embed = nn.Linear(width, width)
         self.context_position = nn.Parameter(torch.randn(num_context_tokens, width) * 0.02)
         self.context_add = nn.Linear(width, width) if add_context else None
+
+    @classmethod
+    def of(cls, config: ScdConfig) -> Self:
+        """That of a separable model."""
+        num_tokens, token_dim = config.token_shape
+        return cls(
+            token_dim=token_dim,
+            known_dim=token_dim if config.decodes_frames else 0,
+            num_positions=num_tokens,
+            num_hidden_positions=config.num_past_actions,
+            num_context_tokens=config.num_decoder_context,
+            width=config.width,
+            num_heads=config.num_heads,
+            num_layers=config.decoder_layers,
+            mlp_ratio=config.mlp_ratio,
+            fusion=config.fusion,
+            add_context=config.add_context,
+            step_end_input=config.step_end_input,
+        )
 
     def forward(self, x: Tensor, flow_time: Tensor, context: Tensor, token_valid: Tensor | None = None) -> Tensor:
         """Velocity (B, L, Dx) of noisy tokens.

@@ -4,21 +4,33 @@ Shapes: B batch, T control steps, P tokens per control step, K context tokens, D
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from scd_robot.model.config import ScdConfig
-from scd_robot.nn import CausalBlock, KVCache, RotaryEmbedding, window_mask
+from scd_robot.nn import CausalBlock, KVCache, RotaryEmbedding, limit_to_group, window_mask
 
 __all__ = ["CausalEncoder"]
 
 
 class CausalEncoder(nn.Module):
-    """Transformer over token groups: bidirectional inside a control step, causal and windowed across them."""
+    """Transformer over token groups: bidirectional inside a control step, causal and windowed across them.
 
-    def __init__(self, config: ScdConfig, tokens_per_step: int, context_slots: slice) -> None:
+    Args:
+        config: architecture.
+        tokens_per_step: P.
+        context_slots: the tokens of a group that the context is read from.
+        sees: (P, P) bool, which tokens of any group a token sees; None = all.
+    """
+
+    sees: Tensor | None
+
+    def __init__(
+        self, config: ScdConfig, tokens_per_step: int, context_slots: slice, sees: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.tokens_per_step = tokens_per_step
@@ -29,6 +41,7 @@ class CausalEncoder(nn.Module):
             for _ in range(config.encoder_layers)
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)  # to unit RMS
+        self.register_buffer("sees", sees, persistent=False)
 
     def forward(
         self,
@@ -48,16 +61,28 @@ class CausalEncoder(nn.Module):
         Returns:
             (B, T, K, D) with unit RMS over D.
         """
+        return self.outputs(tokens, token_valid, stream, first_position)[..., self.context_slots, :]
+
+    def outputs(
+        self,
+        tokens: Tensor,
+        token_valid: Tensor | None = None,
+        stream: Tensor | None = None,
+        first_position: int = 0,
+    ) -> Tensor:
+        """As `forward`, what becomes of all tokens, (B, T, P, D)."""
         batch, steps, group, width = tokens.shape
         mask, own = window_mask(
             steps, group, self.config.history_length, stream=stream, token_valid=token_valid, device=tokens.device
         )
+        mask = mask if self.sees is None else limit_to_group(mask, self.sees)
         positions = torch.arange(first_position, first_position + steps, device=tokens.device)
         rotary = self.rotary(positions.repeat_interleave(group)[None], tokens.dtype)
         x = tokens.flatten(1, 2)
         for block in self.blocks:
             x = block(x, rotary, mask, own)
-        return self._context(x.view(batch, steps, group, width))
+        normed: Tensor = self.norm(x.view(batch, steps, group, width))
+        return normed
 
     def step(
         self, tokens: Tensor, cache: KVCache, token_valid: Tensor | None = None, active: Tensor | None = None
@@ -71,12 +96,15 @@ class CausalEncoder(nn.Module):
             active: (B,) bool, rows that take the step; None = all.
         """
         plan = cache.begin_step(token_valid, active)
+        if self.sees is not None:
+            plan = replace(plan, mask=limit_to_group(plan.mask, self.sees))
         rotary = self.rotary(plan.position[:, None], tokens.dtype)
         x = tokens
         for layer, block in enumerate(cast(Iterable[CausalBlock], self.blocks)):
             x = block.step(x, rotary, layer, cache, plan)
         cache.end_step(plan)
-        return self._context(x)
+        context: Tensor = self.norm(x[..., self.context_slots, :])
+        return context
 
     def new_cache(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -93,7 +121,3 @@ class CausalEncoder(nn.Module):
             device=device,
             dtype=dtype,
         )
-
-    def _context(self, x: Tensor) -> Tensor:
-        context: Tensor = self.norm(x[..., self.context_slots, :])
-        return context

@@ -5,8 +5,8 @@
 
 Encoder and decoder are those that plan actions; the decoder's tokens are patches of the frame that follows, each beside
 the patch that was last seen in its place, and the action executed in the present control step is one more token of its
-context. Further frames follow by giving what was
-imagined to the encoder as the next observation.
+context. Further frames follow by giving what was imagined to the encoder as the next observation. Where a model plans
+actions and decodes frames (joint.py), a `FrameHead` reads what that model's encoder makes of the picture.
 
 The decoder says what the clean patch is, not the velocity, which follows from it: a patch has more numbers than the
 transformer is wide, so noise would not pass through it, but pictures do (Li & He, "Back to Basics: Let Denoising
@@ -26,23 +26,23 @@ from torch import Tensor, nn
 
 from scd_robot.diffusion import SamplerConfig, sample
 from scd_robot.errors import ShapeError
-from scd_robot.model.base import ContextT, HistoryModel
+from scd_robot.model.base import HistoryModel
 from scd_robot.model.causal_dit import EntangledModel, HistoryContext
 from scd_robot.model.config import ScdConfig
-from scd_robot.model.decoder import Conditioning
+from scd_robot.model.decoder import Conditioning, DiffusionDecoder
+from scd_robot.model.denoiser import ContextT, Denoiser
 from scd_robot.model.scd import SeparableModel
 from scd_robot.nn import sine_places
 
-__all__ = ["CausalDitFrameModel", "FrameModel", "ScdFrameModel"]
+__all__ = ["CausalDitFrameModel", "FrameDenoiser", "FrameHead", "FrameModel", "ScdFrameModel"]
 
 _HALF = 127.5  # grey levels to 1
 _CHANGE = 4.0  # how much larger tokens of changes are: those that an eye sees are about as large as the noise
 
 
-class FrameModel(HistoryModel[ContextT]):
-    """A model of history that denoises the next frame.
+class FrameDenoiser(Denoiser[ContextT]):
+    """Denoises the next frame.
 
-    encode_step   (B, ...) picture, cache -> context of one more control step
     imagine       context, action, last frame -> next frame, NFE times `decoder.velocity`
     velocity      noisy patches, flow time, `with_action(context, action)` -> velocity                 (training)
     """
@@ -157,8 +157,15 @@ class FrameModel(HistoryModel[ContextT]):
         """The context of R samples with one more token (R, D)."""
 
 
-class ScdFrameModel(FrameModel[Tensor], SeparableModel):
-    """Separable: the decoder reads the context of one control step, and the action, and never sees history."""
+class FrameModel(FrameDenoiser[ContextT], HistoryModel[ContextT]):
+    """A model of history that denoises the next frame, and nothing else.
+
+    encode_step   (B, ...) picture, cache -> context of one more control step
+    """
+
+
+class SeparableFrames(FrameDenoiser[Tensor]):
+    """The decoder reads the context of one control step, and the action, and never sees history."""
 
     def __init__(self, config: ScdConfig) -> None:
         super().__init__(config)
@@ -170,6 +177,26 @@ class ScdFrameModel(FrameModel[Tensor], SeparableModel):
 
     def _with_token(self, context: Tensor, token: Tensor) -> Tensor:
         return torch.cat((context, token[:, None]), dim=1)
+
+
+class ScdFrameModel(SeparableFrames, FrameModel[Tensor], SeparableModel):
+    """A separable model of frames."""
+
+
+class _ScdDecoder(Denoiser[Tensor]):
+    """The decoder of a separable model alone."""
+
+    def __init__(self, config: ScdConfig) -> None:
+        super().__init__(config)
+        self.decoder = DiffusionDecoder.of(config)
+
+
+class FrameHead(SeparableFrames, _ScdDecoder):
+    """All of a separable model of frames but what reads the history: that is another model's, which has this one.
+
+    Args:
+        config: of the model of frames, see `ScdConfig.frames_alone`.
+    """
 
 
 class CausalDitFrameModel(FrameModel[HistoryContext], EntangledModel):

@@ -5,7 +5,8 @@
 
 Separable Causal Diffusion (Bai et al., "Causality in Video Diffusers is Separable from Denoising", arXiv 2602.10095),
 with a control step in the place of a video frame. The loop over denoising steps is `ActionModel.plan` in base.py, which
-this model shares with its entangled rival (causal_dit.py).
+this model shares with its entangled rival (causal_dit.py). The picture that follows an action is decoded from the same
+history: frames.py, and beside actions joint.py.
 
 Shapes: B batch, T control steps, M samples per stream, K context tokens, D width.
 """
@@ -31,22 +32,9 @@ class SeparableModel(HistoryModel[Tensor]):
 
     def __init__(self, config: ScdConfig) -> None:
         super().__init__(config)
-        self.encoder = CausalEncoder(config, self.tokenizer.tokens_per_step, self.tokenizer.context_slots)
-        num_tokens, token_dim = config.token_shape
-        self.decoder = DiffusionDecoder(
-            token_dim=token_dim,
-            known_dim=token_dim if config.decodes_frames else 0,
-            num_positions=num_tokens,
-            num_hidden_positions=config.num_past_actions,
-            num_context_tokens=config.num_decoder_context,
-            width=config.width,
-            num_heads=config.num_heads,
-            num_layers=config.decoder_layers,
-            mlp_ratio=config.mlp_ratio,
-            fusion=config.fusion,
-            add_context=config.add_context,
-            step_end_input=config.step_end_input,
-        )
+        steps = self.tokenizer
+        self.encoder = CausalEncoder(config, steps.tokens_per_step, steps.context_slots, steps.sees)
+        self.decoder = DiffusionDecoder.of(config)
 
     def samples(self, context: Tensor, copies: int) -> Tensor:
         """Contexts (B, M, K, D) as (B * M * copies, K, D)."""

@@ -52,8 +52,27 @@ class StepTokenizer(nn.Module):
     def context_slots(self) -> slice:
         """Which tokens of a group the context is read from."""
         if not self.num_slots:
-            return self._slots[self.config.frames.camera]
+            return self.frame_slots
         return slice(self.tokens_per_step - self.num_slots, self.tokens_per_step)
+
+    @property
+    def frame_slots(self) -> slice:
+        """Which tokens of a group are of the picture that frames are imagined of."""
+        return self._slots[self.config.frames.camera]
+
+    @property
+    def sees(self) -> Tensor | None:
+        """(P, P) bool, which tokens of any group a token sees; None = all.
+
+        Where frames are decoded beside actions, tokens of the picture see those of pictures alone: what follows a
+        picture is then told by pictures and actions, and can be imagined on where nothing else is known.
+        """
+        if not self.config.frames.beside_actions:
+            return None
+        sees = torch.ones(self.tokens_per_step, self.tokens_per_step, dtype=torch.bool)
+        sees[self.frame_slots] = False
+        sees[self.frame_slots, self.frame_slots] = True
+        return sees
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,6 +1,6 @@
 """Building blocks: windowed causal attention, its ring cache, transformer blocks, embeddings, image encoders."""
 
-from scd_robot.nn.attention import attend, multi_head_attention, window_mask
+from scd_robot.nn.attention import attend, limit_to_group, multi_head_attention, window_mask
 from scd_robot.nn.blocks import AdaLNBlock, CausalBlock, CausalDitBlock, modulate
 from scd_robot.nn.embeddings import FlowTimeEmbedding, RotaryEmbedding, apply_rotary
 from scd_robot.nn.images import ImageConfig, ImageEncoder, sine_places
@@ -17,6 +17,7 @@ __all__ = [
     "RotaryEmbedding",
     "apply_rotary",
     "attend",
+    "limit_to_group",
     "modulate",
     "multi_head_attention",
     "sine_places",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["attend", "multi_head_attention", "window_mask"]
+__all__ = ["attend", "limit_to_group", "multi_head_attention", "window_mask"]
 
 
 def window_mask(
@@ -49,6 +49,21 @@ def window_mask(
         mask = mask & token_valid.flatten(1)[:, None, :]
         mask = mask | ~mask.any(dim=-1, keepdim=True)
     return mask[:, None], (age == 0)[None, None]
+
+
+def limit_to_group(mask: Tensor, sees: Tensor) -> Tensor:
+    """A mask in which tokens of a control step see some of a control step's tokens only.
+
+    Args:
+        mask: (B or 1, 1, L or 1, any control steps * P) bool, True = may attend.
+        sees: (P, P) bool, which tokens of any control step a token sees.
+
+    Returns:
+        (B or 1, 1, L or P, any control steps * P) bool; again no row is empty.
+    """
+    group = len(sees)
+    limited = mask & sees.repeat(max(1, mask.shape[-2] // group), mask.shape[-1] // group)
+    return limited | ~limited.any(dim=-1, keepdim=True)
 
 
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

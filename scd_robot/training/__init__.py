@@ -1,7 +1,7 @@
 """Training with Lightning: data module, objective, moving average, checkpoints."""
 
 from scd_robot.training.batches import SegmentDataset, TrainingBatch
-from scd_robot.training.config import ExperimentConfig, TrainingConfig
+from scd_robot.training.config import ExperimentConfig, FrameLossConfig, TrainingConfig
 from scd_robot.training.datamodule import EpisodeDataModule
 from scd_robot.training.ema import Ema
 from scd_robot.training.module import ScdLightningModule
@@ -12,6 +12,7 @@ __all__ = [
     "Ema",
     "EpisodeDataModule",
     "ExperimentConfig",
+    "FrameLossConfig",
     "ScdLightningModule",
     "SegmentDataset",
     "TrainingBatch",

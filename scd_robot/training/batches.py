@@ -9,7 +9,8 @@ of numbers in one, and K counts the action.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from scd_robot.datasets import ACTION, EpisodeDataset
 from scd_robot.datasets.windows import SegmentBatch, SegmentIndex
 from scd_robot.diffusion import sample_flow_time, sample_mip_time, sample_step_end
 from scd_robot.errors import ConfigError
-from scd_robot.seeding import TRAINING_DRAW, VALIDATION_DRAW, keyed_rng
+from scd_robot.seeding import FRAME_DRAW, TRAINING_DRAW, VALIDATION_DRAW, keyed_rng
 from scd_robot.training.config import ExperimentConfig
 from scd_robot.training.segments import SegmentReader, Segments
 
@@ -46,6 +47,7 @@ class Draws:
         end_time: (B, M, S) where steps from flow_time end, or empty where the model does not ask for it.
         image_shift: (B, V, 2) how pictures are moved, see `augmentation.augmented`; (0, V, 2) = not at all.
         image_colour: (B, V, 3).
+        frames: for a frame decoder beside actions, draws of its own at the first of the positions; else None.
     """
 
     stream: Tensor
@@ -59,6 +61,7 @@ class Draws:
     end_time: Tensor
     image_shift: Tensor
     image_colour: Tensor
+    frames: "Draws | None" = None
 
 
 @dataclass
@@ -141,6 +144,8 @@ class SegmentDataset(Dataset[TrainingBatch]):
             segments = self._index.batch(step, self._samples, size)
             keys = [(TRAINING_DRAW, training_seed, step, sample) for sample in self._samples]
         draws = self._draw(segments, keys)
+        if self._experiment.model.frames.beside_actions:
+            draws.frames = self._draw_frames(draws, keys)
         return TrainingBatch(self._reader.read(segments, draws.position.numpy()), draws)
 
     def _draw(self, segments: SegmentBatch, keys: list[tuple[int, int, int, int]]) -> Draws:
@@ -164,9 +169,8 @@ class SegmentDataset(Dataset[TrainingBatch]):
         begins_inside = segments.start > segments.episode_start
         for i, key in enumerate(keys):
             rng, steps_here = keyed_rng(*key), int(segments.lengths[i])
-            last = (
-                steps_here - model.decodes_frames
-            )  # one past those that may be chosen: the next frame has to be there
+            # One past those that may be chosen: of a model of frames the next one has to be there.
+            last = steps_here - model.decodes_frames
             cut, at = rng.random(), rng.integers(1, max(2, steps_here))
             if cut < training.virtual_reset_probability and not self._validation:
                 stream[i, at:] = 1
@@ -199,8 +203,32 @@ class SegmentDataset(Dataset[TrainingBatch]):
             if augments:
                 shift[i], colour[i] = augmentation.draw(cameras, rng)
         drawn = (stream, position, position_valid, flow_time, noise, corruption, past_noise, delay)
-        fields = (*drawn, end_time, shift, colour)
-        return Draws(*(torch.from_numpy(x) for x in fields))
+        fields: list[Any] = [torch.from_numpy(x) for x in (*drawn, end_time, shift, colour)]
+        return Draws(*fields)
+
+    def _draw_frames(self, draws: Draws, keys: list[tuple[int, int, int, int]]) -> Draws:
+        """What a frame decoder beside actions is trained with; the other draws are as without it."""
+        training, model = self._experiment.training, self._experiment.model.frames_alone
+        positions = min(training.frames.positions_per_segment, training.positions_per_segment)
+        shape = (len(keys), positions, training.noise_draws)
+        flow_time, noise = np.empty(shape, np.float32), np.empty((*shape, *model.token_shape), np.float32)
+        corrupts = (len(keys) if model.context_corruption else 0, *shape[1:], model.num_decoder_context, model.width)
+        corruption = np.empty(corrupts, np.float32)
+        for i, key in enumerate(keys):
+            rng = keyed_rng(FRAME_DRAW, *key)
+            times = sample_flow_time(training.frames.flow_time, shape[1:], rng)
+            flow_time[i] = np.minimum(times, LATEST_FRAME_TIME)
+            rng.standard_normal(dtype=np.float32, out=noise[i])
+            if model.context_corruption:
+                rng.standard_normal(dtype=np.float32, out=corruption[i])
+        return replace(
+            draws,
+            position=draws.position[:, :positions],
+            position_valid=draws.position_valid[:, :positions],
+            flow_time=torch.from_numpy(flow_time),
+            noise=torch.from_numpy(noise),
+            corruption=torch.from_numpy(corruption),
+        )
 
 
 def idle_rows(action: NDArray[np.float32], episode_ends: NDArray[np.int64], length: int) -> NDArray[np.bool_]:

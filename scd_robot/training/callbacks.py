@@ -107,7 +107,8 @@ class ProgressBar(lightning.Callback):
         """Advances the bar."""
         if self._bar is None:
             return
-        names = {"train/loss": "loss", "val/chunk_rmse": "val rmse", "val/frame_rmse": "val rmse"}
+        names = {"train/loss": "loss", "train/frame_loss": "frame loss"}
+        names |= {"val/chunk_rmse": "val rmse", "val/frame_rmse": "val frame rmse"}
         metrics = trainer.callback_metrics
         self._bar.set_postfix({short: f"{float(metrics[n]):.4f}" for n, short in names.items() if n in metrics}, False)
         self._bar.update(trainer.global_step - self._bar.n)

@@ -12,7 +12,7 @@ from scd_robot.policies.scd import ScdPolicyConfig
 from scd_robot.training.augmentation import AugmentationConfig
 from scd_robot.transforms import GOAL, TASK, TransformConfig
 
-__all__ = ["OBJECTIVES", "ExperimentConfig", "Objective", "TrainingConfig"]
+__all__ = ["OBJECTIVES", "ExperimentConfig", "FrameLossConfig", "Objective", "TrainingConfig"]
 
 Objective = Literal["flow_matching", "mean_flow", "shortcut", "mip"]
 
@@ -24,6 +24,29 @@ OBJECTIVES: dict[Objective, SamplerConfig] = {
     "mip": SamplerConfig("mip", 2),
 }
 _AVERAGES = ("mean_flow", "shortcut")
+
+
+@dataclass(frozen=True)
+class FrameLossConfig:
+    """How a frame decoder beside actions (`model.frames.beside_actions`) is trained with them; always flow matching.
+
+    Attributes:
+        loss_weight: of the frames' loss, in units of the actions'; with 0 the frame decoder learns nothing, and encoder
+            and action decoder learn as without it.
+        positions_per_segment: the first so many of the control steps whose chunks are denoised, whose next frames are
+            as well.
+        flow_time: distribution of the frames' flow time; near to noise, since changes are seen through much of it.
+    """
+
+    loss_weight: float = 1.0
+    positions_per_segment: int = 8
+    flow_time: FlowTimeConfig = field(default_factory=lambda: FlowTimeConfig("logit_normal", mean=-2.0, std=1.2))
+
+    def __post_init__(self) -> None:
+        if not self.loss_weight >= 0:
+            raise ConfigError(f"frames.loss_weight must not be negative, got {self.loss_weight}")
+        if self.positions_per_segment < 1:
+            raise ConfigError(f"frames.positions_per_segment must be at least 1, got {self.positions_per_segment}")
 
 
 @dataclass(frozen=True)
@@ -70,6 +93,7 @@ class TrainingConfig:
         num_workers: processes that prepare batches; 0 = the training process itself, best for vectors.
         augmentation: of pictures.
         images_in_memory_gb: pictures that take no more than this are read once and kept, others in every batch.
+        frames: of a frame decoder beside actions.
     """
 
     objective: Objective = "flow_matching"
@@ -103,6 +127,7 @@ class TrainingConfig:
     num_workers: int = 0
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     images_in_memory_gb: float = 2.0
+    frames: FrameLossConfig = field(default_factory=FrameLossConfig)
 
     def __post_init__(self) -> None:
         for value, choices in ((self.objective, tuple(OBJECTIVES)), (self.trained, ("all", "decoder"))):
@@ -165,12 +190,12 @@ class ExperimentConfig:
     def _check_objective(self) -> None:
         """Raises ConfigError where the model, or how it is run, is not what the objective trains."""
         objective, solver = self.training.objective, self.policy.sampler.solver
-        if self.model.decodes_frames and self.training.segment_length < 2:
+        if self.model.frames.camera and self.training.segment_length < 2:
             raise ConfigError(
                 f"a model of frames learns what comes next: training.segment_length must be at least 2, got "
                 f"{self.training.segment_length}"
             )
-        if self.model.decodes_frames and self.transforms.chunk != "absolute":
+        if self.model.frames.camera and self.transforms.chunk != "absolute":
             raise ConfigError(
                 f"a model of frames is told actions as they are: transforms.chunk must be 'absolute', got "
                 f"{self.transforms.chunk!r}"

@@ -12,15 +12,17 @@ from torch.distributed.tensor import DTensor
 
 from scd_robot.checkpoint import Checkpoint
 from scd_robot.errors import CheckpointError, TrainingDivergedError
-from scd_robot.model import build_model
+from scd_robot.model import JointModel, build_model
 from scd_robot.normalization import Normalizer
 from scd_robot.training.batches import TrainingBatch
 from scd_robot.training.compat import lightning
 from scd_robot.training.config import ExperimentConfig, TrainingConfig
 from scd_robot.training.ema import Ema
-from scd_robot.training.objective import loss_terms, sampled_errors, select_samples, velocity_error
+from scd_robot.training.objective import held_out_errors, losses, select_samples
 
 __all__ = ["ScdLightningModule", "learning_rate_factor"]
+
+_DECODERS = ("decoder.", "frame_head.")
 
 
 def learning_rate_factor(step: int, training: TrainingConfig) -> float:
@@ -46,7 +48,7 @@ class ScdLightningModule(lightning.LightningModule):
         self.model = build_model(experiment.model)
         if experiment.training.trained == "decoder":
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name.startswith("decoder."))
+                parameter.requires_grad_(name.startswith(_DECODERS))
         self.normalizer = normalizer
         self.ema = Ema(self.model, experiment.training.ema_decay)
         self.evaluated_at = -1  # step of the last closed-loop evaluation
@@ -71,6 +73,8 @@ class ScdLightningModule(lightning.LightningModule):
         if self.device_mesh is None or isinstance(next(self.model.parameters()), DTensor):
             return
         decoding = ("with_action", "imagine") if self.model.config.decodes_frames else ("plan",)
+        if isinstance(self.model, JointModel):  # what is gathered to encode stays so while its frame head decodes
+            decoding = ("plan", "encode_both_at")
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
         for method in ("encode", "encode_at", "velocity", *decoding):
             register_fsdp_forward_method(self.model, method)
@@ -82,7 +86,7 @@ class ScdLightningModule(lightning.LightningModule):
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         for name, parameter in trained:
-            groups.setdefault((name.startswith("decoder."), parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((name.startswith(_DECODERS), parameter.ndim > 1), []).append(parameter)
         settings = [
             {
                 "params": parameters,
@@ -102,20 +106,29 @@ class ScdLightningModule(lightning.LightningModule):
         self.ema.to(self.device)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        """Mean over the counted tokens of the global batch, whatever share of it this device holds."""
-        total, count = loss_terms(self.model, self.normalizer, batch, self.experiment.training.objective)
-        world_size = self.trainer.world_size
-        sums = torch.stack((total.detach(), count.to(total.dtype)))
-        if world_size > 1:
-            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        mean = sums[0] / sums[1]
-        if not torch.isfinite(mean):
-            raise TrainingDivergedError(
-                f"the loss became {mean.item()} at step {self.trainer.global_step}; continue from the last checkpoint "
-                "with a smaller learning_rate, and look for outliers with 'scd data info'"
-            )
-        self.log("train/loss", mean, prog_bar=True)
-        return total * (world_size / sums[1])  # gradients are averaged over devices
+        """Mean over the counted tokens of the global batch, whatever share of it this device holds.
+
+        Where frames are decoded beside actions, the weighted sum of both means, which are logged apart.
+        """
+        training, world_size = self.experiment.training, self.trainer.world_size
+        samples = select_samples(self.model, self.normalizer, batch)
+        loss: Tensor | float = 0.0
+        for name, (total, count) in losses(self.model, samples, batch.draws, training.objective).items():
+            sums = torch.stack((total.detach(), count.to(total.dtype)))
+            if world_size > 1:
+                sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+            count = sums[1].clamp(min=1)  # of a batch without pictures no frame counts
+            mean = sums[0] / count
+            if not torch.isfinite(mean):
+                raise TrainingDivergedError(
+                    f"the {name.replace('_', ' ')} became {mean.item()} at step {self.trainer.global_step}; continue "
+                    "from the last checkpoint with a smaller learning_rate, and look for outliers with 'scd data info'"
+                )
+            self.log(f"train/{name}", mean, prog_bar=True)
+            weight = training.frames.loss_weight if name == "frame_loss" else 1.0
+            loss = loss + total * (weight * world_size / count)  # gradients are averaged over devices
+        assert isinstance(loss, Tensor)
+        return loss
 
     def configure_gradient_clipping(
         self,
@@ -147,23 +160,22 @@ class ScdLightningModule(lightning.LightningModule):
     def validation_step(self, batch: TrainingBatch, batch_idx: int) -> None:
         """Loss, and error of what is sampled with the policy's sampler, on held-out episodes."""
         samples = select_samples(self.model, self.normalizer, batch)
-        found = {"loss": velocity_error(self.model, samples, batch.draws, self.experiment.training.objective)}
-        found |= sampled_errors(self.model, samples, batch.draws, self.experiment.policy.sampler)
+        found = losses(self.model, samples, batch.draws, self.experiment.training.objective)
+        found |= held_out_errors(self.model, samples, batch.draws, self.experiment.policy.sampler)
         for name, (value, weight) in found.items():
             before = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (before[0] + float(value), before[1] + float(weight))
 
     def on_validation_epoch_end(self) -> None:
         """Logs means over all held-out tokens; errors as root mean squares in normalised units."""
-        means = {name: total / weight for name, (total, weight) in self._sums.items()}
+        means = {name: total / max(weight, 1.0) for name, (total, weight) in self._sums.items()}
         if not all(map(math.isfinite, means.values())):
             raise TrainingDivergedError(
                 f"the validation at step {self.trainer.global_step} gave {means}; continue from the last checkpoint "
                 "with a smaller learning_rate"
             )
-        self.log("val/loss", means.pop("loss"))
         for name, mean in means.items():
-            self.log(f"val/{name}_rmse", math.sqrt(mean))
+            self.log(*(f"val/{name}", mean) if name.endswith("loss") else (f"val/{name}_rmse", math.sqrt(mean)))
 
     def on_validation_end(self) -> None:
         """Back to the raw weights."""

@@ -5,21 +5,32 @@ L = k + Ta, Da action width, K context tokens, D width. For models of frames L i
 numbers in one.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scd_robot.diffusion import SamplerConfig, corrupt, interpolate, mean_flow, shortcut
-from scd_robot.model import ActionModel, FrameModel, HistoryModel
+from scd_robot.model import ActionModel, Denoiser, FrameDenoiser, FrameModel, HistoryModel, JointModel
 from scd_robot.model.base import take_steps
 from scd_robot.normalization import Normalizer
 from scd_robot.training.augmentation import augmented
 from scd_robot.training.batches import Draws, TrainingBatch
 from scd_robot.training.config import Objective
+from scd_robot.training.segments import Segments
 
-__all__ = ["DecoderSamples", "encode_batch", "loss_terms", "sampled_errors", "select_samples", "velocity_error"]
+__all__ = [
+    "DecoderSamples",
+    "encode_batch",
+    "held_out_errors",
+    "loss_terms",
+    "losses",
+    "sampled_errors",
+    "select_samples",
+    "velocity_error",
+]
 
 _AVERAGE_VELOCITY = {"mean_flow": mean_flow, "shortcut": shortcut}
 
@@ -36,8 +47,9 @@ class DecoderSamples:
         valid: (R, L) bool; False before the history begins and past the episode's end: masked in attention, no loss.
             None = all are there.
         committed: (R, L) bool; actions given clean, no loss. None = no action.
-        action: (R, Da) executed in each sample's control step; models of frames only, as the next.
+        action: (R, Da) executed in each sample's control step; where frames are decoded only, as the next.
         last: (R, H, W, C) uint8, the frame of that control step.
+        frames: what a frame decoder beside actions is trained on, from the same pass of the encoder; else None.
     """
 
     context: Any
@@ -47,6 +59,7 @@ class DecoderSamples:
     committed: Tensor | None = None
     action: Tensor | None = None
     last: Tensor | None = None
+    frames: "DecoderSamples | None" = None
 
     def tokens_counted(self) -> Tensor:
         """(R, L) bool, which tokens the loss is of."""
@@ -82,25 +95,41 @@ def _history(model: HistoryModel[Any], normalizer: Normalizer, batch: TrainingBa
 def select_samples(model: HistoryModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> DecoderSamples:
     """Encodes the segments and gathers context of the drawn positions, and what is to be decoded there."""
     draws, history = batch.draws, _history(model, normalizer, batch)
-    context = model.samples(model.encode_at(draws.position, **history), draws.flow_time.shape[2])
+    copies, executed = draws.flow_time.shape[2], normalizer.normalize("action", batch.segments.executed)
+    if isinstance(model, JointModel):
+        assert draws.frames is not None
+        contexts, of_pictures = model.encode_both_at(draws.position, **history)
+        positions = slice(draws.frames.position.shape[1])
+        of_pictures = model.samples(of_pictures[:, positions], copies)
+        action = executed[:, positions, model.config.num_past_actions]
+        frames = _frame_samples(model.frame_head, batch.segments, draws.frames, history, of_pictures, action)
+        return replace(_action_samples(model, normalizer, batch, model.samples(contexts, copies)), frames=frames)
+    context = model.samples(model.encode_at(draws.position, **history), copies)
     if isinstance(model, FrameModel):
-        return _frame_samples(model, normalizer, batch, history["observation"], context)
+        return _frame_samples(model, batch.segments, draws, history, context, executed[:, :, 0])
     return _action_samples(model, normalizer, batch, context)
 
 
 def _frame_samples(
-    model: FrameModel[Any], normalizer: Normalizer, batch: TrainingBatch, seen: dict[str, Tensor], context: Any
+    model: FrameDenoiser[Any],
+    segments: Segments,
+    draws: Draws,
+    history: Mapping[str, Any],
+    context: Any,
+    action: Tensor,
 ) -> DecoderSamples:
-    """What follows the pictures of the drawn positions, as they are seen."""
-    draws, copies = batch.draws, batch.draws.flow_time.shape[2]
-    frames, executed = seen[model.config.frames.camera], normalizer.normalize("action", batch.segments.executed)
+    """What follows the pictures of the drawn positions, as they are seen, after actions (B, M, Da) executed there."""
+    camera, copies = model.config.frames.camera, draws.flow_time.shape[2]
+    frames, there = history["observation"][camera], history["present"][camera]
+    follows = there & torch.nn.functional.pad(there[:, 1:], (0, 1))
     after = (draws.position + 1).clamp(max=frames.shape[1] - 1)  # beyond it only where a position does not count
-    last, next_frame = (
-        take_steps(frames, at).flatten(0, 1).repeat_interleave(copies, 0) for at in (draws.position, after)
-    )
-    action = executed[:, :, 0].flatten(0, 1).repeat_interleave(copies, 0)
-    counted = draws.position_valid.flatten().repeat_interleave(copies, 0)
-    return DecoderSamples(context, model.tokens(next_frame, last), counted, action=action, last=last)
+
+    def flat(x: Tensor) -> Tensor:  # (B, M, ...) -> (R, ...)
+        return x.flatten(0, 1).repeat_interleave(copies, 0)
+
+    last, next_frame = (flat(take_steps(frames, at)) for at in (draws.position, after))
+    counted = flat(draws.position_valid & take_steps(follows, draws.position))
+    return DecoderSamples(context, model.tokens(next_frame, last), counted, action=flat(action), last=last)
 
 
 def _action_samples(
@@ -130,12 +159,24 @@ def _action_samples(
 def loss_terms(
     model: HistoryModel[Any], normalizer: Normalizer, batch: TrainingBatch, objective: Objective = "flow_matching"
 ) -> tuple[Tensor, Tensor]:
-    """The training loss of a batch, see `velocity_error`."""
+    """The training loss of a batch, without that of frames beside actions; see `velocity_error`."""
     return velocity_error(model, select_samples(model, normalizer, batch), batch.draws, objective)
 
 
+def losses(
+    model: HistoryModel[Any], samples: DecoderSamples, draws: Draws, objective: Objective
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`velocity_error` of the model's decoder as `loss`, and of a frame decoder beside actions as `frame_loss`."""
+    found = {"loss": velocity_error(model, samples, draws, objective)}
+    if isinstance(model, JointModel):
+        assert samples.frames is not None
+        assert draws.frames is not None
+        found["frame_loss"] = velocity_error(model.frame_head, samples.frames, draws.frames)
+    return found
+
+
 def velocity_error(
-    model: HistoryModel[Any], samples: DecoderSamples, draws: Draws, objective: Objective = "flow_matching"
+    model: Denoiser[Any], samples: DecoderSamples, draws: Draws, objective: Objective = "flow_matching"
 ) -> tuple[Tensor, Tensor]:
     """Sum of squared velocity errors over counted tokens (mean over Da), and their number, both scalars.
 
@@ -146,7 +187,7 @@ def velocity_error(
     """
     config = model.config
     context, known = samples.context, None
-    if isinstance(model, FrameModel):
+    if isinstance(model, FrameDenoiser):
         assert samples.action is not None
         assert samples.last is not None
         context, known = model.with_action(context, samples.action), model.known(samples.last)
@@ -173,8 +214,20 @@ def velocity_error(
     return torch.where(counted, error, 0.0).sum(), counted.sum()
 
 
-def sampled_errors(
+def held_out_errors(
     model: HistoryModel[Any], samples: DecoderSamples, draws: Draws, sampler: SamplerConfig
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`sampled_errors`, also of a frame decoder beside actions, whose sampler is the default one."""
+    found = sampled_errors(model, samples, draws, sampler)
+    if isinstance(model, JointModel):
+        assert samples.frames is not None
+        assert draws.frames is not None
+        found |= sampled_errors(model.frame_head, samples.frames, draws.frames, SamplerConfig())
+    return found
+
+
+def sampled_errors(
+    model: Denoiser[Any], samples: DecoderSamples, draws: Draws, sampler: SamplerConfig
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """What is sampled as it will be in use, against the data: sums of squared errors (mean over Da) and their number.
 
@@ -187,7 +240,7 @@ def sampled_errors(
         of_tokens = error.square().mean(-1) * counted[:, : error.shape[1]]
         return of_tokens.sum(), counted[:, : error.shape[1]].sum()
 
-    if isinstance(model, FrameModel):
+    if isinstance(model, FrameDenoiser):
         assert samples.action is not None
         assert samples.last is not None
         tokens = model.imagine(samples.context, samples.action, samples.last, sampler=sampler, noise=noise)

@@ -1,5 +1,6 @@
 """Small models of frames, and a moving square to train them on."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,15 @@ FRAMES: dict[str, Any] = {
     "past_action_input": "full",
     "images": ImageConfig(channels=(8, 16), tokens_per_image=0),
     "frames": FrameConfig("eye", patch_size=4),
+}
+JOINT: dict[str, Any] = {  # actions beside them, and more to be observed
+    **FRAMES,
+    "observation_shapes": {"eye": SHAPE, "last": (2,)},
+    "num_context_tokens": 1,
+    "chunk_length": 4,
+    "num_past_actions": 2,
+    "past_action_input": "none",
+    "frames": FrameConfig("eye", patch_size=4, beside_actions=True, decoder_layers=1),
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "separable": {},
@@ -60,6 +70,26 @@ def frame_experiment(max_steps: int = 4, architecture: str = "separable", **trai
     return ExperimentConfig(
         "square", frame_config(architecture), TrainingConfig(**settings), ScdPolicyConfig(num_executed=1)
     )
+
+
+def joint_config(**changes: Any) -> ScdConfig:
+    """Of a small model of actions and frames; `changes` replace fields."""
+    return ScdConfig(**{**JOINT, **changes})
+
+
+def joint_experiment(max_steps: int = 4, model: ScdConfig | None = None, **training: Any) -> ExperimentConfig:
+    """To train one on the square that is pushed; `training` replaces fields."""
+    settings = replace(frame_experiment(max_steps, **training).training, flow_time=FlowTimeConfig())
+    return ExperimentConfig("square", model or joint_config(), settings, ScdPolicyConfig(num_executed=2))
+
+
+def pushed_square(episodes: int = 12, steps: int = 24, seed: int = 0) -> EpisodeDataset:
+    """The moving square beside the action that was executed last, as a vector."""
+    data = moving_square(episodes, steps, seed)
+    last = np.roll(data.arrays["action"], 1, axis=0)
+    last[::steps] = 0
+    spec = replace(data.spec, observation={**data.spec.observation, "last": ArraySpec((2,))})
+    return replace(data, spec=spec, arrays={**data.arrays, "last": last})
 
 
 def moving_square(episodes: int = 12, steps: int = 24, seed: int = 0) -> EpisodeDataset:

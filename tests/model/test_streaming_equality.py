@@ -7,7 +7,7 @@ import torch
 from model_streams import randomised, stream_of
 
 from scd_robot.errors import ShapeError
-from scd_robot.model import ScdConfig, ScdModel
+from scd_robot.model import FrameConfig, ScdConfig, ScdModel
 from scd_robot.nn import ImageConfig
 
 CONFIG = ScdConfig(
@@ -38,6 +38,12 @@ VARIANTS = {
         "past_action_input": "full",
     },
     "bias": {"encoder_bias": True},
+    "frames": {
+        "observation_shapes": CAMERAS,
+        "images": SMALL,
+        "memory_gate": True,
+        "frames": FrameConfig("eye", beside_actions=True),
+    },
 }
 
 

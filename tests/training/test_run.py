@@ -100,6 +100,17 @@ def test_two_processes_train_like_one_with_the_same_global_batch(tmp_path: Path,
         torch.testing.assert_close(one[name], two[name], atol=float(1e-4 * moved + 1e-6), rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_frames_beside_actions_train_alike_sharded_and_copied(tmp_path: Path) -> None:
+    for strategy in ("ddp", "fsdp"):
+        run_processes(tmp_path / strategy, 4, "--strategy", strategy, "--frames")
+    copied, sharded = weights(tmp_path / "ddp"), weights(tmp_path / "fsdp")
+    assert any(name.startswith("frame_head.") for name in copied)
+    assert copied.keys() == sharded.keys()
+    for name, weight in copied.items():
+        torch.testing.assert_close(sharded[name], weight, atol=1e-5, rtol=1e-4)
+
+
 def test_a_sharded_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     run_processes(tmp_path / "whole", 6, "--strategy", "fsdp")
     run_processes(tmp_path / "parts", 6, "--strategy", "fsdp", "--stop-after", "3")

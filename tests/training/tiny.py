@@ -1,6 +1,6 @@
 """A tiny dataset and experiment that train in a second; shared by the training tests and run as a program by some.
 
-python tiny.py OUT MAX_STEPS [--resume] [--devices N]
+python tiny.py OUT MAX_STEPS [--resume] [--strategy NAME] [--stop-after STEP] [--frames]
 """
 
 import sys
@@ -78,9 +78,15 @@ def main() -> None:
     if "--stop-after" in options:
         stop_after(callbacks.CheckpointWriter, int(options["--stop-after"]))
     strategy = options.get("--strategy", "auto")
+    data, experiment = tiny_data(), tiny_experiment(int(sys.argv[2]))
+    if "--frames" in options:  # beside actions
+        sys.path.append(str(Path(__file__).parents[1] / "helpers"))
+        from frame_models import joint_experiment, pushed_square
+
+        data, experiment = pushed_square(6, steps=20), joint_experiment(int(sys.argv[2]))
     train(
-        tiny_data(),
-        tiny_experiment(int(sys.argv[2])),
+        data,
+        experiment,
         Path(sys.argv[1]),
         resume="--resume" in options,
         accelerator="cpu",
