@@ -78,7 +78,7 @@ _ENTANGLED = ("model.architecture=entangled", "model.context_corruption=0")
 ARMS: dict[str, tuple[str, ...]] = {
     "separable": (),
     "separable concat": ("model.fusion=concat",),
-    "separable 5:1": ("model.encoder_layers=5", "model.decoder_layers=1"),
+    "separable 4:2": ("model.encoder_layers=4", "model.decoder_layers=2"),
     "entangled": _ENTANGLED,
     "history-1 twin": ("model.history_length=1",),
     "separable, brief": (),

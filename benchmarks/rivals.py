@@ -37,7 +37,7 @@ STEPS = (4, 8, 16)
 ARMS: dict[str, dict[str, Any]] = {
     "separable, prefix": {},
     "separable, concat": {"fusion": "concat"},
-    "separable, 5 + 1 layers": {"encoder_layers": 5, "decoder_layers": 1},
+    "separable, 4 + 2 layers": {"encoder_layers": 4, "decoder_layers": 2},
     "entangled": {"architecture": "entangled", "context_corruption": 0.0},
 }
 EXECUTED = 8
@@ -77,7 +77,7 @@ def main() -> None:
             f"- {arm}: planning tick with a history of 256 over 16, NFE 8: {ratio['median']:.2f} "
             f"({ratio['p5']:.2f}-{ratio['p95']:.2f})"
         )
-    for arm in ("separable, prefix", "separable, 5 + 1 layers"):
+    for arm in ("separable, prefix", "separable, 4 + 2 layers"):
         tick = ratios[f"64 16 {arm}"]["median"]
         verdict = _judge(tick, AIM_TICK)
         print(f"- {arm}: aim: tick at most {AIM_TICK} of the rival's at history 64, NFE 16: {tick:.2f}, {verdict}")

@@ -82,7 +82,9 @@ def pusht_state(dataset: DatasetSpec) -> ExperimentConfig:
             action_dim=dataset.action_dim,
             history_length=2,
             num_past_actions=0,
-            add_context=False,  # as it was measured
+            encoder_layers=4,  # these three as they were measured
+            decoder_layers=2,
+            add_context=False,
         ),
         training=TrainingConfig(
             max_steps=10_000, positions_per_segment=48, action_normalization="mean_std", validate_every=500
@@ -106,7 +108,14 @@ def memory_state(dataset: DatasetSpec) -> ExperimentConfig:
     return replace(
         base,
         preset="memory_state",
-        model=replace(base.model, history_length=256, history_stride=2, add_context=False),  # as it was measured
+        model=replace(
+            base.model,
+            history_length=256,
+            history_stride=2,
+            encoder_layers=4,  # these three as they were measured
+            decoder_layers=2,
+            add_context=False,
+        ),
         training=replace(
             base.training,
             max_steps=1000,
@@ -199,6 +208,7 @@ def frames_64(dataset: DatasetSpec) -> ExperimentConfig:
             observation_shapes={camera: shape},
             action_dim=dataset.action_dim,
             encoder_layers=3,
+            decoder_layers=2,
             history_length=16,
             num_context_tokens=0,
             add_context=False,

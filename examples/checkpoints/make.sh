@@ -6,7 +6,7 @@ out=$1
 
 scd data record metaworld/push-v3 --episodes 100 --action-noise 0.1 --out "$out/push.zarr" --seed 0
 scd train metaworld_state --dataset "$out/push.zarr" --out "$out/push" --threads 1 --max-steps 1500 --seed 0 \
-    --set model.width=64 model.num_heads=2
+    --set model.width=64 model.num_heads=2 model.encoder_layers=4 model.decoder_layers=2
 scd eval "$out/push" --env metaworld/push-v3 --episodes 100 --out "$out/push-evaluation"
 
 scd data record scd_memory/cue-reach:delay=mixed --episodes 600 --action-noise 0.015 --disturbances 0.02 \

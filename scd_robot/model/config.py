@@ -110,8 +110,8 @@ class ScdConfig:
     local_layers: int = 0
     width: int = 128
     num_heads: int = 4
-    encoder_layers: int = 4
-    decoder_layers: int = 2
+    encoder_layers: int = 5
+    decoder_layers: int = 1
     mlp_ratio: int = 4
     history_length: int = 128
     history_stride: int = 1

@@ -63,8 +63,8 @@ class ScdConfig(PreTrainedConfig):
 
     width: int = 128
     num_heads: int = 4
-    encoder_layers: int = 4
-    decoder_layers: int = 2
+    encoder_layers: int = 5
+    decoder_layers: int = 1
     mlp_ratio: int = 4
     history_length: int = 8
     history_stride: int = 1
