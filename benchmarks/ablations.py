@@ -19,8 +19,8 @@ ENVIRONMENTS = {"assembly": "metaworld/assembly-v3", "push-hidden": "metaworld/p
 BUDGETS = {"assembly": 400, "push-hidden": 600}  # optimiser steps; --pilot: 83/100 and 80/100 at these
 PILOT_BUDGETS = (300, 400, 600, 1000)
 
-# Besides the preset, for all arms: a history that covers the episode, which the hidden goal needs, and the split of layers
-# that the first of them had.
+# Besides the preset, for all arms: a history that covers the episode, which the hidden goal needs, and the split of
+# layers that the first of them had.
 COMMON = ("model.history_length=128", "model.encoder_layers=4", "model.decoder_layers=2")
 
 # Factor -> level -> settings. Decoder samples per encoded segment are positions_per_segment x noise_draws; positions
