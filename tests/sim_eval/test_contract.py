@@ -57,7 +57,10 @@ def slowly(name):
 EVERY = [slowly(name) for name in NAMES]
 # How often, and the memory that may come with it [bytes]. A reset of robosuite builds its model anew, in a second or
 # more: what it leaves behind would be megabytes.
-RESETS = dict.fromkeys(NAMES, (200, 20e6)) | {"robosuite/Door:cameras=agentview,image_size=48": (40, 40e6)}
+RESETS = dict.fromkeys(NAMES, (200, 20e6)) | {
+    "robosuite/Lift": (200, 40e6),
+    "robosuite/Door:cameras=agentview,image_size=48": (40, 40e6),
+}
 
 
 def needs_simulator(name):
