@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Sent:
+    history: int
     step: int
     begins: bool
     request: PlanRequest | None
@@ -75,6 +76,7 @@ class RemoteStream:
         self._clock: Clock = clock or MonotonicClock()
         self._connected = False
         self._begins = True  # the next observation begins a history
+        self._history = 0  # counts them; answers to what was sent of another say nothing about the present one
         self._step = 0  # of the newest observation, in its history
         self._pending: dict[str, Any] | None = None  # it, until it is known whether a plan of it is wanted
         self._unanswered: deque[_Sent] = deque()
@@ -132,6 +134,7 @@ class RemoteStream:
 
     def reset(self, rows: Sequence[int] | None = None, episodes: Sequence[int] | None = None) -> None:
         """The next observation begins a history."""
+        self._history += 1
         self._begins, self._pending, self._lost = True, None, None
 
     def observe(self, observation: Observation, executed_action: ActionArray | None = None) -> None:
@@ -208,7 +211,7 @@ class RemoteStream:
     def _post(self, request: PlanRequest | None) -> None:
         message, self._pending = self._pending, None
         assert message is not None
-        sent = _Sent(self._step, self._begins, request, self._clock.now())
+        sent = _Sent(self._history, self._step, self._begins, request, self._clock.now())
         self.link.send(pack(message))
         self._unanswered.append(sent)
         self._begins = False
@@ -247,7 +250,8 @@ class RemoteStream:
             answer = read_answer(self._served.address, frame)
         except RequestRefusedError as error:
             self._fail(sent, str(error))
-            self._lose(str(error))  # nobody knows whether the observation is part of the history
+            if sent.history == self._history:  # nobody knows whether the observation is part of it
+                self._lose(str(error))
             return
         except ScdRobotError as error:
             self._fail(sent, str(error))
@@ -256,7 +260,9 @@ class RemoteStream:
         told = answer.get("scd/step"), answer.get("scd/new_history")
         if told != (sent.step, sent.begins):
             self._fail(sent, "the answer is to something else")
-            self._give_up(f"the server answered for control step {told[0]}, asked was {sent.step}")
+            forgot = told == (sent.step, True)
+            answered = f"the server answered for control step {told[0]}, asked was {sent.step}"
+            self._give_up("the server had forgotten it, and began another" if forgot else answered)
         elif sent.request is not None:
             actions = np.asarray(answer.get("actions", np.zeros(0)))
             self._result = checked_plan(self.spec, sent.request, actions[None])
@@ -281,6 +287,7 @@ class RemoteStream:
         """The next observation begins a history; which is a loss where one had begun, of a policy that has any."""
         if not self._begins and self.spec.history_length > 1:
             self._lost = reason
+        self._history += 1
         self._begins, self._pending = True, None
 
 

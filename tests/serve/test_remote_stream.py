@@ -103,6 +103,17 @@ def test_each_fault_is_recorded_and_the_loop_recovers(kind, tmp_path):
     assert done.report.state == "stopped"
 
 
+@pytest.mark.parametrize("resets", [False, True])
+def test_a_refusal_costs_the_history_it_was_of_and_no_other(resets):
+    """The way takes longer than a control step: when the next history begins, refusals of the last one are to come."""
+    script = [Incident("slow_network", 0, 100), Incident("refused", 30), *([Incident("reset", 31)] if resets else [])]
+    kept = Kept()
+    done = rehearse(script, LoopConfig(execution=ExecutionConfig("receding")), PLACES, steps=80, connect=kept)
+    assert done.report.faults.get("encoder_error", 0) == (0 if resets else 1)
+    assert (done.violations, kept.link.refused) == ([], [])
+    assert done.states["running"] >= 60
+
+
 def test_it_stands_still_while_the_server_is_away_and_gives_up_as_configured():
     kept = Kept()
     config = LoopConfig(watchdog=WatchdogConfig(give_up_s=1.0))
@@ -182,6 +193,17 @@ def test_a_server_that_leaves_a_message_unanswered_is_given_up():
     alone.stream.observe(alone.seen)
     assert alone.stream.may_plan
     assert alone.link.connections == 2
+
+
+def test_a_server_that_forgot_the_history_is_told_as_such():
+    alone = Alone([Incident("forgotten", 2)])
+    alone.stream.observe(alone.seen)
+    alone.clock.advance(2 * DT)
+    alone.stream.observe(alone.seen)
+    alone.stream.skip()
+    alone.clock.advance(DT)
+    with pytest.raises(HistoryLostError, match="lost: the server had forgotten it"):
+        alone.stream.observe(alone.seen)
 
 
 def test_a_server_that_has_another_policy_after_it_was_gone_is_never_followed():
