@@ -115,13 +115,23 @@ class Served:
         """From the first message of a connection.
 
         Raises:
-            ConfigError: the server does not keep histories as ours do.
+            ConfigError: the server does not keep histories as ours do, or does not say all that is to be known.
         """
         if told.get("protocol") != "openpi+scd" or told.get("version") != 1:
             raise ConfigError(
                 f"{address} speaks {told.get('protocol', 'plain openpi')!r}, version {told.get('version')}; this needs "
                 "a server started with scd serve ('openpi+scd', version 1)"
             )
+        try:
+            return cls._read(address, told)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ConfigError(
+                f"{address} does not say what it serves as scd serve does ({type(error).__name__}: {error}); start it "
+                "with this version of scd_robot"
+            ) from error
+
+    @classmethod
+    def _read(cls, address: str, told: Mapping[str, Any]) -> "Served":
         spec = PolicySpec(
             observation={array["name"]: ArraySpec.from_json(array) for array in told["keys"].values()},
             action_dim=told["action_dim"],

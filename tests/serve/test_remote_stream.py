@@ -221,6 +221,19 @@ def test_a_server_that_has_another_policy_after_it_was_gone_is_never_followed():
     assert alone.link.connections >= 3, "it tries again"
 
 
+@pytest.mark.parametrize("told", [{"server": None}, {"keys": None}, {"keys": {"state": {"name": "state"}}}, {"keys": 3}])
+def test_a_server_that_does_not_say_what_it_serves_is_never_followed(told, monkeypatch):
+    alone = Alone()
+    metadata = {key: value for key, value in {**metadata_of(alone.policy), **told}.items() if value is not None}
+    monkeypatch.setattr("scd_robot.serve.rehearsal.metadata_of", lambda policy: metadata)
+    for _ in range(8):
+        assert alone.stream.poll() is None
+        alone.stream.observe(alone.seen)
+        assert not alone.stream.may_plan
+        alone.clock.advance(DT)
+    assert alone.link.connections >= 3, "it tries again"
+
+
 def test_what_cannot_be_done_through_a_server_is_told_at_once():
     alone = Alone()
     with pytest.raises(ConfigError, match="'prefix'"):
