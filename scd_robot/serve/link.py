@@ -141,8 +141,8 @@ class SocketLink:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _serve(self, connection: ClientConnection) -> bool:
-        """Receives until the connection breaks; tells whether the server had said what it serves."""
-        greeted = False
+        """Receives until the connection breaks; tells whether it was of use: whether anything was answered."""
+        greeted = answered = False
         try:
             if not self._closed.is_set():
                 metadata = read_answer(self._endpoint.address, connection.recv(timeout=_ATTEMPT_S))
@@ -150,6 +150,7 @@ class SocketLink:
                 greeted = True
             while not self._closed.is_set():
                 self._events.put((connection, Answered(connection.recv())))
+                answered = True
         except Exception as error:  # whatever it is, the robot must not wait for what never comes
             if not isinstance(error, OSError | ConnectionClosed | ScdRobotError):
                 logger.exception("a connection to %s ends", self._endpoint.address)
@@ -157,7 +158,7 @@ class SocketLink:
                 self._events.put((connection, Broken(str(error) or type(error).__name__)))
             else:
                 logger.debug("%s does not say what it serves: %s", self._endpoint.address, error)
-        return greeted
+        return answered
 
     def _send(self) -> None:
         while (item := self._frames.get()) is not None:

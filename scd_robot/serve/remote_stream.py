@@ -75,6 +75,7 @@ class RemoteStream:
         self.link, self._served, self._timeout_s = link, served, answer_timeout_s
         self._clock: Clock = clock or MonotonicClock()
         self._connected = False
+        self._closed = False
         self._begins = True  # the next observation begins a history
         self._history = 0  # counts them; answers to what was sent of another say nothing about the present one
         self._step = 0  # of the newest observation, in its history
@@ -133,7 +134,13 @@ class RemoteStream:
         )
 
     def reset(self, rows: Sequence[int] | None = None, episodes: Sequence[int] | None = None) -> None:
-        """The next observation begins a history."""
+        """The next observation begins a history.
+
+        Raises:
+            ConfigError: the stream was closed, as a loop does at its end.
+        """
+        if self._closed:
+            raise ConfigError(f"the stream from {self._served.address} was closed at the end of its loop; connect again")
         self._history += 1
         self._begins, self._pending, self._lost = True, None, None
 
@@ -203,7 +210,8 @@ class RemoteStream:
         return result
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Ends the connection, for good."""
+        self._closed = True
         self.link.close()
 
     # The connection.

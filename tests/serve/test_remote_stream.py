@@ -3,8 +3,10 @@
 import contextlib
 import logging
 import socket
+import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,8 +40,10 @@ from scd_robot.control.rehearsal import (
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
 from scd_robot.serve import HistoryLostError, RemoteStream, ServerUnreachableError
 from scd_robot.serve.endpoint import Served
+from scd_robot.serve.link import SocketLink
 from scd_robot.serve.rehearsal import ScriptedLink, behind_a_server, metadata_of
 from scd_robot.serve.server import ServerConfig, running_server
+from scd_robot.serve.wire import pack
 
 PLACES = Limits((-1.0, -1.0), (1.0, 1.0), (2.0, 1.0), (20.0, 5.0), (None, None))
 DT = SPEC.control_dt
@@ -299,6 +303,50 @@ def loop_of(stream, watchdog=None):
     return ControlLoop(
         port, stream, limits, LoopConfig(execution=execution, watchdog=watchdog or WatchdogConfig())
     ), port
+
+
+def test_a_stream_is_of_one_loop_and_the_next_one_is_told_so(start):
+    stream = RemoteStream.connect(start().address)
+    loop_of(stream)[0].run(max_steps=2)
+    loop, port = loop_of(stream)
+    with pytest.raises(ConfigError, match="closed at the end of its loop; connect again"):
+        loop.run(max_steps=2)
+    assert loop.state == "stopped"
+    assert port.violations == []
+
+
+def test_a_server_that_is_of_no_use_is_asked_more_and_more_rarely(monkeypatch):
+    class Waited(threading.Event):
+        def wait(self, timeout=None):
+            pauses.append(timeout)
+            if len(pauses) == 8:
+                self.set()
+
+    class Useless(contextlib.AbstractContextManager):  # says what it serves, answers `left` messages, and is gone
+        def __init__(self, left):
+            self.coming = [pack({"protocol": "other"}), *[pack({})] * left]
+
+        def recv(self, timeout=None):
+            if not self.coming:
+                raise ConnectionResetError
+            return self.coming.pop(0)
+
+        def __exit__(self, *error):
+            pass
+
+    class Way:
+        address = "ws://useless"
+        answers = iter([0, 0, 0, 0, 1, 0, 0, 0])
+
+        def open(self, timeout_s):
+            return Useless(next(self.answers))
+
+    pauses = []
+    monkeypatch.setattr("scd_robot.serve.link.threading", SimpleNamespace(Event=Waited, Thread=threading.Thread))
+    link = SocketLink(Way())
+    link._threads[0].join(timeout=30.0)
+    link._frames.put(None)
+    assert pauses == [0.05, 0.1, 0.2, 0.4, 0.05, 0.1, 0.2, 0.4]
 
 
 def test_plans_of_a_real_server_are_those_of_the_policy_in_process(start):
