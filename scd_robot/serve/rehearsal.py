@@ -144,6 +144,7 @@ def metadata_of(policy: ScriptedPolicy) -> dict[str, Any]:
         "history_stride": 1,
         "num_executed": spec.num_executed,
         "max_prefix": policy.max_prefix,
+        "tasks": list(spec.tasks),
         "keys": {key: {**array.to_json(), "name": key} for key, array in spec.observation.items()},
     }
 

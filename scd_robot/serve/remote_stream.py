@@ -54,10 +54,10 @@ class RemoteStream:
     Attributes:
         spec: of the policy.
         link: as given.
-        task: may be changed at any time.
 
     Raises:
         ConfigError: the timeout is not positive.
+        UnknownNameError: the policy does not know the task.
     """
 
     def __init__(
@@ -71,8 +71,9 @@ class RemoteStream:
     ) -> None:
         if not answer_timeout_s > 0:
             raise ConfigError(f"answer_timeout_s must be positive [s], got {answer_timeout_s}")
-        self.spec, self.task = served.spec, task
+        self.spec = served.spec
         self.link, self._served, self._timeout_s = link, served, answer_timeout_s
+        self.task = task
         self._clock: Clock = clock or MonotonicClock()
         self._connected = False
         self._closed = False
@@ -117,6 +118,20 @@ class RemoteStream:
     # What the loop asks of its policy.
 
     @property
+    def task(self) -> str | None:
+        """What it does, in words; one of `spec.tasks`, or None = the server's. May be changed at any time.
+
+        Raises:
+            UnknownNameError: the policy does not know it.
+        """
+        return self._task
+
+    @task.setter
+    def task(self, text: str | None) -> None:
+        self._served.check_task(text)
+        self._task = text
+
+    @property
     def may_plan(self) -> bool:
         """Whether the newest observation can be sent with the wish for a plan."""
         return self._pending is not None and self._step % self._served.history_stride == 0
@@ -140,7 +155,9 @@ class RemoteStream:
             ConfigError: the stream was closed, as a loop does at its end.
         """
         if self._closed:
-            raise ConfigError(f"the stream from {self._served.address} was closed at the end of its loop; connect again")
+            raise ConfigError(
+                f"the stream from {self._served.address} was closed at the end of its loop; connect again"
+            )
         self._history += 1
         self._begins, self._pending, self._lost = True, None, None
 
@@ -172,8 +189,8 @@ class RemoteStream:
             message["scd/reset"] = True
         elif executed_action is not None:
             message["scd/executed"] = np.asarray(executed_action, np.float32)
-        if self.task is not None:
-            message["prompt"] = self.task
+        if (task := self.task) is not None:  # another thread may change it
+            message["prompt"] = task
         self._pending = message
 
     def snapshot(self) -> None:

@@ -3,10 +3,8 @@
 import contextlib
 import logging
 import socket
-import threading
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,10 +38,8 @@ from scd_robot.control.rehearsal import (
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
 from scd_robot.serve import HistoryLostError, RemoteStream, ServerUnreachableError
 from scd_robot.serve.endpoint import Served
-from scd_robot.serve.link import SocketLink
 from scd_robot.serve.rehearsal import ScriptedLink, behind_a_server, metadata_of
 from scd_robot.serve.server import ServerConfig, running_server
-from scd_robot.serve.wire import pack
 
 PLACES = Limits((-1.0, -1.0), (1.0, 1.0), (2.0, 1.0), (20.0, 5.0), (None, None))
 DT = SPEC.control_dt
@@ -172,10 +168,11 @@ def test_no_schedule_of_faults_makes_a_command_unsafe_or_a_history_go_wrong(scri
 class Alone:
     """A stream by itself, its scripted link and its clock."""
 
-    def __init__(self, incidents=(), timeout_s=0.5):
+    def __init__(self, incidents=(), timeout_s=0.5, tasks=()):
         self.clock = VirtualClock()
         script = Script(incidents, self.clock, DT)
         self.policy = ScriptedPolicy(script, 0)
+        self.policy.spec = replace(SPEC, tasks=tasks)
         self.link = ScriptedLink(self.policy, script, self.clock, lambda: 0.06)
         served = Served.of("ws://scripted", metadata_of(self.policy))
         self.stream = RemoteStream(self.link, served, answer_timeout_s=timeout_s, clock=self.clock)
@@ -225,7 +222,9 @@ def test_a_server_that_has_another_policy_after_it_was_gone_is_never_followed():
     assert alone.link.connections >= 3, "it tries again"
 
 
-@pytest.mark.parametrize("told", [{"server": None}, {"keys": None}, {"keys": {"state": {"name": "state"}}}, {"keys": 3}])
+@pytest.mark.parametrize(
+    "told", [{"server": None}, {"keys": None}, {"keys": {"state": {"name": "state"}}}, {"keys": 3}]
+)
 def test_a_server_that_does_not_say_what_it_serves_is_never_followed(told, monkeypatch):
     alone = Alone()
     metadata = {key: value for key, value in {**metadata_of(alone.policy), **told}.items() if value is not None}
@@ -315,40 +314,6 @@ def test_a_stream_is_of_one_loop_and_the_next_one_is_told_so(start):
     assert port.violations == []
 
 
-def test_a_server_that_is_of_no_use_is_asked_more_and_more_rarely(monkeypatch):
-    class Waited(threading.Event):
-        def wait(self, timeout=None):
-            pauses.append(timeout)
-            if len(pauses) == 8:
-                self.set()
-
-    class Useless(contextlib.AbstractContextManager):  # says what it serves, answers `left` messages, and is gone
-        def __init__(self, left):
-            self.coming = [pack({"protocol": "other"}), *[pack({})] * left]
-
-        def recv(self, timeout=None):
-            if not self.coming:
-                raise ConnectionResetError
-            return self.coming.pop(0)
-
-        def __exit__(self, *error):
-            pass
-
-    class Way:
-        address = "ws://useless"
-        answers = iter([0, 0, 0, 0, 1, 0, 0, 0])
-
-        def open(self, timeout_s):
-            return Useless(next(self.answers))
-
-    pauses = []
-    monkeypatch.setattr("scd_robot.serve.link.threading", SimpleNamespace(Event=Waited, Thread=threading.Thread))
-    link = SocketLink(Way())
-    link._threads[0].join(timeout=30.0)
-    link._frames.put(None)
-    assert pauses == [0.05, 0.1, 0.2, 0.4, 0.05, 0.1, 0.2, 0.4]
-
-
 def test_plans_of_a_real_server_are_those_of_the_policy_in_process(start):
     """Every control step, what was executed, and the committed actions arrive."""
     stream = Watched(RemoteStream.connect(start().address))
@@ -401,7 +366,9 @@ def test_a_task_is_told_and_checked():
     with pytest.raises(UnknownNameError, match="did you mean 'open'"):
         served.check_task("opne")
     served.check_task(None)
-    alone = Alone()
+    alone = Alone(tasks=("open", "close"))
     alone.stream.task = "open"
+    with pytest.raises(UnknownNameError, match="did you mean 'close'"):
+        alone.stream.task = "clsoe"
     alone.stream.observe(alone.seen)
-    assert alone.stream._pending["prompt"] == "open"
+    assert alone.stream._pending["prompt"] == "open", "as before"
