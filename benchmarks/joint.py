@@ -36,11 +36,14 @@ class Task:
     settings: tuple[str, ...] = ()
 
 
+# As image_frames has them; image itself looks at a fast robot in every so many control steps only.
+EVERY_STEP = ("model.history_stride=1", "model.history_length=64", "training.batch_size=8")
 CUE = "scd_memory/cue-reach:delay=10,cue_visible=1,observation=image"
 TASKS = {
     "cue": Task(
         Recording(CUE, 160, action_noise=0.015, disturbances=0.02),
         (
+            *EVERY_STEP,
             "policy.num_executed=4",
             "training.segment_length=96",
             "training.virtual_reset_probability=0",
@@ -49,7 +52,7 @@ TASKS = {
             "training.warmup_steps=50",
         ),
     ),
-    "button": Task(Recording("metaworld/button-press-topdown-v3:observation=image,camera=corner4")),
+    "button": Task(Recording("metaworld/button-press-topdown-v3:observation=image,camera=corner4"), EVERY_STEP),
 }
 BUDGETS = {"cue": 300, "button": 1000}  # optimiser steps; --pilot finds where 60 to 90 % succeed
 PILOT_BUDGETS = (100, 200, 300, 500, 1000)

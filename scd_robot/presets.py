@@ -37,6 +37,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_PICTURE_S = 0.05  # between the pictures that policies with cameras look at
+
 
 def metaworld_state(dataset: DatasetSpec) -> ExperimentConfig:
     """State policy for any Meta-World task: 1.5 million parameters, under 15 minutes on two CPU cores.
@@ -135,7 +137,8 @@ def image(dataset: DatasetSpec) -> ExperimentConfig:
     """Policy for any dataset with pictures, and vectors where there are some: as metaworld_state, for fewer steps.
 
     Larger pictures go through more layers. The history covers 64 control steps, since a batch holds the pictures of
-    whole segments.
+    whole segments. Robots that are driven faster than at 20 Hz are looked at no more often than that: the encoder runs
+    in every second, fourth or eighth control step, and a batch of as many pictures holds more episodes.
     """
     shapes: dict[str, tuple[int, ...]] = {
         key: spec.shape
@@ -152,15 +155,21 @@ def image(dataset: DatasetSpec) -> ExperimentConfig:
     while max(shape[0] * shape[1] for shape in pictures) > 256 * 4**layers:
         layers += 1
     layers = min(layers, min(min(shape[:2]) for shape in pictures).bit_length() - 1)
+    stride = 1  # divides the 8 actions that are executed of a plan
+    while stride < 8 and 2 * stride * dataset.control_dt < _PICTURE_S + 1e-9:
+        stride *= 2
     return ExperimentConfig(
         preset="image",
         model=ScdConfig(
             observation_shapes=shapes,
             action_dim=dataset.action_dim,
-            history_length=64,
+            history_length=64 // stride,
+            history_stride=stride,
             images=ImageConfig(channels=(16, 32, 64, 128, 128, 128)[:layers]),
         ),
-        training=TrainingConfig(max_steps=4000, segment_length=64, validate_every=250),
+        training=TrainingConfig(
+            max_steps=4000, batch_size=8 if stride == 1 else 16, segment_length=64, validate_every=250
+        ),
         policy=ScdPolicyConfig(),
     )
 
@@ -168,7 +177,8 @@ def image(dataset: DatasetSpec) -> ExperimentConfig:
 def image_frames(dataset: DatasetSpec) -> ExperimentConfig:
     """As image, with a decoder of one camera's next frames on the same encoder, trained along with the actions.
 
-    The same weights plan and imagine. What it costs is in training; plans are as fast as those of image.
+    The same weights plan and imagine. What it costs is in training; plans are as fast as those of image. Frames are
+    imagined control step by control step, so the encoder runs in each.
     """
     base = image(dataset)
     cameras = base.model.image_keys
@@ -178,7 +188,8 @@ def image_frames(dataset: DatasetSpec) -> ExperimentConfig:
             "scd train image --set model.frames.beside_actions=true model.frames.camera=KEY"
         )
     frames = FrameConfig(cameras[0], beside_actions=True)
-    return replace(base, preset="image_frames", model=replace(base.model, frames=frames))
+    every_step = replace(base.model, history_length=64, history_stride=1, frames=frames)
+    return replace(base, preset="image_frames", model=every_step, training=replace(base.training, batch_size=8))
 
 
 def frames_64(dataset: DatasetSpec) -> ExperimentConfig:

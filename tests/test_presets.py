@@ -93,6 +93,14 @@ def test_image_preset_takes_pictures_of_any_size(caplog: pytest.LogCaptureFixtur
         resolve("image", DatasetSpec({"proprio": SPEC.observation["proprio"]}, 3, 0.1))
 
 
+@pytest.mark.parametrize(("rate", "stride"), [(10, 1), (30, 1), (40, 2), (50, 2), (80, 4), (500, 8)])
+def test_fast_robots_are_looked_at_20_times_a_second(rate: int, stride: int) -> None:
+    experiment = resolve("image", replace(CAMERA, control_dt=1 / rate))
+    assert experiment.model.history_stride == stride
+    assert experiment.model.history_length * stride == 64
+    assert resolve("image_frames", replace(CAMERA, control_dt=1 / rate)).model.history_stride == 1
+
+
 def test_frames_beside_actions_need_to_be_told_which_of_several_cameras() -> None:
     two = DatasetSpec(dict.fromkeys(("left", "right"), CAMERA.observation["camera"]), 3, 0.1)
     with pytest.raises(DatasetError, match=r"one camera, got pictures left, right: name it, .*frames\.camera=KEY"):
