@@ -61,7 +61,9 @@ class CausalEncoder(nn.Module):
         Returns:
             (B, T, K, D) with unit RMS over D.
         """
-        return self.outputs(tokens, token_valid, stream, first_position)[..., self.context_slots, :]
+        outputs = self.outputs(tokens, token_valid, stream, first_position)
+        context: Tensor = self.norm(outputs[..., self.context_slots, :])
+        return context
 
     def outputs(
         self,
@@ -70,7 +72,7 @@ class CausalEncoder(nn.Module):
         stream: Tensor | None = None,
         first_position: int = 0,
     ) -> Tensor:
-        """As `forward`, what becomes of all tokens, (B, T, P, D)."""
+        """As `forward`, what becomes of all tokens, (B, T, P, D), before they are normalised by `norm`."""
         batch, steps, group, width = tokens.shape
         mask, own = window_mask(
             steps, group, self.config.history_length, stream=stream, token_valid=token_valid, device=tokens.device
@@ -81,8 +83,7 @@ class CausalEncoder(nn.Module):
         x = tokens.flatten(1, 2)
         for block in self.blocks:
             x = block(x, rotary, mask, own)
-        normed: Tensor = self.norm(x.view(batch, steps, group, width))
-        return normed
+        return x.view(batch, steps, group, width)
 
     def step(
         self, tokens: Tensor, cache: KVCache, token_valid: Tensor | None = None, active: Tensor | None = None

@@ -90,7 +90,7 @@ class FrameDenoiser(Denoiser[ContextT]):
         end_time: Tensor | None = None,
         known: Tensor | None = None,
     ) -> Tensor:
-        """As of `HistoryModel`, at flow times below 1, from the clean tokens that the decoder says."""
+        """As of `Denoiser`, at flow times below 1, from the clean tokens that the decoder says."""
         said = super().velocity(x, flow_time, context, token_valid, end_time, known)
         return (said - x) / (1 - flow_time)[..., None]
 

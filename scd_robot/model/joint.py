@@ -42,7 +42,7 @@ class JointModel(ScdModel):
     ) -> tuple[Tensor, Tensor]:
         """In one pass the contexts (B, M, K, D) of `encode_at`, and those (B, M, Kf, D) that frames follow from."""
         tokens, valid = self._tokenize(observation, past_action, None, present, stream)
-        outputs = take_steps(self.encoder.outputs(tokens, valid, stream), position)
+        outputs = self.encoder.norm(take_steps(self.encoder.outputs(tokens, valid, stream), position))
         return outputs[:, :, self.tokenizer.context_slots], outputs[:, :, self.tokenizer.frame_slots]
 
     def frame_model(self) -> ScdFrameModel:
