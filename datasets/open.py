@@ -1,5 +1,6 @@
 """Opens a dataset of any known format; the format is told from the files."""
 
+import contextlib
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from scd_robot.datasets.zarr.files import ATTRIBUTE, ZarrFiles, is_address, is_z
 from scd_robot.errors import DatasetError, UnknownNameError
 
 __all__ = ["FORMATS", "Format", "detect_format", "open_dataset"]
+
+_MOST_LOOKED_AT, _MOST_NAMED = 1000, 4  # files in a folder that is no dataset, to find some in it
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,25 @@ def detect_format(path: Path | str) -> str:
     for name, known in FORMATS.items():
         if known.is_at(str(path)):
             return name
+    if inside := _datasets_inside(Path(path)):
+        raise DatasetError(f"{path} is a folder with datasets in it, not one itself; give one of them: {inside}")
     known_ones = "; ".join(known.description for known in FORMATS.values())
     raise DatasetError(f"{path} is not a dataset in a known format; expected one of: {known_ones}")
+
+
+def _datasets_inside(folder: Path) -> str:
+    """The paths of some datasets below a folder, comma-separated; empty where there are none nearby."""
+    found: list[str] = []
+    waiting, looked_at = [folder] if folder.is_dir() else [], 0
+    while waiting and looked_at < _MOST_LOOKED_AT:
+        with contextlib.suppress(OSError):  # what may not be read is none
+            for entry in sorted(waiting.pop(0).iterdir()):
+                looked_at += 1
+                if any(known.is_at(str(entry)) for known in FORMATS.values()):
+                    found.append(str(entry))
+                elif entry.is_dir():
+                    waiting.append(entry)
+    return ", ".join(found[:_MOST_NAMED]) + (", ..." if len(found) > _MOST_NAMED else "")
 
 
 def open_dataset(path: Path | str, keys: Sequence[str] | None = None, **options: Any) -> EpisodeDataset:

@@ -366,6 +366,13 @@ class TestReaderRefuses:
             with pytest.raises(DatasetError, match="not a dataset in a known format"):
                 open_dataset(path)
 
+    def test_a_folder_with_datasets_in_it(self, store, tmp_path):
+        (tmp_path / "shelf/of/more").mkdir(parents=True)
+        for number in range(5):
+            shutil.copytree(store, tmp_path / f"shelf/of/{number}.zarr")
+        with pytest.raises(DatasetError, match=r"give one of them: .*shelf/of/0\.zarr, .*3\.zarr, \.\.\.$"):
+            open_dataset(tmp_path / "shelf")
+
     @pytest.mark.parametrize("name", ["data/action", "data/state", "meta/episode_ends", "data", "meta"])
     def test_a_missing_array(self, store, name):
         shutil.rmtree(store / name)
