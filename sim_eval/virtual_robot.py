@@ -39,7 +39,8 @@ class VirtualRobot:
     def __init__(self, environment: Environment, seed: int, clock: Clock) -> None:
         self._environment, self._clock = environment, clock
         self._observation: Mapping[str, NDArray[Any]] = environment.reset(seed)
-        self._held = np.zeros(environment.spec.action_dim)
+        still = getattr(environment, "standstill", None)  # where commands are velocities or increments it is 0
+        self._held = np.zeros(environment.spec.action_dim) if still is None else np.array(still(), np.float64)
         self.success = self.finished = False
         self.initial_state_hash = environment.state_hash()
         self.actions: list[NDArray[Any]] = []
@@ -49,7 +50,7 @@ class VirtualRobot:
     def observe(self) -> Sample:
         """What the sensors say now.
 
-        As pose it tells the last command, which leaves a gripper as it is; the loop asks for no other dimension's.
+        As pose it tells the last command, and before the first one what the environment calls its standstill.
         """
         executed = self.actions[-1].astype(np.float32) if self.actions else None
         return Sample(self._observation, self._clock.now(), self._held, executed)

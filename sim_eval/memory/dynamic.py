@@ -40,7 +40,6 @@ class MovingTarget(_Dynamic):
 
     task: ClassVar[str] = "moving-target"
     success: ClassVar[str] = "the hand stays within 3 cm of the moving ball for 60 control steps on end"
-    control: ClassVar[Literal["position", "velocity"]] = "velocity"
     reach_per_step: ClassVar[float] = 0.02
     target_low: ClassVar[tuple[float, ...]] = (-0.4, -0.4, 0.03)
     target_high: ClassVar[tuple[float, ...]] = (0.4, 0.4, 0.4)
@@ -83,7 +82,9 @@ class MovingTarget(_Dynamic):
         return "success" if self._held >= self._HELD else None
 
     def _expert(self) -> Vector:
-        return self.towards(self._ball(self.steps + 2))  # the hand follows its target within about two control steps
+        low, high = np.array(self.target_low), np.array(self.target_high)
+        place = self._ball(self.steps + 2)  # the hand follows its target within about two control steps
+        return np.asarray(2 * (place - low) / (high - low) - 1)
 
 
 class TrayBalance(_Dynamic):

@@ -159,7 +159,7 @@ class MemoryEnvironment(abc.ABC):
             )
         executed = checked_action(action, self.spec, self.steps)
         if not self._is_free():
-            executed = self._standstill()
+            executed = self.standstill()
         self._move(executed)
         self.steps += 1
         verdict = self._judge()
@@ -185,7 +185,7 @@ class MemoryEnvironment(abc.ABC):
         """
         self._check_running()
         if not self._is_free():
-            return self._standstill()
+            return self.standstill()
         return np.clip(self._expert(), -1.0, 1.0).astype(np.float32)
 
     def render(self, height: int, width: int) -> NDArray[np.uint8]:
@@ -236,8 +236,8 @@ class MemoryEnvironment(abc.ABC):
         self.target[:3] = place
         self.data.qpos[:3], self.data.qvel[:3], self.data.ctrl[:3] = self.target[:3], 0.0, self.target[:3]
 
-    def _standstill(self) -> ActionArray:
-        """The action (Da,) that moves nothing."""
+    def standstill(self) -> ActionArray:
+        """The action (Da,) that moves nothing now."""
         action = np.zeros(self.action_dim, np.float32)
         if self.control == "position":
             action[:3] = self.towards(self.target)

@@ -139,7 +139,7 @@ class TestEveryName:
         assert (low < high).all()
         environment.reset(1)
         held = name.startswith("scd_memory") and not environment._is_free()  # until the signal to go
-        executed = environment._standstill() if held else high
+        executed = environment.standstill() if held else high
         result = environment.step(np.full(spec.action_dim, 1e6, np.float32))
         np.testing.assert_allclose(result.executed_action, executed, rtol=1e-6)
         assert result.executed_action.dtype == np.float32

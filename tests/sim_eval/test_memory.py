@@ -24,7 +24,7 @@ def make(task, options=""):
 def play(environment, seed, late=0):
     """The last step of an expert's episode, whose actions are applied `late` control steps after they were chosen."""
     environment.reset(seed)
-    waiting = collections.deque([np.zeros(environment.spec.action_dim, np.float32)] * late)
+    waiting = collections.deque([environment.standstill()] * late)
     while True:
         waiting.append(environment.expert_action())
         result = environment.step(waiting.popleft())
@@ -69,7 +69,7 @@ class TestContract:
         action, free = np.full(environment.spec.action_dim, 9, np.float32), environment._is_free()
         results = [environment.step(action) for _ in range(3)]
         assert [result.truncated for result in results] == [False, False, True]
-        executed = np.ones_like(action) if free else environment._standstill()
+        executed = np.ones_like(action) if free else environment.standstill()
         np.testing.assert_array_equal(results[0].executed_action, executed)
         with pytest.raises(SimulatorError, match="truncated after 3"):
             environment.step(action)
