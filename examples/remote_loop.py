@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scd_robot.control import ControlLoop, Limits, LoopConfig, RecorderConfig, Sample
+from scd_robot.control import ControlLoop, Limits, LoopConfig, RecorderConfig, Sample, WatchdogConfig
 from scd_robot.serve import RemoteStream
 
 
@@ -46,7 +46,8 @@ def main(options: argparse.Namespace) -> None:
     policy = RemoteStream.connect(options.address, api_key=options.api_key, task=options.task)
     wide = policy.spec.action_dim
     limits = Limits((-1.0,) * wide, (1.0,) * wide, (2.0,) * wide, (40.0,) * wide, rest=(None,) * wide)  # of your robot
-    config = LoopConfig(recorder=RecorderConfig(options.flights))
+    watchdog = WatchdogConfig(max_plan_age_s=options.max_plan_age)
+    config = LoopConfig(watchdog=watchdog, recorder=RecorderConfig(options.flights))
     report = ControlLoop(StandIn(policy.spec), policy, limits, config).run(max_steps=options.steps)
     ticks, missed, worst_ms = (report.pacing[key] for key in ("ticks", "missed", "worst_late_ms"))
     print(f"pacing   {missed} of {ticks + missed} control steps missed, at worst {worst_ms:.2f} ms late")
@@ -60,5 +61,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--api-key")
     parser.add_argument("--task", help="in words, for a policy of several")
+    parser.add_argument("--max-plan-age", type=float, default=1.0, help="seconds from observation to plan; inf: any")
     parser.add_argument("--flights", type=Path, default=Path("runs/flights"), help="folder of flight records")
     main(parser.parse_args())

@@ -37,7 +37,10 @@ def main(options: argparse.Namespace) -> None:
     )
     config = LoopConfig(
         start=StartGuard(near, reaction="refuse"),
-        watchdog=WatchdogConfig(frozen_keys=tuple(set(names.cameras) & set(policy.spec.observation))),
+        watchdog=WatchdogConfig(
+            frozen_keys=tuple(set(names.cameras) & set(policy.spec.observation)),
+            max_plan_age_s=options.max_plan_age,
+        ),
         recorder=RecorderConfig(options.flights),
     )
     with RosRobot(policy.spec, names, topics) as robot:
@@ -57,6 +60,7 @@ if __name__ == "__main__":
     parser.add_argument("--camera", nargs="*", default=[], metavar="NAME=TOPIC", help="as named in the dataset")
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--speed", type=float, default=0.5, help="most, in parts of an action's range per second")
+    parser.add_argument("--max-plan-age", type=float, default=1.0, help="seconds from observation to plan; inf: any")
     parser.add_argument("--flights", type=Path, default=Path("runs/flights"), help="folder of flight records")
     parser.add_argument("--dry-run", action="store_true", help="read and plan, and send nothing")
     ours = itertools.takewhile(lambda word: word != "--ros-args", sys.argv[1:])  # what follows is rclpy's

@@ -63,7 +63,8 @@ class ControlLoop:
         self._control_dt, self._servo_dt = spec.control_dt, spec.control_dt / config.servo_steps
         recorder = recorder or FlightRecorder(config.recorder, spec.observation, spec.action_dim, spec.control_dt)
         recorder.about = {"control_dt": spec.control_dt, "settings": describe_settings(config, limits)}
-        self._planning = Planning(policy, self._planner, config.execution, limits.rest)
+        max_age_s = config.watchdog.max_plan_age_s
+        self._planning = Planning(policy, self._planner, config.execution, limits.rest, max_age_s)
         self._journal = Journal(recorder, self._clock, self._planning)
         self._commander = Commander(robot, limits, config.servo_steps, self._servo_dt, self._clock, self._journal)
         self._gate = ObservationGate(dict(spec.observation), config.watchdog)
@@ -209,15 +210,21 @@ class ControlLoop:
 
     def _collect_plan(self) -> None:
         """Follows a plan that is there."""
-        result = self._planning.collect(self._journal.steps, self._clock.now())
+        now = self._clock.now()
+        result = self._planning.collect(self._journal.steps, now)
         if result is None:
             return
         if result.chunk is None:
             self._journal.fault("plan_error", result.error)
             if self._config.watchdog.plan_error == "stop":
                 self._intent = "stop"
+        elif self._planning.is_stale(result, now):
+            self._journal.condition("stale_plan", True, f"of an observation {now - result.request.seen_s:.3f} s ago")
+            if self._config.watchdog.late_plan == "stop" and self._followed:
+                self._intent = "stop"
         elif self._planning.executor.has_actions:
             self._journal.condition("plan_late", False)
+            self._journal.condition("stale_plan", False)
 
     def _is_stale(self) -> bool:
         return self._gate.age_s(self._clock.now()) > self._config.watchdog.max_age_s
@@ -234,7 +241,8 @@ class ControlLoop:
             self._journal.condition(kind, active, detail)
             if active:
                 rate = min(rate, self._react(reaction))
-        if config.late_plan == "slow" and self._followed and self._planning.overdue(self._journal.steps):
+        late = self._planning.overdue(self._journal.steps) or "stale_plan" in self._journal.active
+        if config.late_plan == "slow" and self._followed and late:
             rate = min(rate, config.slow_rate)
         return rate
 
@@ -278,7 +286,7 @@ class ControlLoop:
         """Asks for the next plan when its time has come."""
         if self._blind:
             return
-        split = self._planning.ask(self._journal.steps, self._clock.now(), self._ahead)
+        split = self._planning.ask(self._journal.steps, self._clock.now(), self._encoded_s, self._ahead)
         if split is not None:
             detail = f"{self._planning.delay_steps} control steps per plan"
             self._journal.condition("delay_too_long", not split.fits, detail)
@@ -333,6 +341,7 @@ class ControlLoop:
         self._planning.drop()
         self._followed, self._approach = False, None
         self._journal.condition("plan_late", False)
+        self._journal.condition("stale_plan", False)
 
     def _release(self) -> None:
         """Lets the robot hold by its own means; commands begin again from where it is then."""

@@ -44,6 +44,7 @@ class PlanRequest:
         steps: the loop's count of control steps then.
         committed: control steps within which it is expected.
         asked_s: when.
+        seen_s: stamp of the observation that it is made from.
     """
 
     epoch: int
@@ -54,6 +55,7 @@ class PlanRequest:
     steps: int
     committed: int
     asked_s: float
+    seen_s: float
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Planning:
         planner: where.
         config: how chunks are carried out.
         rest: (Da,) see `Limits`.
+        max_age_s: of the observation that a plan was made from, when it begins to be followed.
 
     Raises:
         ConfigError: the policy's plans cannot be guided, and the strategy is to.
@@ -37,11 +38,16 @@ class Planning:
     """
 
     def __init__(
-        self, policy: EncodingPolicy, planner: Planner, config: ExecutionConfig, rest: tuple[float | None, ...]
+        self,
+        policy: EncodingPolicy,
+        planner: Planner,
+        config: ExecutionConfig,
+        rest: tuple[float | None, ...],
+        max_age_s: float = float("inf"),
     ) -> None:
         if config.is_guided:
             policy.check_guidance(config.max_gain)
-        self._policy, self._planner, self._config = policy, planner, config
+        self._policy, self._planner, self._config, self._max_age_s = policy, planner, config, max_age_s
         self._delay = DelayEstimator(config.delay)
         self._flying: PlanRequest | None = None
         self.executor = ChunkExecutor(config, rest)
@@ -77,8 +83,12 @@ class Planning:
         """Whether the plan in the making takes longer than was committed to; `steps` as of `ask`."""
         return self._flying is not None and steps - self._flying.steps > self._flying.committed
 
+    def is_stale(self, result: PlanResult, now_s: float) -> bool:
+        """Whether what a plan was made from is too old by now."""
+        return now_s - result.request.seen_s > self._max_age_s
+
     def collect(self, steps: int, now_s: float) -> PlanResult | None:
-        """A plan that is there, of this epoch; if it is good, it is followed from now on unless it comes too late."""
+        """A plan that is there, of this epoch; a good one is followed from now on unless it is stale or too late."""
         result = self._planner.poll()
         if result is None:
             return None
@@ -91,17 +101,21 @@ class Planning:
             self.counts["failed"] += 1
             return result
         self._delay.add(steps - request.steps)
+        if self.is_stale(result, now_s):
+            self.counts["stale"] += 1
+            return result
         chunk = result.chunk[: self.split.num_executed] if self.rests else result.chunk
         followed = self.executor.accept(chunk, self.executor.consumed - request.consumed)
         self.counts["followed" if followed else "too_late"] += 1
         return result
 
-    def ask(self, steps: int, now_s: float, ahead: Callable[[int], ActionArray | None]) -> Split | None:
+    def ask(self, steps: int, now_s: float, seen_s: float, ahead: Callable[[int], ActionArray | None]) -> Split | None:
         """Asks for the next plan if its time has come and no other is in the making.
 
         Args:
             steps: control steps of the loop so far.
             now_s: the time [s].
+            seen_s: the stamp of the observation that was encoded last [s].
             ahead: gives what the running chunk will have carried out in up to so many control steps from this one on,
                 (1, n, Da), or None.
 
@@ -118,8 +132,8 @@ class Planning:
         elif self._config.is_guided and (left := ahead(self._policy.spec.chunk_length)) is not None:
             exact = self._config.strategy == "guided"
             running = RunningChunk(left, min(delay, left.shape[1]), self._config.max_gain, exact)
-        given = self._policy.snapshot()
-        self._flying = PlanRequest(self.epoch, given, committed, running, self.executor.consumed, steps, delay, now_s)
+        given, consumed = self._policy.snapshot(), self.executor.consumed
+        self._flying = PlanRequest(self.epoch, given, committed, running, consumed, steps, delay, now_s, seen_s)
         self.counts["asked"] += 1
         self._planner.submit(self._flying)
         return split

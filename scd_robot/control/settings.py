@@ -49,7 +49,8 @@ class LoopReport:
         steps: control steps.
         commands: that were sent.
         faults: how often each began.
-        plans: "asked", "followed", "failed", "too_late", and "dropped" with the epoch they were asked for in.
+        plans: "asked", "followed", "failed", "too_late" (no action of it is left), "stale" (see `max_plan_age_s`), and
+            "dropped" with the epoch they were asked for in.
         pacing: see `Pacer.report`.
         times_ms: of "encoder" and "plan": p50, p95, p99 and worst.
         delay_steps: the last guess.

@@ -27,6 +27,7 @@ FAULTS = {
     "encoder_error": "the policy failed to take in an observation",
     "plan_error": "a plan failed, or is not finite",
     "plan_late": "all actions are used up before the next plan is there",
+    "stale_plan": "a plan was made from an observation that is too old by now; it is not followed",
     "delay_too_long": "plans take more than half a chunk",
     "clock_gap": "the loop stood still for too long",
     "far_start": "the first action is far from where the robot is",
@@ -109,7 +110,10 @@ class WatchdogConfig:
         frozen_keys: observation keys that are never twice the same, such as those of a camera.
         max_frozen_s: how long they may be all the same.
         frozen_observation: reaction.
-        late_plan: reaction when a plan takes longer than was committed to ("slow"), or than there are actions.
+        late_plan: reaction when a plan takes longer than was committed to ("slow"), or than there are actions, and to a
+            stale one.
+        max_plan_age_s: of the observation that a plan was made from, when the plan begins to be followed; infinite =
+            any. While the robot stands still this alone keeps it from following an old plan.
         plan_error: reaction to a plan that failed; "retry" goes on with the running chunk and asks again.
         robot_error: reaction to a failed send; "hold" lets the robot hold and begins anew from its pose.
         max_gap_steps: control steps that may be missed at once; after more the history is begun anew.
@@ -123,6 +127,7 @@ class WatchdogConfig:
     max_frozen_s: float = 1.0
     frozen_observation: Reaction = "hold"
     late_plan: Reaction = "hold"
+    max_plan_age_s: float = float("inf")
     plan_error: Literal["retry", "stop"] = "retry"
     robot_error: Literal["hold", "stop"] = "hold"
     max_gap_steps: int = 5
@@ -135,7 +140,7 @@ class WatchdogConfig:
             choices = special.get(name, get_args(Reaction))
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("max_age_s", "max_frozen_s", "give_up_s"):
+        for name in ("max_age_s", "max_frozen_s", "max_plan_age_s", "give_up_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive [s], got {getattr(self, name)}")
         if not 0 < self.slow_rate < 1:

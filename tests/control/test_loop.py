@@ -1,5 +1,7 @@
 """The loop: epochs, start guard, pauses, committed actions, and how it ends."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -101,6 +103,31 @@ def test_a_chunk_planned_before_a_reset_is_never_executed_after_it():
     assert set(np.round(after, 3)) == {1.0, -2.0}
     assert (np.diff(after) <= 0).all(), "it stays until there is a plan of after the reset, and then follows that"
     assert scene.policy.resets >= 3  # at the start, at the reset and at the end
+
+
+@pytest.mark.parametrize(("max_plan_age_s", "followed"), [(1.0, 3.0), (float("inf"), 1.0)])
+def test_a_robot_that_stood_still_does_not_begin_with_a_plan_of_what_was_long_ago(max_plan_age_s, followed):
+    scene = Scene(LoopConfig(watchdog=WatchdogConfig(late_plan="stop", max_plan_age_s=max_plan_age_s)), plan_steps=40)
+    scene.at[10] = lambda: (setattr(scene, "plan_steps", 1.5), setattr(scene.policy, "goal", np.array([3.0, 3.0])))
+    report = scene.run(60)
+    stale = int(np.isfinite(max_plan_age_s))
+    assert (report.plans.get("stale", 0), report.faults.get("stale_plan", 0)) == (stale, stale)
+    path = scene.places()
+    assert path[path > 0][0] == followed
+    assert np.argmax(path > 0) >= 40
+    assert report.steps >= 60, "nothing was followed, so there was nothing to stop"
+
+
+@pytest.mark.parametrize(("max_plan_age_s", "stale"), [(0.24, True), (0.26, False)])
+def test_a_plan_is_as_old_as_what_it_was_made_from(max_plan_age_s, stale):
+    """Samples are 150 ms old, and a plan takes two control steps of 50 ms."""
+    config = LoopConfig(watchdog=WatchdogConfig(max_plan_age_s=max_plan_age_s))
+    scene = Scene(config)
+    observe = scene.robot.observe
+    scene.robot.observe = lambda: replace(observe(), stamp_s=scene.clock.now() - 0.15)
+    report = scene.run(40)
+    assert (report.plans.get("stale", 0) > 2, report.plans.get("followed", 0) > 2) == (stale, not stale)
+    assert report.faults.get("stale_plan", 0) == int(stale), "one that goes on counts once"
 
 
 def test_a_far_start_is_blended_into():

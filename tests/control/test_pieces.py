@@ -153,7 +153,7 @@ class SlowPolicy:
         return self.result
 
 
-REQUEST = PlanRequest(0, None, None, None, 0.0, 0, 1, 0.0)
+REQUEST = PlanRequest(0, None, None, None, 0.0, 0, 1, 0.0, 0.0)
 
 
 def test_the_thread_plans_beside_and_hands_over_once():

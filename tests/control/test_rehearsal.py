@@ -20,8 +20,10 @@ from scd_robot.control import (
     Workspace,
 )
 from scd_robot.control.executor import Strategy
+from scd_robot.control.recorder import find_record, read_record
 from scd_robot.control.rehearsal import KINDS, Incident, rehearse
 from scd_robot.control.watchdog import FAULTS
+from scd_robot.serve.rehearsal import behind_a_server
 
 STEPS = 60
 INF = float("inf")
@@ -50,6 +52,7 @@ watchdogs = st.builds(
     max_frozen_s=st.just(0.2),
     frozen_observation=reactions,
     late_plan=reactions,
+    max_plan_age_s=st.sampled_from([0.1, 0.4, INF]),
     plan_error=st.sampled_from(["retry", "stop"]),
     robot_error=st.sampled_from(["hold", "stop"]),
     give_up_s=st.sampled_from([1.0, 10.0]),
@@ -146,6 +149,25 @@ def test_a_fault_that_is_to_slow_the_loop_down_does(kind, option):
     done = rehearse([Incident(kind, 30, 12)], LoopConfig(watchdog=watchdog), LIMITS["places"], steps=100)
     assert done.states["slow"] > 0
     assert done.states["running"] > 50
+
+
+@pytest.mark.parametrize("connect", [None, behind_a_server])
+@pytest.mark.parametrize("reaction", ["hold", "slow", "stop"])
+def test_a_stale_plan_is_not_followed_and_is_answered_as_a_late_one(reaction, connect, tmp_path):
+    """A plan takes 10 control steps, 0.5 s, while there are 12 actions to go on with."""
+    config = LoopConfig(
+        execution=ExecutionConfig("receding", 4),
+        watchdog=WatchdogConfig(late_plan=reaction, max_plan_age_s=0.4),
+        recorder=RecorderConfig(tmp_path),
+    )
+    done = rehearse([Incident("slow_plan", 30, 5)], config, LIMITS["places"], plan_steps=0.5, steps=80, connect=connect)
+    assert (done.report.faults["stale_plan"], done.report.faults.get("plan_late", 0)) == (1, 0)
+    assert (done.report.plans["stale"], done.violations, done.unrecorded) == (1, [], 0)
+    assert read_record(find_record(tmp_path))[1]["plans"]["stale"] == 1
+    assert (done.report.steps < 60) == (reaction == "stop")
+    assert (done.states["slow"] > 0) == (reaction == "slow")
+    if reaction != "stop":
+        assert done.states["running"] >= 60, "before and after"
 
 
 def test_a_full_disk_is_a_fault_and_its_record_is_written_later(tmp_path: Path):

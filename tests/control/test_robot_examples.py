@@ -44,6 +44,7 @@ def write_dataset(folder, names, low, high):
 
 def options(folder, dry_run, **more):
     given = {"policy": Path("x"), "dataset": folder, "seconds": 0.5, "speed": 0.5, "flights": None, "dry_run": dry_run}
+    given["max_plan_age"] = 60.0
     return argparse.Namespace(**given, **more)
 
 

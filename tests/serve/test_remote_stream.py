@@ -138,6 +138,7 @@ links = st.builds(Incident, st.sampled_from(LINK_KINDS), st.integers(0, 50), st.
 watchdogs = st.builds(
     WatchdogConfig,
     late_plan=st.sampled_from(["hold", "slow", "stop"]),
+    max_plan_age_s=st.sampled_from([0.1, 0.4, float("inf")]),
     plan_error=st.sampled_from(["retry", "stop"]),
     give_up_s=st.sampled_from([1.0, 10.0]),
 )
