@@ -91,7 +91,8 @@ class PolicyClient:
             prefix: (d, Da) committed actions with which the plan begins.
             snapshot: keep the history under this name, on the server.
             restore: go on with the history of this name.
-            prompt: the task in words, one of `metadata["tasks"]`; it stays until there is another one.
+            prompt: the task in words, one of `metadata["tasks"]`; with every observation, or with none of a connection,
+                which is then for `metadata["task"]`.
 
         Returns:
             "actions" (Ta, Da) unless `observe_only`, timings, and what "scd/..." tells.

@@ -100,6 +100,7 @@ class Served:
         keys: what a client calls each key of the observation.
         history_stride: control steps from one that can be planned from to the next.
         max_prefix: most committed actions that a plan begins with.
+        task: what it does where it is not told, in words; None = it must be told, or has one task only.
         provenance: where actions come from, as plain JSON types.
     """
 
@@ -108,6 +109,7 @@ class Served:
     keys: dict[str, str]
     history_stride: int
     max_prefix: int
+    task: str | None
     provenance: dict[str, Any]
 
     @classmethod
@@ -147,6 +149,7 @@ class Served:
             keys={array["name"]: key for key, array in told["keys"].items()},
             history_stride=told.get("history_stride", 1),
             max_prefix=told.get("max_prefix", spec.chunk_length - 1),
+            task=told.get("task"),
             provenance={**told["policy"], "server": address, "served_by": told["server"]},
         )
 

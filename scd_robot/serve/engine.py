@@ -35,7 +35,7 @@ class Session:
         planned: whether the last observation was answered with a plan.
         ticks: the client sends every control step, for it has sent some without the wish for a plan.
         snapshots: histories kept, by name.
-        prompt: last one.
+        prompt: last one; None = there was none.
         name: last session_id.
         evicted: the history was dropped while the client was silent, and it was not told yet.
     """
@@ -154,9 +154,7 @@ class Engine:
     def _prepare(self, session: Session, request: Request) -> _Job:
         """Checks all that can be wrong, then does what comes before the observation."""
         self._notice(session, request)
-        task = None
-        if self.policy.spec.tasks and request.observation is not None:
-            task = self.policy.task_vector(request.prompt or session.prompt)
+        task = self._task(session, request)
         reset = request.reset or (request.session is not None and session.name not in (None, request.session))
         reset = reset or (self._prompt_resets and request.prompt is not None and request.prompt != session.prompt)
         history, step, planned = session.history, session.step, session.planned
@@ -195,6 +193,18 @@ class Engine:
         session.ticks = session.ticks or request.observe_only
         session.name, session.prompt = request.session or session.name, request.prompt or session.prompt
         return job
+
+    def _task(self, session: Session, request: Request) -> NDArray[np.float32] | None:
+        """The vector of a request's task; None = it needs none. No prompt is remembered."""
+        if not self.policy.spec.tasks or request.observation is None:
+            return None
+        if request.prompt is None and session.prompt is not None:
+            raise ConfigError(
+                f"this observation has no prompt, those before it had {session.prompt!r}; a connection that has sent "
+                "one sends one with every observation (by PolicyClient: prompt=...)"
+            )
+        vector: NDArray[np.float32] = self.policy.task_vector(request.prompt)
+        return vector
 
     def _begin(self, request: Request) -> Any:
         episode = self._next_episode if request.episode is None else request.episode

@@ -42,7 +42,7 @@ class RemotePolicy:
         self._options = (address, options)
         self._clients = [PolicyClient(address, **options)]
         served = Served.of(address, self._clients[0].metadata)
-        self._names, self.spec = served.keys, served.spec
+        self._names, self.spec, self._own_task = served.keys, served.spec, served.task
         self.task: str | None = None
         self.provenance = served.provenance
         self.planned: NDArray[np.bool_] | None = None
@@ -88,13 +88,14 @@ class RemotePolicy:
         self._step[list(self._new)] = 0
         self.planned = self._age >= self.spec.num_executed
         new, self._new = self._new, {}
+        task = self._own_task if self.task is None else self.task  # always said: the server remembers none
         self._broken = True  # until all answers are here
         for row in range(rows):
             options: dict[str, Any] = {**new.get(row, {}), "step": int(self._step[row])}
             if executed_action is not None and row not in new:
                 options["executed"] = np.asarray(executed_action[row], np.float32)
             seen = {self._names[key]: observation[key][row] for key in self.spec.observation}
-            self._clients[row].send(seen, observe_only=not self.planned[row], prompt=self.task, **options)
+            self._clients[row].send(seen, observe_only=not self.planned[row], prompt=task, **options)
         for row in range(rows):
             answer = self._clients[row].receive()
             if self.planned[row]:

@@ -189,8 +189,9 @@ class RemoteStream:
             message["scd/reset"] = True
         elif executed_action is not None:
             message["scd/executed"] = np.asarray(executed_action, np.float32)
-        if (task := self.task) is not None:  # another thread may change it
-            message["prompt"] = task
+        task = self.task  # another thread may change it
+        if (said := self._served.task if task is None else task) is not None:  # always: the server remembers none
+            message["prompt"] = said
         self._pending = message
 
     def snapshot(self) -> None:

@@ -45,7 +45,7 @@ class Request:
         snapshot: keep the history under this name, after the observation if there is one.
         restore: go on with the history kept under this name.
         session: name of the episode, in the dialect that has one.
-        prompt: the task in words.
+        prompt: the task in words; None = there is none, or an empty one.
         wants_text: the answer to a reset is a text, as in the dialect with "endpoint".
     """
 
@@ -119,7 +119,7 @@ class RequestReader:
             snapshot=snapshot,
             restore=restore,
             session=_text(own, "session_id"),
-            prompt=_text(own, "prompt"),
+            prompt=_text(own, "prompt") or None,
             wants_text=endpoint == "reset",
         )
 

@@ -369,6 +369,7 @@ def _metadata(policy: Any, client_keys: Mapping[str, str], steps_per_plan: int, 
         "steps_per_plan": steps_per_plan,
         "positions": _POSITIONS,
         "tasks": list(spec.tasks),
+        "task": policy.task if spec.tasks else None,
         "keys": {client_keys[key]: {**array.to_json(), "name": key} for key, array in spec.observation.items()},
         "policy": {key: made[key] for key in ("type", "step", "weights_sha256", "preset") if key in made},
     }

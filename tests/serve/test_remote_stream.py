@@ -373,3 +373,16 @@ def test_a_task_is_told_and_checked():
         alone.stream.task = "clsoe"
     alone.stream.observe(alone.seen)
     assert alone.stream._pending["prompt"] == "open", "as before"
+
+
+def test_a_task_of_none_is_the_servers_and_is_told_as_such():
+    """The server would refuse an observation without a prompt after one with it."""
+    alone = Alone(tasks=("open", "close"))
+    alone.stream._served = replace(alone.stream._served, task="close")
+    told = []
+    for task in ("open", None):
+        alone.stream.task = task
+        alone.stream._welcome({**metadata_of(alone.policy), "task": "close"})
+        alone.stream.observe(alone.seen)
+        told.append(alone.stream._pending["prompt"])
+    assert told == ["open", "close"]

@@ -5,24 +5,20 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from pictures import picture_data, picture_policy
 from small_policies import small_policy
-from tiny import tiny_data, tiny_experiment
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect as connect_raw
 
 from scd_robot.errors import ActionError, ConfigError
-from scd_robot.policies import load_policy
 from scd_robot.serve import PolicyClient, RequestRefusedError, ServerUnreachableError
 from scd_robot.serve.engine import Engine, Session
 from scd_robot.serve.requests import Request
 from scd_robot.serve.server import PolicyServer, ServerConfig, running_server
 from scd_robot.serve.wire import pack, unpack
-from scd_robot.training import train
 from scd_robot.transforms import TransformConfig
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -439,27 +435,3 @@ def test_a_client_that_is_gone_leaves_the_others_alone(start, connect, stream):
         client.send(observation)
         client.close()
         assert good.infer(observation)["actions"].shape == (4, 2)
-
-
-def test_a_prompt_names_the_task_of_its_connection(tmp_path, start, connect, stream):
-    experiment = tiny_experiment(1).with_tasks({"left": (1.0, 0.0), "right": (0.0, 1.0)})
-    data = replace(tiny_data(), episode_text={"task": ["left", "right"] * 3})
-    train(data, experiment, tmp_path / "run", accelerator="cpu", progress=False)
-    server = start(load_policy(tmp_path / "run"), batch_window_s=0.05)
-    observation = stream(1)[0]
-    plans = {}
-    for task in ("left", "right"):
-        client = connect(server)
-        assert client.metadata["tasks"] == ["left", "right"]
-        plans[task] = client.infer(observation, prompt=task, reset=True, episode=0)["actions"]
-        alone = load_policy(tmp_path / "run", task=task)
-        alone.reset(episodes=[0])
-        alone.observe(batched(observation))
-        np.testing.assert_allclose(plans[task], alone.plan()[0], **CLOSE)
-        again = client.infer(observation)  # the prompt stays
-        assert "actions" in again
-    client = connect(server)
-    for wrong, reason in ((None, "'left', 'right'"), ("rihgt", "did you mean 'right'")):
-        with pytest.raises(RequestRefusedError, match=reason):
-            client.infer(observation, prompt=wrong)
-    assert client.infer(observation, prompt="left")["scd/new_history"]
