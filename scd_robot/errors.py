@@ -14,6 +14,7 @@ __all__ = [
     "DatasetError",
     "MissingDependencyError",
     "OutputError",
+    "PolicyChangedError",
     "RenderError",
     "ScdRobotError",
     "ShapeError",
@@ -50,6 +51,10 @@ class CheckpointError(ScdRobotError):
 
 class OutputError(ScdRobotError):
     """An output cannot be written: no permission, disk full, or something is there already."""
+
+
+class PolicyChangedError(ScdRobotError):
+    """A server has another policy than before, though it looks the same: other weights."""
 
 
 class MissingDependencyError(ScdRobotError, ImportError):

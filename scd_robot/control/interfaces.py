@@ -71,7 +71,7 @@ class EncodingPolicy(Protocol):
         ...
 
     def observe(self, observation: Observation, executed_action: ActionArray | None = None) -> None:
-        """Encodes one control step."""
+        """Encodes one control step; raises PolicyChangedError once where its weights are others than before."""
         ...
 
     def check_guidance(self, max_gain: float) -> None:

@@ -23,6 +23,7 @@ from scd_robot.control.planning import Planning
 from scd_robot.control.recorder import FlightRecorder
 from scd_robot.control.settings import LoopConfig, LoopReport, State, check_settings, describe_settings
 from scd_robot.control.watchdog import Approach, ObservationGate
+from scd_robot.errors import PolicyChangedError
 from scd_robot.types import ActionArray
 
 __all__ = ["ControlLoop"]
@@ -270,8 +271,11 @@ class ControlLoop:
                 {key: sample.observation[key][None] for key in self._policy.spec.observation}, self._executed(sample)
             )
         except Exception as error:
-            self._journal.fault("encoder_error", f"{type(error).__name__}: {error}")
+            changed = isinstance(error, PolicyChangedError)
+            self._journal.fault("changed_policy" if changed else "encoder_error", f"{type(error).__name__}: {error}")
             self._new_epoch()
+            if changed and self._config.watchdog.changed_policy == "stop":
+                self._intent = "stop"
         self._encoded_s = sample.stamp_s
         self._journal.encoder_ms.append(1e3 * (self._clock.now() - started))
 

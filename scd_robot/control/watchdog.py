@@ -25,6 +25,7 @@ FAULTS = {
     "stale_observation": "the newest good observation is too old",
     "frozen_observation": "a sensor repeats itself",
     "encoder_error": "the policy failed to take in an observation",
+    "changed_policy": "the server has other weights than before",
     "plan_error": "a plan failed, or is not finite",
     "plan_late": "all actions are used up before the next plan is there",
     "stale_plan": "a plan was made from an observation that is too old by now; it is not followed",
@@ -115,6 +116,7 @@ class WatchdogConfig:
         max_plan_age_s: of the observation that a plan was made from, when the plan begins to be followed; infinite =
             any. While the robot stands still this alone keeps it from following an old plan.
         plan_error: reaction to a plan that failed; "retry" goes on with the running chunk and asks again.
+        changed_policy: reaction to a server with other weights than before; "hold" begins anew with a plan of them.
         robot_error: reaction to a failed send; "hold" lets the robot hold and begins anew from its pose.
         max_gap_steps: control steps that may be missed at once; after more the history is begun anew.
         slow_rate: see above.
@@ -129,15 +131,18 @@ class WatchdogConfig:
     late_plan: Reaction = "hold"
     max_plan_age_s: float = float("inf")
     plan_error: Literal["retry", "stop"] = "retry"
+    changed_policy: Literal["hold", "stop"] = "hold"
     robot_error: Literal["hold", "stop"] = "hold"
     max_gap_steps: int = 5
     slow_rate: float = 0.5
     give_up_s: float = 10.0
 
     def __post_init__(self) -> None:
-        special = {"plan_error": ("retry", "stop"), "robot_error": ("hold", "stop")}
-        for name in ("stale_observation", "frozen_observation", "late_plan", "plan_error", "robot_error"):
-            choices = special.get(name, get_args(Reaction))
+        reactions = dict.fromkeys(("stale_observation", "frozen_observation", "late_plan"), get_args(Reaction))
+        reactions |= {"plan_error": ("retry", "stop")} | dict.fromkeys(
+            ("changed_policy", "robot_error"), ("hold", "stop")
+        )
+        for name, choices in reactions.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("max_age_s", "max_frozen_s", "max_plan_age_s", "give_up_s"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from scd_robot.errors import PolicyChangedError
 from scd_robot.serve.endpoint import (
     ClientConnection,
     ConnectionClosed,
@@ -18,7 +19,9 @@ from scd_robot.serve.endpoint import (
     HistoryLostError,
     RequestRefusedError,
     ServerUnreachableError,
+    check_weights,
     read_answer,
+    weights_of,
 )
 from scd_robot.serve.wire import pack
 from scd_robot.types import ActionArray
@@ -38,12 +41,16 @@ class PolicyClient:
         connect_timeout_s: for so long it tries to reach the server, at first and when the connection broke.
         answer_timeout_s: for so long it waits for an answer.
         max_frame_bytes: of an answer.
+        weights_sha256: of the weights that the server must have; None = any: where they are others after the connection
+            was made anew, that is logged.
 
     Attributes:
         metadata: what the server said first.
+        weights_sha256: as given.
 
     Raises:
         ServerUnreachableError: nobody answers there, or the key is wrong.
+        PolicyChangedError: the server has other weights.
     """
 
     def __init__(
@@ -55,8 +62,9 @@ class PolicyClient:
         connect_timeout_s: float = 10.0,
         answer_timeout_s: float = 60.0,
         max_frame_bytes: int = 32 * 2**20,
+        weights_sha256: str | None = None,
     ) -> None:
-        self.address = address
+        self.address, self.weights_sha256 = address, weights_sha256
         self._endpoint = Endpoint(address, api_key, tls_ca, max_frame_bytes)
         self._timeouts = connect_timeout_s, answer_timeout_s
         self._stack = contextlib.ExitStack()
@@ -100,6 +108,7 @@ class PolicyClient:
         Raises:
             RequestRefusedError: the server says what is wrong with it.
             HistoryLostError: the connection broke within an episode; it has been made anew, and a new history begins.
+            PolicyChangedError: the server is there again with other weights than `weights_sha256`.
             ServerUnreachableError: the server is gone or does not answer.
         """
         self.send(
@@ -183,7 +192,7 @@ class PolicyClient:
             try:
                 attempt = self._endpoint.open(max(0.1, deadline - time.monotonic()))
                 self._connection = self._stack.enter_context(attempt)
-                self.metadata = self._next_message()
+                self._welcome(self._next_message())
                 return
             except (OSError, ConnectionClosed) as error:
                 if time.monotonic() + pause > deadline:
@@ -192,6 +201,17 @@ class PolicyClient:
                     ) from error
                 time.sleep(pause)
                 pause = min(2 * pause, 1.0)
+
+    def _welcome(self, metadata: dict[str, Any]) -> None:
+        try:
+            wanted = self.weights_sha256 or (weights_of(self.metadata) if self.metadata else weights_of(metadata))
+            check_weights(self.address, wanted, weights_of(metadata))
+        except PolicyChangedError as error:
+            if self.weights_sha256 is not None:
+                self.close()
+                raise
+            logger.warning("%s", error)
+        self.metadata = metadata
 
     def _next_message(self) -> dict[str, Any]:
         if self._connection is None:

@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from scd_robot.errors import ConfigError, MissingDependencyError, ScdRobotError, UnknownNameError
+from scd_robot.errors import (
+    ConfigError,
+    MissingDependencyError,
+    PolicyChangedError,
+    ScdRobotError,
+    UnknownNameError,
+)
 from scd_robot.serve.wire import MessageError, unpack
 from scd_robot.types import ArraySpec, PolicySpec
 
@@ -28,7 +34,9 @@ __all__ = [
     "RequestRefusedError",
     "Served",
     "ServerUnreachableError",
+    "check_weights",
     "read_answer",
+    "weights_of",
 ]
 
 
@@ -157,6 +165,20 @@ class Served:
         """Raises UnknownNameError where the policy does not know a task (None = the server's)."""
         if task is not None and task not in self.spec.tasks:
             raise UnknownNameError("task of this policy", task, self.spec.tasks)
+
+
+def weights_of(told: Mapping[str, Any]) -> str | None:
+    """The checksum of a server's weights, from the first message of a connection; None = it does not say."""
+    policy = told.get("policy")
+    return policy.get("weights_sha256") if isinstance(policy, Mapping) else None
+
+
+def check_weights(address: str, before: str | None, now: str | None) -> None:
+    """Raises PolicyChangedError where a server has other weights than before; None = it does not say."""
+    if before != now:
+        raise PolicyChangedError(
+            f"{address} has other weights than before: {now or 'it does not say which'}, not {before or 'unnamed ones'}"
+        )
 
 
 def read_answer(address: str, frame: str | bytes) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.serve.client import PolicyClient
-from scd_robot.serve.endpoint import Served
+from scd_robot.serve.endpoint import Served, weights_of
 from scd_robot.types import ActionArray, Observation
 
 __all__ = ["RemotePolicy"]
@@ -21,7 +21,8 @@ class RemotePolicy:
     """Sends every observation to a server and follows its chunks; acts as the policy itself would.
 
     Each row has a connection, hence a history, of its own, and all rows of a control step are sent before the first
-    answer is waited for, so that the server computes them together.
+    answer is waited for, so that the server computes them together. All its actions are of the weights that the server
+    had at first, or there are none.
 
     Args:
         address: of a server of this project, see `PolicyClient`.
@@ -39,9 +40,11 @@ class RemotePolicy:
     """
 
     def __init__(self, address: str, **options: Any) -> None:
-        self._options = (address, options)
-        self._clients = [PolicyClient(address, **options)]
-        served = Served.of(address, self._clients[0].metadata)
+        first = PolicyClient(address, **options)
+        first.weights_sha256 = first.weights_sha256 or weights_of(first.metadata)
+        self._options = (address, {**options, "weights_sha256": first.weights_sha256})
+        self._clients = [first]
+        served = Served.of(address, first.metadata)
         self._names, self.spec, self._own_task = served.keys, served.spec, served.task
         self.task: str | None = None
         self.provenance = served.provenance
@@ -78,6 +81,7 @@ class RemotePolicy:
         Raises:
             ShapeError: keys are missing, or the number of rows changed without a reset.
             ConfigError: the last control step failed, and there was no reset since.
+            PolicyChangedError: the server was started again with other weights.
             ScdRobotError: see `PolicyClient.infer`.
         """
         rows = self._rows(observation)

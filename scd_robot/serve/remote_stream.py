@@ -17,9 +17,16 @@ from numpy.typing import NDArray
 
 from scd_robot.control.clock import Clock, MonotonicClock
 from scd_robot.control.planner import PlanRequest, PlanResult, checked_plan
-from scd_robot.errors import ConfigError, ScdRobotError, ShapeError
+from scd_robot.errors import ConfigError, PolicyChangedError, ScdRobotError, ShapeError
 from scd_robot.serve.client import PolicyClient
-from scd_robot.serve.endpoint import Endpoint, HistoryLostError, RequestRefusedError, Served, read_answer
+from scd_robot.serve.endpoint import (
+    Endpoint,
+    HistoryLostError,
+    RequestRefusedError,
+    Served,
+    check_weights,
+    read_answer,
+)
 from scd_robot.serve.link import Answered, Broken, Link, SocketLink
 from scd_robot.serve.wire import pack
 from scd_robot.types import ActionArray, ArraySpec, Observation
@@ -85,6 +92,7 @@ class RemoteStream:
         self._flying: PlanRequest | None = None
         self._result: PlanResult | None = None
         self._lost: str | None = None  # why the history is gone; the loop was not told yet
+        self._changed: PolicyChangedError | None = None  # likewise, other weights
 
     @classmethod
     def connect(
@@ -170,6 +178,7 @@ class RemoteStream:
 
         Raises:
             HistoryLostError: the server has forgotten the history, once for each time.
+            PolicyChangedError: it has other weights than before, likewise; nothing was sent to it yet.
             ShapeError: a picture that is not one of bytes.
         """
         self._take_in()
@@ -177,6 +186,9 @@ class RemoteStream:
         if (reason := self._lost) is not None:
             self.reset()
             raise HistoryLostError(f"the history at {self._served.address} is lost: {reason}")
+        if (changed := self._changed) is not None:
+            self._changed = None
+            raise changed
         if not self._connected:
             return
         message: dict[str, Any] = {
@@ -263,6 +275,11 @@ class RemoteStream:
         if again.spec != self._served.spec:
             self._give_up("the server has another policy now, with other observations or actions")
             return
+        before, now = (served.provenance.get("weights_sha256") for served in (self._served, again))
+        try:
+            check_weights(again.address, before, now)
+        except PolicyChangedError as error:
+            self._changed = error
         self._served, self._connected = again, True
         logger.info("connected to %s", self._served.address)
 

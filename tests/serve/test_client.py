@@ -15,7 +15,7 @@ from small_policies import small_policy
 from websockets.sync.server import serve as serve_raw
 
 from scd_robot.cli.main import main
-from scd_robot.errors import ConfigError, ShapeError
+from scd_robot.errors import ConfigError, PolicyChangedError, ShapeError
 from scd_robot.policies import load_policy
 from scd_robot.serve import (
     HistoryLostError,
@@ -200,6 +200,66 @@ def test_tls_is_spoken_with_a_certificate_of_ones_own(tmp_path, start, connect, 
         connect(server)
     with pytest.raises(ConfigError, match="cannot use the certificate"):
         start(tls_cert=tmp_path / "missing.pem")
+
+
+def of_weights(name):
+    policy = small_policy()
+    policy.provenance = {"weights_sha256": name}
+    return policy
+
+
+@pytest.fixture
+def restarted():
+    """`restarted(name)`: a server with weights of that name, always at the same address, the one before being gone."""
+    with socket.socket() as free, contextlib.ExitStack() as servers:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+
+        def begin(name):
+            servers.close()
+            return servers.enter_context(running_server(of_weights(name), ServerConfig(port=port))).address
+
+        yield begin
+
+
+def test_other_weights_after_a_restart_are_told(restarted, stream, caplog):
+    seen = stream(1)[0]
+    with PolicyClient(restarted("old")) as client:
+        client.infer(seen, reset=True)
+        restarted("old")
+        client.infer(seen, reset=True)
+        assert "other weights" not in caplog.text
+        restarted("new")
+        client.infer(seen, reset=True)
+        assert "has other weights than before: new, not old" in caplog.text
+        assert client.metadata["policy"]["weights_sha256"] == "new"
+
+
+def test_other_weights_than_asked_for_are_refused(restarted, stream):
+    seen = stream(1)[0]
+    with PolicyClient(restarted("old"), weights_sha256="old") as client:
+        client.infer(seen, reset=True)
+        address = restarted("new")
+        for _ in range(2):
+            with pytest.raises(PolicyChangedError, match="new, not old"):
+                client.infer(seen, reset=True)
+        with pytest.raises(PolicyChangedError, match="new, not old"):
+            PolicyClient(address, weights_sha256="old")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_remote_policy_acts_with_one_set_of_weights(restarted, stream, rows):
+    """Also where a connection is new: what is told of an evaluation is told of all of it."""
+    seen = {key: np.stack([value] * rows) for key, value in stream(1)[0].items()}
+    with contextlib.closing(RemotePolicy(restarted("old"))) as policy:
+        assert policy.provenance["weights_sha256"] == "old"
+        if rows == 1:
+            policy.act(seen)
+        restarted("new")
+        policy.reset()
+        with pytest.raises(PolicyChangedError, match="new, not old"):
+            policy.act(seen)
 
 
 def test_evaluate_takes_a_remote_policy(start, point):

@@ -25,6 +25,7 @@ from scd_robot.control import (
     WatchdogConfig,
 )
 from scd_robot.control.inspection import InspectedRobot
+from scd_robot.control.recorder import find_record, read_record
 from scd_robot.control.rehearsal import (
     KINDS,
     LINK_KINDS,
@@ -131,6 +132,30 @@ def test_a_policy_without_a_memory_goes_on_with_its_chunk_while_it_connects_agai
     assert "encoder_error" not in done.report.faults
     assert done.states["running"] >= 75
     assert done.violations == []
+
+
+@pytest.mark.parametrize("history_length", [1, 8])
+@pytest.mark.parametrize("reaction", ["hold", "stop"])
+def test_a_server_that_comes_back_with_other_weights_is_a_fault(reaction, history_length, monkeypatch, tmp_path):
+    monkeypatch.setattr(ScriptedPolicy, "spec", replace(SPEC, history_length=history_length), raising=False)
+    monkeypatch.setattr("scd_robot.control.rehearsal.SPEC", replace(SPEC, history_length=history_length))
+    told = []
+
+    def metadata(policy):
+        told.append("new" if len(told) >= 2 else "old")  # when it was asked, and in the first connection
+        return {**metadata_of(policy), "policy": {"weights_sha256": told[-1]}}
+
+    monkeypatch.setattr("scd_robot.serve.rehearsal.metadata_of", metadata)
+    config = LoopConfig(watchdog=WatchdogConfig(changed_policy=reaction), recorder=RecorderConfig(tmp_path))
+    script = [Incident("server_gone", 30, 4), Incident("server_gone", 60, 4)]
+    done = rehearse(script, config, PLACES, steps=100, connect=behind_a_server)
+    assert done.report.faults["changed_policy"] == 1, "of each change"
+    assert (done.violations, done.unrecorded) == ([], 0)
+    assert (done.report.steps < 50) == (reaction == "stop")
+    events = read_record(find_record(tmp_path))[1]["events"]
+    assert any("other weights than before: new, not old" in event["detail"] for event in events)
+    if reaction == "hold":
+        assert done.states["running"] >= 70
 
 
 incidents = st.builds(Incident, st.sampled_from(KINDS + LINK_KINDS), st.integers(0, 50), st.integers(1, 12))
