@@ -19,6 +19,7 @@ __all__ = [
     "make_exported",
     "named_policies",
     "note_instructions",
+    "place_of_goal",
     "read_trained",
     "refuse_checkpoint_options",
 ]
@@ -140,7 +141,7 @@ def read_trained(
     if task is not None or goal is not None:  # what is wrong with them is told before anything is evaluated
         instructions(transforms, "", task or next(iter(transforms["tasks"]), None), goal)
     make = functools.partial(make, task=task, goal=goal)
-    return Trained(path, make, transforms["tasks"], task, {**identity, "goal": goal})
+    return Trained(path, make, transforms["tasks"], task, {**identity, "goal": place_of_goal(goal)})
 
 
 def make_exported(
@@ -160,7 +161,7 @@ def make_exported(
 
 def note_instructions(policy: Any, task: str | None, goal: str | None) -> Any:
     """The policy, whose provenance tells its task and where its goal is recorded, if it has them."""
-    told = {"task": task, "goal": goal}
+    told = {"task": task, "goal": place_of_goal(goal)}
     policy.provenance = {**policy.provenance, **{name: value for name, value in told.items() if value is not None}}
     return policy
 
@@ -266,6 +267,12 @@ def exported_instructions(folder: Path, environment: str, task: str | None, goal
     from scd_robot.export import read_manifest
 
     return instructions(to_json(read_manifest(folder).transforms), environment, task, goal)
+
+
+def place_of_goal(source: str | None) -> str | None:
+    """PATH:NUMBER with the whole path, so that it says the same from any folder; addresses stay as they are."""
+    path, _, number = (source or "").rpartition(":")
+    return source if not path or "://" in path else f"{Path(path).resolve()}:{number}"
 
 
 def goal_of(source: str, keys: Sequence[str], option: str = "--goal") -> dict[str, Any]:

@@ -8,7 +8,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from scd_robot.cli.policy_source import is_named, named_policies, read_trained, refuse_checkpoint_options
+from scd_robot.cli.policy_source import (
+    is_named,
+    named_policies,
+    place_of_goal,
+    read_trained,
+    refuse_checkpoint_options,
+)
 
 __all__ = ["sweep"]
 
@@ -179,8 +185,9 @@ def _difference(document: dict[str, Any], episodes: range, seed: int | None, wan
         return f"of {module.get('name', document['policy'])} with options {module.get('options')}"
     if seed is not None and policy["settings"].get("seed") != seed:
         return f"with seed {policy['settings'].get('seed')}"
-    for what in ("task", "goal"):
-        if what in wanted and policy.get(what) != wanted[what]:
+    told = {"task": policy.get("task"), "goal": place_of_goal(policy.get("goal"))}  # older evaluations: as it was typed
+    for what in told:
+        if what in wanted and told[what] != wanted[what]:
             return f"with the {what} {policy[what]!r}" if what in policy else f"without a {what}"
     reproducible = wanted.get("reproducible", False)
     if policy.get("reproducible", False) != reproducible:

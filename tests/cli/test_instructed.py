@@ -5,6 +5,7 @@ import json
 import pytest
 
 from scd_robot.cli.main import main
+from scd_robot.cli.policy_source import place_of_goal
 from scd_robot.sim_eval.output import read_actions
 
 POINT = "toy_environment:make_point"
@@ -41,6 +42,27 @@ def test_a_sweep_of_another_task_or_goal_is_another(instructed, options, tiny_st
     assert file.stat().st_mtime_ns == written
     refused([*sweep, "--task", "pull"], f"holds another evaluation (with the task '{POINT}')")
     refused([*sweep[:-3], f"{tiny_store}:2", *sweep[-2:]], f"holds another evaluation (with the goal '{tiny_store}:1')")
+
+
+def test_a_goal_is_the_same_however_its_path_is_typed(instructed, options, tiny_store, tmp_path, monkeypatch, capsys):
+    sweep = ["sweep", instructed, *options[:-2], "--out", str(tmp_path / "out"), "--goal"]
+    monkeypatch.chdir(tiny_store.parent)
+    assert main([*sweep, f"{tiny_store.name}:1"]) == 0
+    [file] = (tmp_path / "out").glob("**/result.json")
+    document = json.loads(file.read_text())
+    assert document["provenance"]["policy"]["goal"] == f"{tiny_store}:1"
+    written = file.stat().st_mtime_ns
+    monkeypatch.chdir(tmp_path)
+    assert main([*sweep, f"{tiny_store.parent}/../{tiny_store.parent.name}/{tiny_store.name}:1"]) == 0
+    assert file.stat().st_mtime_ns == written
+    monkeypatch.chdir(tiny_store.parent)
+    document["provenance"]["policy"]["goal"] = f"{tiny_store.name}:1"  # as it was written once
+    file.write_text(json.dumps(document))
+    written = file.stat().st_mtime_ns
+    assert main([*sweep, f"{tiny_store}:1"]) == 0
+    assert file.stat().st_mtime_ns == written
+    address = "s3://bucket/push.zarr:3"
+    assert (place_of_goal(address), place_of_goal(None)) == (address, None)
 
 
 def test_a_sweep_goes_on_beside_environments_whose_task_nobody_told(instructed, options, tmp_path, capsys):
