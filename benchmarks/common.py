@@ -266,7 +266,7 @@ def _start(task: str, order: Path, threads: int) -> "subprocess.Popen[bytes]":
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     with order.with_name("log.txt").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("job.py")), task, str(order)],
+            [sys.executable, "-P", str(Path(__file__).with_name("run_job.py")), task, str(order)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,

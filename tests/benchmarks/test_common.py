@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ from scd_robot.errors import ConfigError, DatasetError, OutputError, UnknownName
 from scd_robot.presets import resolve, with_settings
 from scd_robot.types import ArraySpec, DatasetSpec
 
-common, reporting, five_tasks, history, ablations = map(
-    load, ("common", "reporting", "five_tasks", "history", "ablations")
+common, reporting, five_tasks, history, ablations, run_job = map(
+    load, ("common", "reporting", "five_tasks", "history", "ablations", "run_job")
 )
 Job, Recording = common.Job, common.Recording
-job_module = sys.modules[Job.__module__]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +241,7 @@ def test_shrunk_jobs_record_train_and_evaluate_less(tmp_path: Path, capsys: pyte
 
 
 def test_training_time_of_killed_sessions_counts_up_to_their_last_checkpoint() -> None:
-    useful = job_module.useful_seconds
+    useful = run_job.useful_seconds
     assert useful([], []) == 0
     assert useful([100.0], []) == 0
     assert useful([100.0], [110.0, 130.0]) == 30
@@ -253,9 +251,9 @@ def test_training_time_of_killed_sessions_counts_up_to_their_last_checkpoint() -
 def test_a_training_of_something_else_is_never_continued(tmp_path: Path) -> None:
     job = five_tasks.make_jobs()[0]
     path = tmp_path / "sessions.json"
-    assert job_module._sessions(job, path) == []
+    assert run_job._sessions(job, path) == []
     path.write_text(json.dumps({"trained": job.training_identity(), "starts": [1.5]}))
-    assert job_module._sessions(job, path) == [1.5]
+    assert run_job._sessions(job, path) == [1.5]
     other = Job(job.name, job.recording, job.environment, ("model.width=8",))
     with pytest.raises(OutputError, match="another training"):
-        job_module._sessions(other, path)
+        run_job._sessions(other, path)

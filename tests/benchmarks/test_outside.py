@@ -14,8 +14,7 @@ from scd_robot.datasets import ZarrWriter, open_dataset
 from scd_robot.datasets.hdf5.robomimic_writer import write_robomimic
 from scd_robot.types import ArraySpec, DatasetSpec
 
-common, reporting = map(load, ("common", "reporting"))
-job_module = sys.modules[common.Job.__module__]
+common, reporting, run_job = map(load, ("common", "reporting", "run_job"))
 sys.path.append(str(FOLDER))
 from outside.demonstrations import Windows, read_demonstrations  # noqa: E402
 from outside.rows import ChunkPolicy  # noqa: E402
@@ -121,9 +120,9 @@ def test_settings_are_json_by_group() -> None:
 
 
 def test_checkpoints_are_read_at_even_intervals_and_at_the_end() -> None:
-    assert job_module.evenly_spaced([1, 2, 3, 4, 5, 6, 7], 3) == [3, 5, 7]
-    assert job_module.evenly_spaced([1, 2, 3, 4], 1) == [4]
-    assert job_module.evenly_spaced([1, 2], 3) == [1, 2]
+    assert run_job.evenly_spaced([1, 2, 3, 4, 5, 6, 7], 3) == [3, 5, 7]
+    assert run_job.evenly_spaced([1, 2, 3, 4], 1) == [4]
+    assert run_job.evenly_spaced([1, 2], 3) == [1, 2]
 
 
 @pytest.fixture
@@ -144,7 +143,7 @@ def rival_job(*settings: str) -> Any:
 
 def test_a_rival_is_trained_read_twice_and_evaluated_by_ours(order: dict[str, Any], tmp_path: Path) -> None:
     job = rival_job("training.max_steps=4", "training.validate_every=1", "policy.scale=0.9")
-    result = job_module._run_job(job, tmp_path, order)
+    result = run_job._run_job(job, tmp_path, order)
     assert [(r["updates"], r["evaluation"]["successes"]) for r in result["readings"]] == [(2, 3)]
     assert (result["training"]["steps"], result["training"]["parameters"]) == (4, 2)
     assert result["training"]["config"]["steps"] == sum(LENGTHS)
@@ -157,12 +156,12 @@ def test_a_rival_is_trained_read_twice_and_evaluated_by_ours(order: dict[str, An
     assert "2, 0.0: 3/3; 4, 0.0: 3/3" in table
     files = {path.name for path in (tmp_path / "work" / "arm" / "run" / "checkpoints" / "step_00000004").iterdir()}
     assert files == {"model.safetensors", "config.json", "progress.json"}
-    assert job_module._train_rival(job, tmp_path, {}) == json.loads((tmp_path / "work/arm/training.json").read_text())
+    assert run_job._train_rival(job, tmp_path, {}) == json.loads((tmp_path / "work/arm/training.json").read_text())
 
 
 def test_a_rival_that_cannot_be_trained_fails_alone(order: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(job_module.ConfigError, match="training of toy_arm ended with code 1"):
-        job_module._run_job(rival_job("bogus=1"), tmp_path, order)
+    with pytest.raises(run_job.ConfigError, match="training of toy_arm ended with code 1"):
+        run_job._run_job(rival_job("bogus=1"), tmp_path, order)
 
 
 def test_a_queue_with_rivals_needs_their_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
