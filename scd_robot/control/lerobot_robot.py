@@ -150,7 +150,7 @@ class LeRobotRobot:
                 self._told.wait_for(lambda: not self._wanted, self._patience_s)
             outcome = self._outcome
         if isinstance(outcome, Exception):
-            raise outcome
+            raise outcome.with_traceback(None)  # which would grow each time
         return outcome
 
     def send(self, command: Command) -> None:

@@ -43,6 +43,9 @@ class ControlLoop:
         clock: the machine's, or a virtual one.
         planner: None = the policy itself where it is one, otherwise a thread.
         recorder: None = as the settings say.
+
+    Raises:
+        ConfigError: settings that are not for this policy, among them a guided strategy where plans cannot be guided.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class ControlLoop:
     ) -> None:
         config, spec = config or LoopConfig(), policy.spec
         check_settings(limits, config, spec.action_dim, set(spec.observation))
+        if config.execution.is_guided:
+            policy.check_guidance(config.execution.max_gain)
         self._robot, self._policy, self._limits, self._config = robot, policy, limits, config
         self._clock: Clock = clock or MonotonicClock()
         self._planner: Planner = planner or (policy if isinstance(policy, Planner) else ThreadPlanner(policy))
@@ -385,5 +390,7 @@ class ControlLoop:
         if self._journal.state != "stopped":
             self._commander.hold_at_last()
         self._journal.state = "stopped"
-        self._planner.close()
-        self._journal.close(pacer)
+        try:
+            self._planner.close()
+        finally:
+            self._journal.close(pacer)

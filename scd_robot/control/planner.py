@@ -101,10 +101,10 @@ def make_plan(policy: StreamingPolicy, request: PlanRequest) -> PlanResult:
     """Plans, and turns whatever goes wrong into a result."""
     try:
         chunk = np.asarray(policy.plan_from(request.given, request.prefix, request.running))
+        return checked_plan(policy.spec, request, chunk)
     except Exception as error:
         logger.debug("a plan failed", exc_info=error)
         return PlanResult(request, None, f"{type(error).__name__}: {error}")
-    return checked_plan(policy.spec, request, chunk)
 
 
 def checked_plan(spec: PolicySpec, request: PlanRequest, chunk: ActionArray) -> PlanResult:

@@ -27,9 +27,6 @@ class Planning:
         rest: (Da,) see `Limits`.
         max_age_s: of the observation that a plan was made from, when it begins to be followed.
 
-    Raises:
-        ConfigError: the policy's plans cannot be guided, and the strategy is to.
-
     Attributes:
         executor: follows the chunks.
         epoch: plans of another one are dropped.
@@ -45,8 +42,6 @@ class Planning:
         rest: tuple[float | None, ...],
         max_age_s: float = float("inf"),
     ) -> None:
-        if config.is_guided:
-            policy.check_guidance(config.max_gain)
         self._policy, self._planner, self._config, self._max_age_s = policy, planner, config, max_age_s
         self._delay = DelayEstimator(config.delay)
         self._flying: PlanRequest | None = None

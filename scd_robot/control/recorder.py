@@ -187,9 +187,10 @@ class FlightRecorder:
         problem = None
         try:
             self._write(job.target, job.arrays, job.document)
-        except (OSError, OutputError) as error:
-            logger.error("no flight record %s: %s", job.target, error)
-            problem = str(error)
+        except Exception as error:  # whatever it is, the loop is told, and the next record is tried
+            known = isinstance(error, OSError | OutputError)
+            logger.error("no flight record %s: %s", job.target, error, exc_info=None if known else error)
+            problem = str(error) or type(error).__name__
         self._done.put((job, problem))
 
 

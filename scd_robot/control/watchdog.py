@@ -107,7 +107,8 @@ class WatchdogConfig:
 
     Attributes:
         max_age_s: of an observation.
-        stale_observation: reaction to older ones; also to those that never come or are bad.
+        stale_observation: reaction to older ones, also where new ones never come or are bad. While the robot is not
+            commanded, at the start and after a hold, the loop waits for a good one, for `give_up_s`.
         frozen_keys: observation keys that are never twice the same, such as those of a camera.
         max_frozen_s: how long they may be all the same.
         frozen_observation: reaction.

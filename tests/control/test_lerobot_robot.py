@@ -174,8 +174,12 @@ class TestConnecting:
             robot.observe()
 
     def test_it_is_told_to_connect_first(self, device, clock):
-        with pytest.raises(ConnectionError, match=r"connect\(\)"):
-            make(device, clock).observe()
+        robot, depths = make(device, clock), []
+        for _ in range(3):
+            with pytest.raises(ConnectionError, match=r"connect\(\)") as told:
+                robot.observe()
+            depths.append(len(told.traceback))
+        assert len(set(depths)) == 1, "what is raised again and again does not grow"
 
     @pytest.mark.parametrize(("unit", "fits"), [(1.0, True), (180 / math.pi, False)])
     def test_other_units_than_the_datas_are_refused(self, device, clock, unit, fits):

@@ -1,5 +1,6 @@
 """The loop: epochs, start guard, pauses, committed actions, and how it ends."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -230,8 +231,10 @@ def test_a_policy_whose_plans_cannot_be_guided_is_refused_at_once():
     clock = VirtualClock()
     policy = Regression(Script([], clock, DT), (0.0, 0.0))
     config = LoopConfig(execution=ExecutionConfig("guided"))
+    threads = set(threading.enumerate())
     with pytest.raises(ConfigError, match="guided chunk"):
         ControlLoop(ScriptedRobot(Script([], clock, DT), clock, np.zeros(2), False), policy, WIDE, config, clock=clock)
+    assert set(threading.enumerate()) <= threads, "no thread is left"
 
 
 def test_a_synchronous_robot_stands_still_while_its_plan_is_made():
@@ -288,6 +291,32 @@ def test_whatever_is_raised_lets_the_robot_hold_and_leaves_a_record(tmp_path, er
     assert len(arrays["step"]) == 10
     np.testing.assert_allclose(arrays["command"][-1], [1.0, 1.0])
     np.testing.assert_allclose(arrays["observation/state"][-1], [1.0, 1.0])
+
+
+def test_a_record_that_cannot_be_made_is_a_fault_whatever_the_reason(tmp_path):
+    def fail(*_):
+        raise TypeError("a setting that JSON does not know")
+
+    scene = Scene(LoopConfig(recorder=RecorderConfig(tmp_path, least_apart_s=0.2)))
+    scene.loop._journal._recorder._write = fail
+    scene.at[10] = lambda: scene.loop._journal.fault("plan_error", "for the record")
+    report = scene.run(30)
+    assert report.faults["recorder_error"] >= 2, "it is tried again"
+
+
+def test_a_planner_that_cannot_be_closed_costs_no_record(tmp_path):
+    scene = Scene(LoopConfig(recorder=RecorderConfig(tmp_path, least_apart_s=60.0)))
+    scene.at[5] = lambda: scene.loop._journal.fault("plan_error", "the first, for a record")
+    scene.at[10] = lambda: scene.loop._journal.fault("plan_error", "the second, for that of the end")
+
+    def fail():
+        raise KeyboardInterrupt
+
+    scene.loop._planner.close = fail
+    with pytest.raises(KeyboardInterrupt):
+        scene.run(30)
+    assert scene.robot.held >= 2
+    assert scene.loop._journal._recorder.unsaved.total() == 0
 
 
 def test_the_ring_keeps_the_last_steps_only(tmp_path):

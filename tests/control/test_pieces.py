@@ -181,6 +181,7 @@ def test_the_thread_plans_beside_and_hands_over_once():
         (ValueError("no context"), "ValueError: no context"),
         (CHUNK[None, :3], r"\(1, 3, 2\)"),
         (CHUNK[None] * np.nan, "NaN"),
+        (np.full((1, *CHUNK.shape), "left"), "TypeError"),
     ],
 )
 def test_a_plan_that_fails_tells_why(result, told):
