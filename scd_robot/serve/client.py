@@ -148,7 +148,12 @@ class PolicyClient:
             answer = self._next_message()
         except ConnectionClosed:
             self._again()
-            answer = self._next_message()
+            try:
+                answer = self._next_message()
+            except ConnectionClosed as error:
+                raise ServerUnreachableError(
+                    f"{self.address} ends the connection when it gets this message, twice: {error}"
+                ) from error
         self._begun = True
         return answer
 

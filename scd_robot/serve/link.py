@@ -130,7 +130,9 @@ class SocketLink:
         while not self._closed.is_set():
             try:
                 connection = self._endpoint.open(_ATTEMPT_S)
-            except (OSError, ConnectionClosed, ScdRobotError) as error:
+            except Exception as error:  # whatever it is, the robot waits for another attempt
+                if not isinstance(error, OSError | ConnectionClosed | ScdRobotError):
+                    logger.exception("no connection to %s", self._endpoint.address)
                 logger.debug("no connection to %s: %s", self._endpoint.address, error)
             else:
                 self._open = connection
@@ -163,8 +165,13 @@ class SocketLink:
     def _send(self) -> None:
         while (item := self._frames.get()) is not None:
             connection, frame = item
-            with contextlib.suppress(OSError, ConnectionClosed):  # the receiving thread tells
+            try:
                 connection.send(frame)
+            except (OSError, ConnectionClosed):
+                pass  # the receiving thread tells
+            except Exception:
+                logger.exception("a frame could not be sent to %s", self._endpoint.address)
+                _shut(connection)  # likewise
 
 
 def _shut(connection: ClientConnection) -> None:

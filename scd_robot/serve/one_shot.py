@@ -72,7 +72,11 @@ class OneShotServer(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for a connection, if there may be one more."""
         if self._slots.acquire(blocking=False):
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except BaseException:  # no thread could be started
+                self._slots.release()
+                raise
             return
         if self.tls is None:
             head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(FULL)}\r\nConnection: close\r\n\r\n"

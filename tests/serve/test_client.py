@@ -202,6 +202,14 @@ def test_tls_is_spoken_with_a_certificate_of_ones_own(tmp_path, start, connect, 
         start(tls_cert=tmp_path / "missing.pem")
 
 
+def test_a_server_that_hangs_up_on_a_message_again_and_again_is_told_as_such(answering, stream):
+    with (
+        PolicyClient(answering(pack({}))) as client,
+        pytest.raises(ServerUnreachableError, match="ends the connection when it gets this message, twice"),
+    ):
+        client.infer(stream(1)[0])
+
+
 def of_weights(name):
     policy = small_policy()
     policy.provenance = {"weights_sha256": name}

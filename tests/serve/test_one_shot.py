@@ -189,6 +189,20 @@ def test_slow_clients_are_hung_up_on_and_too_many_turned_away(begin, stream, mon
     assert status == 200
 
 
+def test_a_thread_that_cannot_be_started_costs_no_place(begin, stream, monkeypatch):
+    server = begin(max_connections=1)
+    start = threading.Thread.start
+
+    def fail(thread):
+        monkeypatch.setattr(threading.Thread, "start", start)
+        raise RuntimeError("can't start new thread")
+
+    with raw_connection(server) as refused:
+        monkeypatch.setattr(threading.Thread, "start", fail)
+        assert refused.recv(1000) == b""
+    assert post(server, lists(stream(1)[0]))[0] == 200
+
+
 def test_a_bug_of_ours_is_told_without_its_traceback(begin, stream, monkeypatch):
     server = begin()
 
