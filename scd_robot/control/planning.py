@@ -75,8 +75,8 @@ class Planning:
         self.executor.clear()
 
     def overdue(self, steps: int) -> bool:
-        """Whether the plan in the making takes longer than was committed to; `steps` as of `ask`."""
-        return self._flying is not None and steps - self._flying.steps > self._flying.committed
+        """Whether the plan in the making takes longer than was committed to; `steps` as of `ask`, after `collect`."""
+        return self._flying is not None and steps - self._flying.steps >= self._flying.committed
 
     def is_stale(self, result: PlanResult, now_s: float) -> bool:
         """Whether what a plan was made from is too old by now."""

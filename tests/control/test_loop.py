@@ -131,6 +131,20 @@ def test_a_plan_is_as_old_as_what_it_was_made_from(max_plan_age_s, stale):
     assert report.faults.get("stale_plan", 0) == int(stale), "one that goes on counts once"
 
 
+def test_it_slows_down_with_the_first_action_that_was_not_committed_to():
+    """d = 3 actions are committed to while the plan is made; the fourth is of the old chunk alone."""
+    execution = ExecutionConfig("prefix", 4, delay=DelayConfig(initial=3, warm_up=1000))
+    scene = Scene(LoopConfig(execution=execution, watchdog=WatchdogConfig(late_plan="slow")), plan_steps=2.5)
+    asked = []
+    ask = scene.loop._planner.submit
+    scene.loop._planner.submit = lambda request: (asked.append(request.steps), ask(request))
+    scene.at[20] = lambda: setattr(scene, "plan_steps", 6.5)
+    scene.run(60)
+    assert "slow" not in scene.states[: 1 + 20], "a plan that comes in time is no reason"
+    late = next(step for step in asked if step >= 20)
+    assert scene.states[1:].index("slow") == late + 3
+
+
 def test_a_far_start_is_blended_into():
     scene = Scene(LoopConfig(start=StartGuard((0.5, 0.5), "blend", blend_s=10 * DT)))
     report = scene.run(30)
