@@ -9,6 +9,7 @@ What the states and faults mean: docs/control.md.
 
 import argparse
 import logging
+import signal
 from pathlib import Path
 
 from scd_robot.cli.policy_source import load_source
@@ -54,6 +55,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the robot holds, and a record is written
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policy", type=Path, help="checkpoint or exported folder")
     parser.add_argument("dataset", type=Path, help="folder of the LeRobot dataset that it was trained on")

@@ -10,6 +10,7 @@ what happens when the server or the network is gone: docs/control.md.
 
 import argparse
 import logging
+import signal
 import time
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the robot holds, and a record is written
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("address")
     parser.add_argument("--steps", type=int, default=200)

@@ -11,6 +11,7 @@ What the states and faults mean: docs/control.md.
 import argparse
 import itertools
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the robot holds, and a record is written
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policy", type=Path, help="checkpoint or exported folder")
     parser.add_argument("dataset", type=Path, help="folder of the LeRobot dataset that it was trained on")

@@ -5,10 +5,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+from scd_robot.control.recorder import find_record, read_record
 from scd_robot.serve import PolicyClient, ServerUnreachableError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -41,11 +44,29 @@ def test_the_examples_drive_a_served_checkpoint_until_sigterm(tiny_run, tmp_path
         done = subprocess.run([*remote, "--flights", tmp_path / "flights"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert int(re.search(r"'followed': (\d+)", done.stdout)[1]) > 0
+        assert_a_terminated_loop_holds([*remote[:3], "--api-key", "secret", "--steps", "1000000"], address, tmp_path)
         os.kill(server.pid, signal.SIGTERM)
         assert server.wait(timeout=30) == 0
     finally:
         server.kill()
         server.stderr.close()
+
+
+def assert_a_terminated_loop_holds(command, address, folder):
+    def requests():
+        metrics = urllib.request.Request(address.replace("ws", "http", 1) + "/metrics")
+        metrics.add_header("Authorization", "Api-Key secret")
+        with urllib.request.urlopen(metrics, timeout=30) as answer:
+            return sum(map(int, re.findall(r"^scd_requests_total\{.*\} (\d+)", answer.read().decode(), re.MULTILINE)))
+
+    before, deadline = requests(), time.monotonic() + 60
+    with subprocess.Popen([*command, "--flights", folder / "terminated"], stderr=subprocess.PIPE, text=True) as loop:
+        while requests() == before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        loop.terminate()
+        assert "KeyboardInterrupt" in loop.communicate(timeout=60)[1]
+    _, document = read_record(find_record(folder / "terminated"))
+    assert (document["state"], document["faults"]["loop_error"]) == ("stopped", 1)
 
 
 @pytest.mark.parametrize(
