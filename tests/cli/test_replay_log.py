@@ -1,12 +1,13 @@
 """`scd replay-log`: what a flight record says, as text and as a page."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from scd_robot.cli.main import main
-from scd_robot.control import Limits, LoopConfig, RecorderConfig
+from scd_robot.control import Limits, LoopConfig, RecorderConfig, WatchdogConfig
 from scd_robot.control.rehearsal import Incident, rehearse
 
 
@@ -24,6 +25,17 @@ def test_it_tells_the_faults_of_the_last_record(record, capsys):
     assert "stale_observation 1" in told
     assert "plan_error: RuntimeError: CUDA error" in told
     assert "running" in told
+
+
+def test_plans_that_were_too_old_are_told(tmp_path, capsys):
+    watchdog = WatchdogConfig(max_plan_age_s=0.4)
+    config = LoopConfig(watchdog=watchdog, recorder=RecorderConfig(tmp_path / "records", least_apart_s=1.0))
+    limits = Limits.of_box((-1.0, -1.0), (1.0, 1.0))
+    rehearse([Incident("slow_plan", 30, 5)], config, limits, plan_steps=0.5, steps=80)
+    assert main(["replay-log", str(tmp_path / "records")]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^plans: .*stale 1", told, re.MULTILINE)
+    assert "stale_plan: of an observation 0.500 s ago" in told
 
 
 def test_the_page_shows_commands_and_events(record, tmp_path, capsys):
