@@ -135,8 +135,8 @@ class ControlLoop:
             self._journal.fault("loop_error", f"{type(error).__name__}: {error}")
             raise
         finally:
-            self._finish(pacer)
             sys.setswitchinterval(interval_s)
+            self._finish(pacer)
         return self._journal.report(pacer)
 
     def _control_step(self, gap: int, late_s: float) -> None:

@@ -28,6 +28,7 @@ FULL = "all connections are taken; try again later\n"
 INTERNAL = "internal error; the server's log says more"
 _JSON, _MSGPACK = "application/json", ("application/msgpack", "application/x-msgpack")
 _LARGEST_JSON = 2 * 2**20  # bytes: as lists they are many times larger in memory
+_DEEPEST = 16  # as in wire
 _LONGEST_READ_S = 10.0
 
 
@@ -200,12 +201,14 @@ def json_message(body: bytes) -> dict[str, Any]:
         raise MessageError(f"these {len(body)} bytes are no JSON: {error}") from error
     if not isinstance(message, dict):
         raise MessageError(f"a message must be an object, got {type(message).__name__}")
-    return {key: _arrays(value, key) for key, value in message.items()}
+    return {key: _arrays(value, key, 1) for key, value in message.items()}
 
 
-def _arrays(value: Any, key: str) -> Any:
+def _arrays(value: Any, key: str, depth: int) -> Any:
     if isinstance(value, dict):
-        return {inner: _arrays(entry, f"{key}/{inner}") for inner, entry in value.items()}
+        if depth > _DEEPEST:
+            raise MessageError(f"maps may be nested {_DEEPEST} deep")
+        return {inner: _arrays(entry, f"{key}/{inner}", depth + 1) for inner, entry in value.items()}
     if not isinstance(value, list):
         return value
     try:

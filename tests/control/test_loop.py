@@ -1,5 +1,6 @@
 """The loop: epochs, start guard, pauses, committed actions, and how it ends."""
 
+import sys
 import threading
 from dataclasses import replace
 
@@ -326,9 +327,10 @@ def test_a_planner_that_cannot_be_closed_costs_no_record(tmp_path):
     def fail():
         raise KeyboardInterrupt
 
-    scene.loop._planner.close = fail
+    scene.loop._planner.close, interval_s = fail, sys.getswitchinterval()
     with pytest.raises(KeyboardInterrupt):
         scene.run(30)
+    assert sys.getswitchinterval() == interval_s
     assert scene.robot.held >= 2
     assert scene.loop._journal._recorder.unsaved.total() == 0
 

@@ -110,6 +110,8 @@ def test_refusals_have_the_websockets_texts(begin, stream, change):
         (b"[1, 2]", "must be an object"),
         (b"{", "no JSON"),
         (b"[" * 100_000, "no JSON"),
+        (b'{"a":' * 600 + b"1" + b"}" * 600, "nested 16 deep"),
+        (b'{"position": ' + b"[" * 600 + b"1" + b"]" * 600 + b', "goal": [0, 0]}', "position"),
     ],
     ids=lambda value: str(value)[:40],
 )
