@@ -24,7 +24,8 @@ class Sample:
 
     Attributes:
         observation: arrays without a batch axis; nobody changes them afterwards.
-        stamp_s: when, on the clock of the loop.
+        stamp_s: when, on the clock of the loop; where parts come one by one, of the oldest. Another sample of the same
+            time has newer parts.
         pose: (Da,) the command that leaves the robot where it was then; None where commands do not name places.
         executed: (Da,) the action that the robot carried out in the control step before; None = as it was sent.
     """

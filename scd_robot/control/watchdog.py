@@ -171,8 +171,11 @@ class ObservationGate:
     _changed: dict[str, tuple[int, float]] = field(default_factory=dict)  # by key: checksum, stamp when it was new
 
     def admit(self, sample: Sample, now_s: float) -> str | None:
-        """Takes in a sample; returns what is wrong with it, or None."""
-        if self.newest is not None and sample.stamp_s <= self.newest.stamp_s:
+        """Takes in a sample; returns what is wrong with it, or None.
+
+        One of the same time may have newer parts: where they come one by one, its stamp is that of the oldest.
+        """
+        if self.newest is not None and (sample is self.newest or sample.stamp_s < self.newest.stamp_s):
             return None  # seen already, or overtaken
         problem = self._problem(sample, now_s)
         if problem is not None:

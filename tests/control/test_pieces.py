@@ -225,6 +225,15 @@ class TestGate:
         assert gate.newest is not None
         assert gate.newest.stamp_s == 1.0
 
+    def test_a_sample_of_the_same_time_with_newer_parts_is_taken_in(self):
+        """Its stamp is that of its oldest part, a slow gripper's for one."""
+        gate = self.gate()
+        for frame in range(8):
+            assert gate.admit(sample(1.0, (frame, 1.0), frame), 1.0 + 0.01 * frame) is None
+            assert gate.newest is not None
+            assert gate.newest.observation["state"][0] == frame
+        assert gate.age_s(1.1) == pytest.approx(0.1)
+
     def test_a_sensor_that_repeats_itself_is_named_until_it_changes(self):
         gate = self.gate()
         for stamp in np.arange(1.0, 1.9, 0.1):

@@ -341,6 +341,22 @@ class TestLoop:
         assert stage.states["holding"] >= 8
         assert stage.states["running"] >= 50
 
+    def test_an_arm_is_seen_in_every_step_beside_a_gripper_that_tells_its_place_rarely(self, scene):
+        scene.arm.spoil = lambda messages: scene.arm.ticks % 3 and messages.pop("gripper")
+        stage, seen = scene.stage(), []
+        observe = stage.policy.observe
+
+        def watched(observation, executed_action=None):
+            seen.append((observation[STATE][0, 0], scene.arm.positions["elbow"]))
+            observe(observation, executed_action)
+
+        stage.policy.observe = watched
+        report = stage.run(40)
+        assert (report.faults, stage.port.violations) == ({}, [])
+        told, true = np.array(seen).T
+        assert len(np.unique(true)) > 20, "the arm moves"
+        np.testing.assert_allclose(told, true, atol=1e-6)
+
     def test_a_controller_that_is_gone_for_a_while_is_not_commanded_from_where_it_was(self, scene):
         stage = scene.stage()
         stage.at[30] = lambda: stage.at.update(back=scene.ros.listeners.pop("/controller"))
