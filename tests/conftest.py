@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 for _folder in ("training", "helpers"):  # makes `tiny` and `browser` importable
     sys.path.insert(0, str(Path(__file__).parent / _folder))
+
+# A busy machine is not a fault: by default an example that takes longer than 0.2 s is one, and so are slow draws.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 TINY_SETTINGS = (
     "training.validate_every=2",

@@ -204,9 +204,7 @@ class TestTime:
             assert robot.observe().stamp_s == pytest.approx(clock.now() - 0.03)
 
     def test_a_reading_that_does_not_come_back_gives_the_last_sample_and_then_its_own_time(self, device, clock):
-        with make(device, clock, patience_s=0.01) as robot:
-            first = robot.observe()
-            robot._patience_s = PATIENT_S
+        with make(device, clock) as robot:
             first = robot.observe()
             device.pass_on.clear()
             robot._patience_s = 0.01
@@ -214,6 +212,7 @@ class TestTime:
             began = clock.now()
             for _ in range(3):
                 assert robot.observe() is first
+                assert device.blocked.wait(PATIENT_S)
                 clock.advance(1.0)
             device.pass_on.set()
             wait_for_the_reading(robot)
@@ -223,6 +222,7 @@ class TestTime:
         with make(device, clock, patience_s=0.01) as robot:
             device.pass_on.clear()
             robot.observe()
+            assert device.blocked.wait(PATIENT_S)
             with pytest.raises(TimeoutError, match="not sent"):
                 robot.send(np.zeros(3))
             assert device.sent == []
@@ -308,15 +308,20 @@ class TestLoop:
         assert stage.states["running"] >= 55
 
     def test_a_reading_that_blocks_sends_nothing_and_it_goes_on_afterwards(self, device, clock):
+        def block():
+            device.pass_on.clear()
+            robot._patience_s = 0.1
+
         def come_back():
             device.pass_on.set()
             wait_for_the_reading(robot)
             robot._patience_s = PATIENT_S
 
-        with make(device, clock, patience_s=0.1) as robot:
+        with make(device, clock) as robot:
             stage = Stage(robot, clock, place(device))
             sent = []
-            stage.at[30] = device.pass_on.clear
+            stage.at[30] = block
+            stage.at[31] = lambda: device.blocked.wait(PATIENT_S)
             stage.at[32] = lambda: sent.append(len(device.sent))
             stage.at[44] = lambda: sent.append(len(device.sent))
             stage.at[45] = come_back

@@ -201,8 +201,9 @@ class TestNode:
         scene = Scene(monkeypatch)
         scene.arm.positions["shoulder_1"] = scene.arm.positions.pop("shoulder")
         scene.arm.tick()
+        monkeypatch.setattr(RosRobot, "_complete", lambda robot: "shoulder_1.pos" in robot._numbers)  # wait for no more
         with pytest.raises(ShapeError, match=r"no 'shoulder\.pos' comes on /joint_states.*'shoulder_1\.pos'"):
-            scene.robot.connect(0.2)
+            scene.robot.connect(WAIT_S)
         assert scene.ros.destroyed == ["scd_robot"]
 
     def test_a_silent_topic_is_told(self, monkeypatch):

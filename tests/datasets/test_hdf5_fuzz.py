@@ -134,11 +134,14 @@ def test_a_heap_with_a_loop_is_refused_in_time(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
-    [("os.kill(os.getpid(), 11)", "HDF5 crashes on it"), ("import time; time.sleep(60)", "does not come to an end")],
+    ("body", "patience_s", "message"),
+    [
+        ("os.kill(os.getpid(), 11)", 60.0, "HDF5 crashes on it"),
+        ("import time; time.sleep(60)", 0.5, "does not come to an end"),
+    ],
 )
-def test_a_crash_or_hang_of_hdf5_becomes_an_error(tmp_path, content, monkeypatch, body, message):
-    monkeypatch.setattr(hdf5_files, "PATIENCE_S", 0.5)
+def test_a_crash_or_hang_of_hdf5_becomes_an_error(tmp_path, content, monkeypatch, body, patience_s, message):
+    monkeypatch.setattr(hdf5_files, "PATIENCE_S", patience_s)
     program = tmp_path / "probe.py"
     source, begin = Path(probe.__file__).read_text(), "    is_text = "
     assert source.count(begin) == 1

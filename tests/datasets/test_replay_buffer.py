@@ -292,7 +292,7 @@ def small(request, tmp_path_factory):
     return path, {file: file.read_bytes() for file in files}
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_flipped_and_missing_bytes_are_told_or_harmless(small, data):
     """Not every byte has a checksum of its own: what cannot be told is read, as so many rows as there are."""

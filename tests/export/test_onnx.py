@@ -214,7 +214,9 @@ def test_the_control_loop_is_driven_by_it(exported) -> None:
     loop_time = time.monotonic
     limits = Limits((-1.0, -1.0), (1.0, 1.0), (100.0, 100.0), (1e4, 1e4), rest=(None, None))
     policy = OnnxPolicy(exported)
-    report = ControlLoop(Robot(), policy, limits, LoopConfig(execution=ExecutionConfig("prefix"))).run(max_steps=30)
+    loop = ControlLoop(Robot(), policy, limits, LoopConfig(execution=ExecutionConfig("prefix")))
+    # On a busy machine the first plans come too late.
+    report = loop.run(1000, until=lambda: loop._journal.steps >= 30 and loop._planning.counts["followed"] >= 1)
     assert report.plans["followed"] >= 1
     assert "encoder_error" not in report.faults
     assert "plan_error" not in report.faults

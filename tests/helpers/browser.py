@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-_TIMEOUT_S = 90
+_TIMEOUT_S = 300
 
 # What a person would see: all that is drawn has a size, all videos play, nothing sticks out of the page.
 _LOOK = """(async () => {
@@ -22,7 +22,7 @@ _LOOK = """(async () => {
   for (const video of videos) {
     video.muted = true;
     await video.play();
-    for (let i = 0; i < 100 && video.currentTime === 0; i++) await new Promise(done => setTimeout(done, 50));
+    for (let i = 0; i < 1000 && video.currentTime === 0; i++) await new Promise(done => setTimeout(done, 50));
     played.push(video.currentTime > 0 && video.videoWidth > 0);
     video.pause();
   }

@@ -46,7 +46,8 @@ class Walks(ScriptedPolicy):
 class FakeLeRobot:
     """What LeRobot's robots do, with their signatures: follows at once, camera pictures change with every reading.
 
-    `spoil` is called with each observation; `lag` is how much of the way it goes; `pass_on` is cleared to block.
+    `spoil` is called with each observation; `lag` is how much of the way it goes; `pass_on` is cleared to block, and
+    `blocked` is set once a reading has come to that.
     """
 
     name = "fake_follower"
@@ -57,7 +58,7 @@ class FakeLeRobot:
         self.calls, self.sent, self.readings, self.frozen = [], [], 0, False
         self.spoil = lambda values: None
         self.clip = lambda action: action
-        self.pass_on = threading.Event()
+        self.pass_on, self.blocked = threading.Event(), threading.Event()
         self.pass_on.set()
 
     @property
@@ -87,6 +88,8 @@ class FakeLeRobot:
         self.readings += not self.frozen
         values["front"] = np.full(self.size, self.readings % 251, np.uint8)
         self.spoil(values)
+        if not self.pass_on.is_set():
+            self.blocked.set()
         self.pass_on.wait()
         return values
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import socket
 import ssl
 import subprocess
 import sys
@@ -110,10 +109,8 @@ def test_options_that_a_server_keeps_are_refused(point, refused):
 
 def test_a_connection_that_breaks_in_an_episode_is_made_anew_and_said(connect, stream):
     observations = stream(3)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with running_server(small_policy(), ServerConfig(port=port)) as server:
+    with running_server(small_policy(), ServerConfig(port=0)) as server:
+        port = int(server.address.rpartition(":")[2])
         client = connect(server)
         client.infer(observations[0], reset=True, episode=0)
     with running_server(small_policy(), ServerConfig(port=port)):
@@ -149,12 +146,14 @@ def test_answers_that_no_robot_should_follow_are_refused(answering, answer, erro
 def test_a_late_answer_is_not_taken_for_the_next_one(start, connect, stream, monkeypatch):
     policy, held = small_policy(), threading.Event()
     server, observations, plan = start(policy), stream(2), policy.plan
-    client = connect(server, answer_timeout_s=0.2)
+    client = connect(server)
+    client._timeouts = 10.0, 0.2
     monkeypatch.setattr(policy, "plan", lambda **options: held.wait(30) and plan(**options))
     with pytest.raises(ServerUnreachableError, match="did not answer within"):
         client.infer(observations[0])
     held.set()
     monkeypatch.undo()
+    client._timeouts = 60.0, 60.0  # from here on it is not about who is too late
     assert client.infer(observations[1], reset=True)["scd/step"] == 0
 
 
@@ -194,7 +193,7 @@ def test_tls_is_spoken_with_a_certificate_of_ones_own(tmp_path, start, connect, 
         server.http_address + "/act", pack(stream(1)[0]), {"Content-Type": "application/msgpack"}
     )
     context = ssl.create_default_context(cafile=certificate)
-    with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+    with urllib.request.urlopen(request, timeout=60, context=context) as answer:
         assert unpack(answer.read())["actions"].shape == (4, 2)
     with pytest.raises(ServerUnreachableError, match="does not let us in"):
         connect(server)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import queue
 import socket
 import threading
 import time
@@ -32,7 +33,7 @@ def post(server, body, kind=JSON, path="/act", **headers):
         body = json.dumps(body).encode() if kind == JSON else pack(body)
     request = urllib.request.Request(server.http_address + path, body, {"Content-Type": kind, **headers})
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             assert answer.headers.get_content_type() == kind
             return answer.status, json.loads(answer.read()) if kind == JSON else unpack(answer.read())
     except urllib.error.HTTPError as error:
@@ -139,7 +140,7 @@ def test_pages_other_paths_and_other_kinds_are_turned_away(begin, stream):
 def test_other_methods_are_told_which_one_there_is(begin, method):
     request = urllib.request.Request(begin().http_address + "/act", method=method)
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=10)
+        urllib.request.urlopen(request, timeout=60)
     answer = refused.value
     assert (answer.code, answer.headers["Allow"], answer.headers.get_content_type()) == (405, "POST", "text/plain")
     assert answer.read().decode() == ("" if method == "HEAD" else "there is only POST /act here\n")
@@ -165,7 +166,7 @@ def test_large_requests_are_refused_before_they_are_read(begin, stream, monkeypa
 
 def raw_connection(server):
     host, port = server.http_address.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=10)
+    return socket.create_connection((host, int(port)), timeout=60)
 
 
 def test_a_request_without_its_length_is_refused(begin):
@@ -175,13 +176,31 @@ def test_a_request_without_its_length_is_refused(begin):
         assert connection.recv(1000).startswith(b"HTTP/1.1 411")
 
 
+class ByHand:
+    """A `threading.Timer` whose time comes when the test says so."""
+
+    def __init__(self, seconds, call):
+        self.seconds, self.call, self.started, self.cancelled = seconds, call, False, False
+        self.made.put(self)
+
+    def start(self):
+        self.started = True
+
+    def cancel(self):
+        self.cancelled = True
+
+
 def test_slow_clients_are_hung_up_on_and_too_many_turned_away(begin, stream, monkeypatch):
-    monkeypatch.setattr(one_shot, "_LONGEST_READ_S", 1.0)
+    monkeypatch.setattr(ByHand, "made", queue.SimpleQueue(), raising=False)
     server = begin(max_connections=1)
+    monkeypatch.setattr(one_shot.threading, "Timer", ByHand)
     with raw_connection(server) as slow:
         slow.sendall(b"POST /act HTTP/1.1\r\n")
+        timer = ByHand.made.get(timeout=60)
         with raw_connection(server) as second:
             assert b"503" in second.recv(1000)
+        assert (timer.seconds, timer.started, timer.cancelled) == (one_shot._LONGEST_READ_S, True, False)
+        timer.call()
         assert slow.recv(1000) == b""
     status, deadline = None, time.monotonic() + 60
     while status != 200 and time.monotonic() < deadline:  # turned away until the slow one's place is free

@@ -57,13 +57,14 @@ def test_environments_of_a_worker_are_separate(toy):
 @pytest.mark.parametrize("fault", ["raise", "die", "hang"])
 def test_crash_tells_which_environment_was_at_work(toy, fault):
     source = functools.partial(toy.PointEnvironment, faults={5: fault})
-    with EnvironmentWorker(source, 3, timeout_s=1.0) as worker:
+    with EnvironmentWorker(source, 3) as worker:
         _ = worker.spec
         for slot, seed in enumerate((4, 5, 6)):
             worker.call("begin", seed, slot=slot)
         for _ in range(toy.FAULT_STEP):
             worker.send_steps([0, 1, 2], np.zeros((3, 2), np.float32))
             worker.receive_steps()
+        worker._timeout_s = 2.0 if fault == "hang" else 60.0  # for each of the three
         worker.send_steps([0, 1, 2], np.zeros((3, 2), np.float32))
         with pytest.raises(WorkerCrashError) as crash:
             worker.receive_steps()
@@ -105,13 +106,15 @@ def test_numerical_libraries_get_one_thread_in_the_worker_only(toy, monkeypatch)
 def test_faults_are_crashes_and_a_restart_mends_them(toy, fault, message):
     source = functools.partial(toy.PointEnvironment, faults={5: fault})
     action = np.zeros(2, np.float32)
-    with EnvironmentWorker(source, timeout_s=1.0) as worker:
+    with EnvironmentWorker(source) as worker:
         _ = worker.spec
         worker.call("reset", 5)
         for _ in range(toy.FAULT_STEP):
             worker.call("step", action)
+        worker._timeout_s = 1.0 if fault == "hang" else 60.0
         with pytest.raises(WorkerCrashError, match=message):
             worker.call("step", action)
+        worker._timeout_s = 60.0
         worker.restart()
         worker.call("reset", 6)
         for _ in range(toy.FAULT_STEP + 1):
