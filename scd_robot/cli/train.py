@@ -67,7 +67,8 @@ def train(
         settings: settings that replace the preset's, as FIELD=VALUE: training.learning_rate=3e-4 model.history_length=1
             policy.sampler.num_denoising_steps=4; 'scd info' shows all of a trained one.
         resume: continue the run in OUT from its newest checkpoint.
-        init: fine-tune from this checkpoint (or run) of the same architecture.
+        init: fine-tune from this checkpoint (or run) of the same architecture; a policy with or without a frame decoder
+            besides (image_frames, image) from one without or with it.
         init_statistics: with --init, normalise with the checkpoint's statistics or with new ones of the dataset.
         eval_env: evaluate in this environment while training, from start states that `scd eval` never uses.
         eval_every: training steps between these evaluations, a multiple of training.validate_every.

@@ -1,7 +1,9 @@
 """LightningModule: optimisation of the loss, moving average, validation by sampled chunks or frames."""
 
+import logging
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,6 +24,8 @@ from scd_robot.training.objective import held_out_errors, losses, select_samples
 
 __all__ = ["ScdLightningModule", "learning_rate_factor"]
 
+logger = logging.getLogger(__name__)
+
 _DECODERS = ("decoder.", "frame_head.")
 
 
@@ -32,6 +36,12 @@ def learning_rate_factor(step: int, training: TrainingConfig) -> float:
     progress = (step - training.warmup_steps) / max(1, training.max_steps - training.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return training.final_learning_rate + (1 - training.final_learning_rate) * cosine
+
+
+def _counted(names: Iterable[str]) -> str:
+    """The parts of a model that tensors of these names belong to, with the number of each one's tensors."""
+    found = Counter(".".join(name.split(".")[:2]) for name in names)
+    return ", ".join(f"{part} ({count})" for part, count in sorted(found.items()))
 
 
 class ScdLightningModule(lightning.LightningModule):
@@ -58,14 +68,26 @@ class ScdLightningModule(lightning.LightningModule):
     def load_weights(self, source: Checkpoint) -> None:
         """Starts from a checkpoint's weights, and the moving average from them.
 
-        A decoder that is newly told where its steps end begins as one that is not.
+        A decoder that is newly told where its steps end begins as one that is not; one of frames besides begins as it
+        was initialised where the checkpoint has none, and is left out where this model has none.
         """
-        new = {name: w for name, w in self.model.state_dict().items() if name.startswith("decoder.step_length.")}
+        own, given = self.model.state_dict(), dict(source.weights)
+        had = source.config["model"]["frames"]["beside_actions"]
+        may_be_new = ("decoder.step_length.",) if had else ("decoder.step_length.", "frame_head.")
+        new = {name: w for name, w in own.items() if name not in given and name.startswith(may_be_new)}
+        goes = had and not isinstance(self.model, JointModel)
+        left_out = [name for name in given if goes and name.startswith("frame_head.")]
+        for name in left_out:
+            del given[name]
         try:
-            self.model.load_state_dict({**new, **source.weights})
+            self.model.load_state_dict({**new, **given})
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
+            reason = "; ".join(line.strip() for line in str(error).splitlines()[1:])
             raise CheckpointError(f"the weights of {source.path} do not fit its configuration: {reason}") from error
+        if new or left_out:
+            parts = {"taken": given, "new, as initialised": new, "left out": left_out}
+            told = "; ".join(f"{what}: {_counted(names)}" for what, names in parts.items() if names)
+            logger.info("weights of %s %s", source.path, told)
         self.ema = Ema(self.model, self.experiment.training.ema_decay)
 
     def configure_model(self) -> None:

@@ -58,7 +58,8 @@ def train(
         out: folder of the run.
         resume: continue the run in `out` from its newest checkpoint; it ends with the same weights as an
             uninterrupted one (on a CPU with the same number of threads).
-        init: checkpoint to fine-tune from; its architecture must equal the experiment's.
+        init: checkpoint to fine-tune from; its architecture must equal the experiment's, but that of a policy may have
+            a frame decoder besides where this one has none, and the other way round.
         init_statistics: with `init`, whose normalisation to use: "checkpoint" or "dataset".
         evaluate: runs a policy in closed loop and returns metrics.
         evaluate_every: steps between evaluations, a multiple of validate_every; 0 = never.

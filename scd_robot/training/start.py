@@ -225,6 +225,9 @@ def _read_init(init: Path, statistics: str | None, experiment: ExperimentConfig,
     before, after = ({**to_json(model), "local_layers": None} for model in (old, experiment.model))
     if experiment.model.step_end_input:  # an input that changes nothing at first
         before["step_end_input"] = True
+    plans = not (old.decodes_frames or experiment.model.decodes_frames)
+    if plans and old.frames.beside_actions != experiment.model.frames.beside_actions:
+        before["frames"] = after["frames"]  # a decoder besides comes or goes: the rest has the same weights
     changed = _differences(before, after)
     if changed:
         raise ShapeError(f"{source.path} has another architecture ({changed}); fine-tuning needs the same")

@@ -1,8 +1,10 @@
 """Training of actions and frames together: what the frame decoder is shown, and what it changes for the actions."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +16,12 @@ from scd_robot.checkpoint import find_checkpoint, read_checkpoint
 from scd_robot.cli.main import main
 from scd_robot.datasets import PRESENT
 from scd_robot.datasets.convert import write_zarr
-from scd_robot.errors import CheckpointError, ConfigError
-from scd_robot.model import FrameConfig, JointModel, build_model
+from scd_robot.errors import CheckpointError, ConfigError, ShapeError
+from scd_robot.model import FrameConfig, JointModel, ScdConfig, build_model
 from scd_robot.normalization import Normalizer
 from scd_robot.policies import ChoosingPolicy, Surprise, load_imagination, load_policy
 from scd_robot.policies.scd import ScdPolicyConfig
-from scd_robot.training import ExperimentConfig, FrameLossConfig, train
+from scd_robot.training import ExperimentConfig, FrameLossConfig, ScdLightningModule, train
 from scd_robot.training.batches import LATEST_FRAME_TIME, SegmentDataset, TrainingBatch
 from scd_robot.training.objective import held_out_errors, losses, select_samples
 from scd_robot.training.start import fit_normalizer
@@ -167,6 +169,53 @@ def test_a_policy_without_frames_imagines_none(tmp_path: Path) -> None:
     train(DATA, settings, tmp_path / "run", accelerator="cpu", progress=False)
     with pytest.raises(CheckpointError, match=r"holds a policy \(scd\).* scd train image_frames"):
         load_imagination(tmp_path / "run")
+
+
+def test_fine_tuning_gives_a_policy_frames_and_takes_them_away(runs: dict[str, Path], tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO", "scd_robot.training.module")
+    alone, still = joint_config(frames=FrameConfig()), {"learning_rate": 1e-12}
+    train(DATA, joint_experiment(2, alone), tmp_path / "alone", accelerator="cpu", progress=False)
+
+    def tuned(source: Path, model: ScdConfig, name: str, **changes: Any) -> dict[str, torch.Tensor]:
+        settings = joint_experiment(2, model, **{**still, **changes})
+        fine = {"init": source, "init_statistics": "checkpoint"}
+        train(DATA, settings, tmp_path / name, **fine, accelerator="cpu", progress=False)
+        return read_checkpoint(tmp_path / name).weights
+
+    def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-4)
+
+    policy = read_checkpoint(tmp_path / "alone").weights
+    torch.manual_seed(0)
+    head = {name: w for name, w in build_model(joint_config()).state_dict().items() if name.startswith("frame_head.")}
+    assert_close(tuned(tmp_path / "alone", joint_config(), "given"), {**policy, **head})
+    taken = len([name for name in policy if name.startswith("encoder.blocks.")])
+    assert f"encoder.blocks ({taken}), " in caplog.text
+    assert re.search(r"taken: .*; new, as initialised: frame_head\.action \(2\), frame_head\.decoder", caplog.text)
+    assert "left out" not in caplog.text
+
+    both = read_checkpoint(runs["1-8"]).weights
+    kept = {name: w for name, w in both.items() if not name.startswith("frame_head.")}
+    caplog.clear()
+    assert_close(tuned(runs["1-8"], alone, "taken"), kept)
+    assert re.search(r"left out: frame_head\.action \(2\), frame_head\.decoder \(\d+\)", caplog.text)
+    assert "new, as" not in caplog.text
+
+    with pytest.raises(ShapeError, match=r"another architecture \(width: 32 there, 16 here\)"):
+        tuned(tmp_path / "alone", joint_config(width=16), "x")
+    other = FrameConfig("eye", patch_size=8, beside_actions=True, decoder_layers=1)
+    with pytest.raises(ShapeError, match=r"frames\.patch_size: 4 there, 8 here"):
+        tuned(runs["1-8"], joint_config(frames=other), "x")
+
+
+def test_a_checkpoint_that_lost_weights_begins_no_others_in_their_place(runs: dict[str, Path], tmp_path: Path) -> None:
+    source = read_checkpoint(runs["1-8"])
+    weights = {name: w for name, w in source.weights.items() if not name.startswith("frame_head.action.")}
+    module = ScdLightningModule(joint_experiment(2), source.normalizer)
+    with pytest.raises(CheckpointError, match=r"Missing key.*frame_head\.action\.weight.*frame_head\.action\.bias"):
+        module.load_weights(replace(source, weights=weights))
 
 
 def test_a_policy_learns_few_steps_and_its_frames_still_flow(tmp_path: Path) -> None:
