@@ -268,6 +268,9 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         flow_time = {"distribution": "logit_normal", "mean": -2.0, "std": 1.2}
         loss = {"loss_weight": 1.0, "positions_per_segment": 8, "flow_time": flow_time}
         config = {**config, "training": {"frames": loss, **config["training"]}}
+    if "training" in config:  # the first checkpoints of schema 6 lack it
+        forcing = {"probability": 0.0, "frames": 8, "num_denoising_steps": 4}
+        config = {**config, "training": {"self_forcing": forcing, **config["training"]}}
     return config
 
 

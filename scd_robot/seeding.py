@@ -14,6 +14,7 @@ __all__ = [
     "OBSERVATION_FAULTS",
     "POLICY_NOISE",
     "RECORDING",
+    "ROLL_OUT_DRAW",
     "SEGMENT_ORDER",
     "SEGMENT_START",
     "TRAINING_DRAW",
@@ -37,6 +38,7 @@ VALIDATION_DRAW = 9
 OBSERVATION_FAULTS = 10
 LIVE_FRAMES = 11
 FRAME_DRAW = 12
+ROLL_OUT_DRAW = 13
 
 
 def keyed_rng(*keys: int) -> np.random.Generator:

@@ -59,7 +59,7 @@ class FrameDenoiser(Denoiser[ContextT]):
 
     def with_action(self, context: ContextT, action: Tensor) -> ContextT:
         """The context (R samples) of the next frame, with the action (R, Da) executed in the present control step."""
-        return self._with_token(context, self.action_norm(self.action(action)))
+        return self._with_token(context, self._embedded(action))
 
     def tokens(self, frame: Tensor, last: Tensor) -> Tensor:
         """Clean tokens (R, L, Dx) of frames (R, H, W, C) uint8 that follow those in `last`."""
@@ -134,13 +134,18 @@ class FrameDenoiser(Denoiser[ContextT]):
             noise = torch.randn(shape, device=weight.device, dtype=weight.dtype)
         sampler = sampler or SamplerConfig()
         conditioning = self.conditioning(sampler) if conditioning is None else conditioning
-        full, known = self.with_action(context, action), self.known(last)
+        full, known = self._with_token(context, self._embedded(action)), self.known(last)
         clean = self._velocity(full, conditioning, None, guidance_scale, corruption_noise)
 
         def velocity(x: Tensor, time: float) -> Tensor:
             return (clean(torch.cat((x, known), dim=-1), time) - x) / (1 - time)
 
         return sample(velocity, noise, sampler).x
+
+    def _embedded(self, action: Tensor) -> Tensor:
+        """The token (R, D) of actions (R, Da)."""
+        token: Tensor = self.action_norm(self.action(action))
+        return token
 
     def _patches(self, values: Tensor) -> Tensor:
         """(R, H, W, C) as (R, L, Dx)."""

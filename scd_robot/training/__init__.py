@@ -7,6 +7,7 @@ from scd_robot.training.ema import Ema
 from scd_robot.training.module import ScdLightningModule
 from scd_robot.training.objective import loss_terms
 from scd_robot.training.run import train
+from scd_robot.training.self_forcing import SelfForcingConfig
 
 __all__ = [
     "Ema",
@@ -15,6 +16,7 @@ __all__ = [
     "FrameLossConfig",
     "ScdLightningModule",
     "SegmentDataset",
+    "SelfForcingConfig",
     "TrainingBatch",
     "TrainingConfig",
     "loss_terms",

@@ -22,9 +22,10 @@ from scd_robot.datasets import ACTION, EpisodeDataset
 from scd_robot.datasets.windows import SegmentBatch, SegmentIndex
 from scd_robot.diffusion import sample_flow_time, sample_mip_time, sample_step_end
 from scd_robot.errors import ConfigError
-from scd_robot.seeding import FRAME_DRAW, TRAINING_DRAW, VALIDATION_DRAW, keyed_rng
+from scd_robot.seeding import FRAME_DRAW, ROLL_OUT_DRAW, TRAINING_DRAW, VALIDATION_DRAW, keyed_rng
 from scd_robot.training.config import ExperimentConfig
 from scd_robot.training.segments import SegmentReader, Segments
+from scd_robot.training.self_forcing import RollOuts
 
 __all__ = ["Draws", "EpochSampler", "SegmentDataset", "TrainingBatch"]
 
@@ -36,7 +37,7 @@ class Draws:
     """Random quantities of a batch.
 
     Attributes:
-        stream: (B, T) int64, 0 before the virtual reset and 1 from it on.
+        stream: (B, T) int64, 0 before the virtual reset and 1 from it on; 1 more after a roll-out.
         position: (B, M) int64 encoder steps whose chunks are denoised.
         position_valid: (B, M) bool, False where a segment has fewer eligible steps than M.
         flow_time: (B, M, S).
@@ -48,6 +49,7 @@ class Draws:
         image_shift: (B, V, 2) how pictures are moved, see `augmentation.augmented`; (0, V, 2) = not at all.
         image_colour: (B, V, 3).
         frames: for a frame decoder beside actions, draws of its own at the first of the positions; else None.
+        rolls: pictures that the model imagines itself; None = none of them.
     """
 
     stream: Tensor
@@ -62,6 +64,7 @@ class Draws:
     image_shift: Tensor
     image_colour: Tensor
     frames: "Draws | None" = None
+    rolls: RollOuts | None = None
 
 
 @dataclass
@@ -103,6 +106,7 @@ class SegmentDataset(Dataset[TrainingBatch]):
         if training.batch_size % world_size:
             raise ConfigError(f"batch_size {training.batch_size} is not a multiple of the {world_size} devices")
         self._experiment, self._validation = experiment, validation
+        self._rolls_out = training.self_forcing.probability > 0 and not validation
         self._index = SegmentIndex(
             data.episode_ends,
             training.segment_length,
@@ -122,7 +126,7 @@ class SegmentDataset(Dataset[TrainingBatch]):
             list(model.observation_shapes),
             model.num_past_actions,
             model.chunk_length,
-            model.past_action_input != "none",
+            model.past_action_input != "none" or self._rolls_out,
             experiment.transforms,
             training.disturbance_threshold,
         )
@@ -146,6 +150,8 @@ class SegmentDataset(Dataset[TrainingBatch]):
         draws = self._draw(segments, keys)
         if self._experiment.model.frames.beside_actions:
             draws.frames = self._draw_frames(draws, keys)
+        if self._rolls_out:
+            draws.rolls = self._draw_rolls(draws.stream.numpy(), segments, keys)
         return TrainingBatch(self._reader.read(segments, draws.position.numpy()), draws)
 
     def _draw(self, segments: SegmentBatch, keys: list[tuple[int, int, int, int]]) -> Draws:
@@ -229,6 +235,27 @@ class SegmentDataset(Dataset[TrainingBatch]):
             noise=torch.from_numpy(noise),
             corruption=torch.from_numpy(corruption),
         )
+
+    def _draw_rolls(
+        self, stream: NDArray[np.int64], segments: SegmentBatch, keys: list[tuple[int, int, int, int]]
+    ) -> RollOuts | None:
+        """What the model imagines; the other draws are as without it, but for `stream`.
+
+        After a roll-out the history begins anew: nowhere in use do recorded pictures follow imagined ones.
+        """
+        config, shape = self._experiment.training.self_forcing, self._experiment.model.token_shape
+        places, noise = [], []
+        for i, key in enumerate(keys):
+            rng, steps_here = keyed_rng(ROLL_OUT_DRAW, *key), int(segments.lengths[i])
+            place = config.draw(stream[i, :steps_here], rng)
+            if place is not None:
+                stream[i, place[2] :] += 1
+                places.append((i, *place))
+                noise.append(rng.standard_normal((config.frames, *shape), np.float32))
+        if not places:
+            return None
+        segment, begin, first, stop = torch.tensor(places).unbind(1)
+        return RollOuts(segment, begin, first, stop, torch.from_numpy(np.stack(noise)), config.num_denoising_steps)
 
 
 def idle_rows(action: NDArray[np.float32], episode_ends: NDArray[np.int64], length: int) -> NDArray[np.bool_]:

@@ -10,6 +10,7 @@ from scd_robot.model import ScdConfig
 from scd_robot.normalization import Mode
 from scd_robot.policies.scd import ScdPolicyConfig
 from scd_robot.training.augmentation import AugmentationConfig
+from scd_robot.training.self_forcing import SelfForcingConfig
 from scd_robot.transforms import GOAL, TASK, TransformConfig
 
 __all__ = ["OBJECTIVES", "ExperimentConfig", "FrameLossConfig", "Objective", "TrainingConfig"]
@@ -94,6 +95,7 @@ class TrainingConfig:
         augmentation: of pictures.
         images_in_memory_gb: pictures that take no more than this are read once and kept, others in every batch.
         frames: of a frame decoder beside actions.
+        self_forcing: of models that decode frames alone.
     """
 
     objective: Objective = "flow_matching"
@@ -128,6 +130,7 @@ class TrainingConfig:
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     images_in_memory_gb: float = 2.0
     frames: FrameLossConfig = field(default_factory=FrameLossConfig)
+    self_forcing: SelfForcingConfig = field(default_factory=SelfForcingConfig)
 
     def __post_init__(self) -> None:
         for value, choices in ((self.objective, tuple(OBJECTIVES)), (self.trained, ("all", "decoder"))):
@@ -199,6 +202,12 @@ class ExperimentConfig:
             raise ConfigError(
                 f"a model of frames is told actions as they are: transforms.chunk must be 'absolute', got "
                 f"{self.transforms.chunk!r}"
+            )
+        if self.training.self_forcing.probability and not self.model.decodes_frames:
+            beside = "one with frames beside actions" if self.model.frames.beside_actions else "one that plans actions"
+            raise ConfigError(
+                "training.self_forcing is for models that decode frames alone (scd train frames_64): what else a "
+                f"policy observes cannot be imagined; this is {beside}, set training.self_forcing.probability=0"
             )
         usual, averages = OBJECTIVES[objective].solver, objective in _AVERAGES
         if averages and not self.model.step_end_input:

@@ -94,7 +94,11 @@ class ScdLightningModule(lightning.LightningModule):
         """Shards parameters, gradients and optimiser state over devices, with strategy "fsdp"."""
         if self.device_mesh is None or isinstance(next(self.model.parameters()), DTensor):
             return
-        decoding = ("with_action", "imagine") if self.model.config.decodes_frames else ("plan",)
+        decoding: tuple[str, ...] = ("plan",)
+        if self.model.config.decodes_frames:
+            # What is gathered for the first step of a roll-out stays so, however many there are on this device. None of
+            # these calls another one, at whose end it would be given back.
+            decoding = ("with_action", "imagine", "new_cache")
         if isinstance(self.model, JointModel):  # what is gathered to encode stays so while its frame head decodes
             decoding = ("plan", "encode_both_at")
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])

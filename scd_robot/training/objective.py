@@ -19,7 +19,7 @@ from scd_robot.normalization import Normalizer
 from scd_robot.training.augmentation import augmented
 from scd_robot.training.batches import Draws, TrainingBatch
 from scd_robot.training.config import Objective
-from scd_robot.training.segments import Segments
+from scd_robot.training.self_forcing import with_own_frames
 
 __all__ = [
     "DecoderSamples",
@@ -95,6 +95,11 @@ def _history(model: HistoryModel[Any], normalizer: Normalizer, batch: TrainingBa
 def select_samples(model: HistoryModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> DecoderSamples:
     """Encodes the segments and gathers context of the drawn positions, and what is to be decoded there."""
     draws, history = batch.draws, _history(model, normalizer, batch)
+    recorded = history["observation"]
+    if draws.rolls is not None:
+        assert isinstance(model, FrameModel)
+        past = normalizer.normalize("action", batch.segments.past_action)
+        history = with_own_frames(model, history, past, draws.rolls)
     copies, executed = draws.flow_time.shape[2], normalizer.normalize("action", batch.segments.executed)
     if isinstance(model, JointModel):
         assert draws.frames is not None
@@ -102,23 +107,26 @@ def select_samples(model: HistoryModel[Any], normalizer: Normalizer, batch: Trai
         positions = slice(draws.frames.position.shape[1])
         of_pictures = model.samples(of_pictures[:, positions], copies)
         action = executed[:, positions, model.config.num_past_actions]
-        frames = _frame_samples(model.frame_head, batch.segments, draws.frames, history, of_pictures, action)
+        frames = _frame_samples(model.frame_head, recorded, draws.frames, history, of_pictures, action)
         return replace(_action_samples(model, normalizer, batch, model.samples(contexts, copies)), frames=frames)
     context = model.samples(model.encode_at(draws.position, **history), copies)
     if isinstance(model, FrameModel):
-        return _frame_samples(model, batch.segments, draws, history, context, executed[:, :, 0])
+        return _frame_samples(model, recorded, draws, history, context, executed[:, :, 0])
     return _action_samples(model, normalizer, batch, context)
 
 
 def _frame_samples(
     model: FrameDenoiser[Any],
-    segments: Segments,
+    recorded: Mapping[str, Tensor],
     draws: Draws,
     history: Mapping[str, Any],
     context: Any,
     action: Tensor,
 ) -> DecoderSamples:
-    """What follows the pictures of the drawn positions, as they are seen, after actions (B, M, Da) executed there."""
+    """What follows the pictures of the drawn positions, as they are seen, after actions (B, M, Da) executed there.
+
+    That is the recorded next frame (of `recorded`, by key), also where the last one is the model's own.
+    """
     camera, copies = model.config.frames.camera, draws.flow_time.shape[2]
     frames, there = history["observation"][camera], history["present"][camera]
     follows = there & torch.nn.functional.pad(there[:, 1:], (0, 1))
@@ -127,7 +135,7 @@ def _frame_samples(
     def flat(x: Tensor) -> Tensor:  # (B, M, ...) -> (R, ...)
         return x.flatten(0, 1).repeat_interleave(copies, 0)
 
-    last, next_frame = (flat(take_steps(frames, at)) for at in (draws.position, after))
+    last, next_frame = flat(take_steps(frames, draws.position)), flat(take_steps(recorded[camera], after))
     counted = flat(draws.position_valid & take_steps(follows, draws.position))
     return DecoderSamples(context, model.tokens(next_frame, last), counted, action=flat(action), last=last)
 

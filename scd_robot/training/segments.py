@@ -34,7 +34,7 @@ class Segments:
         label: (B, M, L, Da) actions around each position, as the chunk has them.
         executed: (B, M, L, Da) what was really executed then.
         action_valid: (B, M, L) bool, False outside the episode and after a disturbance in the chunk: no data.
-        past_action: (B, T, Da) executed one control step before each, or (0, T, Da) where the model does not read it.
+        past_action: (B, T, Da) executed one control step before each, or (0, T, Da) where nobody reads it.
     """
 
     observation: dict[str, Tensor]
@@ -54,7 +54,7 @@ class SegmentReader:
         keys: observation keys.
         num_past_actions: k.
         chunk_length: Ta.
-        reads_past_action: the model takes the action before each control step.
+        reads_past_action: the action before each control step is asked for.
         transforms: of which those of chunks are done here.
         disturbance_threshold: chunks end where executed actions deviate more from their labels; 0 = they do not.
     """

@@ -83,7 +83,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
 def run_processes(out: Path, steps: int, *options: str) -> None:
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [sys.executable, str(TINY), str(out), str(steps), *options], check=True, env=environment, timeout=200
+        [sys.executable, str(TINY), str(out), str(steps), *options], check=True, env=environment, timeout=900
     )
 
 
@@ -101,11 +101,13 @@ def test_two_processes_train_like_one_with_the_same_global_batch(tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_frames_beside_actions_train_alike_sharded_and_copied(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "part"), [("--frames", "frame_head."), ("--own-frames", "action.")])
+def test_models_of_frames_train_alike_sharded_and_copied(tmp_path: Path, kind: str, part: str) -> None:
+    """Beside actions; and where the devices imagine frames of their own, in some steps one of them alone."""
     for strategy in ("ddp", "fsdp"):
-        run_processes(tmp_path / strategy, 4, "--strategy", strategy, "--frames")
+        run_processes(tmp_path / strategy, 4, "--strategy", strategy, kind)
     copied, sharded = weights(tmp_path / "ddp"), weights(tmp_path / "fsdp")
-    assert any(name.startswith("frame_head.") for name in copied)
+    assert any(name.startswith(part) for name in copied)
     assert copied.keys() == sharded.keys()
     for name, weight in copied.items():
         torch.testing.assert_close(sharded[name], weight, atol=1e-5, rtol=1e-4)

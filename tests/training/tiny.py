@@ -1,6 +1,6 @@
 """A tiny dataset and experiment that train in a second; shared by the training tests and run as a program by some.
 
-python tiny.py OUT MAX_STEPS [--resume] [--strategy NAME] [--stop-after STEP] [--frames]
+python tiny.py OUT MAX_STEPS [--resume] [--strategy NAME] [--stop-after STEP] [--frames | --own-frames]
 """
 
 import sys
@@ -79,11 +79,15 @@ def main() -> None:
         stop_after(callbacks.CheckpointWriter, int(options["--stop-after"]))
     strategy = options.get("--strategy", "auto")
     data, experiment = tiny_data(), tiny_experiment(int(sys.argv[2]))
-    if "--frames" in options:  # beside actions
+    if options.keys() & {"--frames", "--own-frames"}:
         sys.path.append(str(Path(__file__).parents[1] / "helpers"))
-        from frame_models import joint_experiment, pushed_square
+        from frame_models import frame_experiment, joint_experiment, pushed_square
 
-        data, experiment = pushed_square(6, steps=20), joint_experiment(int(sys.argv[2]))
+        from scd_robot.training import SelfForcingConfig
+
+        data, experiment = pushed_square(6, steps=20), joint_experiment(int(sys.argv[2]))  # beside actions
+        if "--own-frames" in options:
+            experiment = frame_experiment(int(sys.argv[2]), self_forcing=SelfForcingConfig(0.2, frames=3))
     train(
         data,
         experiment,
