@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import ssl
 import subprocess
 import sys
