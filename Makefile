@@ -70,7 +70,7 @@ types: $(VENV)-robosuite/.made  ## mypy beside robosuite: all that we name is in
 	cd build/types && $(abspath $(VENV)-robosuite/bin)/mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/.mypy_cache/robosuite --disable-error-code no-any-return -p scd_robot
 
-lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot read a dataset of ours, train our policy, and drive its robots (1.7 GB)
+lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot read a dataset of ours, train our policy, and drive its robots; and compare backbones with timm (1.7 GB)
 	rm -rf build/lerobot && mkdir -p build/lerobot
 	$(BIN)/python tests/lerobot_env/write_example.py build/lerobot/dataset build/lerobot/expected.npz
 	HF_HUB_OFFLINE=1 $(VENV)-lerobot/bin/python tests/lerobot_env/check_lerobot.py \
@@ -78,6 +78,7 @@ lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot read a dataset of ou
 	$(VENV)-lerobot/bin/python tests/lerobot_env/check_rivals.py build/lerobot/dataset build/lerobot/dataset.hdf5
 	$(VENV)-lerobot/bin/python tests/lerobot_env/check_policy.py build/lerobot/dataset
 	$(VENV)-lerobot/bin/python tests/lerobot_env/check_robot.py
+	$(VENV)-lerobot/bin/python tests/lerobot_env/check_vision.py
 
 rivals: $(VENV)-lerobot/.made  ## make the environment of benchmarks/outside, the same (1.7 GB on disk)
 

@@ -49,11 +49,11 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 6
+SCHEMA = 7
 _FORMAT = "scd_robot checkpoint"
 _JSON_FILES = ("config", "dataset", "normalization", "origin", "metrics")
 PUBLISHED_FILES = ("manifest.json", "model.safetensors", *(f"{name}.json" for name in _JSON_FILES))
-_PACKAGES = ("scd_robot", "torch", "lightning", "numpy", "zarr", "safetensors")
+_PACKAGES = ("scd_robot", "torch", "lightning", "numpy", "zarr", "safetensors", "timm")
 
 
 @dataclass(frozen=True)
@@ -268,9 +268,13 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         flow_time = {"distribution": "logit_normal", "mean": -2.0, "std": 1.2}
         loss = {"loss_weight": 1.0, "positions_per_segment": 8, "flow_time": flow_time}
         config = {**config, "training": {"frames": loss, **config["training"]}}
-    if "training" in config:  # the first checkpoints of schema 6 lack it
+    if schema < 7:
+        images = {"backbone": "", "weights": "", "frozen": True, **config["model"]["images"]}
+        config = {**config, "model": {**config["model"], "images": images}}
+    if schema < 7 and "training" in config:
         forcing = {"probability": 0.0, "frames": 8, "num_denoising_steps": 4}
-        config = {**config, "training": {"self_forcing": forcing, **config["training"]}}
+        later = {"backbone_learning_rate_factor": 0.1, "self_forcing": forcing}
+        config = {**config, "training": {**later, **config["training"]}}
     return config
 
 

@@ -115,9 +115,12 @@ class Normalizer(nn.Module):
         return (x - center) * gain
 
     def normalize_observation(self, observation: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Vectors (..., Do) by key normalised; pictures, uint8, as they are: their encoder knows their range."""
+        """Vectors (..., Do) by key normalised; pictures, uint8, as they are: their encoder knows their range.
+
+        So are features of pictures, which are float16.
+        """
         return {
-            key: value if value.dtype == torch.uint8 else self.normalize(key, value.float())
+            key: value if value.dtype in (torch.uint8, torch.float16) else self.normalize(key, value.float())
             for key, value in observation.items()
         }
 

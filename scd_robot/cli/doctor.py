@@ -77,6 +77,7 @@ _PACKAGES = (
              "it needs an environment of its own: docs/install.md"),
     _Package("gymnasium-robotics", _RESET.format("gymnasium/FetchReach-v4"), _EXTRA.format("robotics")),
     _Package("gym-aloha", _RESET.format("gymnasium/AlohaTransferCube-v0"), _EXTRA.format("robotics")),
+    _Package("timm", "import timm; print(timm.__version__)", _EXTRA.format("vision")),
     _Package("ray", "import ray; print(ray.__version__)", _EXTRA.format("ray")),
     _Package("onnxruntime", "import onnxruntime", _EXTRA.format("export")),
     _Package("onnxscript", "import onnx, onnxscript", _EXTRA.format("export")),

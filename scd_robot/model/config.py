@@ -138,7 +138,7 @@ class ScdConfig:
             if key in ("action", "past_action"):
                 raise ConfigError(f"an observation key must not be called {key!r}, the name of what the policy gives")
             if len(shape) == 3 and shape[2] in (1, 3, 4):
-                self.images.places(key, shape)
+                self.images.check(key, shape)
             elif len(shape) != 1 or shape[0] < 1:
                 raise ConfigError(
                     f"observation {key!r} has shape {tuple(shape)}; this model takes vectors (n,) with n >= 1, and "
@@ -187,6 +187,11 @@ class ScdConfig:
         camera, least = self.frames.camera, 0 if self.decodes_frames else 1
         if self.num_context_tokens < least:
             raise ConfigError(f"num_context_tokens must be at least {least}, got {self.num_context_tokens}")
+        if camera and self.images.encoder == "pretrained":
+            raise ConfigError(
+                "models that imagine frames learn from pixels: frames.camera needs images.encoder convolutional or "
+                "patch, got 'pretrained'"
+            )
         if self.frames.beside_actions:
             self._check_frames_beside()
         if not self.decodes_frames:

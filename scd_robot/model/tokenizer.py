@@ -1,6 +1,7 @@
 """One control step becomes a group of tokens.
 
-Shapes: B batch, T control steps, P tokens per group, K context tokens, Da action width, D width; H W C picture.
+Shapes: B batch, T control steps, P tokens per group, K context tokens, Da action width, D width; H W C picture, h w F
+its feature map.
 """
 
 import itertools
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from scd_robot.errors import ShapeError, UnknownNameError
 from scd_robot.model.config import ScdConfig
-from scd_robot.nn import ImageEncoder
+from scd_robot.nn import Backbone, ImageEncoder
 
 __all__ = ["StepTokenizer"]
 
@@ -32,9 +33,13 @@ class StepTokenizer(nn.Module):
         if config.observation_tokens == "joint" and widths:
             widths = {"observation": sum(widths.values())}
         self.observation = nn.ModuleList(nn.Linear(n, config.width) for n in widths.values())
+        shapes = {key: config.observation_shapes[key] for key in self.image_keys}
+        pretrained = config.images.encoder == "pretrained" and bool(shapes)
+        self.backbone = Backbone(config.images, shapes) if pretrained else None  # one for all cameras
+        maps = {} if self.backbone is None else self.backbone.map_shapes
         self.images = nn.ModuleList(
-            ImageEncoder(config.images, key, config.observation_shapes[key], config.width, config.num_heads)
-            for key in self.image_keys
+            ImageEncoder(config.images, key, shape, config.width, config.num_heads, maps.get(key))
+            for key, shape in shapes.items()
         )
         self.has_past_action = config.past_action_input != "none"
         self.past_action = nn.Linear(config.action_dim, config.width) if self.has_past_action else None
@@ -89,7 +94,8 @@ class StepTokenizer(nn.Module):
         """Builds the groups.
 
         Args:
-            observation: by key (B, T, Do), normalised, or (B, T, H, W, C) uint8.
+            observation: by key (B, T, Do), normalised, or (B, T, H, W, C) uint8; where these are encoded by a frozen
+                backbone, its feature maps (B, T, h, w, F) float16 do as well.
             past_action: (B, T, Da) executed in the step before, normalised; needed where the configuration
                 has past_action_input.
             past_action_valid: (B, T) bool, False where no step came before; None = valid everywhere.
@@ -130,6 +136,11 @@ class StepTokenizer(nn.Module):
 
     def _images(self, observation: Mapping[str, Tensor], key: str) -> Tensor:
         x, shape = self._given(observation, key), tuple(self.config.observation_shapes[key])
+        if self.backbone is not None and self.backbone.frozen and x.dtype == torch.float16:
+            shape = self.backbone.map_shapes[key]
+            if tuple(x.shape[2:]) != shape:
+                raise ShapeError(f"feature maps of {key!r} must be (B, T, *{shape}), got {tuple(x.shape)}")
+            return x
         if x.ndim != 5 or tuple(x.shape[2:]) != shape or x.dtype != torch.uint8:
             raise ShapeError(
                 f"pictures {key!r} must be (B, T, {', '.join(map(str, shape))}) uint8, got {tuple(x.shape)} {x.dtype}"
@@ -143,20 +154,27 @@ class StepTokenizer(nn.Module):
         return observation[key]
 
     def _image_tokens(self, encoder: nn.Module, images: Tensor, present: Tensor | None) -> Tensor:
-        """Tokens (B, T, tokens_per_image, D) of pictures (B, T, H, W, C), zeros where they are absent.
+        """Tokens (B, T, tokens_per_image, D) of pictures (B, T, H, W, C) or their features, zeros where absent.
 
         In whole passes nothing is encoded but what is there; a single step does not wait for the device to tell.
         """
         batch, steps = images.shape[:2]
         flat = images.flatten(0, 1)
         if present is None or steps == 1:
-            tokens: Tensor = encoder(flat)
+            tokens = self._encoded(encoder, flat)
             tokens = tokens if present is None else torch.where(present.view(-1, 1, 1), tokens, 0.0)
         else:
             there = present.flatten().nonzero()[:, 0]
-            encoded: Tensor = encoder(flat[there])
+            encoded = self._encoded(encoder, flat[there])
             tokens = encoded.new_zeros(len(flat), *encoded.shape[1:]).index_copy(0, there, encoded)
         return tokens.reshape(batch, steps, *tokens.shape[1:])
+
+    def _encoded(self, encoder: nn.Module, images: Tensor) -> Tensor:
+        """Tokens (N, tokens_per_image, D) of pictures (N, H, W, C), or of the features that a backbone made of them."""
+        if self.backbone is not None and images.dtype != torch.float16:
+            images = self.backbone(images)
+        tokens: Tensor = encoder(images)
+        return tokens
 
     def _valid(
         self, batch: int, steps: int, past_action_valid: Tensor | None, present: Mapping[str, Tensor]

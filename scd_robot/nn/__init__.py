@@ -1,13 +1,17 @@
 """Building blocks: windowed causal attention, its ring cache, transformer blocks, embeddings, image encoders."""
 
 from scd_robot.nn.attention import attend, limit_to_group, multi_head_attention, window_mask
+from scd_robot.nn.backbone import Backbone, import_timm
 from scd_robot.nn.blocks import AdaLNBlock, CausalBlock, CausalDitBlock, modulate
 from scd_robot.nn.embeddings import FlowTimeEmbedding, RotaryEmbedding, apply_rotary
 from scd_robot.nn.images import ImageConfig, ImageEncoder, sine_places
 from scd_robot.nn.kv_cache import KVCache
+from scd_robot.nn.weight_files import HUB, find_weights
 
 __all__ = [
+    "HUB",
     "AdaLNBlock",
+    "Backbone",
     "CausalBlock",
     "CausalDitBlock",
     "FlowTimeEmbedding",
@@ -17,6 +21,8 @@ __all__ = [
     "RotaryEmbedding",
     "apply_rotary",
     "attend",
+    "find_weights",
+    "import_timm",
     "limit_to_group",
     "modulate",
     "multi_head_attention",

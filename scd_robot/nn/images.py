@@ -26,20 +26,29 @@ class ImageConfig:
     """How pictures become tokens; every camera has an encoder of its own, trained from scratch.
 
     Attributes:
-        encoder: "convolutional", or "patch": patches are embedded each by itself.
+        encoder: "convolutional"; "patch": patches are embedded each by itself; or "pretrained": the feature map of one
+            network for all cameras, see `Backbone`, of which each camera has queries of its own.
         channels: convolutional: features of the layers, each of which halves the sides of what it gets.
         patch_size: patch: side of a square patch [pixel]; must divide height and width.
         tokens_per_image: K, 1 to 16; 0 = one for each place of the feature map, without queries.
+        backbone: pretrained: name of a model of timm, such as "resnet18.a1_in1k".
+        weights: pretrained: what a training begins with: a .safetensors file or a folder with one, a file of torch.save
+            with tensors only, or "hub": timm downloads them. Checkpoints hold them and are read without.
+        frozen: pretrained: the backbone keeps its weights; otherwise it is fine-tuned.
     """
 
-    encoder: Literal["convolutional", "patch"] = "convolutional"
+    encoder: Literal["convolutional", "patch", "pretrained"] = "convolutional"
     channels: tuple[int, ...] = (16, 32, 64)
     patch_size: int = 8
     tokens_per_image: int = 2
+    backbone: str = ""
+    weights: str = ""
+    frozen: bool = True
 
     def __post_init__(self) -> None:
-        if self.encoder not in ("convolutional", "patch"):
-            raise ConfigError(f"images.encoder must be convolutional or patch, got {self.encoder!r}")
+        if self.encoder not in ("convolutional", "patch", "pretrained"):
+            raise ConfigError(f"images.encoder must be convolutional, patch or pretrained, got {self.encoder!r}")
+        self._check_backbone()
         if not self.channels or min(self.channels) < 1 or any(n % 8 for n in self.channels):
             raise ConfigError(f"images.channels must be multiples of 8, at least one of them, got {self.channels}")
         if self.patch_size < 1:
@@ -47,17 +56,43 @@ class ImageConfig:
         if not 0 <= self.tokens_per_image <= 16:
             raise ConfigError(f"images.tokens_per_image must be in 0..16, got {self.tokens_per_image}")
 
+    def _check_backbone(self) -> None:
+        if self.encoder != "pretrained":
+            if self.backbone or self.weights:
+                raise ConfigError(
+                    f"images.backbone and images.weights are for images.encoder 'pretrained', got {self.encoder!r}"
+                )
+            return
+        if not self.backbone or set(self.backbone) & set(":/\\"):
+            raise ConfigError(
+                "images.backbone must be the name of a model of timm, such as 'resnet18.a1_in1k', got "
+                f"{self.backbone!r}; where its weights are says images.weights"
+            )
+        if not self.tokens_per_image:
+            raise ConfigError("images.encoder 'pretrained' needs images.tokens_per_image of 1 to 16, got 0")
+
+    def check(self, key: str, shape: tuple[int, ...]) -> None:
+        """Raises ConfigError where the encoder does not fit pictures (H, W, C), as far as it can be told without it."""
+        if self.encoder != "pretrained":
+            self.places(key, shape)
+        elif shape[2] == 4:
+            raise ConfigError(
+                f"images.encoder 'pretrained' takes grey pictures and those of three colours, {key!r} has 4 channels; "
+                "record it without the fourth, or use another encoder"
+            )
+
     def num_tokens(self, key: str, shape: tuple[int, ...]) -> int:
         """K, tokens of one picture (H, W, C)."""
         return self.tokens_per_image or math.prod(self.places(key, shape))
 
     def places(self, key: str, shape: tuple[int, ...]) -> tuple[int, int]:
-        """(h, w) of the feature map of pictures (H, W, C).
+        """(h, w) of the feature map of pictures (H, W, C); of a pretrained encoder the `Backbone` knows.
 
         Raises:
             ConfigError: the encoder does not fit such pictures.
         """
         height, width = shape[:2]
+        assert self.encoder != "pretrained"
         if self.encoder == "patch":
             if height % self.patch_size or width % self.patch_size:
                 raise ConfigError(
@@ -94,20 +129,32 @@ class ImageEncoder(nn.Module):
         shape: (H, W, C).
         width: D.
         num_heads: heads of the queries.
+        map_shape: (h, w, F) where the feature maps are given, as by a `Backbone`.
     """
 
     coordinates: Tensor
 
-    def __init__(self, config: ImageConfig, key: str, shape: tuple[int, ...], width: int, num_heads: int) -> None:
+    def __init__(
+        self,
+        config: ImageConfig,
+        key: str,
+        shape: tuple[int, ...],
+        width: int,
+        num_heads: int,
+        map_shape: tuple[int, int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        if config.encoder == "patch":
+        if map_shape is not None:
+            self.features, features = None, map_shape[2]
+        elif config.encoder == "patch":
             self.features, features = _patch_features(shape[2], config.patch_size, width), width
         else:
             self.features, features = _convolutions(shape[2], config.channels), config.channels[-1]
         self.norm = nn.LayerNorm(features, eps=1e-6)
         self.project = nn.Linear(features, width)
-        self.register_buffer("coordinates", _fourier(config.places(key, shape)), persistent=False)
+        places = config.places(key, shape) if map_shape is None else map_shape[:2]
+        self.register_buffer("coordinates", _fourier(places), persistent=False)
         self.place = nn.Linear(self.coordinates.shape[1], width, bias=False)
         self.place_norm = nn.LayerNorm(width, eps=1e-6)
         # Peaked from the start, each head on few places: an even mean hides what is in one of them from the first
@@ -122,10 +169,13 @@ class ImageEncoder(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Tokens (N, K, D) of pictures (N, H, W, C) uint8."""
+        """Tokens (N, K, D) of pictures (N, H, W, C) uint8, or of their feature maps (N, h, w, F)."""
         weight = self.project.weight
-        x = images.movedim(-1, 1).to(weight.dtype) / 127.5 - 1
-        x = self.features(x).flatten(2).transpose(1, 2)
+        if self.features is None:
+            x = images.flatten(1, 2).to(weight.dtype)
+        else:
+            x = images.movedim(-1, 1).to(weight.dtype) / 127.5 - 1
+            x = self.features(x).flatten(2).transpose(1, 2)
         x = gelu(self.project(self.norm(x)) + self.place(self.coordinates.to(weight.dtype)), approximate="tanh")
         x = self.place_norm(x)
         tokens: Tensor

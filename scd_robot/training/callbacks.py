@@ -64,7 +64,7 @@ class CheckpointWriter(_AtEpochEnd):
     def at_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes out/checkpoints/step_XXXXXXXX."""
         folder = self.out / "checkpoints" / f"step_{trainer.global_step:08d}"
-        weights = pl_module.ema.full()
+        weights = pl_module.ema.weights(pl_module.model)
         if not trainer.is_global_zero:  # every process takes part in saving the training state, one writes
             trainer.save_checkpoint(folder / RESUME_FILE)
             return
@@ -139,7 +139,7 @@ class ClosedLoopEvaluation(_AtEpochEnd):
         """Logs the metrics as eval/NAME; the checkpoint of this step holds them too."""
         if trainer.global_step % self.every:
             return
-        weights = pl_module.ema.full()
+        weights = pl_module.ema.weights(pl_module.model)
         pl_module.evaluated_at = trainer.global_step
         if not trainer.is_global_zero:
             return

@@ -79,6 +79,7 @@ class TrainingConfig:
         flow_time: distribution of the flow time.
         learning_rate: peak, of the encoder.
         decoder_learning_rate_factor: the decoder's peak in units of it.
+        backbone_learning_rate_factor: likewise of a pretrained backbone that is fine-tuned.
         final_learning_rate: at the end of the cosine, in units of the peak.
         warmup_steps: linear warm-up.
         weight_decay: AdamW's, on matrices only.
@@ -114,6 +115,7 @@ class TrainingConfig:
     flow_time: FlowTimeConfig = field(default_factory=FlowTimeConfig)
     learning_rate: float = 1e-3
     decoder_learning_rate_factor: float = 2.0
+    backbone_learning_rate_factor: float = 0.1
     final_learning_rate: float = 0.01
     warmup_steps: int = 100
     weight_decay: float = 1e-4
@@ -144,7 +146,7 @@ class TrainingConfig:
         for name in (*not_negative, "disturbance_threshold", "images_in_memory_gb"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("learning_rate", "decoder_learning_rate_factor"):
+        for name in ("learning_rate", "decoder_learning_rate_factor", "backbone_learning_rate_factor"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 < self.idle_weight <= 1:

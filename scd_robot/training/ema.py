@@ -22,13 +22,16 @@ class Ema:
         self.max_decay = max_decay
         self.num_updates = 0
         self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self._moving = [name for name, p in module.named_parameters() if p.requires_grad]
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Takes in the module's present parameters."""
+        """Takes in the module's present parameters; those that are not trained stay as they were."""
         self.num_updates += 1
         decay = min(self.max_decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(list(self.shadow.values()), list(self._parameters(module).values()), 1 - decay)
+        present = self._parameters(module)
+        averaged, new = ([values[name] for name in self._moving] for values in (self.shadow, present))
+        torch._foreach_lerp_(averaged, new, 1 - decay)
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:
@@ -39,6 +42,14 @@ class Ema:
             yield
         finally:
             self._copy(module, raw)
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """What `load_state_dict` of such a module takes: the averaged parameters, and buffers as they are; see `full`.
+
+        Statistics of BatchNorm are such buffers.
+        """
+        buffers = {name: value for name, value in module.state_dict().items() if name not in self.shadow}
+        return {**buffers, **self.full()}
 
     def full(self) -> dict[str, Tensor]:
         """The averaged parameters; where they are sharded over devices, all devices have to call this together."""

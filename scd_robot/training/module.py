@@ -27,6 +27,7 @@ __all__ = ["ScdLightningModule", "learning_rate_factor"]
 logger = logging.getLogger(__name__)
 
 _DECODERS = ("decoder.", "frame_head.")
+_BACKBONE = "tokenizer.backbone."
 
 
 def learning_rate_factor(step: int, training: TrainingConfig) -> float:
@@ -90,6 +91,19 @@ class ScdLightningModule(lightning.LightningModule):
             logger.info("weights of %s %s", source.path, told)
         self.ema = Ema(self.model, self.experiment.training.ema_decay)
 
+    def load_pretrained(self) -> dict[str, str]:
+        """Takes the pretrained weights that the configuration names; what they are, as JSON, or nothing.
+
+        Raises:
+            CheckpointError: there are none, or they are of another network.
+        """
+        backbone, images = self.model.tokenizer.backbone, self.experiment.model.images
+        if backbone is None:
+            return {}
+        backbone.load_pretrained(images.weights)
+        self.ema = Ema(self.model, self.experiment.training.ema_decay)
+        return {"name": images.backbone, "weights": images.weights, "sha256": backbone.digest()}
+
     def configure_model(self) -> None:
         """Shards parameters, gradients and optimiser state over devices, with strategy "fsdp"."""
         if self.device_mesh is None or isinstance(next(self.model.parameters()), DTensor):
@@ -107,19 +121,25 @@ class ScdLightningModule(lightning.LightningModule):
         self.ema = Ema(self.model, self.experiment.training.ema_decay)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a learning rate of its own for the decoder and weight decay on matrices only."""
+        """AdamW with learning rates of their own for decoder and backbone, and weight decay on matrices only."""
         training = self.experiment.training
-        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        factors = {
+            "decoder": training.decoder_learning_rate_factor,
+            "backbone": training.backbone_learning_rate_factor,
+            "": 1.0,
+        }
+        groups: dict[tuple[str, bool], list[Tensor]] = {}
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         for name, parameter in trained:
-            groups.setdefault((name.startswith(_DECODERS), parameter.ndim > 1), []).append(parameter)
+            part = "decoder" if name.startswith(_DECODERS) else "backbone" if name.startswith(_BACKBONE) else ""
+            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
         settings = [
             {
                 "params": parameters,
-                "lr": training.learning_rate * (training.decoder_learning_rate_factor if is_decoder else 1.0),
+                "lr": training.learning_rate * factors[part],
                 "weight_decay": training.weight_decay if is_matrix else 0.0,
             }
-            for (is_decoder, is_matrix), parameters in groups.items()
+            for (part, is_matrix), parameters in groups.items()
         ]
         optimizer = torch.optim.AdamW(
             settings, betas=(training.betas[0], training.betas[1]), fused=self.device_mesh is None

@@ -23,7 +23,7 @@ from scd_robot.training.compat import lightning
 from scd_robot.training.config import ExperimentConfig
 from scd_robot.training.datamodule import EpisodeDataModule
 from scd_robot.training.module import ScdLightningModule
-from scd_robot.training.start import begin, check_fits
+from scd_robot.training.start import begin, check_fits, check_weights
 from scd_robot.training.transformed import transformed, with_pictures_in_memory
 
 __all__ = ["train"]
@@ -74,7 +74,9 @@ def train(
 
     Raises:
         OutputError: `out` holds a run already and `resume` is not given, or cannot be written.
-        CheckpointError: nothing to resume from, or other settings, data or weights were used there.
+        CheckpointError: nothing to resume from, or other settings, data or weights were used there; or there are no
+            pretrained weights for a backbone.
+        MissingDependencyError: a backbone needs timm.
         ConfigError, DatasetError, ShapeError: settings and data do not fit.
         TrainingDivergedError: the loss became NaN; checkpoints written before stay.
         KeyboardInterrupt, SystemExit: Ctrl-C, and SIGTERM (exit code 143); likewise.
@@ -92,12 +94,16 @@ def train(
         raise OutputError(
             f"{out} already holds a run at {list_checkpoints(out)[-1].name}; choose another --out, or --resume it"
         )
+    if init is None and not resume:
+        check_weights(experiment.model)
     data = with_pictures_in_memory(data, experiment.model.image_keys, experiment.training.images_in_memory_gb)
     start = begin(data, experiment, out, resume=resume, init=init, init_statistics=init_statistics)
     lightning.seed_everything(experiment.training.seed, verbose=False)
     module = ScdLightningModule(experiment, start.normalizer)
     if start.weights_from is not None:
         module.load_weights(start.weights_from)
+    elif start.state is None and (pretrained := module.load_pretrained()):
+        start.origin["backbone"] = pretrained
 
     callbacks: list[Any] = [ProgressBar()] if progress else []
     if evaluate is not None and evaluate_every:
@@ -190,6 +196,7 @@ def _trainer(
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices found, products advertised
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning")
+    warnings.filterwarnings("ignore", message="Found .* in eval mode", module="lightning")  # a backbone is meant to be
     try:
         trainer = lightning.Trainer(
             accelerator=accelerator,

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from scd_robot.config import from_json, to_json
 from scd_robot.datasets import ACTION, PRESENT, EpisodeDataset
 from scd_robot.errors import CheckpointError, ConfigError, DatasetError, ShapeError
 from scd_robot.model import ScdConfig
+from scd_robot.nn import HUB, find_weights, import_timm
 from scd_robot.normalization import Mode, Normalizer, compute_statistics
 from scd_robot.training.callbacks import RESUME_FILE
 from scd_robot.training.config import ExperimentConfig
 from scd_robot.training.datamodule import EpisodeDataModule
 from scd_robot.transforms import relative_chunk
 
-__all__ = ["Start", "begin", "check_fits", "fit_normalizer"]
+__all__ = ["Start", "begin", "check_fits", "check_weights", "fit_normalizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ def begin(
             origin["teacher"] = {"objective": teacher, "weights_sha256": source.weights_sha256}
     if source is not None and "conversion" in source.origin:  # what was fine-tuned is still what was converted
         origin["conversion"] = source.origin["conversion"]
+    if source is not None and "backbone" in source.origin:
+        origin["backbone"] = source.origin["backbone"]
     if resume:
         return _resumed(out, experiment, origin)
     if source is not None and init_statistics == "checkpoint":
@@ -185,10 +188,27 @@ def _check_pictures(data: EpisodeDataset, key: str) -> None:
         logger.warning("some pictures %r are of one colour everywhere: 'scd data validate' tells which", key)
 
 
+def check_weights(model: ScdConfig) -> None:
+    """Raises where a backbone has nothing to begin with, as far as it can be told before weights are read."""
+    images = model.images
+    if images.encoder != "pretrained" or not model.image_keys:
+        return
+    if not images.weights:
+        raise ConfigError(
+            f"backbone {images.backbone} has no weights to begin with: set model.images.weights to a file or folder, "
+            "or to 'hub' to have timm download them"
+        )
+    if images.weights != HUB:
+        find_weights(images.weights)
+    import_timm()
+
+
 def _resumed(out: Path, experiment: ExperimentConfig, origin: dict[str, Any]) -> Start:
     if (out / "checkpoints").is_dir() and not list_checkpoints(out):
         raise CheckpointError(f"there is no checkpoint in {out} to resume from; train without --resume")
     newest = read_checkpoint(out)
+    if "backbone" in newest.origin:  # its weights are in the checkpoint, and are looked for nowhere else
+        origin["backbone"] = newest.origin["backbone"]
     state = resume_file(newest.path, RESUME_FILE.name)
     changed = _differences(newest.config, to_json(experiment))
     if not changed:
@@ -221,8 +241,11 @@ def _read_init(init: Path, statistics: str | None, experiment: ExperimentConfig,
         )
     source = read_checkpoint(init)
     old = from_json(ScdConfig, source.config["model"], "model")
-    # What layers see of the history may change; their weights are the same.
-    before, after = ({**to_json(model), "local_layers": None} for model in (old, experiment.model))
+    # What layers see of the history may change, and whether a backbone learns; their weights are the same.
+    before, after = (
+        {**to_json(replace(model, images=replace(model.images, weights="", frozen=True))), "local_layers": None}
+        for model in (old, experiment.model)
+    )
     if experiment.model.step_end_input:  # an input that changes nothing at first
         before["step_end_input"] = True
     plans = not (old.decodes_frames or experiment.model.decodes_frames)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_timm
 import numpy as np
 import pytest
 from pictures import picture_data, picture_policy
@@ -20,6 +21,7 @@ from scd_robot.cli.main import main
 from scd_robot.datasets import open_dataset
 from scd_robot.errors import CheckpointError, ConfigError
 from scd_robot.export import OnnxPolicy, is_export, load_exported, read_manifest
+from scd_robot.nn import ImageConfig
 from scd_robot.policies import ScdPolicy
 from scd_robot.transforms import TransformConfig
 from scd_robot.types import Policy
@@ -268,15 +270,17 @@ def test_what_cannot_be_exported_or_run_is_refused_and_nothing_written(exported,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["pictures", "real-time chunking", "concat"])
-def test_onnx_follows_the_policy_through_evictions(case: str, tmp_path) -> None:
+@pytest.mark.parametrize("case", ["pictures", "backbone", "real-time chunking", "concat"])
+def test_onnx_follows_the_policy_through_evictions(case: str, tmp_path, monkeypatch) -> None:
     pytest.importorskip("onnxscript")
     from scd_robot.export.write import export_policy
 
+    fake_timm.install(monkeypatch)
+    images = ImageConfig("pretrained", backbone="conv.a") if case == "backbone" else ImageConfig(channels=(8, 8))
     models = {"real-time chunking": {"max_delay_steps": 3}, "concat": {"fusion": "concat", "max_delay_steps": 2}}
     policy: ScdPolicy = (
-        picture_policy("separable", picture_data(), TransformConfig(), observation_tokens="per_key")
-        if case == "pictures"
+        picture_policy("separable", picture_data(), TransformConfig(), observation_tokens="per_key", images=images)
+        if case in ("pictures", "backbone")
         else small_policy(models[case], guidance_scale=1.5 if case == "concat" else 1.0)
     )
     report = export_policy(policy, tmp_path / "out", batch_size=2)

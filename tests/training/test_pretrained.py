@@ -1,0 +1,162 @@
+"""Training on a pretrained backbone: frozen or fine-tuned, kept whole in checkpoints, which need no file of weights."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+import fake_timm
+import numpy as np
+import pytest
+import torch
+from fake_timm import FakeTimm, pretrained_network
+from pictures import MODEL, SHAPES, picture_data
+from safetensors.torch import load_file, save_file
+from tiny import tiny_experiment
+
+from scd_robot.checkpoint import find_checkpoint, read_checkpoint
+from scd_robot.errors import CheckpointError, ConfigError, MissingDependencyError
+from scd_robot.nn import ImageConfig
+from scd_robot.policies import load_policy
+from scd_robot.presets import resolve, with_settings
+from scd_robot.training import ExperimentConfig, train
+from scd_robot.training.callbacks import CheckpointWriter
+from scd_robot.training.module import ScdLightningModule
+from scd_robot.training.start import fit_normalizer
+
+OPTIONS = {"accelerator": "cpu", "progress": False}
+BACKBONE = "tokenizer.backbone."
+
+
+@pytest.fixture(autouse=True)
+def timm(monkeypatch: pytest.MonkeyPatch) -> FakeTimm:
+    return fake_timm.install(monkeypatch)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    save_file(pretrained_network("conv.a").state_dict(), tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+def experiment(weights: Path | str, steps: int = 4, frozen: bool = True, **training: object) -> ExperimentConfig:
+    images = ImageConfig("pretrained", backbone="conv.a", weights=str(weights), frozen=frozen)
+    return tiny_experiment(steps, model={**MODEL, "images": images}, **{"validate_every": 2, **training})
+
+
+def stored(run: Path) -> dict[str, torch.Tensor]:
+    """The network in a run's newest checkpoint, by timm's names."""
+    state = load_file(find_checkpoint(run) / "model.safetensors")
+    prefix = BACKBONE + "network."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def actions(run: Path) -> np.ndarray:
+    policy, data = load_policy(run), picture_data()
+    policy.reset(episodes=[0, 1, 2])
+    return np.stack([policy.act({key: data.arrays[key][3 * i : 3 * i + 3] for key in SHAPES}) for i in range(5)])
+
+
+def test_a_frozen_backbone_is_stored_once_as_it_came_and_all_else_learns(weights: Path, tmp_path: Path) -> None:
+    train(picture_data(), experiment(weights), tmp_path / "run", **OPTIONS)
+    given, found = load_file(weights), stored(tmp_path / "run")
+    assert found.keys() == {name for name in given if not name.startswith("fc.")}
+    assert all(torch.equal(value, given[name]) for name, value in found.items())
+    state = torch.load(find_checkpoint(tmp_path / "run") / "resume" / "training_state.ckpt", weights_only=True)
+    names = {name for name in state["state_dict"] if "network.conv1" in name}
+    assert names == {f"model.{BACKBONE}network.conv1.{name}" for name in ("weight", "bias")}
+    network = ScdLightningModule(experiment(weights), fit_normalizer(picture_data(), experiment(weights)))
+    trained = {p for group in network.configure_optimizers()["optimizer"].param_groups for p in group["params"]}
+    others = {p for name, p in network.model.named_parameters() if not name.startswith(BACKBONE)}
+    assert trained == others
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_checkpoints_act_resume_and_are_gone_on_from_without_the_file(
+    frozen: bool, weights: Path, tmp_path: Path, timm
+):
+    settings = experiment(weights, frozen=frozen, ema_decay=0.5)
+    train(picture_data(), settings, tmp_path / "whole", **OPTIONS)
+    write = CheckpointWriter.at_epoch_end
+
+    def write_and_fail(self, trainer, pl_module):
+        write(self, trainer, pl_module)
+        raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(InterruptedError):
+        patch.setattr(CheckpointWriter, "at_epoch_end", write_and_fail)
+        train(picture_data(), settings, tmp_path / "parts", **OPTIONS)
+    weights.unlink()
+    timm.asked.clear()
+    train(picture_data(), settings, tmp_path / "parts", resume=True, **OPTIONS)
+    np.testing.assert_array_equal(actions(tmp_path / "parts"), actions(tmp_path / "whole"))
+    origins = [read_checkpoint(tmp_path / name).origin["backbone"] for name in ("whole", "parts")]
+    assert origins[0] == origins[1]
+    assert origins[0]["weights"] == str(weights)
+    more = replace(settings, model=replace(settings.model, images=replace(settings.model.images, frozen=False)))
+    more = replace(more, training=replace(more.training, max_steps=2))
+    train(picture_data(), more, tmp_path / "more", init=tmp_path / "whole", init_statistics="checkpoint", **OPTIONS)
+    assert read_checkpoint(tmp_path / "more").origin["backbone"] == origins[0]
+    assert not torch.equal(stored(tmp_path / "more")["conv2.weight"], stored(tmp_path / "whole")["conv2.weight"])
+    assert not any(asked["pretrained"] for asked in timm.asked)
+
+
+def test_fine_tuning_changes_the_weights_and_no_statistics(weights: Path, tmp_path: Path) -> None:
+    train(picture_data(), experiment(weights, frozen=False, ema_decay=0.5), tmp_path / "run", **OPTIONS)
+    given, found = load_file(weights), stored(tmp_path / "run")
+    changed = {name for name, value in found.items() if not torch.equal(value, given[name])}
+    assert changed == {f"{part}.{name}" for part in ("conv1", "bn1", "conv2", "bn2") for name in ("weight", "bias")}
+
+
+def test_a_backbone_that_is_fine_tuned_has_a_learning_rate_of_its_own(weights: Path) -> None:
+    settings = experiment(weights, frozen=False, learning_rate=1.0, backbone_learning_rate_factor=0.25, warmup_steps=0)
+    module = ScdLightningModule(settings, fit_normalizer(picture_data(), settings))
+    rates = {
+        p: group["lr"] for group in module.configure_optimizers()["optimizer"].param_groups for p in group["params"]
+    }
+    for name, parameter in module.model.named_parameters():
+        wanted = 0.25 if name.startswith(BACKBONE) else 2.0 if name.startswith("decoder.") else 1.0
+        assert rates[parameter] == wanted, name
+
+
+def test_absent_pictures_are_not_shown_to_the_backbone(weights: Path) -> None:
+    from scd_robot.training.batches import SegmentDataset
+    from scd_robot.training.objective import loss_terms
+
+    settings, data, seen = experiment(weights), picture_data(), []
+    module = ScdLightningModule(settings, fit_normalizer(data, settings))
+    module.model.tokenizer.backbone.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    batch = SegmentDataset(data, settings, np.arange(data.num_episodes))[0]
+    loss_terms(module.model, module.normalizer, batch)
+    assert seen == 2 * [int(batch.segments.step_valid.sum())]
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "told"),
+    [
+        ("", ConfigError, "conv.a has no weights to begin with: set model.images.weights to a file or folder, or to"),
+        ("nowhere.safetensors", CheckpointError, "there are no weights at nowhere.safetensors"),
+        ("hub", CheckpointError, "could not be had from the hub: no connection"),
+    ],
+)
+def test_a_training_begins_with_pretrained_weights_or_not_at_all(source: str, error, told: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=told):
+        train(picture_data(), experiment(source), tmp_path / "run", **OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_timm_training_and_loading_say_what_to_install(weights: Path, tmp_path: Path, monkeypatch) -> None:
+    train(picture_data(), experiment(weights, 2), tmp_path / "run", **OPTIONS)
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    for act in (
+        lambda: load_policy(tmp_path / "run"),
+        lambda: train(picture_data(), experiment(weights, 2), tmp_path / "other", **OPTIONS),
+    ):
+        with pytest.raises(MissingDependencyError, match=r"scd_robot\[vision\]"):
+            act()
+
+
+def test_the_image_preset_takes_a_backbone() -> None:
+    settings = ["encoder=pretrained", "backbone=vit", "weights=hub", "frozen=false"]
+    found = with_settings(resolve("image", picture_data().spec), [f"model.images.{text}" for text in settings])
+    assert found.model.images.backbone == "vit"
+    assert not found.model.images.frozen
