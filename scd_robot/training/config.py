@@ -95,6 +95,7 @@ class TrainingConfig:
         num_workers: processes that prepare batches; 0 = the training process itself, best for vectors.
         augmentation: of pictures.
         images_in_memory_gb: pictures that take no more than this are read once and kept, others in every batch.
+        cache_features: a frozen backbone encodes each picture once in a run, not in every batch; without augmentation.
         frames: of a frame decoder beside actions.
         self_forcing: of models that decode frames alone.
     """
@@ -131,6 +132,7 @@ class TrainingConfig:
     num_workers: int = 0
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     images_in_memory_gb: float = 2.0
+    cache_features: bool = False
     frames: FrameLossConfig = field(default_factory=FrameLossConfig)
     self_forcing: SelfForcingConfig = field(default_factory=SelfForcingConfig)
 
@@ -211,6 +213,7 @@ class ExperimentConfig:
                 "training.self_forcing is for models that decode frames alone (scd train frames_64): what else a "
                 f"policy observes cannot be imagined; this is {beside}, set training.self_forcing.probability=0"
             )
+        self._check_cache()
         usual, averages = OBJECTIVES[objective].solver, objective in _AVERAGES
         if averages and not self.model.step_end_input:
             raise ConfigError(
@@ -222,6 +225,24 @@ class ExperimentConfig:
             raise ConfigError(
                 "training.trained='decoder' leaves the encoder as it is, and the entangled architecture has no encoder "
                 "apart from its decoder; use trained='all'"
+            )
+
+    def _check_cache(self) -> None:
+        """Raises ConfigError where features of pictures are not the same in every batch."""
+        images = self.model.images
+        if not self.training.cache_features:
+            return
+        if images.encoder != "pretrained" or not images.frozen:
+            raise ConfigError(
+                "training.cache_features keeps what a frozen backbone makes of pictures: it needs "
+                f"model.images.encoder=pretrained and model.images.frozen=true, got {images.encoder!r} and "
+                f"{str(images.frozen).lower()}"
+            )
+        if self.training.augmentation.is_on:
+            raise ConfigError(
+                "training.cache_features and augmentation exclude each other, since augmented pictures are others in "
+                "every batch: set training.augmentation.shift, brightness, contrast and saturation to 0, or leave "
+                "cache_features off"
             )
 
     def with_tasks(self, vectors: Mapping[str, Sequence[float]]) -> "ExperimentConfig":

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from scd_robot.checkpoint import find_checkpoint, list_checkpoints, read_step
+import torch
+
+from scd_robot.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint, read_step
 from scd_robot.datasets import EpisodeDataset
 from scd_robot.errors import ConfigError, OutputError
 from scd_robot.model import HistoryModel
@@ -22,8 +24,9 @@ from scd_robot.training.callbacks import CheckpointWriter, ClosedLoopEvaluation,
 from scd_robot.training.compat import lightning
 from scd_robot.training.config import ExperimentConfig
 from scd_robot.training.datamodule import EpisodeDataModule
+from scd_robot.training.feature_cache import with_cached_features
 from scd_robot.training.module import ScdLightningModule
-from scd_robot.training.start import begin, check_fits, check_weights
+from scd_robot.training.start import Start, begin, check_fits, check_weights
 from scd_robot.training.transformed import transformed, with_pictures_in_memory
 
 __all__ = ["train"]
@@ -96,7 +99,9 @@ def train(
         )
     if init is None and not resume:
         check_weights(experiment.model)
-    data = with_pictures_in_memory(data, experiment.model.image_keys, experiment.training.images_in_memory_gb)
+    training = experiment.training
+    if not training.cache_features:
+        data = with_pictures_in_memory(data, experiment.model.image_keys, training.images_in_memory_gb)
     start = begin(data, experiment, out, resume=resume, init=init, init_statistics=init_statistics)
     lightning.seed_everything(experiment.training.seed, verbose=False)
     module = ScdLightningModule(experiment, start.normalizer)
@@ -104,6 +109,8 @@ def train(
         module.load_weights(start.weights_from)
     elif start.state is None and (pretrained := module.load_pretrained()):
         start.origin["backbone"] = pretrained
+    if training.cache_features:
+        data = _with_features(data, module, start, out, accelerator, progress)
 
     callbacks: list[Any] = [ProgressBar()] if progress else []
     if evaluate is not None and evaluate_every:
@@ -127,6 +134,26 @@ def train(
         "decoder_parameters": _parameters(module.model, "decoder."),
         "metrics": json.loads((newest / "metrics.json").read_text()),
     }
+
+
+def _with_features(
+    data: EpisodeDataset, module: ScdLightningModule, start: Start, out: Path, accelerator: str, progress: bool
+) -> EpisodeDataset:
+    """The dataset with features in the place of pictures, which lie in the folder of the run."""
+    backbone = module.model.tokenizer.backbone
+    if backbone is None:  # no pictures
+        return data
+    if start.state is not None:  # the trainer takes the weights of a resumed run later
+        module.load_weights(read_checkpoint(out))
+    return with_cached_features(
+        data,
+        backbone,
+        out / "features",
+        start.origin["dataset"],
+        most_gb=module.experiment.training.images_in_memory_gb,
+        device="cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu",
+        progress=progress,
+    )
 
 
 def _parameters(model: HistoryModel[Any], prefix: str) -> int:

@@ -151,9 +151,9 @@ def is_vector(array: RowArray) -> bool:
 
 
 def read_pictures(array: RowArray, segments: SegmentBatch) -> Tensor:
-    """Pictures (B, T, H, W, C): each is copied once, and past a segment's end there is nothing but zeros."""
+    """Pictures (B, T, H, W, C), or their features: copied once, and past a segment's end nothing but zeros."""
     lengths = segments.lengths
-    out = torch.zeros((len(lengths), int(lengths.max()), *array.shape[1:]), dtype=torch.uint8)
+    out = torch.from_numpy(np.zeros((len(lengths), int(lengths.max()), *array.shape[1:]), array.dtype))
     for segment, (start, stop, length) in enumerate(zip(segments.start, segments.stop, lengths, strict=True)):
         place = out.numpy()[segment, :length]
         if isinstance(array, LazyArray) and segments.stride == 1:

@@ -1,6 +1,7 @@
 """Training on a pretrained backbone: frozen or fine-tuned, kept whole in checkpoints, which need no file of weights."""
 
 import contextlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +15,22 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_experiment
 
 from scd_robot.checkpoint import find_checkpoint, read_checkpoint
-from scd_robot.errors import CheckpointError, ConfigError, MissingDependencyError
-from scd_robot.nn import ImageConfig
+from scd_robot.datasets import PRESENT
+from scd_robot.errors import CheckpointError, ConfigError, MissingDependencyError, OutputError
+from scd_robot.nn import Backbone, ImageConfig
 from scd_robot.policies import load_policy
 from scd_robot.presets import resolve, with_settings
 from scd_robot.training import ExperimentConfig, train
+from scd_robot.training.augmentation import AugmentationConfig
+from scd_robot.training.batches import SegmentDataset
 from scd_robot.training.callbacks import CheckpointWriter
+from scd_robot.training.feature_cache import with_cached_features
 from scd_robot.training.module import ScdLightningModule
+from scd_robot.training.objective import encode_batch, loss_terms
 from scd_robot.training.start import fit_normalizer
 
 OPTIONS = {"accelerator": "cpu", "progress": False}
+SHAPES_OF_EYE = {"eye": SHAPES["eye"]}
 BACKBONE = "tokenizer.backbone."
 
 
@@ -119,15 +126,117 @@ def test_a_backbone_that_is_fine_tuned_has_a_learning_rate_of_its_own(weights: P
 
 
 def test_absent_pictures_are_not_shown_to_the_backbone(weights: Path) -> None:
-    from scd_robot.training.batches import SegmentDataset
-    from scd_robot.training.objective import loss_terms
-
     settings, data, seen = experiment(weights), picture_data(), []
     module = ScdLightningModule(settings, fit_normalizer(data, settings))
     module.model.tokenizer.backbone.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     batch = SegmentDataset(data, settings, np.arange(data.num_episodes))[0]
     loss_terms(module.model, module.normalizer, batch)
     assert seen == 2 * [int(batch.segments.step_valid.sum())]
+
+
+class TestCachedFeatures:
+    """What a frozen backbone makes of pictures is computed once, and trained on as if it were not."""
+
+    @pytest.fixture
+    def encoded(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Numbers of pictures that backbones are shown while data is prepared or trained on."""
+        counts: list[int] = []
+        forward = Backbone.forward
+
+        def count(self, images):
+            counts.append(len(images))
+            return forward(self, images)
+
+        monkeypatch.setattr(Backbone, "forward", count)
+        return counts
+
+    def settings(self, weights: Path, cache: bool = True, **training: object) -> ExperimentConfig:
+        still = AugmentationConfig(0, 0, 0, 0)
+        return experiment(weights, augmentation=still, cache_features=cache, **training)
+
+    @pytest.mark.parametrize("in_memory_gb", [0.0, 1.0])
+    def test_each_picture_is_encoded_once_and_a_run_learns_as_without(
+        self, in_memory_gb: float, weights: Path, tmp_path: Path, encoded: list[int]
+    ) -> None:
+        data = picture_data()
+        train(data, self.settings(weights, images_in_memory_gb=in_memory_gb), tmp_path / "cached", **OPTIONS)
+        tries = 2  # one picture of each camera when the network is built
+        assert sum(encoded) == 2 * data.num_steps + tries
+        train(data, self.settings(weights, cache=False), tmp_path / "plain", **OPTIONS)
+        cached, plain = (read_checkpoint(tmp_path / name).metrics for name in ("cached", "plain"))
+        assert cached["val/loss"] == pytest.approx(plain["val/loss"], rel=1e-2)
+        np.testing.assert_allclose(actions(tmp_path / "cached"), actions(tmp_path / "plain"), rtol=0, atol=5e-2)
+
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_what_is_learned_from_is_the_same_but_for_rounding(
+        self, stride: int, weights: Path, tmp_path: Path
+    ) -> None:
+        data, settings = picture_data(), self.settings(weights)
+        data.arrays[PRESENT + "eye"] = np.arange(data.num_steps) % 4 > 0
+        settings = replace(settings, model=replace(settings.model, history_stride=stride))
+        module = ScdLightningModule(settings, fit_normalizer(data, settings))
+        module.load_pretrained()
+        kept = with_cached_features(
+            data, module.model.tokenizer.backbone, tmp_path / "f", "", most_gb=0, progress=False
+        )
+        batches = [SegmentDataset(d, settings, np.arange(d.num_episodes))[3] for d in (data, kept)]
+        assert [batch.segments.observation["eye"].dtype for batch in batches] == [torch.uint8, torch.float16]
+        contexts = [encode_batch(module.model, module.normalizer, batch) for batch in batches]
+        torch.testing.assert_close(contexts[1], contexts[0], rtol=0, atol=5e-3)
+
+    def test_a_resumed_run_finds_them_and_other_weights_or_data_do_not(
+        self, weights: Path, tmp_path: Path, encoded: list[int]
+    ) -> None:
+        data, out = picture_data(), tmp_path / "run"
+        train(data, self.settings(weights), out, **OPTIONS)
+        for name in ("wrist", "eye"):
+            assert np.load(out / "features" / f"{name}.npy").dtype == np.float16
+        shutil.rmtree(find_checkpoint(out))  # the run was interrupted before
+        encoded.clear()
+        train(data, self.settings(weights), out, resume=True, **OPTIONS)
+        assert sum(encoded) == 2
+        file, backbone = out / "features", Backbone(experiment(weights).model.images, SHAPES_OF_EYE)
+        backbone.load_pretrained(str(weights))
+        options = {"most_gb": 1.0, "progress": False}
+        fingerprint = read_checkpoint(out).origin["dataset"]
+        encoded.clear()
+        with_cached_features(data, backbone, file, fingerprint, **options)
+        assert not encoded
+        for change in ("data", "weights"):
+            if change == "weights":
+                backbone.network.conv2.bias.data += 1
+            encoded.clear()
+            changed = with_cached_features(data, backbone, file, "other", **options)
+            assert sum(encoded) == data.num_steps
+            wanted = backbone(torch.from_numpy(data.arrays["eye"])).detach().half().numpy()
+            np.testing.assert_allclose(changed.arrays["eye"], wanted, rtol=0, atol=1e-2)
+
+    def test_a_run_that_is_killed_meanwhile_leaves_nothing_that_counts(self, weights: Path, tmp_path: Path) -> None:
+        def fail(self, images):
+            if len(images) > 1:
+                raise KeyboardInterrupt
+            return torch.zeros(1, 4, 6, 8)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Backbone, "forward", fail)
+            with pytest.raises(KeyboardInterrupt):
+                train(picture_data(), self.settings(weights), tmp_path / "run", **OPTIONS)
+        assert list((tmp_path / "run" / "features").iterdir()) == []
+
+    def test_what_cannot_be_kept_is_refused(self, weights: Path, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"cache_features and augmentation exclude each other.*brightness"):
+            experiment(weights, cache_features=True)
+        with pytest.raises(ConfigError, match=r"model\.images\.frozen=true, got 'pretrained' and false"):
+            experiment(weights, frozen=False, cache_features=True)
+        state = load_file(weights)
+        save_file({**state, "bn2.weight": 1e6 + state["bn2.weight"]}, weights)
+        with pytest.raises(ConfigError, match="do not fit float16"):
+            train(picture_data(), self.settings(weights), tmp_path / "run", **OPTIONS)
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OutputError, match="cannot write features to"):
+            with_cached_features(
+                picture_data(), Backbone(experiment("").model.images, SHAPES_OF_EYE), tmp_path / "file", "", most_gb=0.0
+            )
 
 
 @pytest.mark.parametrize(
