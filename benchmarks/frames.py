@@ -203,10 +203,11 @@ class Stream:
 
     def denoise(self) -> None:
         """The next frame."""
+        known = self.model.known(self._picture)
         tokens = self.model.imagine(
-            self.context, self._action, self._picture, sampler=self._sampler, conditioning=self._conditioning
+            self.context, self._action, known, sampler=self._sampler, conditioning=self._conditioning
         )
-        self.model.frames(tokens, self._picture)
+        self.model.frames(tokens, known)
 
 
 @torch.inference_mode()

@@ -7,7 +7,9 @@ Shapes: B rows, Tc control steps that were seen, Tf frames imagined, Da action w
 numbers in one, K context tokens, D width.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from scd_robot.checkpoint import Checkpoint, read_checkpoint
 from scd_robot.config import from_json, to_json
 from scd_robot.errors import CheckpointError, ConfigError, ShapeError
 from scd_robot.model import FrameModel, HistoryContext, JointModel, ScdConfig, build_model
-from scd_robot.nn import KVCache
+from scd_robot.nn import KVCache, room_for
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.config import ScdPolicyConfig, check_widths
 from scd_robot.policies.inputs import checked_action, model_observation
@@ -229,30 +231,46 @@ class Imagination:
             picture: (B, H, W, C) uint8 of that step.
             action: (B, Tf, Da) normalised, the first one executed in that step.
             keys: of each row's noise; the number of the frame is added to them.
+
+        Raises:
+            ConfigError: there is no room for so many rows; the message has the sum.
         """
-        conditioning = self.model.conditioning(self.config.sampler)
         imagined: list[Tensor] = []
-        for number in range(action.shape[1]):
-            if number:
-                context = self.read(picture, action[:, number - 1], cache)
-            noise, corruption = self._noise(keys, number)
-            tokens = self.model.imagine(
-                context,
-                action[:, number],
-                picture,
-                sampler=self.config.sampler,
-                noise=noise,
-                guidance_scale=self.config.guidance_scale,
-                corruption_noise=corruption,
-                conditioning=conditioning,
-            )
-            picture = self.model.frames(tokens, picture)
-            imagined.append(picture)
-        return torch.stack(imagined, dim=1)
+        with self._room(*action.shape[:2]):
+            conditioning, known = self.model.conditioning(self.config.sampler), self.model.known(picture)
+            for number in range(action.shape[1]):
+                if number:
+                    context = self.read(picture, action[:, number - 1], cache)
+                noise, corruption = self._noise(keys, number)
+                tokens = self.model.imagine(
+                    context,
+                    action[:, number],
+                    known,
+                    sampler=self.config.sampler,
+                    noise=noise,
+                    guidance_scale=self.config.guidance_scale,
+                    corruption_noise=corruption,
+                    conditioning=conditioning,
+                )
+                picture, known = self.model.following(tokens, known)
+                imagined.append(picture)
+            return torch.stack(imagined, dim=1)
 
     def repeated(self, context: Any, rows: Tensor) -> Any:
         """A copy of the context of some rows (n,), any of them several times."""
         return context.rows(rows) if isinstance(context, HistoryContext) else context[rows]
+
+    def _room(self, rows: int, frames: int) -> AbstractContextManager[None]:
+        """For frames of so many rows, twice (one by one, then together), and the widest layer of the decoder."""
+        config = self.model.config
+        length, pixels = config.token_shape[0] + config.num_decoder_context, math.prod(self.pictures_shape)
+        hidden = config.mlp_ratio * config.width
+        size = self.model.decoder.position.element_size()
+        told = (
+            f"to imagine = {rows} rows x (2 x {frames} frames x {pixels} bytes + {length} tokens x {hidden} x "
+            f"{size} bytes); take fewer rows at once (episodes, candidates), or fewer frames"
+        )
+        return room_for(rows * (2 * frames * pixels + length * hidden * size), self.device, told)
 
     def _noise(self, keys: Sequence[tuple[int, ...]], number: int) -> tuple[Tensor, Tensor | None]:
         """Of one frame: the sampler's (B, L, Dx), and that of guidance (B, K + 1, D)."""

@@ -270,10 +270,11 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         config = {**config, "training": {"frames": loss, **config["training"]}}
     if schema < 7:
         images = {"backbone": "", "weights": "", "frozen": True, **config["model"]["images"]}
-        config = {**config, "model": {**config["model"], "images": images}}
+        frames = {"autoencoder": None, **config["model"]["frames"]}
+        config = {**config, "model": {**config["model"], "images": images, "frames": frames}}
     if schema < 7 and "training" in config:
         forcing = {"probability": 0.0, "frames": 8, "num_denoising_steps": 4}
-        later = {"backbone_learning_rate_factor": 0.1, "cache_features": False, "self_forcing": forcing}
+        later: dict[str, Any] = {"backbone_learning_rate_factor": 0.1, "cache_features": False, "self_forcing": forcing}
         config = {**config, "training": {**later, **config["training"]}}
     return config
 

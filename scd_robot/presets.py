@@ -16,16 +16,17 @@ from scd_robot.config import from_json, to_json
 from scd_robot.diffusion import FlowTimeConfig
 from scd_robot.errors import ConfigError, DatasetError, UnknownNameError
 from scd_robot.model import FrameConfig, ScdConfig
-from scd_robot.nn import ImageConfig
+from scd_robot.nn import AutoencoderConfig, ImageConfig
 from scd_robot.policies.scd import ScdPolicyConfig
 from scd_robot.training.augmentation import AugmentationConfig
 from scd_robot.training.config import ExperimentConfig, Objective, TrainingConfig
 from scd_robot.transforms import ChunkPart, TransformConfig, Transforms
-from scd_robot.types import DatasetSpec
+from scd_robot.types import ArraySpec, DatasetSpec
 
 __all__ = [
     "PRESETS",
     "frames_64",
+    "frames_latent",
     "image",
     "image_frames",
     "memory_state",
@@ -38,6 +39,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _PICTURE_S = 0.05  # between the pictures that policies with cameras look at
+_PATCH = 16  # pixels on each side of what is one token of frames_latent
+_MOST_TOKENS = 80  # of a picture, in its encoder
 
 
 def metaworld_state(dataset: DatasetSpec) -> ExperimentConfig:
@@ -198,21 +201,9 @@ def frames_64(dataset: DatasetSpec) -> ExperimentConfig:
     The encoder has 16 tokens for each picture, the decoder 64 patches. Pictures are not augmented: what moves or
     changes its colour in them has done so. Flow times are near to noise, since changes are seen through much of it.
     """
-    shapes = {
-        key: spec.shape for key, spec in dataset.observation.items() if len(spec.shape) == 3 and spec.dtype == "uint8"
-    }
-    if len(shapes) != 1:
-        given = ", ".join(f"{key} {spec.dtype} {spec.shape}" for key, spec in sorted(dataset.observation.items()))
-        raise DatasetError(
-            f"preset frames_64 takes the pictures of one camera, (H, W, C) uint8 of 0 to 255, got {given}: "
-            + ("choose one with --keys, or with keys of --transforms" if shapes else "record pictures so")
-        )
-    [(camera, shape)] = shapes.items()
+    camera, shape = _only_camera(dataset, "frames_64")
     if shape[:2] != (64, 64):
-        raise DatasetError(
-            f"preset frames_64 takes pictures of 64 x 64, {camera!r} has {shape[0]} x {shape[1]}: resize them with "
-            f'--transforms, {{"images": [{{"key": "{camera}", "crop": [], "size": [64, 64]}}]}}'
-        )
+        raise DatasetError(f"preset frames_64 takes pictures of 64 x 64, {_resize(camera, shape, (64, 64))}")
     return ExperimentConfig(
         preset="frames_64",
         model=ScdConfig(
@@ -244,8 +235,59 @@ def frames_64(dataset: DatasetSpec) -> ExperimentConfig:
     )
 
 
+def frames_latent(dataset: DatasetSpec) -> ExperimentConfig:
+    """As frames_64, for larger pictures: the decoder's tokens are patches of an autoencoder's latents.
+
+    A patch covers 16 x 16 pixels, so that pictures of 128 x 128 have the 64 tokens that those of 64 x 64 have there.
+    The encoder halves larger pictures more often, to at most 80 tokens of a picture.
+    """
+    camera, shape = _only_camera(dataset, "frames_latent")
+    height, width = shape[:2]
+    if height % _PATCH or width % _PATCH or min(height, width) < 64:
+        size = [max(64, round(side / _PATCH) * _PATCH) for side in (height, width)]
+        raise DatasetError(
+            f"preset frames_latent takes pictures from 64 x 64 up, with sides that are multiples of {_PATCH}, "
+            f"{_resize(camera, shape, size)}"
+        )
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    while height * width > _MOST_TOKENS * 4 ** len(channels):
+        channels += (128,)
+    small = frames_64(replace(dataset, observation={camera: ArraySpec((64, 64, *shape[2:]), "uint8")}))
+    model = replace(
+        small.model,
+        observation_shapes={camera: shape},
+        images=ImageConfig(channels=channels, tokens_per_image=0),
+        frames=FrameConfig(camera, patch_size=_PATCH, autoencoder=AutoencoderConfig()),
+    )
+    return replace(small, preset="frames_latent", model=model)
+
+
+def _only_camera(dataset: DatasetSpec, preset: str) -> tuple[str, tuple[int, ...]]:
+    """The key of the pictures, and their shape."""
+    shapes = {
+        key: spec.shape for key, spec in dataset.observation.items() if len(spec.shape) == 3 and spec.dtype == "uint8"
+    }
+    if len(shapes) != 1:
+        given = ", ".join(f"{key} {spec.dtype} {spec.shape}" for key, spec in sorted(dataset.observation.items()))
+        raise DatasetError(
+            f"preset {preset} takes the pictures of one camera, (H, W, C) uint8 of 0 to 255, got {given}: "
+            + ("choose one with --keys, or with keys of --transforms" if shapes else "record pictures so")
+        )
+    [found] = shapes.items()
+    return found
+
+
+def _resize(camera: str, shape: Sequence[int], size: Sequence[int]) -> str:
+    """What to do about pictures of another size."""
+    return (
+        f"{camera!r} has {shape[0]} x {shape[1]}: resize them with --transforms, "
+        f'{{"images": [{{"key": "{camera}", "crop": [], "size": {list(size)}}}]}}'
+    )
+
+
 PRESETS: dict[str, Callable[[DatasetSpec], ExperimentConfig]] = {
     "frames_64": frames_64,
+    "frames_latent": frames_latent,
     "image": image,
     "image_frames": image_frames,
     "memory_state": memory_state,
@@ -316,6 +358,8 @@ def with_settings(experiment: ExperimentConfig, settings: Sequence[str]) -> Expe
             if not isinstance(node, dict) or name not in node:
                 raise UnknownNameError(f"setting {path!r}: field", name, node if isinstance(node, dict) else ())
             parent, node = node, node[name]
+        if node is None:
+            raise ConfigError(f"{path} takes more than one value; model.frames.autoencoder comes with --autoencoder")
         if isinstance(node, dict):
             raise ConfigError(
                 f"{path} is a group of settings; set one of them: {', '.join(f'{path}.{n}' for n in node)}"

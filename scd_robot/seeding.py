@@ -7,6 +7,7 @@
 import numpy as np
 
 __all__ = [
+    "AUTOENCODER",
     "EPISODE_SPLIT",
     "EVALUATION",
     "FRAME_DRAW",
@@ -39,6 +40,7 @@ OBSERVATION_FAULTS = 10
 LIVE_FRAMES = 11
 FRAME_DRAW = 12
 ROLL_OUT_DRAW = 13
+AUTOENCODER = 14
 
 
 def keyed_rng(*keys: int) -> np.random.Generator:

@@ -10,6 +10,7 @@ from scd_robot.cli.main import main
 from scd_robot.config import from_json, to_json
 from scd_robot.errors import ConfigError, DatasetError, UnknownNameError
 from scd_robot.model import FrameConfig
+from scd_robot.nn import AutoencoderConfig
 from scd_robot.presets import PRESETS, resolve, with_settings
 from scd_robot.training import ExperimentConfig
 from scd_robot.transforms import TransformConfig
@@ -24,6 +25,10 @@ PUSHT = DatasetSpec(
 CAMERA = DatasetSpec({"proprio": ArraySpec((4,)), "camera": ArraySpec((64, 64, 3), "uint8")}, 3, 0.1)
 FITTING = {  # by preset a dataset, and the model's observations
     "frames_64": (CAMERA, {"camera": (64, 64, 3)}),
+    "frames_latent": (
+        DatasetSpec({"proprio": ArraySpec((4,)), "camera": ArraySpec((96, 128, 3), "uint8")}, 3, 0.1),
+        {"camera": (96, 128, 3)},
+    ),
     "image": (SPEC, {"proprio": (4,), "camera": (8, 8, 3)}),
     "image_frames": (CAMERA, {"proprio": (4,), "camera": (64, 64, 3)}),
     "memory_state": (SPEC, {"proprio": (4,)}),
@@ -77,6 +82,41 @@ def test_state_preset_reads_vectors_only_and_says_so(caplog: pytest.LogCaptureFi
 def test_frames_preset_takes_one_camera_of_its_size(observation: dict, told: str) -> None:
     with pytest.raises(DatasetError, match=told):
         resolve("frames_64", DatasetSpec(observation, 3, 0.1))
+
+
+def test_latent_preset_takes_pictures_of_many_sizes_with_about_as_many_tokens() -> None:
+    def with_picture(*shape: int) -> DatasetSpec:
+        return DatasetSpec({"camera": ArraySpec(shape, "uint8")}, 3, 0.1)
+
+    for shape, seen, denoised in (
+        ((64, 64, 3), 16, (16, 32)),
+        ((96, 96, 1), 36, (36, 32)),
+        ((128, 128, 3), 64, (64, 32)),
+        ((240, 320, 3), 80, (300, 32)),
+    ):
+        model = resolve("frames_latent", with_picture(*shape)).model
+        assert model.observation_shapes == {"camera": shape}
+        assert model.images.num_tokens("camera", shape) == seen
+        assert model.token_shape == denoised
+        small = resolve("frames_64", with_picture(64, 64, shape[2])).model
+        like = {"observation_shapes": small.observation_shapes, "images": small.images, "frames": small.frames}
+        assert replace(model, **like) == small
+    for size, told in (((100, 96), r"\[96, 96\]"), ((48, 48), r"\[64, 64\]")):
+        with pytest.raises(
+            DatasetError, match=rf"multiples of 16, 'camera' has {size[0]} x {size[1]}: resize .*{told}"
+        ):
+            resolve("frames_latent", with_picture(*size, 3))
+
+
+def test_the_autoencoder_of_frames_is_no_single_setting() -> None:
+    with pytest.raises(ConfigError, match=r"model\.frames\.autoencoder takes more than one value.* --autoencoder"):
+        with_settings(resolve("frames_64", CAMERA), ["model.frames.autoencoder=runs/ae"])
+    latent = resolve("frames_latent", FITTING["frames_latent"][0])
+    changed = with_settings(latent, ["model.frames.autoencoder.latent_channels=4"])
+    assert changed.model.token_shape == (48, 16)
+    larger = latent.with_autoencoder(AutoencoderConfig((8,) * 5, 6)).model
+    assert larger.frames.patch_size == 32
+    assert larger.token_shape == (12, 6)
 
 
 def test_image_preset_takes_pictures_of_any_size(caplog: pytest.LogCaptureFixture) -> None:

@@ -26,12 +26,18 @@ _TILE, _VIDEO_TILE = 112, 240  # pixels that a frame's longer side has at least
 _GAP, _PIECE_GAP = 4, 18
 _HEADER, _MARGIN = 26, 104  # pixels above and left of the frames, for labels
 _DPI = 100
-_ROWS = ("recorded", "imagined", f"difference\n(yellow: {_FULL_DIFFERENCE}\nlevels or more)")
+_DIFFERENCE = f"difference\n(yellow: {_FULL_DIFFERENCE}\nlevels or more)"
 _PAPER = 225  # grey, as skies are white
 
 
 def write_sheet(
-    path: Path, recorded: Pixels, imagined: Pixels, every: int = 1, *, last_context: Pixels | None = None
+    path: Path,
+    recorded: Pixels,
+    imagined: Pixels,
+    every: int = 1,
+    *,
+    last_context: Pixels | None = None,
+    name: str = "imagined",
 ) -> None:
     """Writes a PNG with three rows for each piece: recorded, imagined, difference.
 
@@ -44,6 +50,7 @@ def write_sheet(
         imagined: (N, Tf, H, W, C) uint8.
         every: shows the first frame and every so manyth from there on.
         last_context: (N, H, W, C) uint8, the last seen frames; shown in a column of their own.
+        name: of the second row.
 
     Raises:
         ConfigError: `every` is below 1.
@@ -74,9 +81,9 @@ def write_sheet(
         _HEADER, body.shape[1], [((i + 0.5) * pitch - _GAP / 2, _HEADER / 2, t) for i, t in enumerate(labels)]
     )
     names = [
-        (_MARGIN - 10, piece * (height + _PIECE_GAP) + (row + 0.5) * height / 3, name)
+        (_MARGIN - 10, piece * (height + _PIECE_GAP) + (row + 0.5) * height / 3, words)
         for piece in range(len(blocks))
-        for row, name in enumerate(_ROWS)
+        for row, words in enumerate(("recorded", name, _DIFFERENCE))
     ]
     margin = _text(body.shape[0], _MARGIN, names, align="right")
     corner = np.full((_HEADER, _MARGIN, 3), _PAPER, np.uint8)

@@ -110,6 +110,9 @@ def _lines(description: dict[str, Any]) -> list[str]:
     sampler = f"{config['policy']['sampler']['num_denoising_steps']} {config['policy']['sampler']['solver']} steps"
     plan = f"plan         chunk of {model['chunk_length']}, {config['policy']['num_executed']} executed, {sampler}"
     frames = f"frames       of {model['frames']['camera']}, patches of {model['frames']['patch_size']} pixels"
+    if (latents := model["frames"]["autoencoder"]) is not None:
+        places = model["frames"]["patch_size"] // 2 ** len(latents["channels"])
+        frames += f" as {places**2 * latents['latent_channels']} numbers of an autoencoder"
     beside = model["frames"]["beside_actions"]
     if model["frames"]["camera"] and not beside:
         plan = f"{frames}, {sampler}"

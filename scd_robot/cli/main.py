@@ -83,6 +83,9 @@ VERBS = {
     "data split": Verb("scd_robot.cli.data_edit", "split", "deal episodes out to several datasets"),
     "data filter": Verb("scd_robot.cli.data_edit", "filter_episodes", "copy episodes that meet conditions"),
     "train": Verb("scd_robot.cli.train", "train", "train a policy on a dataset, or continue an interrupted run"),
+    "train-autoencoder": Verb(
+        "scd_robot.cli.train_autoencoder", "train_autoencoder", "make few numbers of large pictures, to imagine them by"
+    ),
     "distill": Verb("scd_robot.cli.distill", "distill", "teach a trained policy to plan in one or two denoising steps"),
     "eval": Verb("scd_robot.cli.evaluate", "evaluate", "run a checkpoint in closed loop: success rate, times, report"),
     "sweep": Verb("scd_robot.cli.sweep", "sweep", "evaluate checkpoints in environments, here or on a cluster"),

@@ -10,7 +10,7 @@ import tyro
 
 from scd_robot.datasets.formats import ReadOptions
 
-__all__ = ["open_datasets", "report", "train"]
+__all__ = ["open_datasets", "read_transforms", "report", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def train(
     resume: bool = False,
     init: Path | None = None,
     init_statistics: Literal["checkpoint", "dataset"] | None = None,
+    autoencoder: Path | None = None,
     eval_env: str | None = None,
     eval_every: int = 0,
     eval_episodes: int = 20,
@@ -49,8 +50,8 @@ def train(
 
     Args:
         preset: named experiment: metaworld_state (any vectors), image (pictures too), memory_state or pusht_state
-            (docs/training.md), frames_64 (imagines pictures) or image_frames (acts and imagines, docs/frames.md); or
-            the config.json of a checkpoint, to run it again.
+            (docs/training.md), frames_64 (imagines pictures), frames_latent (larger ones) or image_frames (acts and
+            imagines, docs/frames.md); or the config.json of a checkpoint, to run it again.
         dataset: dataset of any known format (see 'scd data info --help'), or several, which are then mixed; widths of
             observations and actions are taken from it.
         weights: with several datasets, the share of control steps that each supplies, in any unit; by default by size.
@@ -70,6 +71,8 @@ def train(
         init: fine-tune from this checkpoint (or run) of the same architecture; a policy with or without a frame decoder
             besides (image_frames, image) from one without or with it.
         init_statistics: with --init, normalise with the checkpoint's statistics or with new ones of the dataset.
+        autoencoder: folder of 'scd train-autoencoder': frames are imagined as its latents. frames_latent needs it;
+            frames_64 and image_frames may have it.
         eval_env: evaluate in this environment while training, from start states that `scd eval` never uses.
         eval_every: training steps between these evaluations, a multiple of training.validate_every.
         eval_episodes: episodes of each of them.
@@ -85,6 +88,7 @@ def train(
     from scd_robot.output import check_target
     from scd_robot.presets import resolve, with_settings
     from scd_robot.training import train as run
+    from scd_robot.training.autoencoder_file import read_autoencoder
 
     if bool(eval_env) != bool(eval_every):
         raise ConfigError("evaluation while training needs both --eval-env and --eval-every")
@@ -96,9 +100,10 @@ def train(
     given = list(settings)
     given += [] if max_steps is None else [f"training.max_steps={max_steps}"]
     given += [] if seed is None else [f"training.seed={seed}"]
-    experiment = with_settings(
-        _told(resolve(preset, data.spec, _read_transforms(transforms)), data, tasks, goals), given
-    )
+    experiment = _told(resolve(preset, data.spec, read_transforms(transforms)), data, tasks, goals)
+    if autoencoder is not None:
+        experiment = experiment.with_autoencoder(read_autoencoder(autoencoder).config)
+    experiment = with_settings(experiment, given)
     count = use_training_threads(threads)
     name = " + ".join(dataset)
     logger.info("training %s on %s, %d steps, %d threads", preset, name, experiment.training.max_steps, count)
@@ -109,6 +114,7 @@ def train(
         resume=resume,
         init=init,
         init_statistics=init_statistics,
+        autoencoder=autoencoder,
         evaluate=_evaluation(eval_env, eval_episodes, data.spec, experiment) if eval_env else None,
         evaluate_every=eval_every,
         accelerator=accelerator,
@@ -147,7 +153,7 @@ def open_datasets(paths: list[str], weights: list[float] | None, read: ReadOptio
     return join_datasets(datasets, paths) if weights is None else mix_datasets(datasets, weights, paths)
 
 
-def _read_transforms(path: Path | None) -> Any:
+def read_transforms(path: Path | None) -> Any:
     """A `TransformConfig`, of which the file may leave out fields; None without a file."""
     import json
 

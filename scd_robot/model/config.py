@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from scd_robot.errors import ConfigError, UnknownNameError
-from scd_robot.nn import ImageConfig
+from scd_robot.nn import AutoencoderConfig, ImageConfig
 
 __all__ = ["FrameConfig", "ScdConfig"]
 
@@ -25,6 +25,8 @@ class FrameConfig:
         beside_actions: the model plans actions, and on the same encoder has a frame decoder besides; otherwise frames
             are all that it decodes.
         decoder_layers: of that frame decoder besides.
+        autoencoder: tokens are patches of the latents that this one makes of a picture, and patch_size must be a
+            multiple of its factor; it is trained apart, and stays as it is. None = of the pixels themselves.
     """
 
     camera: str = ""
@@ -32,6 +34,7 @@ class FrameConfig:
     residual: bool = True
     beside_actions: bool = False
     decoder_layers: int = 2
+    autoencoder: AutoencoderConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "decoder_layers"):
@@ -39,6 +42,11 @@ class FrameConfig:
                 raise ConfigError(f"frames.{name} must be at least 1, got {getattr(self, name)}")
         if self.beside_actions and not self.camera:
             raise ConfigError("frames.beside_actions needs frames.camera, the key of the pictures to imagine")
+        if self.autoencoder is not None and self.patch_size % self.autoencoder.factor:
+            raise ConfigError(
+                f"frames.patch_size {self.patch_size} must be a multiple of {self.autoencoder.factor}, the pixels on "
+                "each side of what the autoencoder makes one place"
+            )
 
     def places(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of patches of pictures (H, W, C).
@@ -53,6 +61,12 @@ class FrameConfig:
                 "choose another one, or resize the pictures (images of --transforms)"
             )
         return height // self.patch_size, width // self.patch_size
+
+    def numbers(self, channels: int) -> int:
+        """Dx, numbers in one patch of pictures of so many channels."""
+        if self.autoencoder is None:
+            return self.patch_size**2 * channels
+        return (self.patch_size // self.autoencoder.factor) ** 2 * self.autoencoder.latent_channels
 
 
 @dataclass(frozen=True)
@@ -255,7 +269,7 @@ class ScdConfig:
         if not self.decodes_frames:
             return self.num_past_actions + self.chunk_length, self.action_dim
         shape = self.observation_shapes[self.frames.camera]
-        return math.prod(self.frames.places(shape)), self.frames.patch_size**2 * shape[2]
+        return math.prod(self.frames.places(shape)), self.frames.numbers(shape[2])
 
     @property
     def num_decoder_context(self) -> int:

@@ -8,12 +8,17 @@ the patch that was last seen in its place, and the action executed in the presen
 context. Further frames follow by giving what was imagined to the encoder as the next observation. Where a model plans
 actions and decodes frames (joint.py), a `FrameHead` reads what that model's encoder makes of the picture.
 
+With an autoencoder, patches are of its latents (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion
+Models", arXiv 2112.10752), and the history encoder sees pictures as ever. What is imagined on from is then two things:
+the encoder is given the picture, and beside the tokens of the next frame stand the latents that were denoised, not
+those of the picture encoded again, so that nothing of a still place is lost from frame to frame.
+
 The decoder says what the clean patch is, not the velocity, which follows from it: a patch has more numbers than the
 transformer is wide, so noise would not pass through it, but pictures do (Li & He, "Back to Basics: Let Denoising
 Generative Models Denoise", arXiv 2511.13720).
 
-Shapes: B batch, M samples per stream, R = B * M samples, H W C picture, L patches, Dx numbers in one, K context tokens,
-Da action width, D width.
+Shapes: B batch, M samples per stream, R = B * M samples, H W C picture, h w F latents, L patches, Dx numbers in one, K
+context tokens, Da action width, D width.
 """
 
 import math
@@ -32,20 +37,25 @@ from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import Conditioning, DiffusionDecoder
 from scd_robot.model.denoiser import ContextT, Denoiser
 from scd_robot.model.scd import SeparableModel
-from scd_robot.nn import sine_places
+from scd_robot.nn import Autoencoder, sine_places
 
 __all__ = ["CausalDitFrameModel", "FrameDenoiser", "FrameHead", "FrameModel", "ScdFrameModel"]
 
 _HALF = 127.5  # grey levels to 1
-_CHANGE = 4.0  # how much larger tokens of changes are: those that an eye sees are about as large as the noise
+_CHANGE = 4.0  # how much larger changes of pixels are as tokens: those that an eye sees are as large as the noise
 
 
 class FrameDenoiser(Denoiser[ContextT]):
     """Denoises the next frame.
 
-    imagine       context, action, last frame -> next frame, NFE times `decoder.velocity`
+    imagine       context, action, `known(last frame)` -> next frame, NFE times `decoder.velocity`
     velocity      noisy patches, flow time, `with_action(context, action)` -> velocity                 (training)
+
+    Attributes:
+        autoencoder: makes latents of pictures; not trained here. None = patches are of pixels.
     """
+
+    autoencoder: Autoencoder | None
 
     def __init__(self, config: ScdConfig) -> None:
         super().__init__(config)
@@ -56,30 +66,41 @@ class FrameDenoiser(Denoiser[ContextT]):
         # Patches know from the start where they are, as do the pictures' tokens: what comes of a place is found there.
         places = config.frames.places(config.observation_shapes[config.frames.camera])
         self.decoder.position.data.copy_(sine_places(places, config.width))
+        self.autoencoder, self._change = None, _CHANGE
+        if config.frames.autoencoder is not None:
+            channels = config.observation_shapes[config.frames.camera][2]
+            self.autoencoder = Autoencoder(config.frames.autoencoder, channels).requires_grad_(False)
+            self._change = 1.0  # those of normalised latents are so as they are
 
     def with_action(self, context: ContextT, action: Tensor) -> ContextT:
         """The context (R samples) of the next frame, with the action (R, Da) executed in the present control step."""
         return self._with_token(context, self._embedded(action))
 
-    def tokens(self, frame: Tensor, last: Tensor) -> Tensor:
-        """Clean tokens (R, L, Dx) of frames (R, H, W, C) uint8 that follow those in `last`."""
-        values = self._scaled(frame)
-        if self.config.frames.residual:
-            values = _CHANGE * (values - self._scaled(last))
-        return self._patches(values)
-
     def known(self, last: Tensor) -> Tensor:
-        """What is known (R, L, Dx) of each token: the patch of the last frame."""
-        return self._patches(self._scaled(last))
+        """What is known (R, L, Dx) of the tokens that follow frames (R, H, W, C) uint8: their patches."""
+        if self.autoencoder is not None:
+            return self._patches(self.autoencoder.encode(last))
+        return self._patches(last.to(self.decoder.position.dtype) / _HALF - 1)
 
-    def frames(self, tokens: Tensor, last: Tensor) -> Tensor:
-        """Inverse of `tokens`, (R, H, W, C) uint8."""
-        side, (height, width, channels) = self.config.frames.patch_size, last.shape[1:]
-        grid = tokens.reshape(-1, height // side, width // side, side, side, channels)
-        values = grid.transpose(2, 3).reshape(last.shape)
-        if self.config.frames.residual:
-            values = values / _CHANGE + self._scaled(last)
-        return ((values + 1) * _HALF).round().clamp(0, 255).to(torch.uint8)
+    def tokens(self, frame: Tensor, known: Tensor) -> Tensor:
+        """Clean tokens (R, L, Dx) of frames (R, H, W, C) uint8 that follow those of which `known` (R, L, Dx) is."""
+        return self.leading(self.known(frame), known)
+
+    def leading(self, patches: Tensor, known: Tensor) -> Tensor:
+        """Clean tokens (R, L, Dx) that lead from what is known to these patches (R, L, Dx)."""
+        return self._change * (patches - known) if self.config.frames.residual else patches
+
+    def frames(self, tokens: Tensor, known: Tensor) -> Tensor:
+        """Inverse of `tokens`, (R, H, W, C) uint8; with an autoencoder as far as that is one."""
+        return self.following(tokens, known)[0]
+
+    def following(self, tokens: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """The frames (R, H, W, C) uint8 of tokens, and what is known (R, L, Dx) when those after them are denoised."""
+        patches = tokens / self._change + known if self.config.frames.residual else tokens
+        if self.autoencoder is not None:
+            return self.autoencoder.decode(self._places(patches)), patches
+        frame = ((self._places(patches) + 1) * _HALF).round().clamp(0, 255).to(torch.uint8)
+        return frame, self.known(frame)
 
     def velocity(
         self,
@@ -98,7 +119,7 @@ class FrameDenoiser(Denoiser[ContextT]):
         self,
         context: ContextT,
         action: Tensor,
-        last: Tensor,
+        known: Tensor,
         *,
         sampler: SamplerConfig | None = None,
         noise: Tensor | None = None,
@@ -111,7 +132,7 @@ class FrameDenoiser(Denoiser[ContextT]):
         Args:
             context: of the present control step, B rows.
             action: (B, Da) executed in it.
-            last: (B, H, W, C) uint8, its picture.
+            known: (B, L, Dx) what is known of its picture.
             sampler: solver and number of denoising steps; None = `SamplerConfig()`.
             noise: (B, L, Dx); None = drawn from torch's generator.
             guidance_scale: above 1, extrapolates away from a corrupted context, for twice the decoder calls.
@@ -120,12 +141,12 @@ class FrameDenoiser(Denoiser[ContextT]):
 
         Raises:
             ConfigError: a solver that asks at flow time 1, or guidance of a model without corruption.
-            ShapeError: actions, pictures or noise of another shape.
+            ShapeError: actions, what is known, or noise of another shape.
         """
         config = self.config
         shape = (len(context), *config.token_shape)
-        expected = (config.action_dim,), config.observation_shapes[config.frames.camera], config.token_shape
-        given = (("action", action), ("last", last), ("noise", noise))
+        expected = (config.action_dim,), config.token_shape, config.token_shape
+        given = (("action", action), ("known", known), ("noise", noise))
         for (name, value), parts in zip(given, expected, strict=True):
             if value is not None and tuple(value.shape) != (len(context), *parts):
                 raise ShapeError(f"{name} must be {(len(context), *parts)}, got {tuple(value.shape)}")
@@ -134,7 +155,7 @@ class FrameDenoiser(Denoiser[ContextT]):
             noise = torch.randn(shape, device=weight.device, dtype=weight.dtype)
         sampler = sampler or SamplerConfig()
         conditioning = self.conditioning(sampler) if conditioning is None else conditioning
-        full, known = self._with_token(context, self._embedded(action)), self.known(last)
+        full = self._with_token(context, self._embedded(action))
         clean = self._velocity(full, conditioning, None, guidance_scale, corruption_noise)
 
         def velocity(x: Tensor, time: float) -> Tensor:
@@ -148,14 +169,24 @@ class FrameDenoiser(Denoiser[ContextT]):
         return token
 
     def _patches(self, values: Tensor) -> Tensor:
-        """(R, H, W, C) as (R, L, Dx)."""
-        side, (rows, height, width, channels) = self.config.frames.patch_size, values.shape
-        grid = values.reshape(rows, height // side, side, width // side, side, channels).transpose(2, 3)
-        return grid.flatten(3).flatten(1, 2)
+        """Pixels (R, H, W, C), or latents (R, h, w, F), as (R, L, Dx)."""
+        rows, columns = self._grid
+        grid = values.reshape(len(values), rows, values.shape[1] // rows, columns, -1, values.shape[-1])
+        return grid.transpose(2, 3).flatten(3).flatten(1, 2)
 
-    def _scaled(self, frame: Tensor) -> Tensor:
-        """Pictures (R, H, W, C) uint8 in [-1, 1]."""
-        return frame.to(self.decoder.position.dtype) / _HALF - 1
+    def _places(self, patches: Tensor) -> Tensor:
+        """Inverse of `_patches`."""
+        frames = self.config.frames
+        side = frames.patch_size if frames.autoencoder is None else frames.patch_size // frames.autoencoder.factor
+        rows, columns = self._grid
+        grid = patches.reshape(len(patches), rows, columns, side, side, -1).transpose(2, 3)
+        return grid.reshape(len(patches), rows * side, columns * side, -1)
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        frames = self.config.frames
+        return frames.places(self.config.observation_shapes[frames.camera])
 
     @abstractmethod
     def _with_token(self, context: ContextT, token: Tensor) -> ContextT:

@@ -53,5 +53,5 @@ class JointModel(ScdModel):
         with torch.no_grad():
             model.tokenizer.type_embedding = nn.Parameter(tokenizer.type_embedding[tokenizer.frame_slots].clone())
         model.encoder.blocks = self.encoder.blocks
-        model.decoder, model.action = head.decoder, head.action
+        model.decoder, model.action, model.autoencoder = head.decoder, head.action, head.autoencoder
         return model

@@ -1,16 +1,20 @@
-"""Building blocks: windowed causal attention, its ring cache, transformer blocks, embeddings, image encoders."""
+"""Building blocks: windowed causal attention, its ring cache, transformer blocks, embeddings, pictures to numbers."""
 
 from scd_robot.nn.attention import attend, limit_to_group, multi_head_attention, window_mask
+from scd_robot.nn.autoencoder import Autoencoder, AutoencoderConfig
 from scd_robot.nn.backbone import Backbone, import_timm
 from scd_robot.nn.blocks import AdaLNBlock, CausalBlock, CausalDitBlock, modulate
 from scd_robot.nn.embeddings import FlowTimeEmbedding, RotaryEmbedding, apply_rotary
 from scd_robot.nn.images import ImageConfig, ImageEncoder, sine_places
 from scd_robot.nn.kv_cache import KVCache
+from scd_robot.nn.memory import room_for
 from scd_robot.nn.weight_files import HUB, find_weights
 
 __all__ = [
     "HUB",
     "AdaLNBlock",
+    "Autoencoder",
+    "AutoencoderConfig",
     "Backbone",
     "CausalBlock",
     "CausalDitBlock",
@@ -26,6 +30,7 @@ __all__ = [
     "limit_to_group",
     "modulate",
     "multi_head_attention",
+    "room_for",
     "sine_places",
     "window_mask",
 ]

@@ -6,11 +6,15 @@ different times, nothing is reallocated while a robot runs, and no operation wai
 Shapes: B batch rows, W window in control steps (`history_length`), P tokens per control step, N heads, Dh head width.
 """
 
+import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from scd_robot.nn.memory import room_for
 
 __all__ = ["KVCache", "StepPlan"]
 
@@ -69,10 +73,16 @@ class KVCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "KVCache":
-        """An empty cache."""
+        """An empty cache.
+
+        Raises:
+            ConfigError: there is no room for it; the message has the sum.
+        """
         shape = (num_layers, batch_size, 2, num_heads, history_length, tokens_per_step, head_dim)
+        with _room(shape, device, dtype or torch.get_default_dtype()):
+            keys_values = torch.zeros(shape, device=device, dtype=dtype)
         return cls(
-            keys_values=torch.zeros(shape, device=device, dtype=dtype),
+            keys_values=keys_values,
             slot_position=torch.full((batch_size, history_length), -1, device=device, dtype=torch.int64),
             token_valid=torch.zeros((batch_size, history_length, tokens_per_step), device=device, dtype=torch.bool),
             position=torch.zeros(batch_size, device=device, dtype=torch.int64),
@@ -115,8 +125,15 @@ class KVCache:
         )
 
     def select(self, rows: Tensor) -> "KVCache":
-        """A copy of some rows (n,)."""
-        return KVCache(self.keys_values[:, rows], self.slot_position[rows], self.token_valid[rows], self.position[rows])
+        """A copy of some rows (n,).
+
+        Raises:
+            ConfigError: there is no room for it; the message has the sum.
+        """
+        store = self.keys_values
+        with _room((store.shape[0], len(rows), *store.shape[2:]), store.device, store.dtype):
+            keys_values = store[:, rows]
+        return KVCache(keys_values, self.slot_position[rows], self.token_valid[rows], self.position[rows])
 
     @classmethod
     def join(cls, caches: Sequence["KVCache"]) -> "KVCache":
@@ -173,3 +190,14 @@ class KVCache:
     def end_step(self, plan: StepPlan) -> None:
         """Advances the rows that took the step."""
         self.position += 1 if plan.active is None else plan.active
+
+
+def _room(
+    shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype
+) -> AbstractContextManager[None]:
+    """For keys and values (layers, B, 2, N, W, P, Dh)."""
+    names = ("layers", "rows", "(keys, values)", "heads", "control steps of history", "tokens each", "numbers")
+    terms = " x ".join(f"{count} {name}" for count, name in zip(shape, names, strict=True))
+    told = f"for the history = {terms} x {dtype.itemsize} bytes"
+    hint = "take fewer rows at once (episodes, candidates), or train with a shorter history_length"
+    return room_for(math.prod(shape) * dtype.itemsize, device, f"{told}; {hint}")

@@ -7,6 +7,7 @@ from typing import Literal
 from scd_robot.diffusion import FlowTimeConfig, SamplerConfig
 from scd_robot.errors import ConfigError, UnknownNameError
 from scd_robot.model import ScdConfig
+from scd_robot.nn import AutoencoderConfig
 from scd_robot.normalization import Mode
 from scd_robot.policies.scd import ScdPolicyConfig
 from scd_robot.training.augmentation import AugmentationConfig
@@ -272,6 +273,13 @@ class ExperimentConfig:
             transforms=replace(self.transforms, goals=tuple(keys)),
             model=replace(self.model, observation_shapes=shapes),
         )
+
+    def with_autoencoder(self, autoencoder: AutoencoderConfig) -> "ExperimentConfig":
+        """The same experiment with frames decoded as its latents; patches are at least as large as its places."""
+        frames = self.model.frames
+        size = max(frames.patch_size, autoencoder.factor)
+        frames = replace(frames, autoencoder=autoencoder, patch_size=size)
+        return replace(self, model=replace(self.model, frames=frames))
 
     def with_objective(self, objective: Objective) -> "ExperimentConfig":
         """The same experiment with another objective, and with the decoder's inputs and the sampler that go with it."""

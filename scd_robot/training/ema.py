@@ -15,7 +15,8 @@ __all__ = ["Ema"]
 class Ema:
     """Shadow copy of a module's parameters, shadow = decay * shadow + (1 - decay) * parameter.
 
-    The decay grows from 2 / 11 to `max_decay` as min(max_decay, (1 + n) / (10 + n)), n = updates so far.
+    The decay grows from 2 / 11 to `max_decay` as min(max_decay, (1 + n) / (10 + n)), n = updates so far. Parameters
+    that are not trained stay as they are.
     """
 
     def __init__(self, module: nn.Module, max_decay: float) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from scd_robot.checkpoint import Checkpoint
 from scd_robot.errors import CheckpointError, TrainingDivergedError
-from scd_robot.model import JointModel, build_model
+from scd_robot.model import FrameDenoiser, JointModel, build_model
 from scd_robot.normalization import Normalizer
 from scd_robot.training.batches import TrainingBatch
 from scd_robot.training.compat import lightning
@@ -59,7 +59,8 @@ class ScdLightningModule(lightning.LightningModule):
         self.model = build_model(experiment.model)
         if experiment.training.trained == "decoder":
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name.startswith(_DECODERS))
+                if not name.startswith(_DECODERS):
+                    parameter.requires_grad_(False)
         self.normalizer = normalizer
         self.ema = Ema(self.model, experiment.training.ema_decay)
         self.evaluated_at = -1  # step of the last closed-loop evaluation
@@ -104,6 +105,21 @@ class ScdLightningModule(lightning.LightningModule):
         self.ema = Ema(self.model, self.experiment.training.ema_decay)
         return {"name": images.backbone, "weights": images.weights, "sha256": backbone.digest()}
 
+    def load_autoencoder(self, weights: Mapping[str, Tensor]) -> None:
+        """Gives the part that decodes frames its autoencoder, which is not trained.
+
+        Raises:
+            CheckpointError: the weights are of another architecture.
+        """
+        decoding = self.model.frame_head if isinstance(self.model, JointModel) else self.model
+        assert isinstance(decoding, FrameDenoiser)
+        assert decoding.autoencoder is not None
+        try:
+            decoding.autoencoder.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"the weights do not fit the autoencoder: {str(error).splitlines()[-1]}") from error
+        self.ema = Ema(self.model, self.experiment.training.ema_decay)
+
     def configure_model(self) -> None:
         """Shards parameters, gradients and optimiser state over devices, with strategy "fsdp"."""
         if self.device_mesh is None or isinstance(next(self.model.parameters()), DTensor):
@@ -112,7 +128,7 @@ class ScdLightningModule(lightning.LightningModule):
         if self.model.config.decodes_frames:
             # What is gathered for the first step of a roll-out stays so, however many there are on this device. None of
             # these calls another one, at whose end it would be given back.
-            decoding = ("with_action", "imagine", "new_cache")
+            decoding = ("known", "with_action", "imagine", "new_cache")
         if isinstance(self.model, JointModel):  # what is gathered to encode stays so while its frame head decodes
             decoding = ("plan", "encode_both_at")
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])

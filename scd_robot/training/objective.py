@@ -48,7 +48,7 @@ class DecoderSamples:
             None = all are there.
         committed: (R, L) bool; actions given clean, no loss. None = no action.
         action: (R, Da) executed in each sample's control step; where frames are decoded only, as the next.
-        last: (R, H, W, C) uint8, the frame of that control step.
+        known: (R, L, Dx) what is known of the next frame: the patches of that control step's.
         frames: what a frame decoder beside actions is trained on, from the same pass of the encoder; else None.
     """
 
@@ -58,7 +58,7 @@ class DecoderSamples:
     valid: Tensor | None = None
     committed: Tensor | None = None
     action: Tensor | None = None
-    last: Tensor | None = None
+    known: Tensor | None = None
     frames: "DecoderSamples | None" = None
 
     def tokens_counted(self) -> Tensor:
@@ -135,9 +135,12 @@ def _frame_samples(
     def flat(x: Tensor) -> Tensor:  # (B, M, ...) -> (R, ...)
         return x.flatten(0, 1).repeat_interleave(copies, 0)
 
-    last, next_frame = flat(take_steps(frames, draws.position)), flat(take_steps(recorded[camera], after))
+    last = take_steps(frames, draws.position).flatten(0, 1)
+    next_frame = take_steps(recorded[camera], after).flatten(0, 1)
+    known = model.known(last)  # of each picture once, whatever the number of noise draws
+    data, known = (x.repeat_interleave(copies, 0) for x in (model.tokens(next_frame, known), known))
     counted = flat(draws.position_valid & take_steps(follows, draws.position))
-    return DecoderSamples(context, model.tokens(next_frame, last), counted, action=flat(action), last=last)
+    return DecoderSamples(context, data, counted, action=flat(action), known=known)
 
 
 def _action_samples(
@@ -197,8 +200,7 @@ def velocity_error(
     context, known = samples.context, None
     if isinstance(model, FrameDenoiser):
         assert samples.action is not None
-        assert samples.last is not None
-        context, known = model.with_action(context, samples.action), model.known(samples.last)
+        context, known = model.with_action(context, samples.action), samples.known
     if config.context_corruption:
         context = corrupt(context, draws.corruption.flatten(0, 2), config.context_corruption)
     flow_time, noise = draws.flow_time.flatten()[:, None], draws.noise.flatten(0, 2)
@@ -250,9 +252,9 @@ def sampled_errors(
 
     if isinstance(model, FrameDenoiser):
         assert samples.action is not None
-        assert samples.last is not None
-        tokens = model.imagine(samples.context, samples.action, samples.last, sampler=sampler, noise=noise)
-        again = model.tokens(samples.last, samples.last)
+        assert samples.known is not None
+        tokens = model.imagine(samples.context, samples.action, samples.known, sampler=sampler, noise=noise)
+        again = model.leading(samples.known, samples.known)
         return {"frame": sums(tokens - samples.data), "repeated_frame": sums(again - samples.data)}
     assert isinstance(model, ActionModel)
     plan = model.plan(samples.context, sampler=sampler, noise=noise)

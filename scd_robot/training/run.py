@@ -45,6 +45,7 @@ def train(
     resume: bool = False,
     init: Path | None = None,
     init_statistics: str | None = None,
+    autoencoder: Path | None = None,
     evaluate: Callable[[ScdPolicy], dict[str, float]] | None = None,
     evaluate_every: int = 0,
     accelerator: str = "auto",
@@ -64,6 +65,7 @@ def train(
         init: checkpoint to fine-tune from; its architecture must equal the experiment's, but that of a policy may have
             a frame decoder besides where this one has none, and the other way round.
         init_statistics: with `init`, whose normalisation to use: "checkpoint" or "dataset".
+        autoencoder: folder of the autoencoder, where the model is one of frames and has one (`autoencoder.py`).
         evaluate: runs a policy in closed loop and returns metrics.
         evaluate_every: steps between evaluations, a multiple of validate_every; 0 = never.
         accelerator: Lightning's.
@@ -77,8 +79,8 @@ def train(
 
     Raises:
         OutputError: `out` holds a run already and `resume` is not given, or cannot be written.
-        CheckpointError: nothing to resume from, or other settings, data or weights were used there; or there are no
-            pretrained weights for a backbone.
+        CheckpointError: nothing to resume from, or other settings, data or weights were used there; no autoencoder; or
+            there are no pretrained weights for a backbone.
         MissingDependencyError: a backbone needs timm.
         ConfigError, DatasetError, ShapeError: settings and data do not fit.
         TrainingDivergedError: the loss became NaN; checkpoints written before stay.
@@ -102,13 +104,16 @@ def train(
     training = experiment.training
     if not training.cache_features:
         data = with_pictures_in_memory(data, experiment.model.image_keys, training.images_in_memory_gb)
-    start = begin(data, experiment, out, resume=resume, init=init, init_statistics=init_statistics)
+    sources: dict[str, Any] = {"init": init, "init_statistics": init_statistics, "autoencoder": autoencoder}
+    start = begin(data, experiment, out, resume=resume, **sources)
     lightning.seed_everything(experiment.training.seed, verbose=False)
     module = ScdLightningModule(experiment, start.normalizer)
     if start.weights_from is not None:
         module.load_weights(start.weights_from)
     elif start.state is None and (pretrained := module.load_pretrained()):
         start.origin["backbone"] = pretrained
+    if start.autoencoder is not None:
+        module.load_autoencoder(start.autoencoder)
     if training.cache_features:
         data = _with_features(data, module, start, out, accelerator, progress)
 

@@ -130,20 +130,20 @@ def with_own_frames(
         for back in range(int((rolls.first - rolls.begin).max()), 0, -1):  # all come to their roll-out together
             at = rolls.first - back
             context = read(at.clamp(min=0), at >= rolls.begin)
+        known = model.known(pictures[rows, rolls.first - 1])
         for number in range(rolls.noise.shape[1]):
             at = (rolls.first + number).clamp(max=last_step)
             inside = goes & (rolls.first + number < rolls.stop)
             if number:
                 context = read(at - 1, inside)
-            last = pictures[rows, at - 1]
             tokens = model.imagine(
                 context,
                 executed_before[rows, at],
-                last,
+                known,
                 sampler=sampler,
                 noise=rolls.noise[:, number],
                 conditioning=conditioning,
             )
-            imagined = model.frames(tokens, last)
+            imagined, known = model.following(tokens, known)
             pictures[rows, at] = torch.where(inside[:, None, None, None], imagined, pictures[rows, at])
     return {**history, "observation": {**history["observation"], camera: pictures}}

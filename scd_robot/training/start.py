@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from scd_robot.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, resume_file
 from scd_robot.config import from_json, to_json
@@ -18,12 +19,13 @@ from scd_robot.errors import CheckpointError, ConfigError, DatasetError, ShapeEr
 from scd_robot.model import ScdConfig
 from scd_robot.nn import HUB, find_weights, import_timm
 from scd_robot.normalization import Mode, Normalizer, compute_statistics
+from scd_robot.training.autoencoder_file import SavedAutoencoder, read_autoencoder
 from scd_robot.training.callbacks import RESUME_FILE
 from scd_robot.training.config import ExperimentConfig
 from scd_robot.training.datamodule import EpisodeDataModule
 from scd_robot.transforms import relative_chunk
 
-__all__ = ["Start", "begin", "check_fits", "check_weights", "fit_normalizer"]
+__all__ = ["Start", "begin", "check_fits", "check_pictures", "check_weights", "fit_normalizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class Start:
         normalizer: statistics of this run.
         origin: what the run is made from besides its configuration, as JSON; a resumed run must have the same.
         weights_from: checkpoint whose weights are fine-tuned; None = random weights, or those of `state`.
+        autoencoder: weights of the autoencoder of frames; None = there is none, or it comes with other weights.
         state: training state to resume from.
     """
 
@@ -49,6 +52,7 @@ class Start:
     normalizer: Normalizer
     origin: dict[str, Any]
     weights_from: Checkpoint | None = None
+    autoencoder: dict[str, Tensor] | None = None
     state: Path | None = None
 
 
@@ -60,9 +64,11 @@ def begin(
     resume: bool,
     init: Path | None,
     init_statistics: str | None,
+    autoencoder: Path | None = None,
 ) -> Start:
     """Decides where a run begins; see `training.train` for arguments and errors."""
     source = None if init is None else _read_init(init, init_statistics, experiment, data)
+    coded = _read_autoencoder(autoencoder, experiment.model, source)
     origin = {
         "dataset": fingerprint(data),
         "episodes": data.num_episodes,
@@ -78,11 +84,14 @@ def begin(
         origin["conversion"] = source.origin["conversion"]
     if source is not None and "backbone" in source.origin:
         origin["backbone"] = source.origin["backbone"]
+    if coded is not None:
+        origin["autoencoder"] = {"weights_sha256": coded.sha256}
     if resume:
         return _resumed(out, experiment, origin)
+    weights = None if coded is None else coded.weights
     if source is not None and init_statistics == "checkpoint":
-        return Start(0, source.normalizer, origin, source)
-    return Start(0, fit_normalizer(data, experiment), origin, source)
+        return Start(0, source.normalizer, origin, source, weights)
+    return Start(0, fit_normalizer(data, experiment), origin, source, weights)
 
 
 def fit_normalizer(data: EpisodeDataset, experiment: ExperimentConfig) -> Normalizer:
@@ -146,7 +155,7 @@ def check_fits(data: EpisodeDataset, experiment: ExperimentConfig) -> None:
             f"the model gives actions of width {model.action_dim}, the dataset's are {data.spec.action_dim}"
         )
     for key in model.image_keys:
-        _check_pictures(data, key)
+        check_pictures(data, key)
     if model.leaks_past_actions:
         logger.warning(
             "past_action_input='full' shows the encoder the very actions that num_past_actions=%d asks the decoder to "
@@ -168,7 +177,7 @@ def check_fits(data: EpisodeDataset, experiment: ExperimentConfig) -> None:
         )
 
 
-def _check_pictures(data: EpisodeDataset, key: str) -> None:
+def check_pictures(data: EpisodeDataset, key: str) -> None:
     """Raises DatasetError where pictures are not uint8 of 0 to 255, told from some of them."""
     array = data.arrays[key]
     if array.dtype != np.uint8:
@@ -231,6 +240,23 @@ def _differences(old: Any, new: Any, where: str = "") -> str:
         parts = [_differences(old.get(k), new.get(k), f"{where}.{k}".lstrip(".")) for k in {**old, **new}]
         return "; ".join(part for part in parts if part)
     return "" if old == new else f"{where}: {old!r} there, {new!r} here"
+
+
+def _read_autoencoder(path: Path | None, model: ScdConfig, source: Checkpoint | None) -> SavedAutoencoder | None:
+    """The autoencoder of a model of frames that has one, unless it comes with a checkpoint's weights."""
+    comes = source is not None and source.config["model"]["frames"]["autoencoder"] is not None
+    if path is None:
+        if model.frames.autoencoder is not None and not comes:
+            raise ConfigError(
+                "this model of frames denoises latents: train an autoencoder on the pictures first, with scd "
+                f"train-autoencoder --camera {model.frames.camera}, and name its folder with --autoencoder"
+            )
+        return None
+    if comes:
+        raise ConfigError("the checkpoint of --init brings its autoencoder with it; leave --autoencoder out")
+    saved = read_autoencoder(path)
+    saved.check_fits(model)
+    return saved
 
 
 def _read_init(init: Path, statistics: str | None, experiment: ExperimentConfig, data: EpisodeDataset) -> Checkpoint:

@@ -8,6 +8,7 @@ from model_streams import randomised, stream_of
 from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import ConfigError
 from scd_robot.model import FrameConfig, JointModel, ScdConfig, ScdModel, build_model
+from scd_robot.nn import AutoencoderConfig
 
 DOUBLE = torch.float64
 OBSERVED = {"eye": SHAPE, "last": (2,), "wrist": (8, 8, 3), "arm": (3,)}
@@ -41,12 +42,14 @@ def test_the_frames_context_is_that_of_a_model_of_frames_with_the_same_weights(c
     torch.testing.assert_close(of_actions, again, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("autoencoder", [None, AutoencoderConfig((8, 8), 16)])
 @torch.no_grad()
-def test_the_model_of_frames_decodes_as_the_head_does() -> None:
-    model = randomised(joint_config())
+def test_the_model_of_frames_decodes_as_the_head_does(autoencoder: AutoencoderConfig | None) -> None:
+    model = randomised(joint_config(frames=FrameConfig("eye", 4, beside_actions=True, autoencoder=autoencoder)))
     alone = model.frame_model().eval()
     context, noise = torch.randn(2, 16, 32, dtype=DOUBLE), torch.randn(2, 16, 16, dtype=DOUBLE)
-    given = context, torch.randn(2, 2, dtype=DOUBLE), torch.randint(0, 256, (2, *SHAPE), dtype=torch.uint8)
+    known = alone.known(torch.randint(0, 256, (2, *SHAPE), dtype=torch.uint8))
+    given = context, torch.randn(2, 2, dtype=DOUBLE), known
     sampler = SamplerConfig("euler", 3)
     one, two = (part.imagine(*given, sampler=sampler, noise=noise) for part in (model.frame_head, alone))
     assert torch.equal(one, two)

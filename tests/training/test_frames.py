@@ -40,8 +40,9 @@ def test_samples_hold_the_frames_that_follow_and_the_actions_between(architectur
             for _ in range(2):
                 assert bool(samples.counted[index])
                 assert row + 1 < segments.stop[b]
-                np.testing.assert_array_equal(samples.last[index], frames[row])
-                shown = model.frames(samples.data[index : index + 1], samples.last[index : index + 1])
+                last = model.known(torch.from_numpy(frames[row : row + 1]))
+                assert torch.equal(samples.known[index : index + 1], last)
+                shown = model.frames(samples.data[index : index + 1], last)
                 np.testing.assert_array_equal(shown[0], frames[row + 1])
                 action = normalizer.denormalize("action", samples.action[index])
                 np.testing.assert_allclose(action, DATA.arrays["action"][row], atol=1e-5)
@@ -64,11 +65,11 @@ def test_the_next_frame_is_augmented_as_the_history_is() -> None:
     still = select_samples(
         model, normalizer, replace(batch, draws=replace(batch.draws, image_shift=torch.zeros(0, 1, 2)))
     )
-    assert not torch.equal(moved.last, still.last)
+    assert not torch.equal(moved.known, still.known)
     shift = [int(x) for x in (batch.draws.image_shift[0, 0] * 16).round()]
-    first = torch.roll(model.frames(still.data, still.last)[0], shift, (0, 1))
+    first = torch.roll(model.frames(still.data, still.known)[0], shift, (0, 1))
     inside = (slice(2, -2), slice(2, -2))
-    assert torch.equal(model.frames(moved.data, moved.last)[0][inside], first[inside])
+    assert torch.equal(model.frames(moved.data, moved.known)[0][inside], first[inside])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
