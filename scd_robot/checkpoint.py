@@ -274,8 +274,8 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         config = {**config, "model": {**config["model"], "images": images, "frames": frames}}
     if schema < 7 and "training" in config:
         forcing = {"probability": 0.0, "frames": 8, "num_denoising_steps": 4}
-        later: dict[str, Any] = {"backbone_learning_rate_factor": 0.1, "cache_features": False, "self_forcing": forcing}
-        config = {**config, "training": {**later, **config["training"]}}
+        cached = {"backbone_learning_rate_factor": 0.1, "cache_features": False}
+        config = {**config, "training": {**cached, "self_forcing": forcing, **config["training"]}}
     return config
 
 
