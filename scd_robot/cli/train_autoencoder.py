@@ -115,8 +115,8 @@ def _held_out(model: Any, data: Any, camera: str, episodes: Any, out: Path) -> d
     from scd_robot.analysis.reconstruction import describe_reconstruction, reconstruct
     from scd_robot.datasets import PRESENT
 
-    if not len(episodes):
-        logger.warning("the dataset has one episode: none is held out, and errors are not known")
+    if not any(data.episode_lengths[number] > 1 for number in episodes):
+        logger.warning("no episode of two control steps is held out: errors are not known")
         return None
     if PRESENT + camera in data.arrays:
         logger.warning("%r is absent in some control steps: errors on held-out episodes are not told", camera)

@@ -11,7 +11,7 @@ from scd_robot.cli.main import main
 from scd_robot.datasets.convert import write_zarr
 from scd_robot.types import ArraySpec
 
-SMALL = ["--updates", "2", "--channels", "8", "8", "8", "--latent-channels", "3", "--batch-size", "2"]
+SMALL = ["--updates", "2", "--channels", "8", "8", "8", "--latent-channels", "3", "--batch-size", "2", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def autoencoder(store):
     out = store.parent / "ae"
-    arguments = ["train-autoencoder", "--dataset", str(store), "--out", str(out), "--threads", "1", *SMALL]
+    arguments = ["train-autoencoder", "--dataset", str(store), "--out", str(out), *SMALL]
     assert main(arguments) == 0
     return out
 
