@@ -282,3 +282,16 @@ def test_a_policy_that_imagines_may_have_one(folder: Path, tmp_path: Path) -> No
     torch.testing.assert_close(
         imagination.model.known(pictures).unflatten(1, (4, 4)), saved.model().encode(pictures), rtol=0, atol=0
     )
+
+
+def test_a_policy_that_gets_frames_by_fine_tuning_gets_its_autoencoder_too(folder: Path, tmp_path: Path) -> None:
+    data, settings = pushed_square(6, steps=20), joint_experiment(2).with_autoencoder(CONFIG)
+    alone = replace(settings, model=replace(settings.model, frames=FrameConfig()))
+    train(data, alone, tmp_path / "alone", **QUIET)
+    init = {"init": tmp_path / "alone", "init_statistics": "checkpoint"}
+    with pytest.raises(ConfigError, match="name its folder with --autoencoder"):
+        train(data, settings, tmp_path / "both", **init, **QUIET)
+    train(data, settings, tmp_path / "both", autoencoder=folder, **init, **QUIET)
+    weights = read_checkpoint(tmp_path / "both").weights
+    for name, value in read_autoencoder(folder).weights.items():
+        assert torch.equal(weights[f"frame_head.autoencoder.{name}"], value)
