@@ -1,13 +1,12 @@
 """Training on pictures: read and encoded once, augmented alike in a whole segment; one path from end to end."""
 
-import contextlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from pictures import ARCHITECTURES, MODEL, SHAPES, picture_data
-from tiny import tiny_experiment
+from tiny import interrupted, tiny_experiment
 
 from scd_robot.checkpoint import list_checkpoints, read_checkpoint
 from scd_robot.datasets import PRESENT, EpisodeDataset
@@ -18,7 +17,6 @@ from scd_robot.policies import load_policy
 from scd_robot.training import train
 from scd_robot.training.augmentation import AugmentationConfig, augmented, color_jitter
 from scd_robot.training.batches import SegmentDataset
-from scd_robot.training.callbacks import CheckpointWriter
 from scd_robot.training.objective import loss_terms
 from scd_robot.training.start import check_fits, fit_normalizer
 from scd_robot.training.transformed import with_pictures_in_memory
@@ -195,14 +193,7 @@ def test_a_picture_policy_trains_resumes_to_the_same_weights_and_acts(tmp_path, 
     experiment = tiny_experiment(4, model={**MODEL, **ARCHITECTURES[architecture]}, validate_every=2)
     data = picture_data()
     train(data, experiment, tmp_path / "whole", **OPTIONS)
-    write = CheckpointWriter.at_epoch_end
-
-    def write_and_fail(self, trainer, pl_module):
-        write(self, trainer, pl_module)
-        raise InterruptedError
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(InterruptedError):
-        patch.setattr(CheckpointWriter, "at_epoch_end", write_and_fail)
+    with interrupted():
         train(data, experiment, tmp_path / "parts", **OPTIONS)
     train(data, experiment, tmp_path / "parts", resume=True, **OPTIONS)
     policies = [load_policy(tmp_path / name) for name in ("whole", "parts")]

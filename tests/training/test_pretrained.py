@@ -1,6 +1,5 @@
 """Training on a pretrained backbone: frozen or fine-tuned, kept whole in checkpoints, which need no file of weights."""
 
-import contextlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from fake_timm import FakeTimm, pretrained_network
 from pictures import MODEL, SHAPES, picture_data
 from safetensors.torch import load_file, save_file
-from tiny import tiny_experiment
+from tiny import interrupted, tiny_experiment
 
 from scd_robot.checkpoint import find_checkpoint, read_checkpoint
 from scd_robot.datasets import PRESENT
@@ -23,7 +22,6 @@ from scd_robot.presets import resolve, with_settings
 from scd_robot.training import ExperimentConfig, train
 from scd_robot.training.augmentation import AugmentationConfig
 from scd_robot.training.batches import SegmentDataset
-from scd_robot.training.callbacks import CheckpointWriter
 from scd_robot.training.feature_cache import with_cached_features
 from scd_robot.training.module import ScdLightningModule
 from scd_robot.training.objective import encode_batch, loss_terms
@@ -83,14 +81,7 @@ def test_checkpoints_act_resume_and_are_gone_on_from_without_the_file(
 ):
     settings = experiment(weights, frozen=frozen, ema_decay=0.5)
     train(picture_data(), settings, tmp_path / "whole", **OPTIONS)
-    write = CheckpointWriter.at_epoch_end
-
-    def write_and_fail(self, trainer, pl_module):
-        write(self, trainer, pl_module)
-        raise InterruptedError
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(InterruptedError):
-        patch.setattr(CheckpointWriter, "at_epoch_end", write_and_fail)
+    with interrupted():
         train(picture_data(), settings, tmp_path / "parts", **OPTIONS)
     weights.unlink()
     timm.asked.clear()

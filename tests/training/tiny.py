@@ -3,7 +3,9 @@
 python tiny.py OUT MAX_STEPS [--resume] [--strategy NAME] [--stop-after STEP] [--frames | --own-frames]
 """
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,25 @@ from scd_robot.training import ExperimentConfig, TrainingConfig
 from scd_robot.types import ArraySpec, DatasetSpec
 
 LENGTHS = (9, 14, 5, 21, 17, 8)
+
+
+@contextlib.contextmanager
+def interrupted() -> Iterator[None]:
+    """The training within it is cut off when its first checkpoint is written."""
+    import pytest
+
+    from scd_robot.training.callbacks import CheckpointWriter
+
+    write = CheckpointWriter.at_epoch_end
+
+    def write_and_fail(*args: object) -> None:
+        write(*args)
+        raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointWriter, "at_epoch_end", write_and_fail)
+        with pytest.raises(InterruptedError):
+            yield
 
 
 def tiny_data() -> EpisodeDataset:
