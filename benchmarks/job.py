@@ -131,12 +131,13 @@ def code_version() -> str:
     return provenance.code_version(Path(__file__).parents[1]) or "unknown"
 
 
-def now() -> dict[str, str]:
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+def now() -> str:
+    """The date and time, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def failure(job: Job, error: str) -> Result:
-    return {"schema": SCHEMA, "name": job.name, "status": "failed", "error": error, "job": asdict(job), **now()}
+    return {"schema": SCHEMA, "name": job.name, "status": "failed", "error": error, "job": asdict(job), "date": now()}
 
 
 def read_json(path: Path) -> Any:

@@ -114,7 +114,7 @@ def _run_job(job: Job, out: Path, order: Mapping[str, Any]) -> Result:
         "machine": describe_machine(),
         "code": code_version(),
         "command": order["command"],
-        **now(),
+        "date": now(),
     }
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def _datasets_inside(folder: Path) -> str:
     waiting, looked_at = [folder] if folder.is_dir() else [], 0
     while waiting and looked_at < _MOST_LOOKED_AT:
         with contextlib.suppress(OSError):  # what may not be read is none
-            for entry in sorted(waiting.pop(0).iterdir()):
+            for entry in sorted(itertools.islice(waiting.pop(0).iterdir(), _MOST_LOOKED_AT - looked_at)):
                 looked_at += 1
                 if any(known.is_at(str(entry)) for known in FORMATS.values()):
                     found.append(str(entry))

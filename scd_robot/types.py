@@ -253,6 +253,9 @@ class Environment(Protocol):
 
     It may have a property `positions`: where the hand and other things are in the present state, exactly, by name (3,)
     in m; the same names in all states. No policy sees them: they are kept beside pictures, to judge imagined ones by.
+
+    It may have a method `standstill`: the action (Da,) that moves nothing in the present state. Without it 0 is one, as
+    where actions are increments or velocities.
     """
 
     spec: EnvironmentSpec

@@ -279,7 +279,7 @@ def _remote_policy(address: str, environment: str, task: str | None) -> Any:
     tasks = dict.fromkeys(policy.spec.tasks)
     # Where nothing tells which of several, the server's own task may.
     policy.task = known_task(environment, tasks, task) if task is not None or environment in tasks else None
-    return note_instructions(policy, policy.task, None)
+    return note_instructions(policy, policy.prompt, None)
 
 
 def _diagnose(

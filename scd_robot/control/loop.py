@@ -81,7 +81,7 @@ class ControlLoop:
         self._goal: Command | None = None
         self._from: Command = np.zeros(spec.action_dim)
         self._holding_since: float | None = None
-        self._encoded_s = -np.inf  # stamp of the sample that was encoded last
+        self._encoded: Sample | None = None  # the sample that was encoded last
 
     @property
     def state(self) -> State:
@@ -281,12 +281,12 @@ class ControlLoop:
             self._new_epoch()
             if changed and self._config.watchdog.changed_policy == "stop":
                 self._intent = "stop"
-        self._encoded_s = sample.stamp_s
+        self._encoded = sample
         self._journal.encoder_ms.append(1e3 * (self._clock.now() - started))
 
     def _executed(self, sample: Sample) -> ActionArray | None:
         """(1, Da) what the robot did in the step before: as it tells, or else as it was sent."""
-        told = sample.executed if sample.stamp_s > self._encoded_s else None
+        told = None if sample is self._encoded else sample.executed
         known = self._commander.command if told is None else told
         fitting = self._commander.fitting(known)
         return None if fitting is None or not np.isfinite(fitting).all() else fitting[None].astype(np.float32)
@@ -295,7 +295,8 @@ class ControlLoop:
         """Asks for the next plan when its time has come."""
         if self._blind:
             return
-        split = self._planning.ask(self._journal.steps, self._clock.now(), self._encoded_s, self._ahead)
+        assert self._encoded is not None, "in this control step"
+        split = self._planning.ask(self._journal.steps, self._clock.now(), self._encoded.stamp_s, self._ahead)
         if split is not None:
             detail = f"{self._planning.delay_steps} control steps per plan"
             self._journal.condition("delay_too_long", not split.fits, detail)

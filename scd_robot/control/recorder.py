@@ -210,8 +210,10 @@ def write_record(target: Path, arrays: Arrays, document: Mapping[str, Any]) -> N
         np.savez(beside / "steps.npz", **named)
         (beside / "record.json").write_text(json.dumps(to_plain(document), indent=1, allow_nan=False), encoding="utf-8")
         beside.rename(target)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise OutputError(
             f"cannot write the flight record {target}: {(error.strerror or str(error)).lower()}"
         ) from error

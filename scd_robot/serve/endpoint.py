@@ -161,6 +161,10 @@ class Served:
             provenance={**told["policy"], "server": address, "served_by": told["server"]},
         )
 
+    def prompt(self, task: str | None) -> str | None:
+        """What goes with every observation, since servers remember no prompt: the task, or the server's own."""
+        return self.task if task is None else task
+
     def check_task(self, task: str | None) -> None:
         """Raises UnknownNameError where the policy does not know a task (None = the server's)."""
         if task is not None and task not in self.spec.tasks:

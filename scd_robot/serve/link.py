@@ -86,6 +86,7 @@ class SocketLink:
         self._open: ClientConnection | None = None  # written by the receiving thread
         self._current: ClientConnection | None = None  # the one that was told last; of the user's thread alone
         self._given_up: ClientConnection | None = None
+        self._noted = ""  # the last error that nobody foresaw
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
             for work, name in ((self._receive, "policy link"), (self._send, "policy link, sending"))
@@ -131,9 +132,7 @@ class SocketLink:
             try:
                 connection = self._endpoint.open(_ATTEMPT_S)
             except Exception as error:  # whatever it is, the robot waits for another attempt
-                if not isinstance(error, OSError | ConnectionClosed | ScdRobotError):
-                    logger.exception("no connection to %s", self._endpoint.address)
-                logger.debug("no connection to %s: %s", self._endpoint.address, error)
+                self._note("no connection", error)
             else:
                 self._open = connection
                 with contextlib.suppress(OSError, ConnectionClosed), connection:  # it may be gone when it is closed
@@ -154,12 +153,9 @@ class SocketLink:
                 self._events.put((connection, Answered(connection.recv())))
                 answered = True
         except Exception as error:  # whatever it is, the robot must not wait for what never comes
-            if not isinstance(error, OSError | ConnectionClosed | ScdRobotError):
-                logger.exception("a connection to %s ends", self._endpoint.address)
+            self._note("the connection ends", error)
             if greeted:
                 self._events.put((connection, Broken(str(error) or type(error).__name__)))
-            else:
-                logger.debug("%s does not say what it serves: %s", self._endpoint.address, error)
         return answered
 
     def _send(self) -> None:
@@ -167,11 +163,18 @@ class SocketLink:
             connection, frame = item
             try:
                 connection.send(frame)
-            except (OSError, ConnectionClosed):
-                pass  # the receiving thread tells
-            except Exception:
-                logger.exception("a frame could not be sent to %s", self._endpoint.address)
-                _shut(connection)  # likewise
+            except Exception as error:
+                self._note("a frame could not be sent", error)
+                _shut(connection)  # the receiving thread tells
+
+    def _note(self, what: str, error: Exception) -> None:
+        """With its traceback once where nobody foresaw it; attempts are without end."""
+        told = f"{what}: {type(error).__name__}: {error}"
+        if isinstance(error, OSError | ConnectionClosed | ScdRobotError) or told == self._noted:
+            logger.debug("%s: %s", self._endpoint.address, told)
+        else:
+            logger.error("%s: %s", self._endpoint.address, told, exc_info=error)
+            self._noted = told
 
 
 def _shut(connection: ClientConnection) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from scd_robot.errors import ScdRobotError
-from scd_robot.serve.wire import MessageError, pack, unpack
+from scd_robot.serve.wire import DEEPEST, MessageError, pack, unpack
 
 __all__ = ["FULL", "INTERNAL", "NO_KEY", "OneShotServer", "json_message"]
 
@@ -28,7 +28,6 @@ FULL = "all connections are taken; try again later\n"
 INTERNAL = "internal error; the server's log says more"
 _JSON, _MSGPACK = "application/json", ("application/msgpack", "application/x-msgpack")
 _LARGEST_JSON = 2 * 2**20  # bytes: as lists they are many times larger in memory
-_DEEPEST = 16  # as in wire
 _LONGEST_READ_S = 10.0
 
 
@@ -206,8 +205,8 @@ def json_message(body: bytes) -> dict[str, Any]:
 
 def _arrays(value: Any, key: str, depth: int) -> Any:
     if isinstance(value, dict):
-        if depth > _DEEPEST:
-            raise MessageError(f"maps may be nested {_DEEPEST} deep")
+        if depth > DEEPEST:
+            raise MessageError(f"maps may be nested {DEEPEST} deep")
         return {inner: _arrays(entry, f"{key}/{inner}", depth + 1) for inner, entry in value.items()}
     if not isinstance(value, list):
         return value

@@ -22,7 +22,7 @@ class RemotePolicy:
 
     Each row has a connection, hence a history, of its own, and all rows of a control step are sent before the first
     answer is waited for, so that the server computes them together. All its actions are of the weights that the server
-    had at first, or there are none.
+    named at first, or there are none.
 
     Args:
         address: of a server of this project, see `PolicyClient`.
@@ -45,7 +45,7 @@ class RemotePolicy:
         self._options = (address, {**options, "weights_sha256": first.weights_sha256})
         self._clients = [first]
         served = Served.of(address, first.metadata)
-        self._names, self.spec, self._own_task = served.keys, served.spec, served.task
+        self._served, self._names, self.spec = served, served.keys, served.spec
         self.task: str | None = None
         self.provenance = served.provenance
         self.planned: NDArray[np.bool_] | None = None
@@ -55,6 +55,11 @@ class RemotePolicy:
         self._step = np.zeros(0, np.int64)  # (B,) control step of each row
         self._chunks = np.zeros((0, self.spec.chunk_length, self.spec.action_dim), np.float32)
         self._broken = False
+
+    @property
+    def prompt(self) -> str | None:
+        """The task that the server is told, or that it has of itself; None = it has one task only."""
+        return self._served.prompt(self.task)
 
     def reset(self, rows: Sequence[int] | None = None, episodes: Sequence[int] | None = None) -> None:
         """Begins new episodes; see `types.Policy.reset`."""
@@ -92,14 +97,13 @@ class RemotePolicy:
         self._step[list(self._new)] = 0
         self.planned = self._age >= self.spec.num_executed
         new, self._new = self._new, {}
-        task = self._own_task if self.task is None else self.task  # always said: the server remembers none
         self._broken = True  # until all answers are here
         for row in range(rows):
             options: dict[str, Any] = {**new.get(row, {}), "step": int(self._step[row])}
             if executed_action is not None and row not in new:
                 options["executed"] = np.asarray(executed_action[row], np.float32)
             seen = {self._names[key]: observation[key][row] for key in self.spec.observation}
-            self._clients[row].send(seen, observe_only=not self.planned[row], prompt=task, **options)
+            self._clients[row].send(seen, observe_only=not self.planned[row], prompt=self.prompt, **options)
         for row in range(rows):
             answer = self._clients[row].receive()
             if self.planned[row]:

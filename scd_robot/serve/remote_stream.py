@@ -9,7 +9,7 @@ Shapes: Ta chunk length, Da action width, d committed actions.
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -201,8 +201,7 @@ class RemoteStream:
             message["scd/reset"] = True
         elif executed_action is not None:
             message["scd/executed"] = np.asarray(executed_action, np.float32)
-        task = self.task  # another thread may change it
-        if (said := self._served.task if task is None else task) is not None:  # always: the server remembers none
+        if (said := self._served.prompt(self.task)) is not None:
             message["prompt"] = said
         self._pending = message
 
@@ -280,7 +279,11 @@ class RemoteStream:
             check_weights(again.address, before, now)
         except PolicyChangedError as error:
             self._changed = error
-        self._served, self._connected = again, True
+        if again.task != self._served.task:
+            logger.warning(
+                "%s does %r of itself now; this goes on with %r", again.address, again.task, self._served.task
+            )
+        self._served, self._connected = replace(again, task=self._served.task), True
         logger.info("connected to %s", self._served.address)
 
     def _take(self, frame: str | bytes) -> None:

@@ -18,12 +18,12 @@ try:
 except ModuleNotFoundError as error:
     raise MissingDependencyError("serving needs msgpack: pip install msgpack, or 'scd_robot[serve]'") from error
 
-__all__ = ["MessageError", "pack", "unpack"]
+__all__ = ["DEEPEST", "MessageError", "pack", "unpack"]
 
 _NUMBERS = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"})
 _MOST_CONTAINERS = 4096  # maps and lists in one message: empty ones are tiny on the wire and large in memory
 _LONGEST_LIST = 4096
-_DEEPEST = 16
+DEEPEST = 16  # maps within maps
 _MOST_AXES = 8
 
 
@@ -133,8 +133,8 @@ def _refuse_extension(code: int, data: bytes) -> Any:
 
 
 def _with_text_keys(value: Any, depth: int) -> Any:
-    if depth > _DEEPEST:
-        raise MessageError(f"maps may be nested {_DEEPEST} deep")
+    if depth > DEEPEST:
+        raise MessageError(f"maps may be nested {DEEPEST} deep")
     if not isinstance(value, dict):
         if isinstance(value, np.ndarray | np.generic | str | bytes | bool | int | float | list | None):
             return value

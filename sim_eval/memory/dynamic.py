@@ -82,9 +82,7 @@ class MovingTarget(_Dynamic):
         return "success" if self._held >= self._HELD else None
 
     def _expert(self) -> Vector:
-        low, high = np.array(self.target_low), np.array(self.target_high)
-        place = self._ball(self.steps + 2)  # the hand follows its target within about two control steps
-        return np.asarray(2 * (place - low) / (high - low) - 1)
+        return self.asking_for(self._ball(self.steps + 2))  # the hand follows its target within about two control steps
 
 
 class TrayBalance(_Dynamic):

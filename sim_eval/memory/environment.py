@@ -228,8 +228,12 @@ class MemoryEnvironment(abc.ABC):
         offset /= max(1.0, float(np.linalg.norm(offset)))
         if self.control == "velocity":
             return offset
+        return self.asking_for(self.target[:3] + self.reach_per_step * offset)
+
+    def asking_for(self, place: ArrayLike) -> Vector:
+        """Action (3,), with `control` "position", that asks for a place."""
         low, high = np.array(self.target_low), np.array(self.target_high)
-        return np.asarray(2 * (self.target[:3] + self.reach_per_step * offset - low) / (high - low) - 1)
+        return np.asarray(2 * (np.asarray(place, np.float64) - low) / (high - low) - 1)
 
     def put_hand(self, place: ArrayLike) -> None:
         """Puts the hand (3,) somewhere, at rest: at the beginning of a wait, so that its pose keeps nothing."""

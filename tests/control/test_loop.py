@@ -272,6 +272,15 @@ def test_the_history_advances_in_every_control_step_and_learns_what_was_sent():
     np.testing.assert_allclose(told, sent[: len(told)].astype(np.float32))
 
 
+def test_what_was_done_is_told_by_a_newer_sample_of_the_same_time_and_once():
+    scene = Scene()
+    scene.run(12)
+    newer = replace(scene.loop._encoded, executed=np.full(2, 7.0))
+    np.testing.assert_array_equal(scene.loop._executed(newer), [[7.0, 7.0]])
+    scene.loop._encoded = newer
+    assert scene.loop._executed(newer) is None, "the loop is over: nothing was sent since"
+
+
 def test_servo_steps_lie_between_the_goals():
     ramp = Scene(LoopConfig(servo_steps=4), goal=(1.0, 1.0))
     ramp.run(10)

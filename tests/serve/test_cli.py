@@ -63,6 +63,7 @@ def assert_a_terminated_loop_holds(command, address, folder):
     with subprocess.Popen([*command, "--flights", folder / "terminated"], stderr=subprocess.PIPE, text=True) as loop:
         while requests() == before and time.monotonic() < deadline:
             time.sleep(0.05)
+        assert requests() > before, "the loop asks for something"
         loop.terminate()
         assert "KeyboardInterrupt" in loop.communicate(timeout=60)[1]
     _, document = read_record(find_record(folder / "terminated"))

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import socket
 import ssl
 import subprocess
 import sys
@@ -219,14 +218,15 @@ def of_weights(name):
 @pytest.fixture
 def restarted():
     """`restarted(name)`: a server with weights of that name, always at the same address, the one before being gone."""
-    with socket.socket() as free, contextlib.ExitStack() as servers:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    port = 0
+    with contextlib.ExitStack() as servers:
 
         def begin(name):
+            nonlocal port
             servers.close()
-            return servers.enter_context(running_server(of_weights(name), ServerConfig(port=port))).address
+            address = servers.enter_context(running_server(of_weights(name), ServerConfig(port=port))).address
+            port = int(address.rpartition(":")[2])
+            return address
 
         yield begin
 

@@ -69,7 +69,9 @@ def test_a_frame_that_cannot_be_sent_costs_its_connection_and_no_thread():
             pass
 
     def next_event():
+        deadline = time.monotonic() + 60
         while (event := link.receive()) is None:
+            assert time.monotonic() < deadline, "a thread of the link has ended"
             time.sleep(0.001)
         return event
 

@@ -399,13 +399,13 @@ def test_a_task_is_told_and_checked():
 
 
 def test_a_task_of_none_is_the_servers_and_is_told_as_such():
-    """The server would refuse an observation without a prompt after one with it."""
+    """The server would refuse an observation without a prompt after one with it. A new server's is not taken over."""
     alone = Alone(tasks=("open", "close"))
     alone.stream._served = replace(alone.stream._served, task="close")
     told = []
     for task in ("open", None):
         alone.stream.task = task
-        alone.stream._welcome({**metadata_of(alone.policy), "task": "close"})
+        alone.stream._welcome({**metadata_of(alone.policy), "task": "open"})
         alone.stream.observe(alone.seen)
         told.append(alone.stream._pending["prompt"])
     assert told == ["open", "close"]
