@@ -3,11 +3,12 @@
     python benchmarks/frames.py                     records, trains both, judges, times: report.md, frames.json, sheets
     python benchmarks/frames.py --only times        time per frame alone: nothing is trained, weights are random
     python benchmarks/frames.py --report            the tables of what is done
+    python benchmarks/frames.py --pusht pusht_cchi_v7_replay.zarr        people's episodes of PushT instead
 
-Both are the preset frames_64. Frames are judged on a recording of its own (seed 1): the models see the first 16 frames
-of an episode and imagine the next 64 from the actions that were executed. Beside both stands the
-last frame that was seen, repeated. All intervals are 95 %, bootstrap over episodes; those of differences are paired.
-They cover the choice of episodes, not the seed of the training.
+Both are the preset frames_64. Frames are judged on a recording of its own (seed 1; of PushT, episodes that were held
+out): the models see the first 16 frames of an episode and imagine the next 64 from the actions that were executed.
+Beside both stands the last frame that was seen, repeated. All intervals are 95 %, bootstrap over episodes; those of
+differences are paired. They cover the choice of episodes, not the seed of the training.
 
 Times are of the wall clock, one thread, batch 1, a window full of history, 16 denoising steps: one picture and action
 into the history, and the next frame denoised. All configurations take turns within each round; ratios are of medians,
@@ -37,7 +38,7 @@ from scd_robot.analysis.frame_metrics import curve
 from scd_robot.analysis.imagination import describe, imagine_episodes, write_imagined
 from scd_robot.analysis.position_probe import probe_errors, train_probe
 from scd_robot.checkpoint import list_checkpoints
-from scd_robot.datasets import POSITION, EpisodeDataset, open_dataset
+from scd_robot.datasets import POSITION, EpisodeDataset, open_dataset, split_episodes
 from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import ConfigError, ScdRobotError
 from scd_robot.model import FrameModel, build_model
@@ -45,6 +46,7 @@ from scd_robot.output import write_json, write_text
 from scd_robot.policies import load_imagination
 from scd_robot.presets import frames_64, resolve, with_settings
 from scd_robot.recording import record_demonstrations
+from scd_robot.resizing import resize
 from scd_robot.training import train
 from scd_robot.types import ArraySpec, DatasetSpec
 
@@ -58,6 +60,7 @@ CAMERA = "image"
 CONTEXT, AHEAD = 16, 64  # frames
 TOLD = (1, 4, 16, 64)  # frames ahead that the tables show
 HISTORIES = (8, 16, 32, 64, 128, 256)
+FOOT = 100  # of PushT's block, pixels from its origin
 STEPS = 16
 QUALITY = {  # by name of the metric: how tables call it, and digits
     "psnr_moving": ("PSNR of moving pixels [dB]", 2),
@@ -94,8 +97,14 @@ def moving_things(data: EpisodeDataset) -> dict[str, np.ndarray]:
 
 def judge(out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Records, trains both arms, and tells how their frames are."""
-    known = record(out, "train", options.env, options.demonstrations, seed=0)
-    unknown = record(out, "test", options.env, options.episodes, seed=1)
+    if options.pusht is None:
+        environment = options.env
+        known = record(out, "train", environment, options.demonstrations, seed=0)
+        unknown = record(out, "test", environment, options.episodes, seed=1)
+    else:
+        environment = "PushT, people's episodes (its 512 pixels taken as 51.2 cm)"
+        data = pusht(options.pusht)
+        known, unknown = map(data.select, split_episodes(data.num_episodes, options.episodes / data.num_episodes))
     episodes, rows = long_enough(unknown, options.ahead)
     trained = {arm: train_arm(out, arm, known, options) for arm in ARMS}
     owner = np.repeat(np.arange(known.num_episodes), known.episode_lengths)
@@ -113,7 +122,7 @@ def judge(out: Path, options: argparse.Namespace) -> dict[str, Any]:
         return curve(values("separable") - values("entangled"), np.array(episodes))
 
     return {
-        "environment": options.env,
+        "environment": environment,
         "context": CONTEXT,
         "ahead": options.ahead,
         "control_dt": known.spec.control_dt,
@@ -125,6 +134,24 @@ def judge(out: Path, options: argparse.Namespace) -> dict[str, Any]:
         }
         | {f"{thing} [cm]": difference(lambda arm, thing=thing: places[arm].imagined[thing]) for thing in positions},
     }
+
+
+def pusht(path: Path) -> EpisodeDataset:
+    """Diffusion Policy's replay buffer with pictures of 64 x 64, and where the hand, the block and its foot are."""
+    data = open_dataset(path, ["img", "state"], control_dt=0.1)
+    state = np.asarray(data.arrays["state"][:], np.float64)
+    hand, block, angle = state[:, :2], state[:, 2:4], state[:, 4:]
+    places = {"hand": hand, "block": block, "foot": block + FOOT * np.hstack([-np.sin(angle), np.cos(angle)])}
+    height = np.zeros((len(state), 1))
+    return replace(
+        data,
+        spec=replace(data.spec, observation={CAMERA: ArraySpec((64, 64, 3), "uint8")}),
+        arrays={
+            CAMERA: resize(np.asarray(data.arrays["img"][:]), (64, 64)),
+            "action": data.arrays["action"],
+        }
+        | {POSITION + name: np.hstack([1e-3 * place, height]).astype(np.float32) for name, place in places.items()},
+    )
 
 
 def record(out: Path, name: str, environment: str, episodes: int, seed: int) -> EpisodeDataset:
@@ -344,6 +371,9 @@ def main() -> int:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to run")
     parser.add_argument("--report", action="store_true", help="print the tables of what is done, run nothing")
     parser.add_argument("--env", default=ENVIRONMENT, help="with pictures and an expert (default %(default)s)")
+    parser.add_argument(
+        "--pusht", type=Path, help="replay buffer of PushT: nothing is recorded, --episodes are held out"
+    )
     parser.add_argument("--demonstrations", type=int, default=300, help="episodes to train on")
     parser.add_argument("--episodes", type=int, default=50, help="episodes to judge by")
     parser.add_argument("--ahead", type=int, default=AHEAD, help="frames to imagine (default %(default)s)")
