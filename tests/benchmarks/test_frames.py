@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import zarr
 from benchmark_jobs import load
 
 from scd_robot.analysis.frame_metrics import curve, frame_errors
@@ -78,3 +79,26 @@ def test_times_are_of_both_arms_in_turns():
         assert 0 < entry["read"]["p50"] < entry["frame"]["p50"]
     assert "| 4 | entangled |" in text
     assert "a frame with a history of 4 over 2" in text
+
+
+def test_of_pusht_the_places_of_hand_block_and_foot_are_known(tmp_path):
+    images = np.zeros((4, 96, 96, 3), np.float32)
+    images[:, :48] = 240
+    root = zarr.open_group(tmp_path / "pusht.zarr", mode="w", zarr_format=2)
+    values = {
+        "data/img": images,
+        "data/state": np.array([[10, 20, 256, 300, angle] for angle in (0, np.pi / 2, np.pi, 0)], np.float32),
+        "data/action": np.ones((4, 2), np.float32),
+        "meta/episode_ends": np.array([2, 4]),
+    }
+    for name, value in values.items():
+        root.create_array(name, data=value)
+    data = benchmark.pusht(tmp_path / "pusht.zarr")
+    assert data.arrays["image"].shape == (4, 64, 64, 3)
+    assert data.arrays["image"][0, :30].min() == 240
+    assert data.arrays["image"][0, 34:].max() == 0
+    np.testing.assert_allclose(data.arrays["position.hand"][0], [0.01, 0.02, 0])
+    np.testing.assert_allclose(data.arrays["position.block"][:, :2], [[0.256, 0.3]] * 4)
+    stem = data.arrays["position.foot"] - data.arrays["position.block"]
+    np.testing.assert_allclose(stem, [[0, 0.1, 0], [-0.1, 0, 0], [0, -0.1, 0], [0, 0.1, 0]], atol=1e-6)
+    assert set(benchmark.moving_things(data)) == {"foot"}
