@@ -297,7 +297,9 @@ def test_closed_environments_leave_nothing_behind(make, name):
     needs_simulator(name)
     marks = leftovers("environments", name, 12)
     assert marks[-1][1:] == marks[4][1:]
-    assert min(memory for memory, *_ in marks[-3:]) - min(memory for memory, *_ in marks[3:6]) < 60e6
+    grown = min(memory for memory, *_ in marks[-3:]) - min(memory for memory, *_ in marks[3:6])
+    large = name.startswith(("metaworld/", "robosuite/"))  # 80 MB and more each, and up and down by 50 MB
+    assert grown < (120e6 if large else 60e6), "six environments later"
 
 
 def physics_of(environment):
