@@ -43,12 +43,15 @@ def checked_action(action: ArrayLike, spec: EnvironmentSpec, step: int) -> Actio
     Args:
         action: as the policy gave it.
         spec: of the environment.
-        step: the control step, for messages.
+        step: the control step for which it is, from 0 on.
 
     Raises:
+        SimulatorError: the episode is over.
         ShapeError: the action is not (Da,).
         ActionError: it holds NaN or infinite values.
     """
+    if step >= spec.max_steps:
+        raise SimulatorError(f"the episode of {spec.name} was truncated after {step} control steps; call reset(seed)")
     values = np.asarray(action, dtype=np.float32)
     if values.shape != (spec.action_dim,):
         raise ShapeError(f"the action must be ({spec.action_dim},) for {spec.name}, got {values.shape}")

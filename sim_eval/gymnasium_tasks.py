@@ -146,10 +146,6 @@ class GymnasiumEnvironment:
             SimulatorError: the episode is over, or the simulator crashed.
         """
         self._check_running()
-        if self._steps >= self.spec.max_steps:
-            raise SimulatorError(
-                f"the episode of {self.spec.name} was truncated after {self._steps} control steps; call reset(seed)"
-            )
         executed = checked_action(action, self.spec, self._steps)
         try:
             observation, reward, terminated, _, info = self._env.step(executed)

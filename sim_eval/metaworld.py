@@ -229,10 +229,6 @@ class MetaworldEnvironment:
         import mujoco
 
         self._present()
-        if self._steps >= self.spec.max_steps:
-            raise SimulatorError(
-                f"the episode of {self.spec.name} was truncated after {self._steps} control steps; call reset(seed)"
-            )
         executed = checked_action(action, self.spec, self._steps)
         try:
             raw, reward, terminated, truncated, info = self._env.step(executed)

@@ -207,10 +207,6 @@ class PushtEnvironment:
             SimulatorError: the episode is over, or the physics became unstable.
         """
         self._check_running()
-        if self._steps >= self.spec.max_steps:
-            raise SimulatorError(
-                f"the episode of {self.spec.name} was truncated after {self._steps} control steps; call reset(seed)"
-            )
         executed = checked_action(action, self.spec, self._steps)
         _, reward, _, _, info = self._env.step(executed.astype(np.float64))
         if not np.isfinite(self._state()).all():

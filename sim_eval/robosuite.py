@@ -244,10 +244,6 @@ class RobosuiteEnvironment:
             SimulatorError: the episode is over, or the physics became unstable.
         """
         self._check_running()
-        if self._steps >= self.spec.max_steps:
-            raise SimulatorError(
-                f"the episode of {self.spec.name} was truncated after {self._steps} control steps; call reset(seed)"
-            )
         executed = checked_action(action, self.spec, self._steps)
         try:
             _, reward, done, _ = self._env.step(executed.astype(np.float64))

@@ -153,10 +153,6 @@ class MemoryEnvironment(abc.ABC):
             SimulatorError: the episode is over, or the physics became unstable.
         """
         self._check_running()
-        if self.steps >= self.spec.max_steps:
-            raise SimulatorError(
-                f"the episode of {self.spec.name} was truncated after {self.steps} control steps; call reset(seed)"
-            )
         executed = checked_action(action, self.spec, self.steps)
         if not self._is_free():
             executed = self.standstill()
