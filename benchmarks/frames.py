@@ -39,6 +39,7 @@ from scd_robot.analysis.imagination import describe, imagine_episodes, write_ima
 from scd_robot.analysis.position_probe import probe_errors, train_probe
 from scd_robot.checkpoint import list_checkpoints
 from scd_robot.datasets import POSITION, EpisodeDataset, open_dataset, split_episodes
+from scd_robot.datasets.schema import row_blocks
 from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import ConfigError, ScdRobotError
 from scd_robot.model import FrameModel, build_model
@@ -46,7 +47,7 @@ from scd_robot.output import write_json, write_text
 from scd_robot.policies import load_imagination
 from scd_robot.presets import frames_64, resolve, with_settings
 from scd_robot.recording import record_demonstrations
-from scd_robot.resizing import resize
+from scd_robot.resizing import crop_and_resize
 from scd_robot.training import train
 from scd_robot.types import ArraySpec, DatasetSpec
 
@@ -147,7 +148,9 @@ def pusht(path: Path) -> EpisodeDataset:
         data,
         spec=replace(data.spec, observation={CAMERA: ArraySpec((64, 64, 3), "uint8")}),
         arrays={
-            CAMERA: resize(np.asarray(data.arrays["img"][:]), (64, 64)),
+            CAMERA: np.concatenate(
+                [crop_and_resize(part, size=(64, 64)) for _, part in row_blocks(data.arrays["img"])]
+            ),
             "action": data.arrays["action"],
         }
         | {POSITION + name: np.hstack([1e-3 * place, height]).astype(np.float32) for name, place in places.items()},
