@@ -4,14 +4,15 @@ Shapes: N episodes, Tc control steps that the model sees, Tf frames that it imag
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.analysis.frame_metrics import FrameErrors, frame_errors
+from scd_robot.analysis.frame_metrics import FrameErrors, curve, frame_errors
+from scd_robot.analysis.frame_networks import FEWEST_CLIPS, FEWEST_FRAMES, ClipFeatures, Lpips, frechet_distance
 from scd_robot.analysis.frame_sheet import write_sheet, write_side_by_side
 from scd_robot.config import to_json
 from scd_robot.datasets import EpisodeDataset
@@ -39,6 +40,7 @@ class Imagined:
         episodes: their numbers.
         context: Tc.
         errors: of the imagined frames, and of the last one repeated.
+        learned: "lpips" and "fvd" of both where weights were given, as plain JSON types (docs/analysis.md).
     """
 
     recorded: Frames
@@ -47,10 +49,18 @@ class Imagined:
     episodes: list[int]
     context: int
     errors: FrameErrors
+    learned: dict[str, Any] = field(default_factory=dict)
 
 
 def imagine_episodes(
-    imagination: Imagination, data: EpisodeDataset, episodes: Sequence[int], context: int, length: int | None = None
+    imagination: Imagination,
+    data: EpisodeDataset,
+    episodes: Sequence[int],
+    context: int,
+    length: int | None = None,
+    *,
+    lpips_weights: str | Path | None = None,
+    fvd_weights: str | Path | None = None,
 ) -> Imagined:
     """Lets a model see the beginning of each episode, and imagine what follows its executed actions.
 
@@ -60,24 +70,36 @@ def imagine_episodes(
         episodes: N numbers.
         context: Tc, control steps that it sees from the episode's first on, at least one.
         length: Tf, frames that it imagines; None = up to the end of the shortest of the episodes.
+        lpips_weights: file of AlexNet's or VGG-16's weights, to tell LPIPS; None = it is not told.
+        fvd_weights: file of I3D's weights, to tell FVD; None = it is not told.
 
     Raises:
-        ConfigError: no such episode, or one that is too short.
-        ShapeError, UnknownNameError: the recording is not one for this model, see `check_recording`.
+        ConfigError: no such episode, or one that is too short; too few episodes or frames for FVD.
+        ShapeError, UnknownNameError: the recording is not one for this model, see `check_recording`; its pictures are
+            too small for LPIPS.
+        CheckpointError: no such weights, or they are of another network.
     """
     check_recording(imagination, data)
     length = _length(data, episodes, context, length)
+    if fvd_weights is not None:
+        _check_clips(episodes, length)
+    lpips = None if lpips_weights is None else Lpips(lpips_weights, imagination.device)
+    features = None if fvd_weights is None else ClipFeatures(fvd_weights, imagination.device)
+    if lpips is not None:
+        lpips.check_size(imagination.pictures_shape)
     executed = np.asarray(data.executed())
-    frames, actions = [], []
-    for episode in episodes:
+    seen, pictures, actions = [], [], []
+    for episode in episodes:  # one by one: recorded pictures may be much larger than those the model sees
         start = data.rows(episode).start
-        frames.append(data.arrays[imagination.source][start : start + context + length])
+        frames = np.asarray(data.arrays[imagination.source][start : start + context + length])
+        seen.append(frames[:context].copy())
+        pictures.append(imagination.pictures(frames[None])[0])
         actions.append(executed[start : start + context + length - 1])
-    pictures = imagination.pictures(np.stack(frames))
-    imagined = imagination.imagine(np.stack(frames)[:, :context], np.stack(actions), list(episodes))
-    recorded, last = pictures[:, context:], pictures[:, context - 1]
+    imagined = imagination.imagine(np.stack(seen), np.stack(actions), list(episodes))
+    recorded, last = np.stack([x[context:] for x in pictures]), np.stack([x[context - 1] for x in pictures])
     errors = frame_errors(recorded, imagined, last, episodes=np.asarray(episodes))
-    return Imagined(recorded, imagined, last, list(episodes), context, errors)
+    learned = _learned(recorded, imagined, last, np.asarray(episodes), lpips, features)
+    return Imagined(recorded, imagined, last, list(episodes), context, errors, learned)
 
 
 def check_recording(imagination: Imagination, data: EpisodeDataset) -> None:
@@ -116,6 +138,7 @@ def describe(found: Imagined, imagination: Imagination) -> dict[str, Any]:
         "context": found.context,
         "settings": {name: how[name] for name in ("sampler", "guidance_scale", "seed")},
         **found.errors.to_json(),
+        **found.learned,
     }
 
 
@@ -146,7 +169,48 @@ def format_errors(document: dict[str, Any]) -> str:
         values = [curve["mean"][number - 1] for curve in curves]
         cells = ["-" if value is None else f"{value:.2f}" for value in values]
         lines.append(f"{number:12}   {cells[0]:>8}   {cells[1]:>8}       {cells[2]:>8}   {cells[3]:>8}")
+    for name in ("lpips", "fvd"):
+        if name in document:
+            told = document[name]
+            numbers = [np.mean(told[who]["mean"] if name == "lpips" else told[who]) for who in ("imagined", "copied")]
+            of = f"{told['network']}, mean" if name == "lpips" else f"{told['clips']} clips"
+            lines.append(f"{name.upper()} ({of}): {numbers[0]:.4g} imagined, {numbers[1]:.4g} repeated; less is better")
     return "\n".join(lines)
+
+
+def _check_clips(episodes: Sequence[int], length: int) -> None:
+    if len(set(episodes)) < FEWEST_CLIPS:
+        raise ConfigError(
+            f"FVD compares distributions of clips: choose at least {FEWEST_CLIPS} episodes, better hundreds, "
+            f"got {len(set(episodes))}"
+        )
+    if length < FEWEST_FRAMES:
+        raise ConfigError(f"FVD needs clips of at least {FEWEST_FRAMES} frames: make length as much, got {length}")
+
+
+def _learned(
+    recorded: Frames,
+    imagined: Frames,
+    last: Frames,
+    episodes: NDArray[np.int64],
+    lpips: Lpips | None,
+    features: ClipFeatures | None,
+) -> dict[str, Any]:
+    """What networks of others say of imagined frames, and of the last one repeated."""
+    found: dict[str, Any] = {}
+    copied = np.broadcast_to(last[:, None], recorded.shape)
+    if lpips is not None:
+        own, floor = lpips.distances(recorded, (imagined, copied))
+        curves = {"imagined": own, "copied": floor, "better_by": floor - own}
+        found["lpips"] = {"network": lpips.network, **{name: curve(x, episodes) for name, x in curves.items()}}
+    if features is not None:
+        real, own, floor = (features.of(clips) for clips in (recorded, imagined, copied))
+        found["fvd"] = {
+            "clips": len(real),
+            "imagined": frechet_distance(real, own),
+            "copied": frechet_distance(real, floor),
+        }
+    return found
 
 
 def _length(data: EpisodeDataset, episodes: Sequence[int], context: int, length: int | None) -> int:

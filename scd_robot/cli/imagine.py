@@ -23,6 +23,8 @@ def imagine(
     num_denoising_steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int | None = None,
+    lpips_weights: Path | None = None,
+    fvd_weights: Path | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     json: Path | None = None,
@@ -45,6 +47,9 @@ def imagine(
         num_denoising_steps: per frame; by default the checkpoint's, or of a policy 8.
         guidance_scale: guidance by context corruption, 1 = off; by default the checkpoint's, or of a policy 1.
         seed: of the noise; by default the checkpoint's.
+        lpips_weights: file of AlexNet's or VGG-16's weights (torchvision's), to tell LPIPS too.
+        fvd_weights: file of I3D's weights (rgb_imagenet.pt), to tell FVD too, of two episodes or more
+            (docs/analysis.md).
         device: torch device.
         overwrite: replace results in OUT.
         json: write frames.json to this file too ("-": standard output).
@@ -65,7 +70,8 @@ def imagine(
     overrides = {"num_denoising_steps": num_denoising_steps, "guidance_scale": guidance_scale, "seed": seed}
     imagination = load_imagination(checkpoint, device, **overrides)
     data = open_dataset(dataset, **vars(read))
-    found = imagine_episodes(imagination, data, episode, context, length)
+    weights = {"lpips_weights": lpips_weights, "fvd_weights": fvd_weights}
+    found = imagine_episodes(imagination, data, episode, context, length, **weights)
     document = {"checkpoint": str(checkpoint), "dataset": str(dataset), **describe(found, imagination)}
     write_imagined(found, out, 1 / data.spec.control_dt, document)
     if str(json) != "-":

@@ -8,10 +8,11 @@ from scd_robot.nn.embeddings import FlowTimeEmbedding, RotaryEmbedding, apply_ro
 from scd_robot.nn.images import ImageConfig, ImageEncoder, sine_places
 from scd_robot.nn.kv_cache import KVCache
 from scd_robot.nn.memory import room_for
-from scd_robot.nn.weight_files import HUB, find_weights
+from scd_robot.nn.weight_files import HUB, OR_HUB, find_weights, read_weights
 
 __all__ = [
     "HUB",
+    "OR_HUB",
     "AdaLNBlock",
     "Autoencoder",
     "AutoencoderConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "limit_to_group",
     "modulate",
     "multi_head_attention",
+    "read_weights",
     "room_for",
     "sine_places",
     "window_mask",

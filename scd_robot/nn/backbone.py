@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scd_robot.errors import CheckpointError, ConfigError, MissingDependencyError, UnknownNameError
 from scd_robot.nn.images import ImageConfig
-from scd_robot.nn.weight_files import HUB, read_weights
+from scd_robot.nn.weight_files import HUB, OR_HUB, read_weights
 
 __all__ = ["Backbone", "import_timm"]
 
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
     def _from_file(self, source: str) -> Any:
-        given, cfg = read_weights(source), self.network.pretrained_cfg
+        given, cfg = read_weights(source, OR_HUB), self.network.pretrained_cfg
         classifiers = cfg.get("classifier") or ()
         classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
         heads = tuple(f"{name}." for name in classifiers)

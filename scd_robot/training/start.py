@@ -17,7 +17,7 @@ from scd_robot.config import from_json, to_json
 from scd_robot.datasets import ACTION, PRESENT, EpisodeDataset
 from scd_robot.errors import CheckpointError, ConfigError, DatasetError, ShapeError
 from scd_robot.model import ScdConfig
-from scd_robot.nn import HUB, find_weights, import_timm
+from scd_robot.nn import HUB, OR_HUB, find_weights, import_timm
 from scd_robot.normalization import Mode, Normalizer, compute_statistics
 from scd_robot.training.autoencoder_file import SavedAutoencoder, read_autoencoder
 from scd_robot.training.callbacks import RESUME_FILE
@@ -208,7 +208,7 @@ def check_weights(model: ScdConfig) -> None:
             "or to 'hub' to have timm download them"
         )
     if images.weights != HUB:
-        find_weights(images.weights)
+        find_weights(images.weights, OR_HUB)
     import_timm()
 
 

@@ -124,6 +124,9 @@ def test_alpha_and_grey_are_named() -> None:
             "length must be 1 to 16, since episode 0 has 24 control steps, 8 of them context",
         ),
         ({"context": 8, "episodes": [12]}, "there is no episode 12: the recording has 12, from 0 on"),
+        ({"context": 8, "fvd_weights": "i3d.pt"}, "choose at least 2 episodes, better hundreds, got 1"),
+        ({"context": 8, "episodes": [1, 1], "fvd_weights": "i3d.pt"}, "at least 2 episodes, better hundreds, got 1"),
+        ({"context": 8, "episodes": [0, 1], "length": 8, "fvd_weights": "i3d.pt"}, "at least 9 frames: .* got 8"),
     ],
 )
 def test_episodes_that_are_too_short_or_not_there_are_refused(options: dict, told: str) -> None:
