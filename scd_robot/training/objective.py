@@ -19,7 +19,7 @@ from scd_robot.normalization import Normalizer
 from scd_robot.training.augmentation import augmented
 from scd_robot.training.batches import Draws, TrainingBatch
 from scd_robot.training.config import Objective
-from scd_robot.training.self_forcing import with_own_frames
+from scd_robot.training.self_forcing import OwnFrames, with_own_frames
 
 __all__ = [
     "DecoderSamples",
@@ -95,11 +95,11 @@ def _history(model: HistoryModel[Any], normalizer: Normalizer, batch: TrainingBa
 def select_samples(model: HistoryModel[Any], normalizer: Normalizer, batch: TrainingBatch) -> DecoderSamples:
     """Encodes the segments and gathers context of the drawn positions, and what is to be decoded there."""
     draws, history = batch.draws, _history(model, normalizer, batch)
-    recorded = history["observation"]
+    recorded, own = history["observation"], None
     if draws.rolls is not None:
         assert isinstance(model, FrameModel)
         past = normalizer.normalize("action", batch.segments.past_action)
-        history = with_own_frames(model, history, past, draws.rolls)
+        history, own = with_own_frames(model, history, past, draws.rolls)
     copies, executed = draws.flow_time.shape[2], normalizer.normalize("action", batch.segments.executed)
     if isinstance(model, JointModel):
         assert draws.frames is not None
@@ -111,7 +111,7 @@ def select_samples(model: HistoryModel[Any], normalizer: Normalizer, batch: Trai
         return replace(_action_samples(model, normalizer, batch, model.samples(contexts, copies)), frames=frames)
     context = model.samples(model.encode_at(draws.position, **history), copies)
     if isinstance(model, FrameModel):
-        return _frame_samples(model, recorded, draws, history, context, executed[:, :, 0])
+        return _frame_samples(model, recorded, draws, history, context, executed[:, :, 0], own)
     return _action_samples(model, normalizer, batch, context)
 
 
@@ -122,6 +122,7 @@ def _frame_samples(
     history: Mapping[str, Any],
     context: Any,
     action: Tensor,
+    own: OwnFrames | None = None,
 ) -> DecoderSamples:
     """What follows the pictures of the drawn positions, as they are seen, after actions (B, M, Da) executed there.
 
@@ -138,6 +139,7 @@ def _frame_samples(
     last = take_steps(frames, draws.position).flatten(0, 1)
     next_frame = take_steps(recorded[camera], after).flatten(0, 1)
     known = model.known(last)  # of each picture once, whatever the number of noise draws
+    known = known if own is None else own.over(known, draws.position)
     data, known = (x.repeat_interleave(copies, 0) for x in (model.tokens(next_frame, known), known))
     counted = flat(draws.position_valid & take_steps(follows, draws.position))
     return DecoderSamples(context, data, counted, action=flat(action), known=known)

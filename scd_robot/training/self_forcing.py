@@ -31,7 +31,7 @@ from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import ConfigError
 from scd_robot.model import FrameModel
 
-__all__ = ["RollOuts", "SelfForcingConfig", "with_own_frames"]
+__all__ = ["OwnFrames", "RollOuts", "SelfForcingConfig", "with_own_frames"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,26 @@ class SelfForcingConfig:
         return int(same[0]), first, min(first + self.frames, int(same[-1]) + 1)
 
 
+@dataclass(frozen=True)
+class OwnFrames:
+    """What is known of the frames that a model imagined, when it imagines on from them.
+
+    With an autoencoder these are the latents that were denoised, as in use, not those of the decoded picture.
+
+    Attributes:
+        place: (B, T) int64 row of `known` for the picture of that control step; -1 = it is a recorded one.
+        known: (n, L, Dx).
+    """
+
+    place: Tensor
+    known: Tensor
+
+    def over(self, known: Tensor, position: Tensor) -> Tensor:
+        """What is known (B * M, L, Dx) of the pictures at `position` (B, M), in the place of that of recorded ones."""
+        place = self.place.gather(1, position).flatten()
+        return torch.where(place[:, None, None] >= 0, self.known[place.clamp(min=0)], known)
+
+
 @dataclass
 class RollOuts:
     """Which pictures of a batch the model imagines itself.
@@ -97,11 +117,11 @@ class RollOuts:
 
 def with_own_frames(
     model: FrameModel[Any], history: Mapping[str, Any], executed_before: Tensor, rolls: RollOuts
-) -> dict[str, Any]:
-    """What the model is shown, with pictures that it imagined; without gradients, and nothing is changed in place.
+) -> tuple[dict[str, Any], OwnFrames]:
+    """What the model is shown, with pictures that it imagined, and what is known of these; nothing is changed in place.
 
     A roll-out needs the recorded picture before it: where that is absent, there is none. A picture that is absent
-    within it stays so for the encoder.
+    within it stays so for the encoder. There are no gradients.
 
     Args:
         model: as it is; it imagines in full precision, as in use, whatever the training's is.
@@ -113,6 +133,7 @@ def with_own_frames(
     pictures, past = history["observation"][camera].clone(), history["past_action"]
     there, last_step = history["present"][camera], pictures.shape[1] - 1
     sampler = SamplerConfig("euler", rolls.num_denoising_steps)
+    place, own, roll = rows.new_full(pictures.shape[:2], -1), [], torch.arange(len(rows), device=rows.device)
 
     def read(at: Tensor, active: Tensor) -> Any:
         return model.encode_step(
@@ -146,4 +167,7 @@ def with_own_frames(
             )
             imagined, known = model.following(tokens, known)
             pictures[rows, at] = torch.where(inside[:, None, None, None], imagined, pictures[rows, at])
-    return {**history, "observation": {**history["observation"], camera: pictures}}
+            place[rows, at] = torch.where(inside, number * len(rows) + roll, place[rows, at])
+            own.append(known)
+        shown = {**history, "observation": {**history["observation"], camera: pictures}}
+        return shown, OwnFrames(place, torch.cat(own))

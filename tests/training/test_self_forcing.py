@@ -21,6 +21,7 @@ from scd_robot.datasets.convert import write_zarr
 from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import ConfigError
 from scd_robot.model import FrameModel, build_model
+from scd_robot.nn import AutoencoderConfig
 from scd_robot.normalization import Normalizer
 from scd_robot.training import ExperimentConfig, SelfForcingConfig, train
 from scd_robot.training.batches import SegmentDataset, TrainingBatch
@@ -170,6 +171,35 @@ def test_a_model_that_repeats_the_last_frame_is_shown_repeats_and_learns_what_wa
     assert torch.equal(samples.known[samples.counted], model.known(last)[samples.counted])
     assert bool(samples.counted.any())
     assert torch.equal(shown(model, normalizer, batch, monkeypatch)["observation"]["eye"], expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_beside_the_next_tokens_stand_the_latents_that_were_denoised_as_in_use(architecture, monkeypatch) -> None:
+    """Not those of the picture that was made of them, which a random autoencoder makes others of."""
+    model, normalizer, batch = parts(forced(architecture=architecture).with_autoencoder(AutoencoderConfig((8, 16), 3)))
+    shaken(model, 0.2)
+    rolls, following, left = batch.draws.rolls, model.following, []
+
+    def spy(tokens, known):
+        left.append(following(tokens, known))
+        return left[-1]
+
+    monkeypatch.setattr(model, "following", spy)
+    samples = select_samples(model, normalizer, batch)
+    of_roll, compared = {int(i): row for row, i in enumerate(rolls.segment)}, 0
+    positions, valid = batch.draws.position.flatten(), batch.draws.position_valid.flatten()
+    for index, at in enumerate(positions.tolist()):
+        segment = index // batch.draws.position.shape[1]
+        row = of_roll[segment]
+        number = at - int(rolls.first[row])
+        if valid[index] and number >= 0 and at < rolls.stop[row]:
+            frame, latents = left[number][0][row : row + 1], left[number][1][row]
+            assert torch.equal(samples.known[index], latents)
+            assert not torch.allclose(model.known(frame)[0], latents, atol=1e-2)
+            recorded = model.known(batch.segments.observation["eye"][segment, at + 1][None])[0]
+            torch.testing.assert_close(samples.data[index] + latents, recorded)
+            compared += 1
+    assert compared > 4
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
