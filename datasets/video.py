@@ -280,7 +280,8 @@ def _errors(path: str) -> Iterator[None]:
         yield
     except _DECODE_ERRORS as error:
         raise DatasetError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); it is damaged, or of a kind that is not read"
+            f"{path} cannot be read ({type(error).__name__}: {error}); it is damaged, or of a kind that is not read: "
+            "copy or record it again, leave its episodes out with --drop, or this camera with --keys"
         ) from error
 
 

@@ -227,7 +227,7 @@ class TestRefuses:
         path = tmp_path / "a.mp4"
         path.write_bytes(content)
         for action in (lambda rows: rows.check(), lambda rows: rows[0]):
-            with pytest.raises(DatasetError, match=r"a\.mp4 cannot be read"):
+            with pytest.raises(DatasetError, match=r"a\.mp4 cannot be read .*: copy or record it again"):
                 action(rows_of(path, count=3))
 
     def test_a_missing_file(self, tmp_path):
