@@ -18,6 +18,7 @@ from scd_robot.config import to_json
 from scd_robot.datasets import EpisodeDataset
 from scd_robot.datasets.lazy import RowArray
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
+from scd_robot.nn import room_for
 from scd_robot.output import write_json
 from scd_robot.policies import Imagination
 
@@ -74,7 +75,7 @@ def imagine_episodes(
         fvd_weights: file of I3D's weights, to tell FVD; None = it is not told.
 
     Raises:
-        ConfigError: no such episode, or one that is too short; too few episodes or frames for FVD.
+        ConfigError: no such episode, or one that is too short; too few episodes or frames for FVD; no room for them.
         ShapeError, UnknownNameError: the recording is not one for this model, see `check_recording`; its pictures are
             too small for LPIPS.
         CheckpointError: no such weights, or they are of another network.
@@ -87,16 +88,9 @@ def imagine_episodes(
     features = None if fvd_weights is None else ClipFeatures(fvd_weights, imagination.device)
     if lpips is not None:
         lpips.check_size(imagination.pictures_shape)
-    executed = np.asarray(data.executed())
-    seen, pictures, actions = [], [], []
-    for episode in episodes:  # one by one: recorded pictures may be much larger than those the model sees
-        start = data.rows(episode).start
-        frames = np.asarray(data.arrays[imagination.source][start : start + context + length])
-        seen.append(frames[:context].copy())
-        pictures.append(imagination.pictures(frames[None])[0])
-        actions.append(executed[start : start + context + length - 1])
-    imagined = imagination.imagine(np.stack(seen), np.stack(actions), list(episodes))
-    recorded, last = np.stack([x[context:] for x in pictures]), np.stack([x[context - 1] for x in pictures])
+    seen, pictures, actions = _read(imagination, data, episodes, context, length)
+    imagined = imagination.imagine(seen, actions, list(episodes))
+    recorded, last = pictures[:, context:], pictures[:, context - 1]
     errors = frame_errors(recorded, imagined, last, episodes=np.asarray(episodes))
     learned = _learned(recorded, imagined, last, np.asarray(episodes), lpips, features)
     return Imagined(recorded, imagined, last, list(episodes), context, errors, learned)
@@ -176,6 +170,31 @@ def format_errors(document: dict[str, Any]) -> str:
             of = f"{told['network']}, mean" if name == "lpips" else f"{told['clips']} clips"
             lines.append(f"{name.upper()} ({of}): {numbers[0]:.4g} imagined, {numbers[1]:.4g} repeated; less is better")
     return "\n".join(lines)
+
+
+def _read(
+    imagination: Imagination, data: EpisodeDataset, episodes: Sequence[int], context: int, length: int
+) -> tuple[Frames, Frames, NDArray[np.float32]]:
+    """Of each episode the frames of the context as recorded, all of them as the model sees them, and executed actions.
+
+    Recorded frames, which may be much larger, are read one episode after the other.
+    """
+    executed, steps = np.asarray(data.executed()), context + length
+    array = data.arrays[imagination.source]
+    bytes_each = array.nbytes // len(array)
+    told = (
+        f"for recorded frames = ({len(episodes)} episodes x {context} control steps of context + {steps} of one "
+        f"episode) x {bytes_each} bytes; take fewer episodes, or a smaller context or length"
+    )
+    seen, pictures, actions = [], [], []
+    with room_for((len(episodes) * context + steps) * bytes_each, None, told):
+        for episode in episodes:
+            start = data.rows(episode).start
+            frames = np.asarray(array[start : start + steps])
+            seen.append(frames[:context].copy())
+            pictures.append(imagination.pictures(frames[None])[0])
+            actions.append(executed[start : start + steps - 1])
+        return np.stack(seen), np.stack(pictures), np.stack(actions)
 
 
 def _check_clips(episodes: Sequence[int], length: int) -> None:

@@ -134,6 +134,16 @@ def test_episodes_that_are_too_short_or_not_there_are_refused(options: dict, tol
         imagine_episodes(untrained(), DATA, **{"episodes": [0], **options})
 
 
+def test_recorded_frames_that_do_not_fit_into_memory_are_told_with_their_sum(monkeypatch) -> None:
+    monkeypatch.setattr("scd_robot.nn.memory._SMALL", 0)
+    monkeypatch.setattr("scd_robot.nn.memory.free_memory", lambda device: 9000)  # of 9728
+    told = r"recorded frames = \(3 episodes x 9 control steps of context \+ 11 of one episode\) x 256 bytes; take fewer"
+    imagination = untrained()
+    monkeypatch.setattr(imagination, "imagine", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(ConfigError, match=told):
+        imagine_episodes(imagination, DATA, [0, 1, 2], 9, 2)
+
+
 @pytest.mark.parametrize(
     ("frames", "actions", "told"),
     [
