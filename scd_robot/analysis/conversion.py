@@ -156,7 +156,8 @@ def write_converted(conversion: Conversion, path: Path) -> ScdModel:
         dataset=source.dataset,
         normalizer=source.normalizer,
         weights=model.state_dict(),
-        origin={"conversion": conversion.to_json()},
+        origin={name: source.origin[name] for name in ("backbone",) if name in source.origin}
+        | {"conversion": conversion.to_json()},
         metrics={},
     )
     return model

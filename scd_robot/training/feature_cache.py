@@ -9,7 +9,8 @@ Shapes: N control steps of the dataset, H W C picture, h w F its feature map.
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,6 @@ def with_cached_features(
                 logger.info("features of %r are computed once, into %s", key, file)
                 _write(file, data.arrays[key], key, backbone, wanted, progress)
             arrays[key] = np.load(file, mmap_mode="r")
-    except OSError as error:
-        raise OutputError(
-            f"cannot write features to {folder}: {error.strerror or error}; choose another --out, or set "
-            "training.cache_features=false"
-        ) from error
     finally:
         backbone.to(came_from)
     if sum(arrays[key].nbytes for key in backbone.map_shapes) / 1e9 <= most_gb:
@@ -93,20 +89,41 @@ def _write(
     file: Path, pictures: RowArray, key: str, backbone: Backbone, wanted: Mapping[str, Any], progress: bool
 ) -> None:
     """Encodes all pictures of a camera; what makes the file valid is written last."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}.partial")  # several processes may train together
+    told = beside.with_suffix(".json")
+    header = {"descr": "<f2", "fortran_order": False, "shape": tuple(wanted["shape"])}
+    with _writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = beside.open("wb")  # not mapped: a full disk would kill the process
     try:
-        header = {"descr": "<f2", "fortran_order": False, "shape": tuple(wanted["shape"])}
-        with beside.open("wb") as stream:  # not mapped: a full disk would kill the process
-            np.lib.format.write_array_header_1_0(stream, header)
+        with stream:
+            with _writing(file.parent):
+                np.lib.format.write_array_header_1_0(stream, header)
             for start in tqdm(range(0, len(pictures), _BATCH), desc=f"features of {key}", disable=not progress):
-                stream.write(_encoded(pictures[start : start + _BATCH], key, backbone).astype("<f2").tobytes())
-        beside.replace(file)
-        told = beside.with_suffix(".json")
-        told.write_text(json.dumps(wanted))
-        told.replace(file.with_suffix(".json"))
+                features = _encoded(pictures[start : start + _BATCH], key, backbone)
+                with _writing(file.parent):
+                    stream.write(features.astype("<f2").tobytes())
+                    stream.flush()
+        with _writing(file.parent):
+            told.write_text(json.dumps(wanted))
+            file.with_suffix(".json").unlink(missing_ok=True)  # or, killed here, it would vouch for the new file
+            beside.replace(file)
+            told.replace(file.with_suffix(".json"))
     finally:
         beside.unlink(missing_ok=True)
+        told.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What fails within was to be written there."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write features to {folder}: {error.strerror or error}; choose another --out, or set "
+            "training.cache_features=false"
+        ) from error
 
 
 def _encoded(pictures: NDArray[Any], key: str, backbone: Backbone) -> NDArray[np.float16]:

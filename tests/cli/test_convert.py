@@ -1,11 +1,13 @@
 """`scd convert-policy`: an entangled run in, an ordinary separable run out, with a record of where it came from."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from scd_robot.analysis.conversion import plan_conversion, write_converted
 from scd_robot.checkpoint import find_checkpoint, read_checkpoint
 from scd_robot.cli.main import main
 from scd_robot.policies import CausalDitPolicy, ScdPolicy, load_policy
@@ -92,3 +94,11 @@ def test_separable_policies_and_used_folders_are_refused(arguments, tiny_run, tm
     refused([arguments[0], tiny_run, *arguments[2:]], "only entangled policies", unchanged=[tmp_path])
     assert run(arguments, "--max-steps", "1") == 0
     refused(arguments, "exists already; choose another --out", unchanged=[tmp_path], at_once=False)
+
+
+def test_where_a_backbone_came_from_is_still_told(entangled_run, tmp_path) -> None:
+    planned = plan_conversion(entangled_run, "0:2", "first:1,last:1", num_context_tokens=2, fusion="prefix")
+    backbone = {"name": "conv.a", "sha256": "0"}
+    source = replace(planned.source, origin={**planned.source.origin, "backbone": backbone})
+    write_converted(replace(planned, source=source), tmp_path / "converted")
+    assert read_checkpoint(tmp_path / "converted").origin["backbone"] == backbone

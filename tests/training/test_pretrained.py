@@ -214,6 +214,28 @@ class TestCachedFeatures:
                 train(picture_data(), self.settings(weights), tmp_path / "run", **OPTIONS)
         assert list((tmp_path / "run" / "features").iterdir()) == []
 
+    def test_features_of_other_data_do_not_pass_for_the_first_ones(
+        self, weights: Path, tmp_path: Path, encoded, monkeypatch
+    ) -> None:
+        data, backbone = picture_data(), Backbone(experiment(weights).model.images, SHAPES_OF_EYE)
+        backbone.load_pretrained(str(weights))
+        options = {"most_gb": 1.0, "progress": False}
+        with_cached_features(data, backbone, tmp_path, "first", **options)
+        replace_file = Path.replace
+
+        def killed(self, target):
+            if Path(target).suffix == ".json":
+                raise KeyboardInterrupt
+            return replace_file(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", killed)
+            with pytest.raises(KeyboardInterrupt):
+                with_cached_features(data, backbone, tmp_path, "second", **options)
+        encoded.clear()
+        with_cached_features(data, backbone, tmp_path, "first", **options)
+        assert sum(encoded) == data.num_steps, "the file holds what was made for the second"
+
     def test_what_cannot_be_kept_is_refused(self, weights: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"cache_features and augmentation exclude each other.*brightness"):
             experiment(weights, cache_features=True)
