@@ -19,7 +19,7 @@ __all__ = ["Journal"]
 
 logger = logging.getLogger(__name__)
 
-_KEPT_TIMES = 100_000
+_KEPT_TIMES = 10_000
 
 
 class Journal:

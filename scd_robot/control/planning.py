@@ -14,7 +14,7 @@ from scd_robot.types import ActionArray, RunningChunk
 
 __all__ = ["Planning"]
 
-_KEPT_TIMES = 100_000
+_KEPT_TIMES = 10_000
 
 
 class Planning:
