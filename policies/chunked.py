@@ -65,7 +65,11 @@ class ChunkPolicy(ObservingPolicy):
         """
 
     def plan(
-        self, prefix: ActionArray | None = None, delay_steps: int = 0, rows: Sequence[int] | None = None
+        self,
+        prefix: ActionArray | None = None,
+        delay_steps: int = 0,
+        rows: Sequence[int] | None = None,
+        running: RunningChunk | None = None,
     ) -> ActionArray:
         """Samples a chunk for every row, or some, from the last observation, and follows it from now on.
 
@@ -74,6 +78,7 @@ class ChunkPolicy(ObservingPolicy):
             delay_steps: commit so many actions of the running chunk instead (the control steps that will pass while
                 this plan is computed). With `prefix`, its length must be this or `delay_steps` 0.
             rows: n numbers, ascending; None = all.
+            running: as in `plan_from`, (n, ., Da).
 
         A model trained with max_delay_steps = 0 was never shown clean actions: it sees the committed ones noised like
         the rest at every denoising step, which is less exact about how the plan goes on.
@@ -93,7 +98,10 @@ class ChunkPolicy(ObservingPolicy):
         elif prefix is not None:
             count = delay_steps or (np.shape(prefix)[1] if np.ndim(prefix) == 3 else 0)
             prefix = checked_action("prefix", prefix, (len(chosen), count, self.spec.action_dim))
-        chunk = self._sample_chunks(chosen, prefix)
+        if running is not None:
+            self.check_guidance(running.max_gain)
+            running = checked_running(running, len(chosen), self.spec.action_dim)
+        chunk = self._sample_chunks(chosen, prefix, running)
         remembered.follow(chosen, chunk)
         return chunk
 
@@ -155,6 +163,11 @@ class ChunkPolicy(ObservingPolicy):
             fixed = checked_given(fixed, (len(given.rows), self.spec.chunk_length, self.spec.action_dim))
         return self._denoise(given, prefix, running, fixed)
 
+    @property
+    @abstractmethod
+    def max_gain(self) -> float:
+        """The largest gain with which a plan can be guided towards a running chunk; 0 = none can."""
+
     @abstractmethod
     def check_guidance(self, max_gain: float) -> None:
         """Raises ConfigError where plans of this policy cannot be guided towards a running chunk with this gain."""
@@ -171,15 +184,19 @@ class ChunkPolicy(ObservingPolicy):
             rows.follow(due, self._sample_chunks(due, None))
         return rows.current_action()
 
-    def _sample_chunks(self, chosen: NDArray[np.int64], prefix: ActionArray | None) -> ActionArray:
+    def _sample_chunks(
+        self, chosen: NDArray[np.int64], prefix: ActionArray | None, running: RunningChunk | None = None
+    ) -> ActionArray:
         """New chunks (rows, Ta, Da) for some rows."""
         started = time.perf_counter()
         if self.choice is None:
-            chunk = self._denoise(self._plan_input(chosen), prefix)
+            chunk = self._denoise(self._plan_input(chosen), prefix, running)
         else:
             count = self.choice.num_candidates
             prefix = None if prefix is None else np.repeat(prefix, count, axis=0)
-            sampled = self._denoise(self._plan_input(np.repeat(chosen, count), count), prefix)
+            if running is not None:
+                running = replace(running, actions=np.repeat(running.actions, count, axis=0))
+            sampled = self._denoise(self._plan_input(np.repeat(chosen, count), count), prefix, running)
             chunks = sampled.reshape(len(chosen), count, *sampled.shape[1:])
             chunk = chunks[np.arange(len(chosen)), self.choice.best(chunks, chosen)]
         self._timings["plan_ms"].append(1e3 * (time.perf_counter() - started))

@@ -97,6 +97,7 @@ class ObservingPolicy(ABC):
             history_length=architecture.history_length,
             action_kind=dataset.action_kind,
             tasks=tuple(self.instructions.tasks),
+            max_delay_steps=architecture.max_delay_steps,
         )
         self._timings = _empty_timings()
         self._rows: Rows | None = None

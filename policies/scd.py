@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scd_robot.config import from_json
 from scd_robot.errors import CheckpointError
-from scd_robot.model import ActionModel, ScdConfig, build_model, check_guidance
+from scd_robot.model import ActionModel, ScdConfig, build_model, check_guidance, greatest_gain
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.chunked import ChunkPolicy
 from scd_robot.policies.config import ScdPolicyConfig, check_widths
@@ -133,6 +133,11 @@ class ScdPolicy(ChunkPolicy):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         return context
+
+    @property
+    def max_gain(self) -> float:
+        """The largest gain with which a plan can be guided."""
+        return greatest_gain(self.config.sampler)
 
     def check_guidance(self, max_gain: float) -> None:
         """Raises ConfigError where plans of this policy cannot be guided towards a running chunk with this gain."""

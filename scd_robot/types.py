@@ -150,6 +150,8 @@ class PolicySpec:
         history_length: control steps each encoder layer attends to, the current one included (1 = memoryless).
         action_kind: what its actions ask for.
         tasks: in words, where it does several and has to be told which.
+        max_delay_steps: most committed actions that training showed it clean (real-time chunking); 0 = it was not
+            trained for delays, None = not known.
     """
 
     observation: dict[str, ArraySpec]
@@ -160,6 +162,7 @@ class PolicySpec:
     history_length: int
     action_kind: ActionKind = ""
     tasks: tuple[str, ...] = ()
+    max_delay_steps: int | None = None
 
 
 @runtime_checkable

@@ -76,7 +76,7 @@ class EncodingPolicy(Protocol):
         ...
 
     def check_guidance(self, max_gain: float) -> None:
-        """Raises ConfigError where plans take no running chunk; asked by the strategies that are guided."""
+        """Raises ConfigError where plans cannot be guided with this gain; asked by the strategies that are guided."""
         ...
 
     def snapshot(self) -> Any:

@@ -156,6 +156,11 @@ class ExportedPolicy(ChunkPolicy):
             context = np.where(encodes[:, None, None], context, self._context)
         return context
 
+    @property
+    def max_gain(self) -> float:
+        """0: exported plans are not differentiated."""
+        return 0.0
+
     def check_guidance(self, max_gain: float) -> None:
         """Raises ConfigError: exported plans are not differentiated."""
         raise ConfigError(

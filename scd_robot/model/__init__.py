@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from scd_robot.model.base import ActionModel, ActionPlan, HistoryModel, check_guidance
+from scd_robot.model.base import ActionModel, ActionPlan, HistoryModel, check_guidance, greatest_gain
 from scd_robot.model.causal_dit import CausalDitModel, HistoryContext
 from scd_robot.model.config import FrameConfig, ScdConfig
 from scd_robot.model.decoder import Conditioning, DiffusionDecoder
@@ -37,6 +37,7 @@ __all__ = [
     "build_model",
     "check_guidance",
     "check_sampler",
+    "greatest_gain",
 ]
 
 

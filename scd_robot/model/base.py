@@ -23,7 +23,7 @@ from scd_robot.model.held import FixedActions, hold
 from scd_robot.model.tokenizer import StepTokenizer
 from scd_robot.nn import KVCache
 
-__all__ = ["ActionModel", "ActionPlan", "HistoryModel", "check_guidance", "take_steps"]
+__all__ = ["ActionModel", "ActionPlan", "HistoryModel", "check_guidance", "greatest_gain", "take_steps"]
 
 
 @dataclass(frozen=True)
@@ -253,16 +253,22 @@ class ActionModel(HistoryModel[ContextT]):
 
 def check_guidance(sampler: SamplerConfig, max_gain: float) -> None:
     """Raises ConfigError where chunks that this sampler makes cannot be guided towards others."""
-    if sampler.solver in ("average", "mip"):
+    greatest = greatest_gain(sampler)
+    if not greatest:
         raise ConfigError(
             f"a guided chunk needs the velocity at each flow time, which solver {sampler.solver!r} does not ask for; "
             "use a policy of solver 'euler', 'heun' or 'midpoint', or another strategy"
         )
-    if max_gain > sampler.num_denoising_steps:
+    if max_gain > greatest:
         raise ConfigError(
             f"a gain of up to {max_gain:g} overshoots in steps of 1/{sampler.num_denoising_steps}: take at least "
             f"{math.ceil(max_gain)} denoising steps, or a smaller max_gain"
         )
+
+
+def greatest_gain(sampler: SamplerConfig) -> int:
+    """The largest gain with which this sampler's chunks can be guided towards others; 0 = they cannot."""
+    return 0 if sampler.solver in ("average", "mip") else sampler.num_denoising_steps
 
 
 @contextmanager

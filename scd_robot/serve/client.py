@@ -21,10 +21,11 @@ from scd_robot.serve.endpoint import (
     ServerUnreachableError,
     check_weights,
     read_answer,
+    running_keys,
     weights_of,
 )
 from scd_robot.serve.wire import pack
-from scd_robot.types import ActionArray
+from scd_robot.types import ActionArray, RunningChunk
 
 __all__ = ["HistoryLostError", "PolicyClient", "RequestRefusedError", "ServerUnreachableError"]
 
@@ -83,6 +84,7 @@ class PolicyClient:
         executed: ActionArray | None = None,
         observe_only: bool = False,
         prefix: ActionArray | None = None,
+        running: RunningChunk | None = None,
         snapshot: str | None = None,
         restore: str | None = None,
         prompt: str | None = None,
@@ -97,6 +99,7 @@ class PolicyClient:
             executed: (n, Da) executed since the last observation, oldest first.
             observe_only: no plan is needed.
             prefix: (d, Da) committed actions with which the plan begins.
+            running: (1, m, Da) what is left of the chunk that is executed; the plan is guided towards it.
             snapshot: keep the history under this name, on the server.
             restore: go on with the history of this name.
             prompt: the task in words, one of `metadata["tasks"]`; with every observation, or with none of a connection,
@@ -119,6 +122,7 @@ class PolicyClient:
             executed=executed,
             observe_only=observe_only,
             prefix=prefix,
+            running=running,
             snapshot=snapshot,
             restore=restore,
             prompt=prompt,
@@ -132,6 +136,8 @@ class PolicyClient:
             for name, value in options.items()
             if value is not None and value is not False
         }
+        if (running := chosen.pop("scd/running", None)) is not None:
+            chosen |= running_keys(running)
         message = pack({**(observation or {}), **chosen})
         self._loses_nothing = bool(options.get("reset")) or not self._begun
         self._message = message

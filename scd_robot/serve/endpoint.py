@@ -1,4 +1,7 @@
-"""Where a policy server is, how a connection to it is opened, and what its answers mean."""
+"""Where a policy server is, how a connection to it is opened, and what its answers mean.
+
+Shapes: m remaining actions, Da action width.
+"""
 
 import ssl
 from collections.abc import Mapping
@@ -16,7 +19,7 @@ from scd_robot.errors import (
     UnknownNameError,
 )
 from scd_robot.serve.wire import MessageError, unpack
-from scd_robot.types import ArraySpec, PolicySpec
+from scd_robot.types import ArraySpec, PolicySpec, RunningChunk
 
 try:
     from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
@@ -36,6 +39,7 @@ __all__ = [
     "ServerUnreachableError",
     "check_weights",
     "read_answer",
+    "running_keys",
     "weights_of",
 ]
 
@@ -108,6 +112,7 @@ class Served:
         keys: what a client calls each key of the observation.
         history_stride: control steps from one that can be planned from to the next.
         max_prefix: most committed actions that a plan begins with.
+        max_gain: the largest gain with which a plan can be guided towards a running chunk; 0 = none can.
         task: what it does where it is not told, in words; None = it must be told, or has one task only.
         provenance: where actions come from, as plain JSON types.
     """
@@ -117,6 +122,7 @@ class Served:
     keys: dict[str, str]
     history_stride: int
     max_prefix: int
+    max_gain: float
     task: str | None
     provenance: dict[str, Any]
 
@@ -150,6 +156,7 @@ class Served:
             num_executed=told["num_executed"],
             history_length=told["history"],
             tasks=tuple(told.get("tasks", ())),
+            max_delay_steps=told.get("max_delay_steps"),
         )
         return cls(
             address=address,
@@ -157,6 +164,7 @@ class Served:
             keys={array["name"]: key for key, array in told["keys"].items()},
             history_stride=told.get("history_stride", 1),
             max_prefix=told.get("max_prefix", spec.chunk_length - 1),
+            max_gain=told.get("max_gain", 0),
             task=told.get("task"),
             provenance={**told["policy"], "server": address, "served_by": told["server"]},
         )
@@ -169,6 +177,16 @@ class Served:
         """Raises UnknownNameError where the policy does not know a task (None = the server's)."""
         if task is not None and task not in self.spec.tasks:
             raise UnknownNameError("task of this policy", task, self.spec.tasks)
+
+
+def running_keys(running: RunningChunk) -> dict[str, Any]:
+    """What a request holds so that its plan is guided towards a running chunk (1, m, Da)."""
+    return {
+        "scd/running": np.asarray(running.actions[0], np.float32),
+        "scd/delay_steps": running.delay_steps,
+        "scd/max_gain": running.max_gain,
+        "scd/identity": not running.exact,
+    }
 
 
 def weights_of(told: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ Shapes: B requests computed together, n control steps, Ta chunk length, Da actio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -174,6 +174,8 @@ class Engine:
         gap = 1
         if history is not None and request.observation is not None:
             gap = self._gap(request, step, planned and not session.ticks and not request.observe_only)
+        if request.running is not None:
+            self.policy.check_guidance(request.running.max_gain)
         position = 0 if history is None else int(history.position[0]) - 1 + gap
         if request.kind == "plan" and position % self._stride:
             raise ConfigError(
@@ -270,11 +272,11 @@ class Engine:
                 executed[row] = job.request.executed[-1]
         self.policy.observe(observation, executed if told else None)
         encoder_ms = 1e3 * (time.perf_counter() - started)
-        by_length: dict[int, list[int]] = {}
+        alike: dict[tuple[Any, ...], list[int]] = {}
         for row, job in enumerate(group):
             if job.request.kind == "plan":
-                by_length.setdefault(0 if job.request.prefix is None else len(job.request.prefix), []).append(row)
-        for rows in by_length.values():
+                alike.setdefault(_kind_of_plan(job.request), []).append(row)
+        for rows in alike.values():
             self._plan(group, rows)
         for job, history in zip(group, self.policy.release(), strict=True):
             job.session.history = history
@@ -287,11 +289,16 @@ class Engine:
                 job.result = Answer({**actions, "policy_timing": times}, rows=len(group))
 
     def _plan(self, group: list[_Job], rows: list[int]) -> None:
-        """Plans for some rows, whose prefixes are of one length."""
-        prefixes = [group[row].request.prefix for row in rows]
-        prefix = None if prefixes[0] is None else np.stack([one for one in prefixes if one is not None])
+        """Plans for some rows, of one kind."""
+        requests = [group[row].request for row in rows]
+        prefix, running = None, requests[0].running
+        if requests[0].prefix is not None:
+            prefix = np.stack([one.prefix for one in requests if one.prefix is not None])
+        if running is not None:
+            actions = [one.running.actions for one in requests if one.running is not None]
+            running = replace(running, actions=np.concatenate(actions))
         try:
-            chunks = self.policy.plan(prefix=prefix, rows=rows)
+            chunks = self.policy.plan(prefix=prefix, rows=rows, running=running)
         except ScdRobotError as error:
             if len(rows) == 1:
                 group[rows[0]].result = error
@@ -316,3 +323,11 @@ class Engine:
             message["scd/evicted"] = True
         session.evicted = session.evicted and not job.new
         job.result = Answer(message, answer.rows)
+
+
+def _kind_of_plan(request: Request) -> tuple[Any, ...]:
+    """Plans of one kind are sampled together."""
+    running, committed = request.running, 0 if request.prefix is None else len(request.prefix)
+    if running is None:
+        return (committed,)
+    return committed, running.actions.shape[1], running.delay_steps, running.max_gain, running.exact

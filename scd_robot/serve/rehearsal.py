@@ -8,7 +8,7 @@ Shapes: Da action width.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,11 @@ from scd_robot.serve.endpoint import Served
 from scd_robot.serve.link import Answered, Broken, Connected, Event
 from scd_robot.serve.remote_stream import RemoteStream
 from scd_robot.serve.wire import pack, unpack
+from scd_robot.types import RunningChunk
 
 __all__ = ["ScriptedLink", "behind_a_server", "metadata_of"]
 
+_MAX_GAIN = 8.0
 _ADDRESS = "ws://scripted"
 _WAY_S = 0.004  # there and back
 _SLOW = 30.0
@@ -123,10 +125,19 @@ class ScriptedLink:
                 return pack(told), 0.0
             prefix = message.get("scd/prefix")
             given = self._policy.snapshot()
-            actions = self._policy.plan_from(given, None if prefix is None else np.asarray(prefix)[None])[0]
+            committed = None if prefix is None else np.asarray(prefix)[None]
+            actions = self._policy.plan_from(given, committed, _running(message))[0]
         except (ScdRobotError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}", 0.0
         return pack({**told, "actions": actions}), self._duration_s()
+
+
+def _running(message: Mapping[str, Any]) -> RunningChunk | None:
+    """What a plan is to be guided towards."""
+    if "scd/running" not in message:
+        return None
+    gain, exact = message["scd/max_gain"], not message["scd/identity"]
+    return RunningChunk(np.asarray(message["scd/running"])[None], message["scd/delay_steps"], gain, exact)
 
 
 def metadata_of(policy: ScriptedPolicy) -> dict[str, Any]:
@@ -144,6 +155,7 @@ def metadata_of(policy: ScriptedPolicy) -> dict[str, Any]:
         "history_stride": 1,
         "num_executed": spec.num_executed,
         "max_prefix": policy.max_prefix,
+        "max_gain": _MAX_GAIN,
         "tasks": list(spec.tasks),
         "keys": {key: {**array.to_json(), "name": key} for key, array in spec.observation.items()},
     }

@@ -26,6 +26,7 @@ from scd_robot.serve.endpoint import (
     Served,
     check_weights,
     read_answer,
+    running_keys,
 )
 from scd_robot.serve.link import Answered, Broken, Link, SocketLink
 from scd_robot.serve.wire import pack
@@ -150,11 +151,18 @@ class RemoteStream:
         return self._served.max_prefix
 
     def check_guidance(self, max_gain: float) -> None:
-        """Raises ConfigError: the protocol has no guidance."""
-        raise ConfigError(
-            "a server's plans begin with committed actions (strategy 'prefix'), and are not guided; choose that "
-            "strategy, or run the policy on this machine"
-        )
+        """Raises ConfigError where the server's plans cannot be guided towards a running chunk with this gain."""
+        greatest = self._served.max_gain
+        if not greatest:
+            raise ConfigError(
+                f"plans of {self._served.address} cannot be guided: its policy is an export or has a sampler of few "
+                "steps, or it is an earlier scd serve; choose another strategy"
+            )
+        if max_gain > greatest:
+            raise ConfigError(
+                f"a gain of up to {max_gain:g} overshoots at {self._served.address}, whose policy takes at most "
+                f"{greatest:g} (its denoising steps): choose a smaller max_gain, or serve it with more of them"
+            )
 
     def reset(self, rows: Sequence[int] | None = None, episodes: Sequence[int] | None = None) -> None:
         """The next observation begins a history.
@@ -221,6 +229,8 @@ class RemoteStream:
         assert self._pending is not None, "may_plan"
         if request.prefix is not None:
             self._pending["scd/prefix"] = np.asarray(request.prefix[0], np.float32)
+        if request.running is not None:
+            self._pending |= running_keys(request.running)
         self._post(request)
         self._flying = request
 

@@ -1,6 +1,6 @@
 """What a client asks for: an observation, and what it tells about its episode beside it. docs/serving.md has the table.
 
-Shapes: n control steps, d committed actions, Da action width.
+Shapes: n control steps, d committed actions, m remaining actions, Da action width.
 """
 
 from collections.abc import Mapping
@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
 from scd_robot.serve.observations import ObservationReader, flatten
-from scd_robot.types import ActionArray
+from scd_robot.types import ActionArray, RunningChunk
 
 __all__ = ["Request", "RequestReader"]
 
+_GUIDANCE = ("scd/running", "scd/delay_steps", "scd/max_gain", "scd/identity")
 _OURS = (
     "scd/reset",
     "scd/episode",
@@ -23,11 +24,13 @@ _OURS = (
     "scd/executed",
     "scd/observe_only",
     "scd/prefix",
+    *_GUIDANCE,
     "scd/snapshot",
     "scd/restore",
 )
 _DIALECTS = ("endpoint", "reset", "session_id", "prompt")
 _LAST_STEP = 2**31
+_INF = float("inf")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Request:
         executed: (n, Da) actions executed since the last observation, oldest first; None = as planned.
         observe_only: extend the history without a plan.
         prefix: (d, Da) actions already committed, from this control step on.
+        running: (1, m, Da) what is left of the chunk that the client executes; the plan is guided towards it.
         snapshot: keep the history under this name, after the observation if there is one.
         restore: go on with the history kept under this name.
         session: name of the episode, in the dialect that has one.
@@ -56,6 +60,7 @@ class Request:
     executed: ActionArray | None = None
     observe_only: bool = False
     prefix: ActionArray | None = None
+    running: RunningChunk | None = None
     snapshot: str | None = None
     restore: str | None = None
     session: str | None = None
@@ -116,6 +121,7 @@ class RequestReader:
             executed=self._actions(own, "scd/executed"),
             observe_only=_flag(own, "scd/observe_only"),
             prefix=self._prefix(own),
+            running=self._running(own),
             snapshot=snapshot,
             restore=restore,
             session=_text(own, "session_id"),
@@ -128,6 +134,28 @@ class RequestReader:
         if prefix is not None and len(prefix) >= self._chunk_length:
             raise ConfigError(f"scd/prefix holds {len(prefix)} actions, a plan has {self._chunk_length}; commit fewer")
         return prefix
+
+    def _running(self, own: Mapping[str, Any]) -> RunningChunk | None:
+        actions = self._actions(own, "scd/running")
+        told = [key for key in _GUIDANCE[1:] if own.get(key) is not None]
+        if actions is None:
+            if told:
+                raise ConfigError(f"{told[0]} goes with scd/running, the actions that the plan is guided towards")
+            return None
+        if len(actions) >= self._chunk_length:
+            raise ConfigError(
+                f"scd/running holds {len(actions)} actions; of a chunk of {self._chunk_length} at least one was executed"
+            )
+        delay, gain = _count(own, "scd/delay_steps"), own.get("scd/max_gain")
+        gain = RunningChunk.max_gain if gain is None else gain
+        if delay is None or delay > len(actions):
+            raise ConfigError(
+                "scd/running goes with scd/delay_steps, how many of its actions are carried out while the plan is made: "
+                f"0 to {len(actions)}, got {'nothing' if delay is None else delay}"
+            )
+        if isinstance(gain, bool) or not isinstance(gain, int | float | np.integer | np.floating) or not 0 < gain < _INF:
+            raise ConfigError(f"scd/max_gain must be a positive finite number, got {gain!r:.80}")
+        return RunningChunk(actions[None], delay, float(gain), exact=not _flag(own, "scd/identity"))
 
     def _actions(self, own: Mapping[str, Any], key: str) -> ActionArray | None:
         value = own.get(key)

@@ -21,6 +21,7 @@ KEYS = st.sampled_from(
     [
         *("position", "goal", "observation", "prompt", "endpoint", "reset", "session_id", "scd/step", "scd/executed"),
         *("scd/prefix", "scd/reset", "scd/episode", "scd/observe_only", "scd/snapshot", "scd/restore", "scd/x", ""),
+        *("scd/running", "scd/delay_steps", "scd/max_gain", "scd/identity"),
     ]
 )
 LEAVES = st.one_of(

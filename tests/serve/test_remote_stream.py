@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from scd_robot.control import (
     VirtualClock,
     WatchdogConfig,
 )
+from scd_robot.control.executor import Strategy
 from scd_robot.control.inspection import InspectedRobot
 from scd_robot.control.recorder import find_record, read_record
 from scd_robot.control.rehearsal import (
@@ -166,10 +168,9 @@ watchdogs = st.builds(
     plan_error=st.sampled_from(["retry", "stop"]),
     give_up_s=st.sampled_from([1.0, 10.0]),
 )
-strategies = ["receding", "prefix", "synchronous", "ensemble"]  # the others are guided
 executions = st.builds(
     ExecutionConfig,
-    st.sampled_from(strategies),
+    st.sampled_from(get_args(Strategy)),
     st.sampled_from([None, 1, 4, 16]),
     delay=st.just(DelayConfig(window=10, warm_up=1)),
 )
@@ -264,8 +265,10 @@ def test_a_server_that_does_not_say_what_it_serves_is_never_followed(told, monke
 
 def test_what_cannot_be_done_through_a_server_is_told_at_once():
     alone = Alone()
-    with pytest.raises(ConfigError, match="'prefix'"):
-        ControlLoop(None, alone.stream, PLACES, LoopConfig(execution=ExecutionConfig("guided")))
+    for gain, told in ((0.0, "cannot be guided"), (4.0, "takes at most 4")):
+        alone.stream._served = replace(alone.stream._served, max_gain=gain)
+        with pytest.raises(ConfigError, match=told):
+            ControlLoop(None, alone.stream, PLACES, LoopConfig(execution=ExecutionConfig("guided")))
     with pytest.raises(ConfigError, match="answer_timeout_s must be positive"):
         Alone(timeout_s=0.0)
     alone.stream.observe(alone.seen)
@@ -317,14 +320,15 @@ class Watched:
         result = self.stream.poll()
         if result is not None:
             next(one for one in self.asked if one[2] is result.request)[3] = result.chunk
-            self.come += result.chunk is not None and result.request.prefix is not None
+            given = result.request.prefix is not None or result.request.running is not None
+            self.come += result.chunk is not None and given
         return result
 
 
-def loop_of(stream, watchdog=None):
+def loop_of(stream, watchdog=None, strategy="prefix"):
     limits = Limits((-3.0, -3.0), (3.0, 3.0), (50.0, 50.0), (2e3, 2e3), (None, None))
     port = InspectedRobot(Wanderer(), limits, stream.spec.control_dt, MonotonicClock())
-    execution = ExecutionConfig("prefix", 2)
+    execution = ExecutionConfig(strategy, 2, max_gain=4.0)
     return ControlLoop(
         port, stream, limits, LoopConfig(execution=execution, watchdog=watchdog or WatchdogConfig())
     ), port
@@ -340,24 +344,32 @@ def test_a_stream_is_of_one_loop_and_the_next_one_is_told_so(start):
     assert port.violations == []
 
 
-def test_plans_of_a_real_server_are_those_of_the_policy_in_process(start):
-    """Every control step, what was executed, and the committed actions arrive."""
-    stream = Watched(RemoteStream.connect(start().address, answer_timeout_s=60.0))
+SAMPLER = {"solver": "euler", "num_denoising_steps": 5}
+
+
+@pytest.mark.parametrize("strategy", ["prefix", "guided", "guided_identity"])
+def test_plans_of_a_real_server_are_those_of_the_policy_in_process(start, strategy):
+    """Every control step, what was executed, and the committed actions, or what is left of the chunk, arrive."""
+    server = start(small_policy(sampler=SAMPLER))
+    stream = Watched(RemoteStream.connect(server.address, answer_timeout_s=60.0))
     assert stream.spec == small_policy().spec
-    loop, port = loop_of(stream)
+    loop, port = loop_of(stream, strategy=strategy)
     report = loop.run(max_steps=1000, until=lambda: len(stream.asked) >= 30 and stream.come >= 4)
     assert port.violations == []
     assert report.faults.get("encoder_error", 0) == 0
-    local, plans, prefixes = small_policy(), 0, 0
+    local, plans, given, moved = small_policy(sampler=SAMPLER), 0, 0, 0.0
     local.reset(episodes=[0])
     for observation, executed, request, chunk in stream.asked:
         local.observe(observation, executed)
         if request is not None:
-            expected = local.plan(prefix=request.prefix)
+            snapshot = local.snapshot()
+            expected, free = (local.plan_from(snapshot, *how) for how in ((request.prefix, request.running), ()))
             if chunk is not None:  # the last one may still be on its way
-                np.testing.assert_allclose(chunk, expected[0], rtol=0, atol=1e-5)
-                plans, prefixes = plans + 1, prefixes + (request.prefix is not None)
-    assert min(plans, prefixes) >= 3
+                np.testing.assert_allclose(chunk, expected[0], rtol=0, atol=1e-4)
+                plans, given = plans + 1, given + (request.prefix is not None or request.running is not None)
+                moved = max(moved, np.abs(expected - free).max())
+    assert min(plans, given) >= 3
+    assert moved > 0.01, "a plan that is made without them is another one"
 
 
 def test_a_server_that_is_started_again_is_found_again_without_an_unsafe_command(start):
