@@ -202,7 +202,7 @@ class RobosuiteEnvironment:
         except Exception as error:  # robosuite raises many kinds
             raise SimulatorError(f"robosuite {robosuite.__version__} cannot make {name}: {error}") from error
         self._running, self._steps = False, 0
-        first = self._reset(0)
+        first = self._begun()  # it was just reset
         low, high = action_bounds(self._env)
         self.spec = EnvironmentSpec(
             name=name,
@@ -328,7 +328,11 @@ class RobosuiteEnvironment:
             self._env.reset()
         except Exception as error:  # robosuite and MuJoCo raise many kinds
             raise SimulatorError(f"robosuite crashed in reset({seed}): {error}") from error
-        if self._before_1_5:  # controllers are made anew
+        return self._begun()
+
+    def _begun(self) -> dict[str, NDArray[Any]]:
+        """The first observation after a reset, with controllers as they are asked for: robosuite makes them anew."""
+        if self._before_1_5:
             for robot in self._env.robots:
                 for controller in robot.part_controllers.values():
                     hold_orientation(controller)

@@ -111,9 +111,10 @@ class LeRobotRobot:
         self._patience_s = _PATIENCE * spec.control_dt if patience_s is None else patience_s
         self._clock: Clock = clock or MonotonicClock()
         self._bus = threading.Lock()
-        self._told = threading.Condition()  # guards the next three
+        self._told = threading.Condition()  # guards the next four
         self._wanted = self._closed = False
         self._outcome: Sample | Exception = ConnectionError("the robot is not connected: call connect(), or use 'with'")
+        self._failed_at: TracebackType | None = None
         self._place: tuple[Command, float] | None = None  # the last finite pose, and when it was read
         self._executed: ActionArray | None = None
         self._thread: threading.Thread | None = None
@@ -149,8 +150,9 @@ class LeRobotRobot:
                 self._told.notify_all()
                 self._told.wait_for(lambda: not self._wanted, self._patience_s)
             outcome = self._outcome
+            failed_at = self._failed_at
         if isinstance(outcome, Exception):
-            raise outcome.with_traceback(None)  # which would grow each time
+            raise outcome.with_traceback(failed_at)  # where reading failed; it would grow each time that it is raised
         return outcome
 
     def send(self, command: Command) -> None:
@@ -192,7 +194,7 @@ class LeRobotRobot:
         with self._told:
             if not self._closed:
                 self._closed = True
-                self._outcome = ConnectionError("the robot was disconnected")
+                self._outcome, self._failed_at = ConnectionError("the robot was disconnected"), None
             self._told.notify_all()
         if self._thread is not None:
             self._thread.join(_CLOSE_TIMEOUT_S)
@@ -226,6 +228,7 @@ class LeRobotRobot:
         with self._told:
             if not self._closed:
                 self._outcome, self._wanted = outcome, False
+                self._failed_at = outcome.__traceback__ if isinstance(outcome, Exception) else None
                 self._told.notify_all()
 
     def _read(self) -> Sample | Exception:

@@ -217,18 +217,19 @@ class ControlLoop:
     def _collect_plan(self) -> None:
         """Follows a plan that is there."""
         now = self._clock.now()
-        result = self._planning.collect(self._journal.steps, now)
-        if result is None:
+        collected = self._planning.collect(self._journal.steps, now)
+        if collected is None:
             return
-        if result.chunk is None:
+        result, fate = collected
+        if fate == "failed":
             self._journal.fault("plan_error", result.error)
             if self._config.watchdog.plan_error == "stop":
                 self._intent = "stop"
-        elif self._planning.is_stale(result, now):
+        elif fate == "stale":
             self._journal.condition("stale_plan", True, f"of an observation {now - result.request.seen_s:.3f} s ago")
             if self._config.watchdog.late_plan == "stop" and self._followed:
                 self._intent = "stop"
-        elif self._planning.executor.has_actions:
+        elif fate == "followed":
             self._journal.condition("plan_late", False)
             self._journal.condition("stale_plan", False)
 

@@ -5,6 +5,7 @@ Shapes: Da action width, d committed actions.
 
 from collections import Counter, deque
 from collections.abc import Callable
+from typing import Literal
 
 from scd_robot.control.delay import DelayEstimator, Split, split_chunk
 from scd_robot.control.executor import ChunkExecutor, ExecutionConfig
@@ -12,7 +13,10 @@ from scd_robot.control.interfaces import EncodingPolicy
 from scd_robot.control.planner import Planner, PlanRequest, PlanResult
 from scd_robot.types import ActionArray, RunningChunk
 
-__all__ = ["Planning"]
+__all__ = ["Fate", "Planning"]
+
+Fate = Literal["followed", "too_late", "stale", "failed", "dropped"]
+"""What becomes of a plan, see `LoopReport`."""
 
 _KEPT_TIMES = 10_000
 
@@ -78,31 +82,29 @@ class Planning:
         """Whether the plan in the making takes longer than was committed to; `steps` as of `ask`, after `collect`."""
         return self._flying is not None and steps - self._flying.steps >= self._flying.committed
 
-    def is_stale(self, result: PlanResult, now_s: float) -> bool:
-        """Whether what a plan was made from is too old by now."""
-        return now_s - result.request.seen_s > self._max_age_s
-
-    def collect(self, steps: int, now_s: float) -> PlanResult | None:
-        """A plan that is there, of this epoch; a good one is followed from now on unless it is stale or too late."""
+    def collect(self, steps: int, now_s: float) -> tuple[PlanResult, Fate] | None:
+        """A plan that is there, and what becomes of it; a good one of this epoch is followed from now on."""
         result = self._planner.poll()
         if result is None:
             return None
         request, self._flying = result.request, None
         self.times_ms.append(1e3 * (now_s - request.asked_s))
+        fate = self._fate(result, steps, now_s)
+        self.counts[fate] += 1
+        return result, fate
+
+    def _fate(self, result: PlanResult, steps: int, now_s: float) -> Fate:
+        request = result.request
         if request.epoch != self.epoch:
-            self.counts["dropped"] += 1
-            return None
+            return "dropped"
         if result.chunk is None:
-            self.counts["failed"] += 1
-            return result
+            return "failed"
         self._delay.add(steps - request.steps)
-        if self.is_stale(result, now_s):
-            self.counts["stale"] += 1
-            return result
+        if now_s - request.seen_s > self._max_age_s:
+            return "stale"
         chunk = result.chunk[: self.split.num_executed] if self.rests else result.chunk
         followed = self.executor.accept(chunk, self.executor.consumed - request.consumed)
-        self.counts["followed" if followed else "too_late"] += 1
-        return result
+        return "followed" if followed else "too_late"
 
     def ask(self, steps: int, now_s: float, seen_s: float, ahead: Callable[[int], ActionArray | None]) -> Split | None:
         """Asks for the next plan if its time has come and no other is in the making.

@@ -181,6 +181,19 @@ class TestConnecting:
             depths.append(len(told.traceback))
         assert len(set(depths)) == 1, "what is raised again and again does not grow"
 
+    def test_what_a_reading_raised_says_where_each_time_and_does_not_grow(self, device, clock):
+        def unplugged(values):
+            raise OSError("no status packet")
+
+        with make(device, clock) as robot:
+            device.spoil, depths = unplugged, []
+            for _ in range(3):
+                with pytest.raises(OSError, match="no status packet") as told:
+                    robot.observe()
+                depths.append(len(told.traceback))
+                assert told.traceback[-1].name == "unplugged"
+        assert len(set(depths)) == 1
+
     @pytest.mark.parametrize(("unit", "fits"), [(1.0, True), (180 / math.pi, False)])
     def test_other_units_than_the_datas_are_refused(self, device, clock, unit, fits):
         state = np.array([-20.0, 30.0, 10.0]) / unit

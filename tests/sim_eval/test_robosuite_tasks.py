@@ -124,6 +124,19 @@ class TestWithRobosuite:
         environment.close()
         environment.close()
 
+    def test_making_one_loads_its_model_once(self, monkeypatch):
+        from robosuite.environments.manipulation.lift import Lift
+
+        loaded, load = [], Lift._load_model
+        monkeypatch.setattr(Lift, "_load_model", lambda lift: loaded.append(lift) or load(lift))
+        environment = make_environment("robosuite/Lift")
+        assert len(loaded) == 1
+        first = environment.reset(0)
+        assert {key: (value.shape, value.dtype) for key, value in first.items()} == {
+            key: (spec.shape, spec.dtype) for key, spec in environment.spec.observation.items()
+        }
+        environment.close()
+
     def test_a_recording_tells_robots_rate_and_older_controllers(self, tmp_path):
         controller = {
             "type": "OSC_POSE", "input_max": 1, "input_min": -1, "output_max": [0.05] * 3 + [0.5] * 3,
