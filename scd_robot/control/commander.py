@@ -101,13 +101,17 @@ class Commander:
         self._distrusted_s = self._clock.now()
 
     def hold_at_last(self) -> None:
-        """Whatever happened: the robot holds, and nothing is sent any more."""
+        """Whatever happened: the robot holds, and nothing is sent any more. Another Ctrl-C is raised after that."""
+        interruption: BaseException | None = None
         for _ in range(_HOLD_ATTEMPTS):
             try:
                 self._robot.hold()
-                return
-            except Exception as error:
+                break
+            except BaseException as error:
+                interruption = interruption if isinstance(error, Exception) else error
                 self._journal.fault("robot_hold", f"{type(error).__name__}: {error}")
+        if interruption is not None:
+            raise interruption
 
     def send(self, target: Command | None) -> bool:
         """The next command, towards a target (Da,); None = brake and stand still.
@@ -120,7 +124,7 @@ class Commander:
         self._sent_s = self._clock.now()
         self._journal.commands += 1
         try:
-            self._robot.send(command)
+            self._robot.send(command.copy())  # it may be changed there: into other units, say
         except Exception as error:
             self._journal.fault("robot_send", f"{type(error).__name__}: {error}")
             self.command = None

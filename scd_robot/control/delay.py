@@ -69,7 +69,8 @@ class Split:
     Attributes:
         num_executed: s, actions after which the next plan is asked for.
         delay_steps: d, actions that are committed to while it is made.
-        fits: False where the delay is too long for the chunk; the plan will be late, which the watchdog answers.
+        fits: False where the delay is too long for the chunk: the plan will be late, which the watchdog answers; or
+            longer than the policy was trained for: fewer actions are committed to.
     """
 
     num_executed: int

@@ -128,6 +128,11 @@ class Limiter:
         given = np.full(width, np.nan) if pose is None else np.asarray(pose, np.float64)
         if given.shape != (width,):
             raise ActionError(f"the robot's pose must be ({width},) like its commands, got {given.shape}")
+        if pose is None and self._names_place.any():
+            raise ActionError(
+                "the robot does not tell its pose, where commands that name a place begin: observe() must give "
+                "Sample(..., pose=...); for commands that are velocities or increments give Limits(..., rest=...)"
+            )
         last = np.where(self._names_place, given, self._at_rest)
         outside = ~((last >= self._low) & (last <= self._high))  # NaN too
         if outside.any():

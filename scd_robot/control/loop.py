@@ -6,6 +6,7 @@ they share are queues. Other threads call `pause`, `resume`, `reset` and `stop`,
 Shapes: Da action width, Ta chunk length, d committed actions.
 """
 
+import contextlib
 import queue
 import sys
 from collections.abc import Callable
@@ -21,9 +22,9 @@ from scd_robot.control.limits import Limits
 from scd_robot.control.planner import Planner, PlanningPolicy, ThreadPlanner
 from scd_robot.control.planning import Planning
 from scd_robot.control.recorder import FlightRecorder
-from scd_robot.control.settings import LoopConfig, LoopReport, State, check_settings, describe_settings
+from scd_robot.control.settings import LoopConfig, LoopReport, State, check_parts, check_settings, describe_settings
 from scd_robot.control.watchdog import Approach, ObservationGate
-from scd_robot.errors import PolicyChangedError
+from scd_robot.errors import ConfigError, PolicyChangedError
 from scd_robot.types import ActionArray
 
 __all__ = ["ControlLoop"]
@@ -45,7 +46,7 @@ class ControlLoop:
         recorder: None = as the settings say.
 
     Raises:
-        ConfigError: settings that are not for this policy, among them a guided strategy where plans cannot be guided.
+        ConfigError: robot, policy and settings are not for each other, or plans are to be guided and cannot be.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class ControlLoop:
         planner: Planner | None = None,
         recorder: FlightRecorder | None = None,
     ) -> None:
+        check_parts(robot, policy)
         config, spec = config or LoopConfig(), policy.spec
-        check_settings(limits, config, spec.action_dim, set(spec.observation))
+        check_settings(limits, config, spec)
         if config.execution.is_guided:
             policy.check_guidance(config.execution.max_gain)
         self._robot, self._policy, self._limits, self._config = robot, policy, limits, config
@@ -69,11 +71,11 @@ class ControlLoop:
         self._control_dt, self._servo_dt = spec.control_dt, spec.control_dt / config.servo_steps
         recorder = recorder or FlightRecorder(config.recorder, spec.observation, spec.action_dim, spec.control_dt)
         recorder.about = {"control_dt": spec.control_dt, "settings": describe_settings(config, limits)}
-        max_age_s = config.watchdog.max_plan_age_s
-        self._planning = Planning(policy, self._planner, config.execution, limits.rest, max_age_s)
+        how = config.execution, limits.rest, config.watchdog.max_plan_age_s
+        self._planning = Planning(policy, self._planner, *how)
         self._journal = Journal(recorder, self._clock, self._planning)
         self._commander = Commander(robot, limits, config.servo_steps, self._servo_dt, self._clock, self._journal)
-        self._gate = ObservationGate(dict(spec.observation), config.watchdog)
+        self._gate = ObservationGate(dict(spec.observation), config.watchdog, spec.action_dim)
         self._requests: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._intent: Literal["run", "pause", "stop"] = "run"
         self._followed = False  # a plan of this epoch was followed
@@ -118,6 +120,8 @@ class ControlLoop:
         Returns:
             The report. Whatever is raised is raised again after the robot holds and a record is written.
         """
+        if self._journal.state == "stopped":
+            raise ConfigError("this control loop has run already; make another one, or reset() a running one")
         pacer = Pacer(self._clock, self._servo_dt)
         interval_s = sys.getswitchinterval()
         sys.setswitchinterval(min(interval_s, _SWITCH_INTERVAL_S))
@@ -154,8 +158,8 @@ class ControlLoop:
         self._collect_plan()
         if self._commander.owes_hold:
             self._release()
-        if self._intent == "run" and not self._commander.anchored and not self._is_stale():
-            self._commander.anchor(self._gate.newest)
+        if self._intent == "run" and not self._commander.anchored:
+            self._anchor()
         self._goal, rate = None, 0.0
         if self._intent == "run" and self._commander.anchored:
             rate = self._rate()
@@ -179,7 +183,8 @@ class ControlLoop:
         if self._intent != "run":
             if self._commander.anchored and self._commander.still:
                 self._release()
-            if not self._commander.anchored and (not self._commander.owes_hold or self._hold_is_hopeless()):
+            hopeless = self._intent == "stop" and self._commander.owes_hold_for(self._config.watchdog.give_up_s)
+            if not self._commander.anchored and (not self._commander.owes_hold or hopeless):
                 self._journal.enter("paused" if self._intent == "pause" else "stopped")
                 self._holding_since = None
 
@@ -233,16 +238,21 @@ class ControlLoop:
             self._journal.condition("plan_late", False)
             self._journal.condition("stale_plan", False)
 
-    def _is_stale(self) -> bool:
-        return self._gate.age_s(self._clock.now()) > self._config.watchdog.max_age_s
+    def _anchor(self) -> None:
+        """Lets commands begin where the robot is, if a sample tells."""
+        now = self._clock.now()
+        stale = self._gate.is_stale(now)
+        if self._gate.newest is not None:
+            self._journal.condition("stale_observation", stale, self._gate.told_age(now))
+        if not stale:
+            self._commander.anchor(self._gate.newest)
 
     def _rate(self) -> float:
         """How fast chunks are played in this step: 1, `slow_rate`, or 0 = hold."""
         config, rate = self._config.watchdog, 1.0
-        key = self._gate.frozen_key()
-        age = self._gate.age_s(self._clock.now())
+        key, now = self._gate.frozen_key(), self._clock.now()
         for kind, reaction, active, detail in (
-            ("stale_observation", config.stale_observation, self._is_stale(), f"{age:.3f} s old"),
+            ("stale_observation", config.stale_observation, self._gate.is_stale(now), self._gate.told_age(now)),
             ("frozen_observation", config.frozen_observation, key is not None, f"{key!r} repeats itself"),
         ):
             self._journal.condition(kind, active, detail)
@@ -299,8 +309,7 @@ class ControlLoop:
         assert self._encoded is not None, "in this control step"
         split = self._planning.ask(self._journal.steps, self._clock.now(), self._encoded.stamp_s, self._ahead)
         if split is not None:
-            detail = f"{self._planning.delay_steps} control steps per plan"
-            self._journal.condition("delay_too_long", not split.fits, detail)
+            self._journal.condition("delay_too_long", not split.fits, self._planning.told_delay)
             self._collect_plan()  # in virtual time it may be there at once
 
     def _ahead(self, count: int) -> ActionArray | None:
@@ -332,15 +341,9 @@ class ControlLoop:
                     return None
                 self._approach = Approach(self._config.start, self._control_dt, self._limits.rest)
                 self._from = self._commander.last
-        return self._approached(goal)
-
-    def _approached(self, goal: Command) -> Command:
-        """The goal, or a point on the way to it after a far start."""
-        if self._approach is None:
-            return goal
-        goal = self._approach.step(goal, self._commander.last)
-        if self._approach.over:
-            self._approach = None
+        if self._approach is not None:  # a point on the way to it after a far start
+            goal = self._approach.step(goal, self._commander.last)
+            self._approach = None if self._approach.over else self._approach
         return goal
 
     def _new_epoch(self) -> None:
@@ -359,10 +362,6 @@ class ControlLoop:
         self._new_epoch()
         self._commander.release()
 
-    def _hold_is_hopeless(self) -> bool:
-        """Whether a loop that is to stop has waited for long enough for the robot to accept hold()."""
-        return self._intent == "stop" and self._commander.owes_hold_for(self._config.watchdog.give_up_s)
-
     def _settle(self, rate: float) -> None:
         """Names the state, and gives up after holding for too long."""
         if self._intent != "run":
@@ -375,7 +374,8 @@ class ControlLoop:
         self._holding_since = now if self._holding_since is None else self._holding_since
         self._journal.enter("starting" if not self._followed and not self._journal.active else "holding")
         if now - self._holding_since > self._config.watchdog.give_up_s:
-            self._journal.fault("gave_up", f"held for {now - self._holding_since:.1f} s")
+            why = ", ".join(sorted(self._journal.active)) or "there was no plan to follow"
+            self._journal.fault("gave_up", f"held for {now - self._holding_since:.1f} s: {why}")
             self._intent = "stop"
 
     def _end_step(self, late_s: float, rate: float) -> None:
@@ -389,10 +389,9 @@ class ControlLoop:
 
     def _finish(self, pacer: Pacer) -> None:
         """Whatever happened: the robot holds, and what is not on disk is written."""
-        if self._journal.state != "stopped":
-            self._commander.hold_at_last()
-        self._journal.state = "stopped"
-        try:
-            self._planner.close()
-        finally:
-            self._journal.close(pacer)
+        with contextlib.ExitStack() as ends:  # from the last to the first, whatever one of them raises
+            ends.callback(self._journal.close, pacer)
+            ends.callback(self._planner.close)
+            ends.callback(setattr, self._journal, "state", "stopped")
+            if self._journal.state != "stopped":
+                self._commander.hold_at_last()

@@ -5,6 +5,7 @@ Shapes: Da action width, d committed actions.
 
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from scd_robot.control.delay import DelayEstimator, Split, split_chunk
@@ -66,7 +67,21 @@ class Planning:
         executed = self._config.num_executed or spec.num_executed
         if self.rests:
             return Split(min(executed, spec.chunk_length), self.delay_steps, fits=True)
-        return split_chunk(spec.chunk_length, executed, self.delay_steps)
+        split = split_chunk(spec.chunk_length, executed, self.delay_steps)
+        return replace(split, fits=split.fits and split.delay_steps <= self._most_trained)
+
+    @property
+    def told_delay(self) -> str:
+        """The guess for the next plan, in words."""
+        most = self._most_trained
+        trained = "" if most == float("inf") else f", trained was at most {most:g} (model.max_delay_steps)"
+        return f"{self.delay_steps} control steps per plan{trained}"
+
+    @property
+    def _most_trained(self) -> float:
+        """The longest delay that the strategy and the policy's training allow for."""
+        trained = self._policy.spec.max_delay_steps if self._config.strategy == "prefix" else None
+        return trained or float("inf")  # one that was not trained for delays is told of when the loop is made
 
     @property
     def rests(self) -> bool:

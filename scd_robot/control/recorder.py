@@ -7,6 +7,7 @@ Shapes: N control steps kept, Da action width.
 
 import json
 import logging
+import os
 import queue
 import shutil
 import threading
@@ -39,10 +40,11 @@ class RecorderConfig:
     """What is kept, and where it goes.
 
     Attributes:
-        folder: in which each record becomes a folder of its own; None = nothing is written.
+        folder: in which each record becomes a folder of its own, numbered on from those that are there; None = nothing
+            is written.
         seconds: that are kept.
         least_apart_s: between two records; what happened in between is in the next one, or in that of the end.
-        most: records of one run.
+        most: records of one run; those that could not be written do not count.
     """
 
     folder: Path | None = None
@@ -84,6 +86,9 @@ class FlightRecorder:
         counts: faults by kind, over the whole run.
         unsaved: those of them that no record on disk holds.
         written: records on disk.
+
+    Raises:
+        OutputError: the folder cannot be written to.
     """
 
     def __init__(
@@ -108,7 +113,8 @@ class FlightRecorder:
         self._pending: str | None = None  # the first fault that no record holds yet
         self._fresh: Counter[str] = Counter()  # faults since the last record
         self._last_s = -np.inf
-        self._number = 0
+        self._number = 0 if config.folder is None else _last_number(config.folder)  # runs may share a folder
+        self._kept = 0  # records of this run, written or on their way
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[_Job, str | None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True) if background else None
@@ -142,9 +148,9 @@ class FlightRecorder:
         """Writes a record if a fault is in none yet and the last one is long enough ago (`last`: however that is)."""
         if self._config.folder is None or self._pending is None:
             return
-        if not last and (now_s < self._last_s + self._config.least_apart_s or self._number >= self._config.most):
+        if not last and (now_s < self._last_s + self._config.least_apart_s or self._kept >= self._config.most):
             return
-        self._number, self._last_s = self._number + 1, now_s
+        self._number, self._kept, self._last_s = self._number + 1, self._kept + 1, now_s
         target = self._config.folder / f"flight-{self._number:03d}-{self._pending}"
         document = {"schema": SCHEMA, **self.about, **summary, "events": list(self._events)}
         job = _Job(target, self.arrays(), document, self._pending, self._fresh)
@@ -168,6 +174,7 @@ class FlightRecorder:
                 self.unsaved -= job.fresh
                 self.written.append(job.target)
             else:
+                self._kept -= 1
                 self._pending = self._pending or job.kind
                 self._fresh += job.fresh
                 return problem
@@ -227,10 +234,29 @@ def find_record(folder: Path) -> Path:
     """
     if (folder / "record.json").exists():
         return folder
-    records = sorted(folder.glob("flight-*/record.json"))
+    records = [path.parent for path in folder.glob("flight-*/record.json")]
     if not records:
         raise OutputError(f"{folder} holds no flight record (a folder flight-001-... with record.json and steps.npz)")
-    return records[-1].parent
+    return max(records, key=lambda path: (_number_of(path), path.name))
+
+
+def _number_of(record: Path) -> int:
+    """Of a record's folder; 0 = it has none."""
+    number = record.name.removeprefix("flight-").partition("-")[0]
+    return int(number) if number.isascii() and number.isdigit() else 0
+
+
+def _last_number(folder: Path) -> int:
+    """The greatest number of a record in a folder; 0 = there is none.
+
+    Raises:
+        OutputError: no record can be written there.
+    """
+    check_local(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"flight records cannot be written to {folder}: {there} is no folder that may be written to")
+    return max(map(_number_of, folder.glob("flight-*")), default=0)
 
 
 def read_record(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Settings of a control loop, and the report of a run."""
 
+import logging
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -11,9 +12,17 @@ from scd_robot.control.limits import Limits
 from scd_robot.control.recorder import RecorderConfig
 from scd_robot.control.watchdog import StartGuard, WatchdogConfig
 from scd_robot.errors import ConfigError
+from scd_robot.types import PolicySpec
 
-__all__ = ["LoopConfig", "LoopReport", "State", "check_settings", "describe_settings", "percentiles"]
+__all__ = ["LoopConfig", "LoopReport", "State", "check_parts", "check_settings", "describe_settings", "percentiles"]
 
+logger = logging.getLogger(__name__)
+
+_UNTRAINED = (
+    "this policy was not trained for delays (model.max_delay_steps is 0): with the strategy 'prefix' its plans begin "
+    "with the committed actions, but may go on from them with a jump, which the limits make smooth; train it with "
+    "model.max_delay_steps, or choose another strategy (docs/control.md, Strategies)"
+)
 State = Literal["starting", "running", "slow", "holding", "paused", "stopped"]
 
 
@@ -81,8 +90,26 @@ def describe_settings(config: LoopConfig, limits: Limits) -> dict[str, Any]:
     return {**asdict(config), "limits": {**bounds, "workspace": None if box is None else [box.low, box.high]}}
 
 
-def check_settings(limits: Limits, config: LoopConfig, action_dim: int, keys: set[str]) -> None:
-    """Raises ConfigError where settings, limits and policy are not for one robot."""
+def check_parts(robot: Any, policy: Any) -> None:
+    """Raises ConfigError where something else takes the place of the robot or the policy."""
+    for name in ("observe", "send", "hold"):
+        if not callable(getattr(robot, name, None)):
+            raise ConfigError(
+                f"a robot has observe(), send(command) and hold(); this {type(robot).__name__} has no {name}() (see "
+                "scd_robot.control.Robot)"
+            )
+    plans = "submit" if hasattr(policy, "submit") else "plan_from"
+    for name in ("spec", "reset", "observe", "snapshot", plans):
+        if not hasattr(policy, name):
+            raise ConfigError(
+                "the control loop takes a policy of load_policy or OnnxPolicy, or RemoteStream.connect(address) for "
+                f"one behind a server; this {type(policy).__name__} has no {name}"
+            )
+
+
+def check_settings(limits: Limits, config: LoopConfig, spec: PolicySpec) -> None:
+    """Raises ConfigError where settings, limits and policy are not for one robot; warns of what goes badly together."""
+    action_dim, keys = spec.action_dim, spec.observation.keys()
     if len(limits.low) != action_dim:
         raise ConfigError(f"the policy has {action_dim} actions, the limits are for {len(limits.low)}")
     far = config.start.max_distance
@@ -91,3 +118,5 @@ def check_settings(limits: Limits, config: LoopConfig, action_dim: int, keys: se
     unknown = set(config.watchdog.frozen_keys) - keys
     if unknown:
         raise ConfigError(f"frozen_keys {sorted(unknown)} are no observations of the policy; it has {sorted(keys)}")
+    if config.execution.strategy == "prefix" and spec.max_delay_steps == 0:
+        logger.warning("%s", _UNTRAINED)

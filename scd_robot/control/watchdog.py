@@ -4,8 +4,9 @@ Shapes: Da action width.
 """
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -17,11 +18,14 @@ __all__ = ["FAULTS", "Approach", "ObservationGate", "Reaction", "StartGuard", "W
 
 Reaction = Literal["hold", "slow", "stop"]
 
+_WHICH_CLOCK = "is it of the loop's clock, time.monotonic() of this machine?"
+_WRONG_CLOCK = 10.0  # times `max_age_s`: at first sight no sensor is so late
+
 FAULTS = {
     "robot_observe": "the robot's observe() failed",
     "robot_send": "the robot's send() failed",
     "robot_hold": "the robot's hold() failed; it is called again in each control step",
-    "bad_observation": "an observation has missing keys, other shapes, or NaN",
+    "bad_observation": "an observation cannot be used",
     "stale_observation": "the newest good observation is too old",
     "frozen_observation": "a sensor repeats itself",
     "encoder_error": "the policy failed to take in an observation",
@@ -29,7 +33,7 @@ FAULTS = {
     "plan_error": "a plan failed, or is not finite",
     "plan_late": "all actions are used up before the next plan is there",
     "stale_plan": "a plan was made from an observation that is too old by now; it is not followed",
-    "delay_too_long": "plans take more than half a chunk",
+    "delay_too_long": "plans take more than half a chunk, or longer than the policy was trained for",
     "clock_gap": "the loop stood still for too long",
     "far_start": "the first action is far from where the robot is",
     "bad_pose": "the robot stands outside of its limits, or does not tell where",
@@ -162,12 +166,15 @@ class ObservationGate:
     Attributes:
         spec: of the observations, by key.
         config: thresholds.
+        action_dim: Da.
         newest: the last good sample; None = none yet.
     """
 
     spec: dict[str, ArraySpec]
     config: WatchdogConfig
+    action_dim: int
     newest: Sample | None = None
+    _overtaken_s: float = 0.0  # how much older than the newest the last sample is, by its stamp
     _changed: dict[str, tuple[int, float]] = field(default_factory=dict)  # by key: checksum, stamp when it was new
 
     def admit(self, sample: Sample, now_s: float) -> str | None:
@@ -175,7 +182,11 @@ class ObservationGate:
 
         One of the same time may have newer parts: where they come one by one, its stamp is that of the oldest.
         """
-        if self.newest is not None and (sample is self.newest or sample.stamp_s < self.newest.stamp_s):
+        problem = _misshapen(sample)
+        if problem is not None:
+            return problem
+        self._overtaken_s = 0.0 if self.newest is None else max(0.0, self.newest.stamp_s - sample.stamp_s)
+        if sample is self.newest or self._overtaken_s:
             return None  # seen already, or overtaken
         problem = self._problem(sample, now_s)
         if problem is not None:
@@ -191,6 +202,19 @@ class ObservationGate:
         """Of the newest good sample [s]; infinite where there is none."""
         return float("inf") if self.newest is None else now_s - self.newest.stamp_s
 
+    def is_stale(self, now_s: float) -> bool:
+        """Whether the newest good sample is too old, or there is none."""
+        return self.age_s(now_s) > self.config.max_age_s
+
+    def told_age(self, now_s: float) -> str:
+        """Of the newest good sample, in words, with what may be wrong where a clock is."""
+        age_s, words = self.age_s(now_s), f"{self.age_s(now_s):.3f} s old"
+        if self._overtaken_s:
+            words += f"; the robot tells of one that is {self._overtaken_s:.3f} s older: did its clock jump?"
+        elif age_s > _WRONG_CLOCK * self.config.max_age_s:
+            words += f": {_WHICH_CLOCK}"
+        return words
+
     def frozen_key(self) -> str | None:
         """A key that has repeated itself for too long."""
         if self.newest is None:
@@ -204,13 +228,31 @@ class ObservationGate:
 
     def _problem(self, sample: Sample, now_s: float) -> str | None:
         if not np.isfinite(sample.stamp_s) or sample.stamp_s > now_s + self.config.max_age_s:
-            return f"its time stamp {sample.stamp_s} lies in the future: is it of the loop's clock?"
+            return f"its time stamp {sample.stamp_s} lies in the future: {_WHICH_CLOCK}"
         for key, spec in self.spec.items():
             value = sample.observation.get(key)
             if value is None:
-                return f"{key!r} is missing"
-            if np.shape(value) != spec.shape:
-                return f"{key!r} must be {spec.shape}, got {np.shape(value)}"
-            if np.asarray(value).dtype.kind == "f" and not np.isfinite(value).all():
+                return f"{key!r} is missing; got {sorted(map(str, sample.observation))}"
+            if not isinstance(value, np.ndarray | np.generic):
+                return f"{key!r} must be an array, got {type(value).__name__}"
+            if value.shape != spec.shape:
+                hint = ": leave the batch axis out" if value.shape == (1, *spec.shape) else ""
+                return f"{key!r} must be {spec.shape}, got {value.shape}{hint}"
+            if spec.dtype == "uint8" and value.dtype != np.uint8:
+                return f"{key!r} must hold uint8 from 0 to 255, got {value.dtype}"
+            if value.dtype.kind not in "biuf":
+                return f"{key!r} must hold numbers, got {value.dtype}"
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
                 return f"{key!r} holds NaN or infinite values"
+        if sample.executed is not None and np.shape(sample.executed) != (self.action_dim,):
+            return f"`executed` must be ({self.action_dim},) like a command, got {np.shape(sample.executed)}"
         return None
+
+
+def _misshapen(sample: Any) -> str | None:
+    """What is wrong with something that should be a `Sample`, or None."""
+    if not isinstance(getattr(sample, "observation", None), Mapping):
+        return f"observe() must give a Sample(observation, stamp_s, ...), got {type(sample).__name__}"
+    if not isinstance(sample.stamp_s, int | float | np.integer | np.floating):
+        return f"its time stamp must be a number of seconds, got {sample.stamp_s!r:.80}"
+    return None

@@ -144,16 +144,20 @@ class RequestReader:
             return None
         if len(actions) >= self._chunk_length:
             raise ConfigError(
-                f"scd/running holds {len(actions)} actions; of a chunk of {self._chunk_length} at least one was executed"
+                f"scd/running holds {len(actions)} actions; at least one of a chunk of {self._chunk_length} was executed"
             )
         delay, gain = _count(own, "scd/delay_steps"), own.get("scd/max_gain")
         gain = RunningChunk.max_gain if gain is None else gain
         if delay is None or delay > len(actions):
             raise ConfigError(
-                "scd/running goes with scd/delay_steps, how many of its actions are carried out while the plan is made: "
+                "scd/running goes with scd/delay_steps, how many of its actions are carried out while a plan is made: "
                 f"0 to {len(actions)}, got {'nothing' if delay is None else delay}"
             )
-        if isinstance(gain, bool) or not isinstance(gain, int | float | np.integer | np.floating) or not 0 < gain < _INF:
+        if (
+            isinstance(gain, bool)
+            or not isinstance(gain, int | float | np.integer | np.floating)
+            or not 0 < gain < _INF
+        ):
             raise ConfigError(f"scd/max_gain must be a positive finite number, got {gain!r:.80}")
         return RunningChunk(actions[None], delay, float(gain), exact=not _flag(own, "scd/identity"))
 

@@ -19,7 +19,7 @@ from scd_robot.control import (
     WatchdogConfig,
 )
 from scd_robot.control.planner import VirtualPlanner
-from scd_robot.control.recorder import FlightRecorder, read_record
+from scd_robot.control.recorder import FlightRecorder, find_record, read_record, write_record
 from scd_robot.control.rehearsal import SPEC, Script, ScriptedPolicy, ScriptedRobot
 from scd_robot.errors import ConfigError, OutputError
 
@@ -362,13 +362,179 @@ def test_a_folder_that_is_no_record_is_refused(tmp_path):
         read_record(tmp_path)
 
 
-def test_a_record_does_not_take_another_ones_place(tmp_path):
-    (tmp_path / "flight-001-plan_error").mkdir()
-    scene = Scene(LoopConfig(recorder=RecorderConfig(tmp_path)))
-    scene.at[5] = lambda: scene.loop._journal.fault("plan_error", "for the record")
-    report = scene.run(10)
-    assert report.faults["recorder_error"] == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["flight-001-plan_error", "flight-002-plan_error"]
+def test_runs_with_one_folder_number_their_records_on(tmp_path):
+    (tmp_path / "flight-0999-bad_pose").mkdir()
+    for _ in range(2):
+        scene = Scene(LoopConfig(recorder=RecorderConfig(tmp_path)))
+        scene.at[5] = lambda loop=scene.loop: loop._journal.fault("plan_error", "for the record")
+        assert scene.run(10).faults == {"plan_error": 1}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"flight-0999-bad_pose", "flight-1000-plan_error", "flight-1001-plan_error"}
+    assert find_record(tmp_path).name == "flight-1001-plan_error"
+
+
+def test_records_that_could_not_be_written_do_not_count_among_the_most(tmp_path):
+    config = RecorderConfig(tmp_path, least_apart_s=2 * DT, most=3)
+    scene, full = Scene(LoopConfig(recorder=config)), [True]
+
+    def write(target, arrays, document):
+        if full[0]:
+            raise OutputError("no space left on device")
+        write_record(target, arrays, document)
+
+    scene.loop._journal._recorder._write = write
+    for step in range(5, 35, 5):
+        scene.at[step] = lambda: scene.loop._journal.fault("plan_error", "for the record")
+    scene.at[36] = lambda: full.clear() or full.append(False)
+    kept = []
+    scene.at[45] = lambda: kept.extend(tmp_path.iterdir())
+    assert scene.run(50).faults["recorder_error"] > config.most
+    assert len(kept) == 1, "while it runs, not only at its end"
+
+
+def test_a_folder_in_which_no_record_can_be_made_is_told_before_the_robot_moves(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot be written to .*flights: .*file is no folder"):
+        Scene(LoopConfig(recorder=RecorderConfig(tmp_path / "file" / "flights")))
+
+
+def test_another_interruption_while_the_robot_is_told_to_hold_does_not_keep_it_from_holding():
+    scene, interruptions = Scene(), []
+    hold = scene.robot.hold
+
+    def interrupt():
+        raise KeyboardInterrupt("the first")
+
+    def interrupted():
+        if len(interruptions) < 2:
+            interruptions.append(scene.robot.held)
+            raise KeyboardInterrupt("again")
+        hold()
+
+    scene.at |= {9: lambda: setattr(scene.robot, "hold", interrupted), 10: interrupt}
+    with pytest.raises(KeyboardInterrupt, match="again"):
+        scene.run(30)
+    assert interruptions == [1, 1], "it held at the start"
+    assert (scene.robot.held, scene.loop.state) == (2, "stopped")
+
+
+def test_a_robot_may_change_the_command_that_it_gets():
+    scene = Scene()
+    send = scene.robot.send
+
+    def in_degrees(command):
+        send(command)
+        command *= 57.3
+
+    scene.robot.send = in_degrees
+    scene.run(20)
+    assert max(np.abs(executed).max() for executed in scene.policy.executed if executed is not None) == 1.0
+
+
+def test_a_loop_that_has_run_says_so():
+    scene = Scene()
+    scene.run(5)
+    with pytest.raises(ConfigError, match="has run already; make another one"):
+        scene.run(5)
+
+
+class Foreign:
+    """A robot of somebody, which tells what it is made to."""
+
+    def __init__(self, robot, told):
+        self.send, self.hold = robot.send, robot.hold
+        self.observe = lambda: told(robot.observe())
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (lambda sample: None, "must give a Sample(observation, stamp_s, ...), got NoneType"),
+        (lambda sample: sample.observation, "must give a Sample(observation, stamp_s, ...), got dict"),
+        (lambda sample: replace(sample, stamp_s=None), "must be a number of seconds, got None"),
+        (lambda sample: replace(sample, stamp_s=1.7e9), "time.monotonic() of this machine"),
+        (lambda sample: replace(sample, executed=np.zeros((1, 2))), "`executed` must be (2,) like a command"),
+        (lambda sample: seen(sample, camera=np.zeros((4, 4))), "'camera' must hold uint8 from 0 to 255, got float64"),
+        (lambda sample: seen(sample, state=[0.0, 0.0]), "'state' must be an array, got list"),
+        (lambda sample: seen(sample, state=np.array(["a", "b"])), "'state' must hold numbers, got <U1"),
+        (lambda sample: seen(sample, state=np.zeros((1, 2))), "(2,), got (1, 2): leave the batch axis out"),
+        (lambda sample: seen(sample, state=None), "'state' is missing; got ['camera', 'state']"),
+    ],
+)
+def test_what_a_robot_tells_wrongly_is_a_bad_observation_and_told_once(told, words, caplog):
+    scene = Scene()
+    scene.loop._robot = Foreign(scene.robot, told)
+    report = scene.run(20)
+    assert (report.faults, report.commands, report.state) == ({"bad_observation": 1}, 0, "stopped")
+    assert caplog.text.count(words) == 1
+
+
+def seen(sample, **changes):
+    return replace(sample, observation={**sample.observation, **changes})
+
+
+@pytest.mark.parametrize(
+    ("told", "faults", "words"),
+    [
+        (
+            lambda sample: replace(sample, stamp_s=sample.stamp_s - 50.0),
+            {"stale_observation"},
+            "50.000 s old: is it of",
+        ),
+        (lambda sample: replace(sample, pose=None), {"bad_pose"}, "must give Sample(..., pose=...)"),
+    ],
+)
+def test_why_a_robot_never_moves_is_told_at_once_and_when_the_loop_gives_up(told, faults, words, caplog):
+    scene = Scene(LoopConfig(watchdog=WatchdogConfig(give_up_s=1.0)))
+    scene.loop._robot = Foreign(scene.robot, told)
+    report = scene.run(100)
+    assert (report.faults.keys(), report.commands) == (faults | {"gave_up"}, 0)
+    assert words in caplog.text
+    assert f"s: {', '.join(faults)})" in caplog.text
+
+
+def test_a_clock_of_the_robot_that_jumps_back_is_told_as_such(caplog):
+    scene, back = Scene(), []
+    scene.loop._robot = Foreign(scene.robot, lambda sample: replace(sample, stamp_s=sample.stamp_s - sum(back)))
+    scene.at[20] = lambda: back.append(100.0)
+    assert scene.run(40).faults == {"stale_observation": 1}
+    assert "did its clock jump?" in caplog.text
+
+
+def test_what_is_no_robot_or_no_policy_is_told_when_the_loop_is_made():
+    scene = Scene()
+
+    class NoHold:
+        observe = send = None
+
+    for robot, policy, told in (
+        (scene.policy, scene.robot, r"has no send\(\)"),
+        (NoHold(), scene.policy, r"NoHold has no observe\(\)"),
+        (scene.robot, "ws://robot:8000", r"RemoteStream\.connect\(address\).*this str has no spec"),
+        (scene.robot, scene.robot, "ScriptedRobot has no spec"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            ControlLoop(robot, policy, WIDE)
+
+
+@pytest.mark.parametrize(("trained", "strategy", "told"), [(0, "prefix", 1), (0, "guided", 0), (4, "prefix", 0)])
+def test_a_policy_that_was_not_trained_for_delays_is_told_of_once(trained, strategy, told, caplog, monkeypatch):
+    monkeypatch.setattr("scd_robot.control.rehearsal.SPEC", replace(SPEC, max_delay_steps=trained))
+    scene = Scene(LoopConfig(execution=ExecutionConfig(strategy)))
+    assert scene.policy.spec.max_delay_steps == trained
+    scene.run(40)
+    assert caplog.text.count("was not trained for delays (model.max_delay_steps is 0)") == told
+
+
+@pytest.mark.parametrize(("trained", "faults"), [(2, {"delay_too_long": 1}), (4, {})])
+def test_a_delay_that_is_longer_than_what_was_trained_is_told(trained, faults, caplog, monkeypatch):
+    monkeypatch.setattr("scd_robot.control.rehearsal.SPEC", replace(SPEC, max_delay_steps=trained))
+    scene = Scene(LoopConfig(execution=ExecutionConfig(delay=DelayConfig(warm_up=0))), plan_steps=3.5)
+    scene.policy.max_prefix = trained
+    assert scene.run(60).faults == faults
+    assert max(prefix.shape[1] for prefix in scene.policy.prefixes if prefix is not None) == trained
+    if faults:
+        assert "4 control steps per plan, trained was at most 2 (model.max_delay_steps)" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def sample(stamp, state=(0.0, 0.0), frame=0):
 class TestGate:
     def gate(self):
         config = WatchdogConfig(max_age_s=0.2, frozen_keys=("camera",), max_frozen_s=0.5)
-        return ObservationGate(dict(SPEC.observation), config)
+        return ObservationGate(dict(SPEC.observation), config, SPEC.action_dim)
 
     def test_bad_samples_do_not_become_the_newest(self):
         gate = self.gate()

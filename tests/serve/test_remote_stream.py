@@ -268,7 +268,7 @@ def test_what_cannot_be_done_through_a_server_is_told_at_once():
     for gain, told in ((0.0, "cannot be guided"), (4.0, "takes at most 4")):
         alone.stream._served = replace(alone.stream._served, max_gain=gain)
         with pytest.raises(ConfigError, match=told):
-            ControlLoop(None, alone.stream, PLACES, LoopConfig(execution=ExecutionConfig("guided")))
+            ControlLoop(Wanderer(), alone.stream, PLACES, LoopConfig(execution=ExecutionConfig("guided")))
     with pytest.raises(ConfigError, match="answer_timeout_s must be positive"):
         Alone(timeout_s=0.0)
     alone.stream.observe(alone.seen)

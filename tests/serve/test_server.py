@@ -131,7 +131,7 @@ def test_connections_have_histories_of_their_own_and_are_computed_together(start
 
 
 def test_requests_of_all_kinds_in_one_batch_do_not_disturb_each_other(stream):
-    """As an engine sees them: executed told or not, prefixes of two lengths, chunks to be guided towards, a reset, ..."""
+    """As an engine sees them: executed told or not, prefixes, chunks to be guided towards, a reset, no plan."""
     observations = stream(3)
     prefix = np.ones((2, 2), np.float32)
     running = [RunningChunk(place * np.ones((1, 3, 2), np.float32), 1, 4.0) for place in (-1.0, 1.0)]
@@ -268,7 +268,7 @@ def test_the_reset_endpoint_answers_with_its_text(start):
         ({"scd/executed": np.zeros((1, 3))}, "scd/executed must be (n, 2)"),
         ({"scd/prefix": np.zeros((4, 2))}, "commit fewer"),
         ({"scd/prefix": np.full((1, 2), np.inf)}, "NaN or infinite"),
-        ({"scd/running": np.zeros((4, 2)), "scd/delay_steps": 1}, "at least one was executed"),
+        ({"scd/running": np.zeros((4, 2)), "scd/delay_steps": 1}, "at least one of a chunk of 4"),
         ({"scd/running": np.zeros((3, 2))}, "goes with scd/delay_steps"),
         ({"scd/running": np.zeros((3, 2)), "scd/delay_steps": 4}, "0 to 3, got 4"),
         ({"scd/running": np.zeros((3, 2)), "scd/delay_steps": 1, "scd/max_gain": np.nan}, "positive finite number"),
