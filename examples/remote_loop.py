@@ -13,10 +13,12 @@ import logging
 import signal
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
-from scd_robot.control import ControlLoop, Limits, LoopConfig, RecorderConfig, Sample, WatchdogConfig
+from scd_robot.control import ControlLoop, ExecutionConfig, Limits, LoopConfig, RecorderConfig, Sample, WatchdogConfig
+from scd_robot.control.executor import Strategy
 from scd_robot.serve import RemoteStream
 
 
@@ -48,7 +50,8 @@ def main(options: argparse.Namespace) -> None:
     wide = policy.spec.action_dim
     limits = Limits((-1.0,) * wide, (1.0,) * wide, (2.0,) * wide, (40.0,) * wide, rest=(None,) * wide)  # of your robot
     watchdog = WatchdogConfig(max_plan_age_s=options.max_plan_age)
-    config = LoopConfig(watchdog=watchdog, recorder=RecorderConfig(options.flights))
+    execution = ExecutionConfig(options.strategy)
+    config = LoopConfig(execution=execution, watchdog=watchdog, recorder=RecorderConfig(options.flights))
     report = ControlLoop(StandIn(policy.spec), policy, limits, config).run(max_steps=options.steps)
     ticks, missed, worst_ms = (report.pacing[key] for key in ("ticks", "missed", "worst_late_ms"))
     print(f"pacing   {missed} of {ticks + missed} control steps missed, at worst {worst_ms:.2f} ms late")
@@ -63,6 +66,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--api-key")
     parser.add_argument("--task", help="in words, for a policy of several")
+    parser.add_argument("--strategy", choices=get_args(Strategy), default="prefix", help="see docs/control.md")
     parser.add_argument("--max-plan-age", type=float, default=1.0, help="seconds from observation to plan; inf: any")
     parser.add_argument("--flights", type=Path, default=Path("runs/flights"), help="folder of flight records")
     main(parser.parse_args())

@@ -97,7 +97,7 @@ def _export_lines(description: dict[str, Any]) -> list[str]:
         f"action       ({spec['action_dim']},)" + (f", {kind}" if (kind := dataset["action_kind"]) else ""),
         *([] if not (tasks := spec["tasks"]) else [f"tasks        {', '.join(map(repr, tasks))}"]),
         f"history      {spec['history_length']} control steps per layer",
-        f"plan         chunk of {spec['chunk_length']}, {settings['num_executed']} executed, {plan}",
+        f"plan         chunk of {spec['chunk_length']}, {settings['num_executed']} executed, {plan}, {_delays(description['architecture']['max_delay_steps'])}",
         f"parity       {compared}",
         "versions     " + ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
         "graphs       " + ", ".join(graph["file"] for graph in description["graphs"].values()),
@@ -109,6 +109,7 @@ def _lines(description: dict[str, Any]) -> list[str]:
     model, conversion = config["model"], description["origin"].get("conversion")
     sampler = f"{config['policy']['sampler']['num_denoising_steps']} {config['policy']['sampler']['solver']} steps"
     plan = f"plan         chunk of {model['chunk_length']}, {config['policy']['num_executed']} executed, {sampler}"
+    plan += f", {_delays(model['max_delay_steps'])}"
     frames = f"frames       of {model['frames']['camera']}, patches of {model['frames']['patch_size']} pixels"
     if (latents := model["frames"]["autoencoder"]) is not None:
         places = model["frames"]["patch_size"] // 2 ** len(latents["channels"])
@@ -150,6 +151,11 @@ def _lines(description: dict[str, Any]) -> list[str]:
         if not name.startswith(("model.observation_shapes", "transforms.tasks"))
     ]
     return lines
+
+
+def _delays(steps: int) -> str:
+    """What a policy was trained for."""
+    return f"trained for delays of up to {steps} control steps" if steps else "not trained for delays"
 
 
 def _converted(conversion: dict[str, Any]) -> str:

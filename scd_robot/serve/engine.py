@@ -237,6 +237,11 @@ class Engine:
                 "a client sends one observation per plan: positions in the history are control steps, and without "
                 f"scd/step each plan counts for {self.steps_per_plan} (--steps-per-plan)"
             )
+        if request.prefix is not None and self.policy.spec.max_delay_steps == 0:
+            self._warn_once(
+                "a client sends committed actions, and this policy was not trained for delays (model.max_delay_steps "
+                "is 0): its plans begin with them, but may go on with a jump"
+            )
         if request.prompt is not None and session.prompt not in (None, request.prompt) and not self._prompt_resets:
             self._warn_once("a client sends a new prompt; its history goes on (--prompt-resets begins a new one)")
 

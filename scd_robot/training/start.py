@@ -267,9 +267,10 @@ def _read_init(init: Path, statistics: str | None, experiment: ExperimentConfig,
         )
     source = read_checkpoint(init)
     old = from_json(ScdConfig, source.config["model"], "model")
-    # What layers see of the history may change, and whether a backbone learns; their weights are the same.
+    # What layers see of the history may change, delays, and whether a backbone learns; the weights are the same.
     before, after = (
-        {**to_json(replace(model, images=replace(model.images, weights="", frozen=True))), "local_layers": None}
+        to_json(replace(model, images=replace(model.images, weights="", frozen=True)))
+        | {"local_layers": None, "max_delay_steps": None}
         for model in (old, experiment.model)
     )
     if experiment.model.step_end_input:  # an input that changes nothing at first

@@ -5,9 +5,12 @@ import builtins
 import functools
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import threading
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -16,7 +19,10 @@ import pytest
 from fake_ros import Arm, FakeRos
 from robot_fakes import FRONT, NAMES, SPEC, STATE, FakeLeRobot, Walks, virtual_clock
 
+from scd_robot.control import ControlLoop, Limits
+from scd_robot.control.inspection import InspectedRobot
 from scd_robot.control.names import NameMap
+from scd_robot.control.planner import VirtualPlanner
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -27,6 +33,37 @@ def load(name, monkeypatch, policy):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "load_source", lambda path: policy)
     return module
+
+
+def test_a_robot_of_ones_own_as_the_documentation_shows_it():
+    """The class of docs/control.md, as it stands there, over a driver that sees, follows and stops."""
+    text = (EXAMPLES.parent / "docs" / "control.md").read_text(encoding="utf-8")
+    names = {}
+    exec(next(code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class MyRobot" in code), names)
+    clock, at, calls = virtual_clock(), np.zeros(3), Counter()
+    picture = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+
+    def follow(command):
+        at[:] = command
+        calls["command"] += 1
+
+    driver = SimpleNamespace(
+        newest=lambda: (at.copy(), picture, clock.now()), command=follow, stop=lambda: calls.update(["stop"])
+    )
+
+    class ItsKeys(Walks):
+        def observe(self, observation, executed_action=None):
+            super().observe({STATE: observation["proprio"], FRONT: observation["front"]}, executed_action)
+
+    seen = {"proprio": SPEC.observation[STATE], "front": SPEC.observation[FRONT]}
+    policy = ItsKeys(clock, replace(SPEC, observation=seen))
+    limits = Limits((-50.0,) * 3, (50.0,) * 3, (50.0,) * 3, (500.0,) * 3, (None,) * 3)
+    port = InspectedRobot(names["MyRobot"](driver), limits, SPEC.control_dt, clock)
+    planner = VirtualPlanner(policy, clock, lambda: 0.5 * SPEC.control_dt)
+    report = ControlLoop(port, policy, limits, clock=clock, planner=planner).run(max_steps=40)
+    assert (report.faults, port.violations, calls["stop"]) == ({}, [], 2)
+    assert calls["command"] == report.commands > 30
+    assert np.abs(at).max() > 0
 
 
 def write_dataset(folder, names, low, high):

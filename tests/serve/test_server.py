@@ -1,11 +1,13 @@
 """What a connection is promised: the policy's plans, a history of its own, and errors that leave it as it was."""
 
 import json
+import re
 import threading
 import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +111,30 @@ def test_the_server_says_once_how_it_counts(start, connect, stream, caplog):
             client.infer(observation)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [warning.count("positions in the history") for warning in warnings] == [1]
+
+
+@pytest.mark.parametrize(("trained", "told"), [(0, 1), (3, 0)])
+def test_the_server_says_once_that_a_policy_was_not_trained_for_committed_actions(stream, caplog, trained, told):
+    engine, session = Engine(small_policy({"max_delay_steps": trained})), Session()
+    for observation in stream(3):
+        (answer,) = engine.run([(session, Request(observation=observation, prefix=np.zeros((1, 2), np.float32)))])
+        assert "actions" in answer.message
+    assert caplog.text.count("was not trained for delays (model.max_delay_steps is 0)") == told
+
+
+def test_a_client_of_ones_own_as_the_documentation_shows_it(start):
+    """The Python of docs/serving.md, as it stands there."""
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    policy, names = small_policy(), {"address": start().address}
+    exec(code, names)
+    policy.reset(episodes=[0])
+    nothing = {key: np.zeros((1, 2), np.float32) for key in names["seen"]}
+    for step in range(10):
+        policy.observe(nothing)
+        if step % 2 == 0:
+            chunk = policy.plan()[0]
+    np.testing.assert_allclose(names["chunk"], chunk, **CLOSE)
 
 
 def test_connections_have_histories_of_their_own_and_are_computed_together(start, connect, stream):
@@ -268,7 +294,7 @@ def test_the_reset_endpoint_answers_with_its_text(start):
         ({"scd/executed": np.zeros((1, 3))}, "scd/executed must be (n, 2)"),
         ({"scd/prefix": np.zeros((4, 2))}, "commit fewer"),
         ({"scd/prefix": np.full((1, 2), np.inf)}, "NaN or infinite"),
-        ({"scd/running": np.zeros((4, 2)), "scd/delay_steps": 1}, "at least one of a chunk of 4"),
+        ({"scd/running": np.zeros((4, 2)), "scd/delay_steps": 1}, "a plan has 4; leave the executed ones out"),
         ({"scd/running": np.zeros((3, 2))}, "goes with scd/delay_steps"),
         ({"scd/running": np.zeros((3, 2)), "scd/delay_steps": 4}, "0 to 3, got 4"),
         ({"scd/running": np.zeros((3, 2)), "scd/delay_steps": 1, "scd/max_gain": np.nan}, "positive finite number"),

@@ -187,6 +187,15 @@ def test_fine_tuning_keeps_or_renews_statistics_as_told(tmp_path: Path) -> None:
         )
 
 
+def test_a_policy_can_be_fine_tuned_to_delays(tmp_path: Path) -> None:
+    """It has the same weights: none is for committed actions."""
+    run(tmp_path / "whole", tiny_experiment(3))
+    delays = tiny_experiment(3, model={"max_delay_steps": 2})
+    options = {"init": tmp_path / "whole", "init_statistics": "checkpoint", "accelerator": "cpu", "progress": False}
+    train(tiny_data(), delays, tmp_path / "delays", **options)
+    assert [load_policy(tmp_path / name).spec.max_delay_steps for name in ("whole", "delays")] == [0, 2]
+
+
 def test_an_entangled_policy_trains_and_can_lose_the_history_of_its_last_layers(tmp_path: Path) -> None:
     entangled = {"architecture": "entangled", "context_corruption": 0.0, "num_context_tokens": 1}
     run(tmp_path / "whole", tiny_experiment(3, model=entangled))
