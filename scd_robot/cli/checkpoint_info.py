@@ -84,6 +84,7 @@ def _export_lines(description: dict[str, Any]) -> list[str]:
     plan = f"{settings['num_denoising_steps']} {settings['solver']} steps"
     plan += f", guidance {settings['guidance_scale']:g}" if settings["guidance_scale"] != 1 else ""
     plan += f", the best of {settings['num_samples']} samples" if settings["num_samples"] != 1 else ""
+    plan += f", {_delays(description['architecture']['max_delay_steps'])}"
     compared = "not compared with the checkpoint"
     if parity is not None:
         worst = (f"{name} {parity[name]['max']:.1e}" for name in ("context", "action", "velocity"))
@@ -97,7 +98,7 @@ def _export_lines(description: dict[str, Any]) -> list[str]:
         f"action       ({spec['action_dim']},)" + (f", {kind}" if (kind := dataset["action_kind"]) else ""),
         *([] if not (tasks := spec["tasks"]) else [f"tasks        {', '.join(map(repr, tasks))}"]),
         f"history      {spec['history_length']} control steps per layer",
-        f"plan         chunk of {spec['chunk_length']}, {settings['num_executed']} executed, {plan}, {_delays(description['architecture']['max_delay_steps'])}",
+        f"plan         chunk of {spec['chunk_length']}, {settings['num_executed']} executed, {plan}",
         f"parity       {compared}",
         "versions     " + ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
         "graphs       " + ", ".join(graph["file"] for graph in description["graphs"].values()),

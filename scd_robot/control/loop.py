@@ -120,7 +120,7 @@ class ControlLoop:
         Returns:
             The report. Whatever is raised is raised again after the robot holds and a record is written.
         """
-        if self._journal.state == "stopped":
+        if self.state == "stopped":
             raise ConfigError("this control loop has run already; make another one, or reset() a running one")
         pacer = Pacer(self._clock, self._servo_dt)
         interval_s = sys.getswitchinterval()

@@ -230,7 +230,7 @@ class ObservationGate:
         if not np.isfinite(sample.stamp_s) or sample.stamp_s > now_s + self.config.max_age_s:
             return f"its time stamp {sample.stamp_s} lies in the future: {_WHICH_CLOCK}"
         for key, spec in self.spec.items():
-            value = sample.observation.get(key)
+            value: Any = sample.observation.get(key)  # a robot's own class may tell anything
             if value is None:
                 return f"{key!r} is missing; got {sorted(map(str, sample.observation))}"
             if not isinstance(value, np.ndarray | np.generic):

@@ -144,7 +144,7 @@ class RequestReader:
             return None
         if len(actions) >= self._chunk_length:
             raise ConfigError(
-                f"scd/running holds {len(actions)} actions, a plan has {self._chunk_length}; leave the executed ones out"
+                f"scd/running holds {len(actions)} actions, a plan has {self._chunk_length}; leave executed ones out"
             )
         delay, gain = _count(own, "scd/delay_steps"), own.get("scd/max_gain")
         gain = RunningChunk.max_gain if gain is None else gain

@@ -294,7 +294,7 @@ def test_the_reset_endpoint_answers_with_its_text(start):
         ({"scd/executed": np.zeros((1, 3))}, "scd/executed must be (n, 2)"),
         ({"scd/prefix": np.zeros((4, 2))}, "commit fewer"),
         ({"scd/prefix": np.full((1, 2), np.inf)}, "NaN or infinite"),
-        ({"scd/running": np.zeros((4, 2)), "scd/delay_steps": 1}, "a plan has 4; leave the executed ones out"),
+        ({"scd/running": np.zeros((4, 2)), "scd/delay_steps": 1}, "a plan has 4; leave executed ones out"),
         ({"scd/running": np.zeros((3, 2))}, "goes with scd/delay_steps"),
         ({"scd/running": np.zeros((3, 2)), "scd/delay_steps": 4}, "0 to 3, got 4"),
         ({"scd/running": np.zeros((3, 2)), "scd/delay_steps": 1, "scd/max_gain": np.nan}, "positive finite number"),
