@@ -27,7 +27,7 @@ from scd_robot.normalization import Normalizer
 from scd_robot.policies.config import ScdPolicyConfig, check_widths
 from scd_robot.policies.inputs import checked_action, model_observation
 from scd_robot.policies.registry import FRAMES
-from scd_robot.policies.sampling import inference
+from scd_robot.policies.sampling import inference, ready
 from scd_robot.seeding import POLICY_NOISE, keyed_rng
 from scd_robot.transforms import TransformConfig, Transforms
 from scd_robot.types import ActionArray, DatasetSpec
@@ -104,7 +104,8 @@ class Imagination:
     ) -> None:
         self.config = config or ScdPolicyConfig(num_executed=1)
         self.transforms = Transforms(transforms or TransformConfig(), dataset)
-        self.model, self.normalizer = model.to(device).eval(), normalizer.to(device)
+        ready(model, device)
+        self.model, self.normalizer = model, normalizer.to(device)
         self.device = torch.device(device)
         check_widths(model.config, normalizer, self.transforms.spec)
         self.config.check_fits(model.config)

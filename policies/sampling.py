@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from scd_robot.nn import KVCache
+from scd_robot.nn import KVCache, lay_out_for_few_tokens
 
-__all__ = ["TorchCache", "inference"]
+__all__ = ["TorchCache", "inference", "ready"]
 
 _SMALL_BATCH = 16  # rows up to which one thread is faster than several
 
@@ -57,6 +57,13 @@ class TorchCache:
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.as_tensor(array, device=self.tensors.position.device)
+
+
+def ready(model: nn.Module, device: str | torch.device) -> None:
+    """Moves a trained model to where it is run, and readies it for that."""
+    model.to(device).eval()
+    if torch.device(device).type == "cpu":
+        lay_out_for_few_tokens(model)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from scd_robot.policies.chunked import ChunkPolicy
 from scd_robot.policies.config import ScdPolicyConfig, check_widths
 from scd_robot.policies.planner import Planner
 from scd_robot.policies.rows import Architecture, PlanInput, Rows
-from scd_robot.policies.sampling import TorchCache, inference
+from scd_robot.policies.sampling import TorchCache, inference, ready
 from scd_robot.transforms import TransformConfig, Transforms
 from scd_robot.types import ActionArray, DatasetSpec, GivenActions, Observation, RunningChunk
 
@@ -62,7 +62,8 @@ class ScdPolicy(ChunkPolicy):
         config.check_fits(model.config)
         keys = list(model.config.observation_shapes)
         super().__init__(Architecture.of(model.config), keys, dataset, between, config, reproducible, task, goal)
-        self.model = model.to(device).eval()
+        ready(model, device)
+        self.model = model
         self.normalizer = normalizer.to(device)
         self.device = torch.device(device)
         self._planner = Planner(self.model, self.normalizer, self.transforms, self.config, self._repeated)

@@ -20,7 +20,7 @@ from scd_robot.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from scd_robot.config import from_json, to_json
 from scd_robot.datasets import EpisodeDataset
 from scd_robot.errors import ConfigError
-from scd_robot.model import ActionModel, CausalDitModel, ScdModel
+from scd_robot.model import ActionModel, CausalDitModel, ScdModel, build_model
 from scd_robot.model.convert import parse_layers, separable_config, separate
 from scd_robot.output import write_json
 from scd_robot.policies.loading import policy_of
@@ -208,7 +208,10 @@ def convert_policy(
         "source": _held_out_loss(before, ready, experiment),
         "converted": _held_out_loss(policy_of(read_checkpoint(start)), ready, experiment),
     }
-    document["update_ms"] = _update_ms({"source": before.model, "converted": model}, before, ready, experiment)
+    trained = build_model(before.model.config)  # its weights as they lie in training, not as policies have them
+    trained.load_state_dict(before.model.state_dict())
+    models = {"source": cast(CausalDitModel, trained), "converted": model}
+    document["update_ms"] = _update_ms(models, before, ready, experiment)
     summary = train(
         data, experiment, out, init=start, init_statistics="checkpoint", accelerator=accelerator, progress=progress
     )

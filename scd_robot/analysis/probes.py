@@ -253,12 +253,12 @@ def _share_of_history(
     mask: Tensor,
 ) -> Tensor:
     """(R,) attention of noisy tokens on earlier control steps, the mean over heads and tokens."""
-    history = context.seen.shape[-1]
+    history = context.history
     q, k, _ = block.queries_keys_values(tokens, modulation, context.rotary)
     keys = torch.cat((context.keys_values[layer][0][:, :, :history], k), dim=2)
     scores = (q @ keys.transpose(-1, -2)) / q.shape[-1] ** 0.5
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)[..., :history]
-    return (weights * ~context.own).sum(-1).mean((1, 2))
+    weights = (scores + mask).softmax(-1)[..., :history]
+    return (weights * context.own[..., :history].isinf()).sum(-1).mean((1, 2))
 
 
 def _leave_out(policy: CausalDitPolicy, batch: TrainingBatch, found: _Sums) -> None:

@@ -108,7 +108,7 @@ def sample(velocity: Velocity, noise: Tensor, config: SamplerConfig, clamp: Clam
         start, end = i / steps, (i + 1) / steps
         first = slope(x, start)
         if config.solver in ("euler", "average"):
-            x = x + dt * first
+            x = torch.add(x, first, alpha=dt)
         elif config.solver == "midpoint":
             middle = (i + 0.5) / steps
             x = x + dt * slope(hold(x + 0.5 * dt * first, middle), middle)

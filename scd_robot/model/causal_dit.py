@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from scd_robot.model.base import ActionModel, HistoryModel, take_steps
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import Conditioning, FlowTransformer
-from scd_robot.nn import CausalDitBlock, KVCache, RotaryEmbedding, window_mask
+from scd_robot.nn import CausalDitBlock, KVCache, RotaryEmbedding, additive, apply_rotary, window_mask
 
 __all__ = ["CausalDitModel", "EntangledModel", "HistoryContext"]
 
@@ -93,18 +93,21 @@ class PreparedHistory:
     """What one plan reads at every denoising step.
 
     Attributes:
-        keys_values: per layer keys and values, each (R, N, S, Dh); without gradients with room for the noisy tokens'
-            behind them, (R, N, S + all L, Dh), so that nothing is copied again while a plan is denoised.
-        seen: (R, 1, 1, S) bool.
-        own: (R, 1, 1, S) bool, what layers without history see of it.
-        rotary: of the samples' control steps, each (R, 1, Dh / 2).
+        keys_values: per layer keys and values, each (R, N, S, Dh); without gradients in one, with room for the noisy
+            tokens' behind them, (2, R, N, S + all L, Dh), so that nothing is copied again while a plan is denoised.
+        seen: (R, 1, 1, S + all L), 0 where noisy tokens see a token, else -inf; they see each other.
+        own: like seen, in layers without history.
+        rotary: of the samples' control steps; None without gradients: keys are relative to these, so that the noisy
+            tokens, which are all of one control step, need not be rotated at every denoising step.
+        history: S.
         extra: (R, 1, D) `HistoryContext.extra`.
     """
 
-    keys_values: list[tuple[Tensor, Tensor]]
+    keys_values: list[tuple[Tensor, Tensor] | Tensor]
     seen: Tensor
     own: Tensor
-    rotary: Rotary
+    rotary: Rotary | None
+    history: int
     extra: Tensor | None
 
 
@@ -165,27 +168,35 @@ class CausalDitTransformer(FlowTransformer):
         """
         plan = cache.begin_step(token_valid, active)
         rotary = self.rotary(plan.position[:, None], tokens.dtype)
+        seen, own = plan.mask, plan.mask & plan.own
+        masks = [additive(mask, tokens.dtype) for mask in (seen, own)]
         x, pairs = tokens, []
         for layer, (block, modulation) in enumerate(zip(self._blocks(), clean.blocks, strict=True)):
-            x, pair = block.step(x, modulation, rotary, layer, cache, plan, local=self.is_local(layer))
+            x, pair = block.step(x, modulation, rotary, layer, cache, plan, masks[self.is_local(layer)])
             pairs.append(pair)
         cache.end_step(plan)
-        seen, own = plan.mask[:, 0], (plan.mask & plan.own)[:, 0]
-        return HistoryContext(tuple(pairs), seen, own, plan.position[:, None], x[:, None])
+        return HistoryContext(tuple(pairs), seen[:, 0], own[:, 0], plan.position[:, None], x[:, None])
 
     def prepare(self, context: HistoryContext) -> PreparedHistory:
         """Everything that depends on the history alone."""
         extra = None if context.extra is None else context.extra.flatten(0, 1)[:, None]
         samples, behind = context.position.shape[1], self.position.shape[0] + (extra is not None)
-        room = 0 if torch.is_grad_enabled() else behind
-        pairs = []
+        cos, sin = self.rotary(context.position.flatten()[:, None], self.position.dtype)
+        with_gradients = torch.is_grad_enabled()
+        pairs: list[tuple[Tensor, Tensor] | Tensor] = []
         for pair in context.keys_values:
-            expanded = [x if samples == 1 else x.repeat_interleave(samples, 0) for x in pair]
-            keys, values = (nn.functional.pad(x, (0, 0, 0, room)) if room else x for x in expanded)
-            pairs.append((keys, values))
-        rotary = self.rotary(context.position.flatten()[:, None], self.position.dtype)
-        seen, own = (x.flatten(0, 1)[:, None, None] for x in (context.seen, context.own))
-        return PreparedHistory(pairs, seen, own, rotary, extra)
+            keys, values = (x if samples == 1 else x.repeat_interleave(samples, 0) for x in pair)
+            if with_gradients:
+                pairs.append((keys, values))
+            else:
+                relative = apply_rotary(keys[:, :, None], cos, -sin)[:, :, 0]
+                pairs.append(nn.functional.pad(torch.stack((relative, values)), (0, 0, 0, behind)))
+        seen, own = (
+            additive(nn.functional.pad(x.flatten(0, 1)[:, None, None], (0, behind), value=True), self.position.dtype)
+            for x in (context.seen, context.own)
+        )
+        rotary = (cos, sin) if with_gradients else None
+        return PreparedHistory(pairs, seen, own, rotary, context.seen.shape[-1], extra)
 
     def velocity(
         self, x: Tensor, conditioning: Conditioning, context: PreparedHistory, token_valid: Tensor | None = None
@@ -210,22 +221,22 @@ class CausalDitTransformer(FlowTransformer):
         """One layer of `velocity`: noisy tokens (R, L, D) to the next layer's."""
         block, mask = cast(CausalDitBlock, self.blocks[layer]), masks[self.is_local(layer)]
         pair = context.keys_values[layer]
-        return block.denoise(tokens, conditioning.blocks[layer], context.rotary, pair, context.seen.shape[-1], mask)
+        return block.denoise(tokens, conditioning.blocks[layer], context.rotary, pair, context.history, mask)
 
     def masks(self, x: Tensor, context: PreparedHistory, token_valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """What noisy tokens (R, L, any) see of history and each other, (R, 1, 1 or L, S + L); and in local layers.
 
-        An extra token counts among them, and sees and is seen by all.
+        Masks are `additive`. An extra token counts among the noisy ones, and sees and is seen by all.
         """
         length, extra = x.shape[1], int(context.extra is not None)
         among = self._sees(length - extra, token_valid, x.device)
+        end = context.history + length
+        seen, own = context.seen[..., :end], context.own[..., :end]
         if among is None:
-            seen, own = (nn.functional.pad(known, (0, length), value=True) for known in (context.seen, context.own))
             return seen, own
         among = nn.functional.pad(among, (extra, 0, extra, 0), value=True)
-        noisy = among[:, None].expand(len(context.seen), -1, -1, -1)
-        seen, own = (torch.cat((x.expand(-1, -1, length, -1), noisy), dim=-1) for x in (context.seen, context.own))
-        return seen, own
+        noisy = nn.functional.pad(additive(among[:, None], seen.dtype), (context.history, 0))
+        return seen + noisy, own + noisy
 
     def is_local(self, layer: int) -> bool:
         """Whether this layer sees no earlier control steps."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scd_robot.model.config import ScdConfig
-from scd_robot.nn import AdaLNBlock, FlowTimeEmbedding, modulate
+from scd_robot.nn import AdaLNBlock, FlowTimeEmbedding, modulated_norm
 
 __all__ = ["Conditioning", "DiffusionDecoder", "PreparedContext"]
 
@@ -20,7 +20,7 @@ _STEP_LENGTH_SCALE = 10.0  # highest frequency of a step's length [rad]; objecti
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Everything the decoder derives from flow time, all (B, L or 1, D).
+    """Everything the decoder derives from flow time, all (B, L or 1, D), or (D,) where all tokens share it.
 
     Attributes:
         blocks: `AdaLNBlock.modulate_by` of every block.
@@ -31,8 +31,8 @@ class Conditioning:
     head: tuple[Tensor, ...]
 
     def __getitem__(self, index: int) -> "Conditioning":
-        """The conditioning of one batch entry, kept as a batch of 1."""
-        one = slice(index, index + 1)
+        """The conditioning of one batch entry for all, as (L, D), or (D,) where its tokens share one."""
+        one = (index, 0) if self.head[0].shape[1] == 1 else index
         return Conditioning([tuple(x[one] for x in block) for block in self.blocks], tuple(x[one] for x in self.head))
 
 
@@ -83,7 +83,6 @@ class FlowTransformer(nn.Module):
         self.position = nn.Parameter(torch.randn(num_positions, width) * 0.02)
         self.flow_time = FlowTimeEmbedding(width)
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, token_dim)
         zero = [self.head_modulation, self.head]
@@ -117,8 +116,10 @@ class FlowTransformer(nn.Module):
 
     def read_out(self, tokens: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity (B, L, Dx) of the last layer's noisy tokens (B, L, D)."""
-        shift, factor = (x[:, -tokens.shape[1] :] for x in conditioning.head)  # of length 1 where the tokens share it
-        out: Tensor = self.head(modulate(self.norm(tokens), shift, factor))
+        shift, factor = conditioning.head
+        if shift.ndim > 1:  # those of context tokens stand in front
+            shift, factor = (x[..., -tokens.shape[1] :, :] for x in conditioning.head)
+        out: Tensor = self.head(modulated_norm(tokens, shift, factor))
         return out
 
     def _sees(self, length: int, token_valid: Tensor | None, device: torch.device) -> Tensor | None:

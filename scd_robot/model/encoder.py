@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scd_robot.model.config import ScdConfig
-from scd_robot.nn import CausalBlock, KVCache, RotaryEmbedding, limit_to_group, window_mask
+from scd_robot.nn import CausalBlock, KVCache, RotaryEmbedding, additive, limit_to_group, window_mask
 
 __all__ = ["CausalEncoder"]
 
@@ -97,8 +97,8 @@ class CausalEncoder(nn.Module):
             active: (B,) bool, rows that take the step; None = all.
         """
         plan = cache.begin_step(token_valid, active)
-        if self.sees is not None:
-            plan = replace(plan, mask=limit_to_group(plan.mask, self.sees))
+        mask = plan.mask if self.sees is None else limit_to_group(plan.mask, self.sees)
+        plan = replace(plan, mask=mask if self.config.memory_gate else additive(mask, tokens.dtype))
         rotary = self.rotary(plan.position[:, None], tokens.dtype)
         x = tokens
         for layer, block in enumerate(cast(Iterable[CausalBlock], self.blocks)):

@@ -1,12 +1,13 @@
 """Building blocks: windowed causal attention, its ring cache, transformer blocks, embeddings, pictures to numbers."""
 
-from scd_robot.nn.attention import attend, limit_to_group, multi_head_attention, window_mask
+from scd_robot.nn.attention import additive, attend, limit_to_group, multi_head_attention, window_mask
 from scd_robot.nn.autoencoder import Autoencoder, AutoencoderConfig
 from scd_robot.nn.backbone import Backbone, import_timm
-from scd_robot.nn.blocks import AdaLNBlock, CausalBlock, CausalDitBlock, modulate
+from scd_robot.nn.blocks import AdaLNBlock, CausalBlock, CausalDitBlock, modulated_norm
 from scd_robot.nn.embeddings import FlowTimeEmbedding, RotaryEmbedding, apply_rotary
 from scd_robot.nn.images import ImageConfig, ImageEncoder, sine_places
 from scd_robot.nn.kv_cache import KVCache
+from scd_robot.nn.layout import lay_out_for_few_tokens
 from scd_robot.nn.memory import room_for
 from scd_robot.nn.weight_files import HUB, OR_HUB, find_weights, read_weights
 
@@ -24,12 +25,14 @@ __all__ = [
     "ImageEncoder",
     "KVCache",
     "RotaryEmbedding",
+    "additive",
     "apply_rotary",
     "attend",
     "find_weights",
     "import_timm",
+    "lay_out_for_few_tokens",
     "limit_to_group",
-    "modulate",
+    "modulated_norm",
     "multi_head_attention",
     "read_weights",
     "room_for",

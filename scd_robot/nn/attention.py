@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["attend", "limit_to_group", "multi_head_attention", "window_mask"]
+__all__ = ["additive", "attend", "limit_to_group", "multi_head_attention", "window_mask"]
 
 
 def window_mask(
@@ -66,14 +66,19 @@ def limit_to_group(mask: Tensor, sees: Tensor) -> Tensor:
     return limited | ~limited.any(dim=-1, keepdim=True)
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as what is added to scores: 0 or -inf. Attention makes this of it anew in each call."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """q (B, N, Lq, Dh), k and v (B, N, Lk, Dh), mask broadcastable to (B, N, Lq, Lk) -> (B, Lq, D)."""
+    """q (B, N, Lq, Dh), k and v (B, N, Lk, Dh), mask (bool or `additive`) broadcastable over them -> (B, Lq, D)."""
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: Tensor, memory_gate: Tensor | None) -> Tensor:
-    """Attention over own group and history, (B, Lq, D).
+    """Attention over own group and history, (B, Lq, D); with `memory_gate` the masks are bool.
 
     Without `memory_gate` one softmax covers both. With it (N,), the own group and the earlier control steps have a
     softmax each and the latter is weighted by tanh(gate) per head: zero at initialisation, so that training starts

@@ -5,14 +5,17 @@ Shapes: B batch, L tokens, K context tokens, P tokens per control step, N heads,
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from scd_robot.nn.attention import attend, multi_head_attention
 from scd_robot.nn.embeddings import apply_rotary
 from scd_robot.nn.kv_cache import KVCache, StepPlan
 
-__all__ = ["AdaLNBlock", "CausalBlock", "CausalDitBlock", "modulate"]
+__all__ = ["AdaLNBlock", "CausalBlock", "CausalDitBlock", "modulated_norm"]
 
 Rotary = tuple[Tensor, Tensor]
+
+_EPS = 1e-6  # of layer norms
 
 
 def _mlp(width: int, ratio: int) -> nn.Sequential:
@@ -35,10 +38,10 @@ class CausalBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attention_norm = nn.LayerNorm(width, eps=1e-6, bias=False)
+        self.attention_norm = nn.LayerNorm(width, eps=_EPS, bias=False)
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width)
-        self.mlp_norm = nn.LayerNorm(width, eps=1e-6, bias=False)
+        self.mlp_norm = nn.LayerNorm(width, eps=_EPS, bias=False)
         self.mlp = _mlp(width, mlp_ratio)
         self.memory_gate = nn.Parameter(torch.zeros(num_heads)) if memory_gate else None
 
@@ -64,9 +67,15 @@ class CausalBlock(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
-    """Adaptive layer norm's affine part; shift and factor broadcast over x (B, L, D)."""
-    return torch.addcmul(shift, x, factor)
+def modulated_norm(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """Adaptive layer norm of x (B, L, D); shift and factor are (D,), or broadcast over x."""
+    if shift.ndim == 1 and shift.dtype == x.dtype:  # not so under autocast
+        return layer_norm(x, x.shape[-1:], factor, shift, _EPS)
+    return torch.addcmul(shift, _norm(x), factor)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return layer_norm(x, x.shape[-1:], eps=_EPS)
 
 
 class AdaLNBlock(nn.Module):
@@ -78,7 +87,6 @@ class AdaLNBlock(nn.Module):
     def __init__(self, width: int, num_heads: int, mlp_ratio: int = 4) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.mlp = _mlp(width, mlp_ratio)
@@ -101,11 +109,11 @@ class AdaLNBlock(nn.Module):
 
         Args:
             x: (B, L, D) noisy tokens (with the context tokens in front of them for fusion "concat").
-            modulation: this block's `modulate_by` of the flow-time features.
+            modulation: this block's `modulate_by` of the flow-time features, or each (D,) where all share them.
             mask: broadcastable to (B, N, L, K + L), True = may attend; None = all.
             prefix: keys and values (2, B, N, K, Dh) of context tokens to attend to besides x.
         """
-        q, keys_values = self._project(modulate(self.norm(x), modulation[0], modulation[1]))
+        q, keys_values = self._project(modulated_norm(x, modulation[0], modulation[1]))
         if prefix is not None:
             keys_values = torch.cat((prefix, keys_values), dim=3)
         k, v = keys_values
@@ -114,14 +122,14 @@ class AdaLNBlock(nn.Module):
     def _finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         _, _, gate_a, shift_m, factor_m, gate_m = modulation
         x = torch.addcmul(x, gate_a, self.out(attended))
-        return torch.addcmul(x, gate_m, self.mlp(modulate(self.norm(x), shift_m, factor_m)))
+        return torch.addcmul(x, gate_m, self.mlp(modulated_norm(x, shift_m, factor_m)))
 
     def prefix(self, context: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         """Context tokens (B, K, D) attending to themselves alone; in the `last` layer only keys and values are due."""
-        q, keys_values = self._project(self.norm(context))
+        q, keys_values = self._project(_norm(context))
         if not last:
             context = context + self.out(multi_head_attention(q, *keys_values))
-            context = context + self.mlp(self.norm(context))
+            context = context + self.mlp(_norm(context))
         return context, keys_values
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,23 +159,22 @@ class CausalDitBlock(AdaLNBlock):
         layer: int,
         cache: KVCache,
         plan: StepPlan,
-        local: bool = False,
+        mask: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The tokens (B, P, D) of one more control step, and all keys and values of the cache, extended by theirs.
 
-        They see the cache's window, or with `local` each other alone.
+        They see what `mask` (B, 1, 1, W * P) says.
         """
         q, k, v = self.queries_keys_values(x, modulation, rotary)
         pair = cache.write(layer, plan, k, v)
-        mask = plan.mask & plan.own if local else plan.mask
         return self._finish(x, multi_head_attention(q, *pair, mask), modulation), pair
 
     def denoise(
         self,
         x: Tensor,
         modulation: tuple[Tensor, ...],
-        rotary: Rotary,
-        pair: tuple[Tensor, Tensor],
+        rotary: Rotary | None,
+        pair: tuple[Tensor, Tensor] | Tensor,
         history: int,
         mask: Tensor,
     ) -> Tensor:
@@ -177,27 +184,29 @@ class CausalDitBlock(AdaLNBlock):
             x: (B, L, D).
             modulation: of their flow time.
             rotary: of the current control step.
-            pair: the history's keys and values, each (B, N, S, Dh), or with room behind them, (B, N, at least S + L,
-                Dh), into which the tokens' own are written.
+            pair: the history's keys and values, each (B, N, S, Dh); or in one, keys relative to the current control
+                step, with room behind them, (2, B, N, at least S + L, Dh), into which the tokens' own are written.
             history: S.
             mask: broadcastable to (B, N, L, S + L).
         """
-        q, *own = self.queries_keys_values(x, modulation, rotary)
-        together = []
-        for store, new in zip(pair, own, strict=True):
-            if store.shape[2] > history:
-                store[:, :, history : history + x.shape[1]] = new
-                together.append(store[:, :, : history + x.shape[1]])
-            else:
-                together.append(torch.cat((store, new), dim=2))
-        k, v = together
+        if isinstance(pair, Tensor):
+            q, keys_values = self._project(modulated_norm(x, modulation[0], modulation[1]))
+            end = history + x.shape[1]
+            pair[:, :, :, history:end] = keys_values
+            k, v = pair[:, :, :, :end]
+        else:
+            q, *own = self.queries_keys_values(x, modulation, rotary)
+            k, v = (torch.cat(both, dim=2) for both in zip(pair, own, strict=True))
         return self._finish(x, multi_head_attention(q, k, v, mask), modulation)
 
     def queries_keys_values(
-        self, x: Tensor, modulation: tuple[Tensor, ...], rotary: Rotary
+        self, x: Tensor, modulation: tuple[Tensor, ...], rotary: Rotary | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, N, L, Dh)."""
-        x = modulate(self.norm(x), modulation[0], modulation[1])
+        """Queries, keys and values, each (B, N, L, Dh); without `rotary` relative to the tokens' control step."""
+        x = modulated_norm(x, modulation[0], modulation[1])
+        if rotary is None:
+            q, (k, v) = self._project(x)
+            return q, k, v
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)
         q, k = apply_rotary(qkv[:, :, :2], *rotary).unbind(2)
         return q, k, qkv[:, :, 2]

@@ -31,17 +31,20 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("increments", increments, persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, each (..., Dh / 2), of integer `positions` (...), in float64 for float64, else float32."""
-        phase = (positions[..., None] * self.increments) & _TURN_MASK
+        """Of integer `positions` (B, L) what `apply_rotary` takes, each (B, 1, 1, L, Dh) of `dtype`.
+
+        Angles are computed in float64 for float64, else in float32.
+        """
+        phase = (positions[:, None, None, :, None] * self.increments) & _TURN_MASK
         angle = phase.to(torch.float64 if dtype == torch.float64 else torch.float32) * (2 * math.pi / 2**_TURN_BITS)
-        return angle.cos(), angle.sin()
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates queries or keys x (B, N, any, L, Dh) by angles whose cosine and sine (B or 1, L, Dh / 2) are given."""
-    cos, sin = cos[:, None, None].to(x.dtype), sin[:, None, None].to(x.dtype)
+    """Rotates queries or keys x (B, N, any, L, Dh) by what `RotaryEmbedding` gives; by -sin back again."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return torch.addcmul(x * cos.to(x.dtype), torch.cat((second, first), dim=-1), sin.to(x.dtype))
 
 
 class FlowTimeEmbedding(nn.Module):

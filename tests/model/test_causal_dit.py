@@ -53,6 +53,26 @@ def test_plans_from_the_cache_equal_those_from_the_whole_history(variant, dtype,
 
 
 @torch.no_grad()
+def test_a_reset_row_plans_from_its_new_history_alone_and_the_others_go_on() -> None:
+    model = randomised(ENTANGLED)
+    cache, begins = model.new_cache(3), [0, 0, 0]
+    resets = {4: [1], 11: [0, 2], 12: [2], 23: [1]}  # before and after control steps were evicted
+    observation, _ = stream_of(ENTANGLED, 3, 31, torch.float64)
+    noise = torch.randn(3, 4, 2, dtype=torch.float64)
+    for t in range(31):
+        if t in resets:
+            cache.reset(torch.isin(torch.arange(3), torch.tensor(resets[t])))
+            begins = [t if row in resets[t] else begin for row, begin in enumerate(begins)]
+        context = model.encode_step({key: value[:, t] for key, value in observation.items()}, cache)
+        plans = model.plan(context, noise=noise).actions
+        for row, begin in enumerate(begins):
+            since = {key: value[row : row + 1, begin : t + 1] for key, value in observation.items()}
+            whole = model.encode_at(torch.tensor([[t - begin]]), since)
+            expected = model.plan(whole, noise=noise[row : row + 1]).actions
+            torch.testing.assert_close(plans[row : row + 1], expected, atol=1e-9, rtol=0)
+
+
+@torch.no_grad()
 def test_features_stream_too() -> None:
     model = randomised(ENTANGLED)
     observation, past = stream_of(ENTANGLED, 3, 40, torch.float64)

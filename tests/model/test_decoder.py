@@ -7,7 +7,7 @@ import torch
 
 from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import ConfigError, ShapeError
-from scd_robot.model import ScdConfig, ScdModel
+from scd_robot.model import ScdConfig, ScdModel, build_model
 
 CONFIG = ScdConfig(
     observation_shapes={"a": (3,)},
@@ -57,6 +57,33 @@ def test_parts_computed_once_per_plan_equal_recomputing(fusion: str) -> None:
         assert torch.equal(whole, cached)
 
 
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("fusion", FUSIONS)
+@torch.no_grad()
+def test_a_plan_is_eulers_method_on_the_velocity_of_training(fusion: str, delay: int) -> None:
+    """What follows from flow times that all tokens share is kept in another shape while a plan is denoised."""
+    model = randomised(fusion=fusion, max_delay_steps=3)
+    x, _, context = inputs(model, past=False)
+    prefix, known = x[:, :delay] + 1.0, torch.arange(x.shape[1]) < delay
+    plan = model.plan(context, sampler=SamplerConfig("euler", 4), noise=x, prefix=prefix if delay else None).actions
+    x[:, :delay] = prefix
+    for step in range(4):
+        times = torch.where(known, 1.0, step / 4).expand(len(x), -1).double()
+        x = torch.where(known[:, None], x, x + model.velocity(x, times, context) / 4)
+    torch.testing.assert_close(plan, x)
+
+
+@pytest.mark.parametrize("architecture", ["separable", "entangled"])
+@torch.no_grad()
+def test_plans_can_be_made_under_autocast(architecture: str) -> None:
+    """As validation does in a training with bf16-mixed precision."""
+    config = dataclasses.replace(CONFIG, architecture=architecture, context_corruption=0.0, fusion="prefix")
+    model = build_model(dataclasses.replace(config, num_context_tokens=ScdConfig({"a": (3,)}, 2).num_context_tokens))
+    with torch.autocast("cpu", torch.bfloat16):
+        context = model.samples(model.encode_at(torch.tensor([[1, 3]]), {"a": torch.randn(1, 5, 3)}), 2)
+        assert model.plan(context).actions.isfinite().all()
+
+
 @torch.no_grad()
 def test_prefix_context_is_blind_to_noise_and_flow_time_while_concat_is_not() -> None:
     """In fusion `prefix` a full sequence with the prefix-LM mask gives the same as the cached keys and values."""
@@ -77,7 +104,8 @@ def test_prefix_context_is_blind_to_noise_and_flow_time_while_concat_is_not() ->
         both = tuple(torch.where(is_context[None, :, None], none, some) for none, some in pairs)
         tokens = block(tokens, both, mask)
     shift, factor = conditions.head
-    expected = decoder.head(decoder.norm(tokens[:, count:]) * factor + shift)
+    normed = torch.nn.functional.layer_norm(tokens[:, count:], tokens.shape[-1:], eps=1e-6)
+    expected = decoder.head(normed * factor + shift)
     torch.testing.assert_close(decoder(x, flow_time, context), expected)
 
 
