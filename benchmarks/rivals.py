@@ -6,9 +6,9 @@
 As `latency.py`: float32, one thread, batch 1, through the policies with numpy in and out, random weights, windows full.
 The rival has its best configuration: clean history tokens, whose keys and values of all layers are cached across
 control steps and denoising steps, no context slots, one buffer per plan for the keys (relative to the current control
-step, so that noisy tokens need not be rotated) and values of history and noisy
-tokens. All arms take turns within each round. The mean per control step is that of a planning tick and 7 idle ticks.
-Memory is what one robot's history takes: the cache of keys and values, and its bookkeeping.
+step, so that noisy tokens need not be rotated) and values of history and noisy tokens. All arms take turns within each
+round. The mean per control step is that of a planning tick and 7 idle ticks. Memory is what one robot's history takes:
+the cache of keys and values, and its bookkeeping.
 """
 
 import os
