@@ -210,7 +210,7 @@ def convert_policy(
     }
     trained = build_model(before.model.config)  # its weights as they lie in training, not as policies have them
     trained.load_state_dict(before.model.state_dict())
-    models = {"source": cast(CausalDitModel, trained), "converted": model}
+    models: dict[str, ActionModel[Any]] = {"source": cast(CausalDitModel, trained), "converted": model}
     document["update_ms"] = _update_ms(models, before, ready, experiment)
     summary = train(
         data, experiment, out, init=start, init_statistics="checkpoint", accelerator=accelerator, progress=progress
