@@ -346,3 +346,15 @@ def test_unreadable_file_is_named(run_folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: Permission denied"):
         read_checkpoint(run_folder)
+
+
+def test_info_tells_what_delays_a_policy_was_trained_for(capsys) -> None:
+    from scd_robot.cli.main import main
+
+    tests = Path(__file__).parent
+    for checkpoint, told in (
+        (tests / "earlier_schemas" / "schema_7" / "checkpoint", ", trained for delays of up to 1 control step"),
+        (tests.parent / "examples" / "checkpoints" / "push", ", not trained for delays"),
+    ):
+        assert main(["info", str(checkpoint)]) == 0
+        assert told in capsys.readouterr().out

@@ -156,7 +156,9 @@ def _lines(description: dict[str, Any]) -> list[str]:
 
 def _delays(steps: int) -> str:
     """What a policy was trained for."""
-    return f"trained for delays of up to {steps} control steps" if steps else "not trained for delays"
+    if not steps:
+        return "not trained for delays"
+    return f"trained for delays of up to {steps} control step{'s' if steps > 1 else ''}"
 
 
 def _converted(conversion: dict[str, Any]) -> str:
