@@ -10,7 +10,7 @@ from typing import Any
 
 from scd_robot.control.clock import Clock, Pacer
 from scd_robot.control.interfaces import Sample
-from scd_robot.control.planning import Planning
+from scd_robot.control.planning import KEPT_TIMES, Planning
 from scd_robot.control.recorder import FlightRecorder
 from scd_robot.control.settings import LoopReport, State, percentiles
 from scd_robot.control.watchdog import FAULTS
@@ -18,8 +18,6 @@ from scd_robot.control.watchdog import FAULTS
 __all__ = ["Journal"]
 
 logger = logging.getLogger(__name__)
-
-_KEPT_TIMES = 10_000
 
 
 class Journal:
@@ -46,7 +44,7 @@ class Journal:
         self.faults: Counter[str] = Counter()
         self.active: set[str] = set()
         self.step, self.steps, self.commands = -1, 0, 0
-        self.encoder_ms: deque[float] = deque(maxlen=_KEPT_TIMES)
+        self.encoder_ms: deque[float] = deque(maxlen=KEPT_TIMES)
 
     def enter(self, state: State) -> None:
         """Notes the state, where it is a new one."""

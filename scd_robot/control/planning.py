@@ -14,12 +14,12 @@ from scd_robot.control.interfaces import EncodingPolicy
 from scd_robot.control.planner import Planner, PlanRequest, PlanResult
 from scd_robot.types import ActionArray, RunningChunk
 
-__all__ = ["Fate", "Planning"]
+__all__ = ["KEPT_TIMES", "Fate", "Planning"]
 
 Fate = Literal["followed", "too_late", "stale", "failed", "dropped"]
 """What becomes of a plan, see `LoopReport`."""
 
-_KEPT_TIMES = 10_000
+KEPT_TIMES = 10_000  # for reports: the latest of each kind
 
 
 class Planning:
@@ -53,7 +53,7 @@ class Planning:
         self.executor = ChunkExecutor(config, rest)
         self.epoch = 0
         self.counts: Counter[str] = Counter()
-        self.times_ms: deque[float] = deque(maxlen=_KEPT_TIMES)
+        self.times_ms: deque[float] = deque(maxlen=KEPT_TIMES)
 
     @property
     def delay_steps(self) -> int:
