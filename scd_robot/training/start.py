@@ -156,6 +156,13 @@ def check_fits(data: EpisodeDataset, experiment: ExperimentConfig) -> None:
         )
     for key in model.image_keys:
         check_pictures(data, key)
+    spare = model.chunk_length - experiment.policy.num_executed
+    if model.max_delay_steps > spare:
+        raise ConfigError(
+            f"model.max_delay_steps {model.max_delay_steps} is more than model.chunk_length {model.chunk_length} less "
+            f"policy.num_executed {experiment.policy.num_executed}: a plan that takes over {spare} control steps comes "
+            "when the one before is used up; lower it or num_executed, or raise chunk_length"
+        )
     if model.leaks_past_actions:
         logger.warning(
             "past_action_input='full' shows the encoder the very actions that num_past_actions=%d asks the decoder to "

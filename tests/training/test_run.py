@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,15 @@ def test_a_policy_can_be_fine_tuned_to_delays(tmp_path: Path) -> None:
     options = {"init": tmp_path / "whole", "init_statistics": "checkpoint", "accelerator": "cpu", "progress": False}
     train(tiny_data(), delays, tmp_path / "delays", **options)
     assert [load_policy(tmp_path / name).spec.max_delay_steps for name in ("whole", "delays")] == [0, 2]
+
+
+@pytest.mark.parametrize("most", [2, 3])
+def test_no_delay_is_trained_that_leaves_no_action_to_wait_with(tmp_path: Path, most: int) -> None:
+    """d <= H - s: chunks of 4 actions, 2 of which are executed."""
+    settings, refused = tiny_experiment(1, model={"max_delay_steps": most}), most > 2
+    with pytest.raises(ConfigError, match="over 2 control steps") if refused else nullcontext():
+        run(tmp_path / "run", settings)
+    assert (tmp_path / "run").exists() != refused
 
 
 def test_an_entangled_policy_trains_and_can_lose_the_history_of_its_last_layers(tmp_path: Path) -> None:
