@@ -102,8 +102,9 @@ def floor_ms(config: ScdConfig, evaluations: int, machine: dict[str, float]) -> 
     d, window = config.width, config.history_length
     model = ScdModel(config)
     tokens = model.tokenizer.tokens_per_step
+    remembered = tokens - model.encoder.num_readers
     encoder_weights = sum(p.numel() for p in model.encoder.parameters())
-    cache = 2 * config.encoder_layers * window * tokens * d
+    cache = 2 * config.encoder_layers * window * remembered * d
     encoder_ops = 2 * tokens * encoder_weights + 2 * tokens * cache
     decoder_weights = sum(p.numel() for n, p in model.decoder.blocks.named_parameters() if "modulation" not in n)
     length, context = config.chunk_length, config.num_context_tokens

@@ -59,21 +59,25 @@ def predict(config: ScdConfig, batch: int, segment: int, samples: int) -> dict[s
     """
     d, window, length = config.width, config.history_length, config.chunk_length
     widths = sum(shape[0] for shape in config.observation_shapes.values())
-    tokens = 1 + config.num_context_tokens  # joint vectors, context slots
+    tokens = 1  # of a control step: joint vectors
+    slots = config.num_context_tokens  # which only read
     layer = (4 + 2 * config.mlp_ratio) * d * d  # weights of attention and perceptron
-    encoder = 2 * tokens * config.encoder_layers * (layer + 2 * window * tokens * d) + 2 * widths * d
+    encoder = 2 * (tokens + slots) * config.encoder_layers * (layer + 2 * (window * tokens + slots) * d)
+    encoder += 2 * widths * d
     past = config.num_past_actions
     decoded, context = length, config.num_context_tokens
     read = 2 * config.decoder_layers * (layer + (decoded + context) * 2 * d) * decoded
     step = read + 4 * decoded * config.action_dim * d
-    # A training update: every control step once through the encoder, every sample once through the decoder, and twice
-    # as much for the gradients. Attention of a segment: the whole square, masked; modulation depends on flow time.
+    # A training update: every control step once through the encoder, and the slots of those that are sampled; every
+    # sample once through the decoder, and twice as much for the gradients. Attention of a segment: the whole square,
+    # masked; modulation depends on flow time.
     modulation = 2 * (6 * config.decoder_layers + 2 + 2) * d * d + 2 * d * 256
     learned = past + decoded
     sample = 2 * config.decoder_layers * (layer + (learned + context) * 2 * d) * learned + modulation
     sample += 4 * learned * config.action_dim * d
     prefix = 2 * config.decoder_layers * context * (layer + 2 * context * d) + 2 * context * d * d
-    forward = batch * segment * tokens * 2 * config.encoder_layers * (layer + 2 * segment * tokens * d)
+    encoded = segment * tokens + samples * slots
+    forward = batch * encoded * 2 * config.encoder_layers * (layer + 2 * encoded * d)
     forward += batch * (segment * 2 * widths * d + samples * (sample + prefix))
     weights = config.encoder_layers * layer + config.decoder_layers * (layer + 6 * d * d)
     return {

@@ -49,7 +49,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 7
+SCHEMA = 8
 _FORMAT = "scd_robot checkpoint"
 _JSON_FILES = ("config", "dataset", "normalization", "origin", "metrics")
 PUBLISHED_FILES = ("manifest.json", "model.safetensors", *(f"{name}.json" for name in _JSON_FILES))
@@ -276,6 +276,8 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         forcing = {"probability": 0.0, "frames": 8, "num_denoising_steps": 4}
         cached = {"backbone_learning_rate_factor": 0.1, "cache_features": False}
         config = {**config, "training": {**cached, "self_forcing": forcing, **config["training"]}}
+    if schema < 8:
+        config = {**config, "model": {"context_in_history": True, **config["model"]}}
     return config
 
 

@@ -87,9 +87,10 @@ def pusht_state(dataset: DatasetSpec) -> ExperimentConfig:
             action_dim=dataset.action_dim,
             history_length=2,
             num_past_actions=0,
-            encoder_layers=4,  # these three as they were measured
+            encoder_layers=4,  # these four as they were measured
             decoder_layers=2,
             add_context=False,
+            context_in_history=True,
         ),
         training=TrainingConfig(
             max_steps=10_000, positions_per_segment=48, action_normalization="mean_std", validate_every=500
@@ -117,9 +118,10 @@ def memory_state(dataset: DatasetSpec) -> ExperimentConfig:
             base.model,
             history_length=256,
             history_stride=2,
-            encoder_layers=4,  # these three as they were measured
+            encoder_layers=4,  # these four as they were measured
             decoder_layers=2,
             add_context=False,
+            context_in_history=True,
         ),
         training=replace(
             base.training,

@@ -208,16 +208,20 @@ def test_schema_and_policy_of_the_future_are_refused(run_folder, readers, tmp_pa
     refused(readers(run_folder)["eval"], "unknown policy type 'sdc'; did you mean 'scd'", unchanged=[tmp_path])
 
 
-@pytest.mark.parametrize("schema", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("schema", [1, 2, 3, 4, 5, 6, 7])
 def test_checkpoints_of_earlier_schemas_are_read(schema, run_folder) -> None:
     checkpoint = find_checkpoint(run_folder)
     now = read_checkpoint(run_folder).config
     old = json.loads(json.dumps(now))
-    for name in ("self_forcing", "backbone_learning_rate_factor", "cache_features"):
+    assert now["model"]["context_in_history"] is False
+    now["model"]["context_in_history"] = True
+    del old["model"]["context_in_history"]
+    for name in ("self_forcing", "backbone_learning_rate_factor", "cache_features") if schema < 7 else ():
         del old["training"][name]
-    for name in ("backbone", "weights", "frozen"):
+    for name in ("backbone", "weights", "frozen") if schema < 7 else ():
         del old["model"]["images"][name]
-    del old["model"]["frames"]["autoencoder"]
+    if schema < 7:
+        del old["model"]["frames"]["autoencoder"]
     if schema < 6:
         del old["training"]["frames"]
         for name in ("beside_actions", "decoder_layers"):
@@ -266,7 +270,7 @@ def test_new_fields_come_with_a_new_schema(tiny_run) -> None:
         )
 
     fields = [n for n in names(read_checkpoint(tiny_run).config) if "observation_shapes" not in n]
-    assert (SCHEMA, hashlib.sha256(" ".join(fields).encode()).hexdigest()[:12]) == (7, "0cf604aa97d7"), fields
+    assert (SCHEMA, hashlib.sha256(" ".join(fields).encode()).hexdigest()[:12]) == (8, "582ccc93f4a1"), fields
 
 
 def test_who_may_read_a_checkpoint_may_read_its_weights(tiny_run) -> None:

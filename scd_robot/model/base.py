@@ -21,9 +21,9 @@ from scd_robot.model.decoder import Conditioning
 from scd_robot.model.denoiser import ContextT, Denoiser
 from scd_robot.model.held import FixedActions, hold
 from scd_robot.model.tokenizer import StepTokenizer
-from scd_robot.nn import KVCache
+from scd_robot.nn import KVCache, take_steps
 
-__all__ = ["ActionModel", "ActionPlan", "HistoryModel", "check_guidance", "greatest_gain", "take_steps"]
+__all__ = ["ActionModel", "ActionPlan", "HistoryModel", "check_guidance", "greatest_gain"]
 
 
 @dataclass(frozen=True)
@@ -276,9 +276,3 @@ def _gradients() -> Iterator[None]:
     """Gradients, whatever the caller switched off."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-def take_steps(x: Tensor, position: Tensor) -> Tensor:
-    """Of (B, T, ...) the control steps (B, M): (B, M, ...)."""
-    index = position.view(*position.shape, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:])
-    return x.gather(1, index)

@@ -18,10 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from scd_robot.model.base import ActionModel, HistoryModel, take_steps
+from scd_robot.model.base import ActionModel, HistoryModel
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import Conditioning, FlowTransformer
-from scd_robot.nn import CausalDitBlock, KVCache, RotaryEmbedding, additive, apply_rotary, window_mask
+from scd_robot.nn import CausalDitBlock, KVCache, RotaryEmbedding, additive, apply_rotary, take_steps, window_mask
 
 __all__ = ["CausalDitModel", "EntangledModel", "HistoryContext"]
 

@@ -104,6 +104,9 @@ class ScdConfig:
         past_action_input: whether the previous executed action is a token of the group: "none", "noised" (noise of
             `past_action_noise` in training) or "full".
         past_action_noise: standard deviation in normalised units.
+        context_in_history: whether later control steps, and the other tokens of the same one, see the context slots.
+            Otherwise these only read: training computes them for the control steps that plans are made in, and the
+            cache holds none.
         context_corruption: eta, noise added to the RMS-normalised context in training.
         memory_gate: zero-initialised gate per head on attention to earlier control steps (arXiv 2604.18933).
         encoder_bias: the encoder's queries, keys and values have a bias, as converted layers need (convert.py).
@@ -137,6 +140,7 @@ class ScdConfig:
     add_context: bool = True
     past_action_input: Literal["none", "noised", "full"] = "none"
     past_action_noise: float = 0.3
+    context_in_history: bool = False
     context_corruption: float = 0.05
     memory_gate: bool = False
     encoder_bias: bool = False

@@ -92,6 +92,7 @@ def separable_config(
         encoder_layers=len(encoder),
         decoder_layers=len(decoder),
         num_context_tokens=num_context_tokens,
+        context_in_history=False,
         fusion=fusion,
         context_corruption=context_corruption,
         encoder_bias=True,
@@ -102,8 +103,8 @@ def separable_config(
 def separate(source: CausalDitModel, config: ScdConfig, encoder: Sequence[int], decoder: Sequence[int]) -> ScdModel:
     """A separable model with the weights of an entangled one's layers.
 
-    An encoder layer does with any tokens exactly what the source's layer does with history. Context slots are treated
-    likewise, at flow time 1, and unlike the source's noisy tokens they are seen by the history.
+    An encoder layer does with the history exactly what the source's layer does. Context slots are treated likewise, at
+    flow time 1, and as the source's noisy tokens they are not seen by the history.
 
     Args:
         source: entangled.

@@ -1,6 +1,7 @@
 """Causal encoder: the only part that sees history, run once per control step.
 
-Shapes: B batch, T control steps, P tokens per control step, K context tokens, D width.
+Shapes: B batch, T control steps, M of them whose context is asked for, P tokens per control step, K of them context
+slots, D width, S tokens of a whole segment.
 """
 
 from collections.abc import Iterable
@@ -9,9 +10,19 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from scd_robot.model.config import ScdConfig
-from scd_robot.nn import CausalBlock, KVCache, RotaryEmbedding, additive, limit_to_group, window_mask
+from scd_robot.nn import (
+    CausalBlock,
+    KVCache,
+    RotaryEmbedding,
+    additive,
+    limit_to_group,
+    take_steps,
+    window_mask,
+    window_steps,
+)
 
 __all__ = ["CausalEncoder"]
 
@@ -35,12 +46,15 @@ class CausalEncoder(nn.Module):
         self.config = config
         self.tokens_per_step = tokens_per_step
         self.context_slots = context_slots
+        self.num_readers = 0 if config.context_in_history else config.num_context_tokens  # the last tokens of a group
         self.rotary = RotaryEmbedding(config.width // config.num_heads)
         self.blocks = nn.ModuleList(
             CausalBlock(config.width, config.num_heads, config.mlp_ratio, config.memory_gate, config.encoder_bias)
             for _ in range(config.encoder_layers)
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)  # to unit RMS
+        remembered = tokens_per_step - self.num_readers
+        sees = None if sees is None else sees[:remembered, :remembered]  # readers see all
         self.register_buffer("sees", sees, persistent=False)
 
     def forward(
@@ -49,19 +63,21 @@ class CausalEncoder(nn.Module):
         token_valid: Tensor | None = None,
         stream: Tensor | None = None,
         first_position: int = 0,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """Contexts of all control steps of a stream in one pass.
+        """Contexts of control steps of a stream in one pass.
 
         Args:
             tokens: (B, T, P, D).
             token_valid: (B, T, P) bool, False = absent; None = all present.
             stream: (B, T) int, changes where history is forgotten (virtual resets); None = nowhere.
             first_position: control-step index of step 0.
+            at: (B, M) control steps whose context is asked for; None = all.
 
         Returns:
-            (B, T, K, D) with unit RMS over D.
+            (B, M or T, K, D) with unit RMS over D.
         """
-        outputs = self.outputs(tokens, token_valid, stream, first_position)
+        outputs = self.outputs(tokens, token_valid, stream, first_position, at)
         context: Tensor = self.norm(outputs[..., self.context_slots, :])
         return context
 
@@ -71,19 +87,35 @@ class CausalEncoder(nn.Module):
         token_valid: Tensor | None = None,
         stream: Tensor | None = None,
         first_position: int = 0,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """As `forward`, what becomes of all tokens, (B, T, P, D), before they are normalised by `norm`."""
+        """As `forward`, what becomes of all tokens, (B, M or T, P, D), before they are normalised by `norm`."""
         batch, steps, group, width = tokens.shape
+        kept = group - self.num_readers
+        tokens, readers = tokens[:, :, :kept], tokens[:, :, kept:]
+        token_valid = None if token_valid is None else token_valid[:, :, :kept]
         mask, own = window_mask(
-            steps, group, self.config.history_length, stream=stream, token_valid=token_valid, device=tokens.device
+            steps, kept, self.config.history_length, stream=stream, token_valid=token_valid, device=tokens.device
         )
-        mask = mask if self.sees is None else limit_to_group(mask, self.sees)
-        positions = torch.arange(first_position, first_position + steps, device=tokens.device)
-        rotary = self.rotary(positions.repeat_interleave(group)[None], tokens.dtype)
-        x = tokens.flatten(1, 2)
+        step = torch.arange(steps, device=tokens.device)
+        position, x = step.repeat_interleave(kept)[None], tokens.flatten(1, 2)
+        seen = mask if self.sees is None else limit_to_group(mask, self.sees)
+        if self.num_readers:
+            place = step.expand(batch, -1) if at is None else at
+            readers = readers if at is None else take_steps(readers, at)
+            x = torch.cat((x, readers.flatten(1, 2)), dim=1)
+            window = window_steps(steps, self.config.history_length, stream=stream, device=tokens.device)
+            there = take_steps(window.expand(batch, -1, -1), place).repeat_interleave(kept, 2)
+            there = there if token_valid is None else there & token_valid.flatten(1)[:, None]
+            seen = self._with_readers(seen, there)
+            own = self._with_readers(own, position == place[..., None]) if self.config.memory_gate else own
+            position = torch.cat((position.expand(batch, -1), place.repeat_interleave(self.num_readers, 1)), dim=1)
+        rotary = self.rotary(position + first_position, tokens.dtype)
         for block in self.blocks:
-            x = block(x, rotary, mask, own)
-        return x.view(batch, steps, group, width)
+            x = block(x, rotary, seen, own)
+        x, readers = x[:, : steps * kept].view(batch, steps, kept, width), x[:, steps * kept :]
+        x = x if at is None else take_steps(x, at)
+        return torch.cat((x, readers.view(batch, x.shape[1], -1, width)), dim=2) if self.num_readers else x
 
     def step(
         self, tokens: Tensor, cache: KVCache, token_valid: Tensor | None = None, active: Tensor | None = None
@@ -96,16 +128,43 @@ class CausalEncoder(nn.Module):
             token_valid: (B, P) bool; None = all present.
             active: (B,) bool, rows that take the step; None = all.
         """
-        plan = cache.begin_step(token_valid, active)
-        mask = plan.mask if self.sees is None else limit_to_group(plan.mask, self.sees)
-        plan = replace(plan, mask=mask if self.config.memory_gate else additive(mask, tokens.dtype))
+        kept = tokens.shape[1] - self.num_readers
+        plan = cache.begin_step(None if token_valid is None else token_valid[:, :kept], active)
+        own = plan.own
+        seen = plan.mask if self.sees is None else limit_to_group(plan.mask, self.sees)
+        if self.num_readers:
+            seen = self._with_group_of_readers(seen.expand(-1, -1, kept, -1), plan.present)
+            own = self._with_group_of_readers(own.expand(-1, -1, kept, -1), own) if self.config.memory_gate else own
+        plan = replace(plan, own=own, mask=seen if self.config.memory_gate else additive(seen, tokens.dtype))
         rotary = self.rotary(plan.position[:, None], tokens.dtype)
         x = tokens
         for layer, block in enumerate(cast(Iterable[CausalBlock], self.blocks)):
-            x = block.step(x, rotary, layer, cache, plan)
+            x = block.step(x, rotary, layer, cache, plan, kept)
         cache.end_step(plan)
         context: Tensor = self.norm(x[..., self.context_slots, :])
         return context
+
+    def _with_readers(self, mask: Tensor, seen: Tensor) -> Tensor:
+        """A mask (B or 1, 1, S, S') between tokens of the history with that of M groups of readers behind them.
+
+        Nobody sees the readers but those of their own group, (B, 1, S + M * K, S' + M * K) bool.
+
+        Args:
+            mask: True = may attend.
+            seen: (B, M, S') what each group of readers sees.
+        """
+        batch, groups, _ = seen.shape
+        seen = seen.repeat_interleave(self.num_readers, 1)[:, None]
+        group = torch.arange(groups, device=seen.device).repeat_interleave(self.num_readers)
+        among = (group[:, None] == group).expand(batch, 1, -1, -1)
+        above = pad(mask.expand(batch, -1, -1, -1), (0, len(group)), value=False)
+        return torch.cat((above, torch.cat((seen, among), dim=3)), dim=2)
+
+    def _with_group_of_readers(self, mask: Tensor, seen: Tensor) -> Tensor:
+        """As `_with_readers` for one group, of masks (B, 1, P or 1, S')."""
+        behind = (0, self.num_readers)
+        above, below = pad(mask, behind, value=False), pad(seen, behind, value=True)
+        return torch.cat((above, below.expand(-1, -1, self.num_readers, -1)), dim=2)
 
     def new_cache(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -117,7 +176,7 @@ class CausalEncoder(nn.Module):
             batch_size=batch_size,
             num_heads=config.num_heads,
             history_length=config.history_length,
-            tokens_per_step=self.tokens_per_step,
+            tokens_per_step=self.tokens_per_step - self.num_readers,
             head_dim=config.width // config.num_heads,
             device=device,
             dtype=dtype,

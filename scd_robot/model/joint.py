@@ -16,7 +16,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from scd_robot.model.base import take_steps
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.frames import FrameHead, ScdFrameModel
 from scd_robot.model.scd import ScdModel
@@ -42,7 +41,7 @@ class JointModel(ScdModel):
     ) -> tuple[Tensor, Tensor]:
         """In one pass the contexts (B, M, K, D) of `encode_at`, and those (B, M, Kf, D) that frames follow from."""
         tokens, valid = self._tokenize(observation, past_action, None, present, stream)
-        outputs = self.encoder.norm(take_steps(self.encoder.outputs(tokens, valid, stream), position))
+        outputs = self.encoder.norm(self.encoder.outputs(tokens, valid, stream, at=position))
         return outputs[:, :, self.tokenizer.context_slots], outputs[:, :, self.tokenizer.frame_slots]
 
     def frame_model(self) -> ScdFrameModel:

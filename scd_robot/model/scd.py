@@ -13,7 +13,7 @@ Shapes: B batch, T control steps, M samples per stream, K context tokens, D widt
 
 from torch import Tensor
 
-from scd_robot.model.base import ActionModel, HistoryModel, take_steps
+from scd_robot.model.base import ActionModel, HistoryModel
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import DiffusionDecoder
 from scd_robot.model.encoder import CausalEncoder
@@ -50,7 +50,8 @@ class SeparableModel(HistoryModel[Tensor]):
         return context
 
     def _encode_at(self, position: Tensor, tokens: Tensor, valid: Tensor | None, stream: Tensor | None) -> Tensor:
-        return take_steps(self._encode(tokens, valid, stream, 0), position)
+        context: Tensor = self.encoder(tokens, valid, stream, 0, position)
+        return context
 
     def _encode_step(self, tokens: Tensor, cache: KVCache, valid: Tensor | None, active: Tensor | None) -> Tensor:
         return self.encoder.step(tokens, cache, valid, active)

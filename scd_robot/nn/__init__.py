@@ -1,6 +1,14 @@
 """Building blocks: windowed causal attention, its ring cache, transformer blocks, embeddings, pictures to numbers."""
 
-from scd_robot.nn.attention import additive, attend, limit_to_group, multi_head_attention, window_mask
+from scd_robot.nn.attention import (
+    additive,
+    attend,
+    limit_to_group,
+    multi_head_attention,
+    take_steps,
+    window_mask,
+    window_steps,
+)
 from scd_robot.nn.autoencoder import Autoencoder, AutoencoderConfig
 from scd_robot.nn.backbone import Backbone, import_timm
 from scd_robot.nn.blocks import AdaLNBlock, CausalBlock, CausalDitBlock, modulated_norm
@@ -37,5 +45,7 @@ __all__ = [
     "read_weights",
     "room_for",
     "sine_places",
+    "take_steps",
     "window_mask",
+    "window_steps",
 ]

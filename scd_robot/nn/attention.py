@@ -8,7 +8,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["additive", "attend", "limit_to_group", "multi_head_attention", "window_mask"]
+__all__ = [
+    "additive",
+    "attend",
+    "limit_to_group",
+    "multi_head_attention",
+    "take_steps",
+    "window_mask",
+    "window_steps",
+]
+
+
+def window_steps(
+    num_steps: int, history_length: int, *, stream: Tensor | None = None, device: torch.device | None = None
+) -> Tensor:
+    """Which of T consecutive control steps see which, (B or 1, T, T) bool; arguments as of `window_mask`."""
+    step = torch.arange(num_steps, device=device if stream is None else stream.device)
+    age = step[:, None] - step[None, :]
+    mask = ((age >= 0) & (age < history_length))[None]
+    return mask if stream is None else mask & (stream[:, :, None] == stream[:, None, :])
 
 
 def window_mask(
@@ -39,16 +57,13 @@ def window_mask(
     """
     for given in (stream, token_valid):
         device = given.device if given is not None else device
-    step = torch.arange(num_steps, device=device).repeat_interleave(tokens_per_step)
-    age = step[:, None] - step[None, :]
-    mask = ((age >= 0) & (age < history_length))[None]
-    if stream is not None:
-        token_stream = stream.repeat_interleave(tokens_per_step, dim=1)
-        mask = mask & (token_stream[:, :, None] == token_stream[:, None, :])
+    steps = window_steps(num_steps, history_length, stream=stream, device=device)
+    mask = steps.repeat_interleave(tokens_per_step, 1).repeat_interleave(tokens_per_step, 2)
     if token_valid is not None:
         mask = mask & token_valid.flatten(1)[:, None, :]
         mask = mask | ~mask.any(dim=-1, keepdim=True)
-    return mask[:, None], (age == 0)[None, None]
+    step = torch.arange(num_steps, device=device).repeat_interleave(tokens_per_step)
+    return mask[:, None], (step[:, None] == step)[None, None]
 
 
 def limit_to_group(mask: Tensor, sees: Tensor) -> Tensor:
@@ -92,3 +107,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: Tensor, memory_ga
     present = scaled_dot_product_attention(q, k, v, attn_mask=group | ~group.any(dim=-1, keepdim=True))
     gate = torch.tanh(memory_gate)[:, None, None] * has_past
     return (present + gate.to(q.dtype) * recalled).transpose(1, 2).flatten(2)
+
+
+def take_steps(x: Tensor, position: Tensor) -> Tensor:
+    """Of (B, T, ...) the control steps (B, M): (B, M, ...)."""
+    index = position.view(*position.shape, *(1 for _ in x.shape[2:])).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)

@@ -50,10 +50,16 @@ class CausalBlock(nn.Module):
         q, k, v = self.queries_keys_values(x, rotary)
         return self._finish(x, attend(q, k, v, mask, own, self.memory_gate))
 
-    def step(self, x: Tensor, rotary: Rotary, layer: int, cache: KVCache, plan: StepPlan) -> Tensor:
-        """The tokens (B, P, D) of one more control step; earlier ones come from the cache, which is extended."""
-        q, k, v = self.queries_keys_values(x, rotary)
-        k, v = cache.write(layer, plan, k, v)
+    def step(self, x: Tensor, rotary: Rotary, layer: int, cache: KVCache, plan: StepPlan, kept: int) -> Tensor:
+        """The tokens (B, P, D) of one more control step; earlier ones come from the cache, which is extended.
+
+        What `kept`, the number of tokens that the cache takes, leaves over is seen in this step only: `plan` has a key
+        more for each.
+        """
+        q, *own = self.queries_keys_values(x, rotary)
+        k, v = cache.write(layer, plan, *(new[:, :, :kept] for new in own))
+        if kept < x.shape[1]:
+            k, v = (torch.cat((old, new[:, :, kept:]), dim=2) for old, new in zip((k, v), own, strict=True))
         return self._finish(x, attend(q, k, v, plan.mask, plan.own, self.memory_gate))
 
     def queries_keys_values(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:

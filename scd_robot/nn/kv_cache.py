@@ -28,7 +28,9 @@ class StepPlan:
         slot: (B,) ring slot that the step's group is written to.
         position: (B,) control-step index of the group.
         active: (B,) rows that take this step, or None = all.
-        mask: (B, 1, 1, W * P) keys that the group's tokens may see; its own group is among them.
+        mask: (B, 1, 1, W * P) keys that the group's tokens may see; its own group is among them. All, where none is
+            present: they are zeros, and the softmax stays finite.
+        present: (B, 1, 1, W * P) those that are.
         own: (B, 1, 1, W * P) keys that belong to the group itself.
     """
 
@@ -37,6 +39,7 @@ class StepPlan:
     position: Tensor
     active: Tensor | None
     mask: Tensor
+    present: Tensor
     own: Tensor
 
 
@@ -172,11 +175,11 @@ class KVCache:
         rows = torch.arange(batch, device=self.position.device)
         age = self.position[:, None] - self.slot_position
         in_window = (self.slot_position >= 0) & (age < window)
-        mask = (in_window[:, :, None] & self.token_valid).view(batch, 1, 1, window * tokens)
-        mask = mask | ~mask.any(dim=-1, keepdim=True)  # an empty row sees zeros instead of dividing by zero
+        present = (in_window[:, :, None] & self.token_valid).view(batch, 1, 1, window * tokens)
+        mask = present | ~present.any(dim=-1, keepdim=True)
         own = torch.arange(window, device=rows.device) == slot[:, None]
         own = own[:, :, None].expand(batch, window, tokens).reshape(batch, 1, 1, window * tokens)
-        return StepPlan(rows, slot, self.position.clone(), active, mask, own)
+        return StepPlan(rows, slot, self.position.clone(), active, mask, present, own)
 
     def write(self, layer: int, plan: StepPlan, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores one group's keys and values (B, N, P, Dh) and returns all of the layer's, each (B, N, W * P, Dh)."""

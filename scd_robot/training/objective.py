@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scd_robot.diffusion import SamplerConfig, corrupt, interpolate, mean_flow, shortcut
 from scd_robot.model import ActionModel, Denoiser, FrameDenoiser, FrameModel, HistoryModel, JointModel
-from scd_robot.model.base import take_steps
+from scd_robot.nn import take_steps
 from scd_robot.normalization import Normalizer
 from scd_robot.training.augmentation import augmented
 from scd_robot.training.batches import Draws, TrainingBatch

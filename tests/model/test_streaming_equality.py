@@ -8,7 +8,7 @@ from model_streams import randomised, stream_of
 
 from scd_robot.errors import ShapeError
 from scd_robot.model import FrameConfig, ScdConfig, ScdModel
-from scd_robot.nn import ImageConfig
+from scd_robot.nn import ImageConfig, take_steps
 
 CONFIG = ScdConfig(
     observation_shapes={"a": (3,), "b": (2,)},
@@ -20,8 +20,11 @@ CONFIG = ScdConfig(
     history_length=5,
     observation_tokens="per_key",
     num_context_tokens=2,
+    context_in_history=True,
     chunk_length=4,
 )
+READERS = dataclasses.replace(CONFIG, context_in_history=False)
+BOTH = pytest.mark.parametrize("config", [CONFIG, READERS], ids=["slots in the history", "slots that only read"])
 CAMERAS = {"a": (3,), "eye": (16, 24, 3), "wrist": (9, 12, 1)}
 SMALL = ImageConfig(channels=(8, 8), tokens_per_image=3)
 VARIANTS = {
@@ -38,6 +41,14 @@ VARIANTS = {
         "past_action_input": "full",
     },
     "bias": {"encoder_bias": True},
+    "readers": {"context_in_history": False},
+    "readers, gate": {"context_in_history": False, "memory_gate": True, "past_action_input": "full"},
+    "readers, cameras": {
+        "observation_shapes": CAMERAS,
+        "images": SMALL,
+        "frames": FrameConfig("eye", beside_actions=True),
+        "context_in_history": False,
+    },
     "frames": {
         "observation_shapes": CAMERAS,
         "images": SMALL,
@@ -74,10 +85,11 @@ def test_step_matches_full_history_at_every_step(variant: str, dtype: torch.dtyp
     assert error.max() < tolerance, f"first wrong step: {int((error >= tolerance).nonzero()[0])}"
 
 
+@BOTH
 @pytest.mark.parametrize("layers", [1, 3])
 @torch.no_grad()
-def test_context_sees_exactly_its_receptive_field(layers: int) -> None:
-    config = dataclasses.replace(CONFIG, encoder_layers=layers)
+def test_context_sees_exactly_its_receptive_field(layers: int, config: ScdConfig) -> None:
+    config = dataclasses.replace(config, encoder_layers=layers)
     model = randomised(config)
     steps = config.receptive_field + 6
     observation, past = stream_of(config, 1, steps, torch.float64)
@@ -90,11 +102,12 @@ def test_context_sees_exactly_its_receptive_field(layers: int) -> None:
             assert moved == (age < config.receptive_field), f"age {age}, field {config.receptive_field}"
 
 
+@BOTH
 @torch.no_grad()
-def test_rows_reset_at_different_times_are_independent_streams() -> None:
-    model = randomised(CONFIG)
+def test_rows_reset_at_different_times_are_independent_streams(config: ScdConfig) -> None:
+    model = randomised(config)
     steps, resets = 60, {0: [], 1: [7, 30], 2: [31], 3: [1, 2, 3]}
-    observation, _ = stream_of(CONFIG, 4, steps, torch.float64)
+    observation, _ = stream_of(config, 4, steps, torch.float64)
     stream = torch.zeros(4, steps, dtype=torch.int64)
     for row, times in resets.items():
         for time in times:
@@ -107,11 +120,12 @@ def test_rows_reset_at_different_times_are_independent_streams() -> None:
         torch.testing.assert_close(context, full[:, t], atol=1e-10, rtol=0)
 
 
+@BOTH
 @torch.no_grad()
-def test_rows_that_pause_keep_their_own_position() -> None:
-    model = randomised(CONFIG)
+def test_rows_that_pause_keep_their_own_position(config: ScdConfig) -> None:
+    model = randomised(config)
     steps = 50
-    observation, past = stream_of(CONFIG, 3, steps, torch.float64)
+    observation, past = stream_of(config, 3, steps, torch.float64)
     full = run_steps(model, observation, past)
     cache = model.new_cache(3)
     done = torch.zeros(3, dtype=torch.int64)
@@ -141,11 +155,12 @@ def test_equality_holds_a_million_steps_into_a_stream(dtype: torch.dtype, tolera
     assert (late_steps - early_full).abs().max() < tolerance
 
 
+@BOTH
 @torch.no_grad()
-def test_absent_tokens_influence_nothing_and_no_row_is_nan() -> None:
-    model = randomised(CONFIG)
+def test_absent_tokens_influence_nothing_and_no_row_is_nan(config: ScdConfig) -> None:
+    model = randomised(config)
     steps = 40
-    observation, _ = stream_of(CONFIG, 2, steps, torch.float64)
+    observation, _ = stream_of(config, 2, steps, torch.float64)
     present = {"b": torch.rand(2, steps, generator=torch.Generator().manual_seed(2)) < 0.5}
     full = model.encode(observation, present=present)
     garbage = {"a": observation["a"], "b": torch.where(present["b"][..., None], observation["b"], 1e3)}
@@ -155,8 +170,17 @@ def test_absent_tokens_influence_nothing_and_no_row_is_nan() -> None:
             {key: value[:, t] for key, value in garbage.items()}, cache, present={"b": present["b"][:, t]}
         )
         torch.testing.assert_close(context, full[:, t], atol=1e-10, rtol=0)
-    nothing = {key: torch.zeros(2, steps, dtype=torch.bool) for key in CONFIG.observation_shapes}
-    assert torch.isfinite(model.encode(observation, present=nothing)).all()
+    nothing = {key: torch.zeros(2, steps, dtype=torch.bool) for key in config.observation_shapes}
+    blind = model.encode(observation, present=nothing)
+    assert torch.isfinite(blind).all()
+    if not config.context_in_history:  # what is absent is not seen for want of anything else
+        other = model.encode({key: value + 1 for key, value in observation.items()}, present=nothing)
+        torch.testing.assert_close(blind, other, atol=1e-10, rtol=0)
+        cache = model.new_cache(2)
+        for t in range(steps):
+            now = {key: value[:, t] for key, value in observation.items()}
+            context = model.encode_step(now, cache, present={key: there[:, t] for key, there in nothing.items()})
+            torch.testing.assert_close(context, blind[:, t], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ["separable", "entangled"])
@@ -184,6 +208,35 @@ def test_an_absent_camera_influences_nothing(architecture: str) -> None:
     assert torch.isfinite(model.encode(observation, present=nothing)).all()
 
 
+@BOTH
+@pytest.mark.parametrize("gate", [False, True])
+@torch.no_grad()
+def test_contexts_of_some_steps_are_those_of_all(config: ScdConfig, gate: bool) -> None:
+    """Also where a control step is asked for twice, and after the history was forgotten."""
+    model = randomised(dataclasses.replace(config, memory_gate=gate))
+    observation, _ = stream_of(config, 2, 20, torch.float64)
+    stream = (torch.arange(20) >= torch.tensor([[9], [14]])).long()
+    present = {"b": torch.rand(2, 20, generator=torch.Generator().manual_seed(2)) < 0.5}
+    position = torch.tensor([[0, 3, 19, 9, 3], [13, 14, 1, 19, 2]])
+    some = model.encode_at(position, observation, present=present, stream=stream)
+    every = model.encode(observation, present=present, stream=stream)
+    torch.testing.assert_close(some, take_steps(every, position), atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_slots_that_only_read_are_not_kept() -> None:
+    """What they say changes nothing later, and the cache has no place for them."""
+    model = randomised(READERS)
+    observation, _ = stream_of(READERS, 1, 6, torch.float64)
+    kept, before = model.new_cache(1), model.encode(observation)
+    assert kept.token_valid.shape == (1, 5, 2)
+    assert randomised(CONFIG).new_cache(1).token_valid.shape == (1, 5, 4)
+    history = model.encoder.outputs(*model.tokenizer(observation))[:, :, :2]
+    model.tokenizer.type_embedding[2:] = model.tokenizer.type_embedding[2:].flip(-1)
+    assert (model.encode(observation) - before).abs().max() > 1e-3
+    torch.testing.assert_close(model.encoder.outputs(*model.tokenizer(observation))[:, :, :2], history)
+
+
 @torch.no_grad()
 def test_pictures_of_another_size_or_type_are_refused() -> None:
     config = dataclasses.replace(CONFIG, observation_shapes=CAMERAS, images=SMALL)
@@ -194,20 +247,22 @@ def test_pictures_of_another_size_or_type_are_refused() -> None:
             model.encode({**observation, "eye": wrong})
 
 
+@BOTH
 @torch.no_grad()
-def test_episodes_of_different_length_are_padded_without_effect() -> None:
-    model = randomised(CONFIG)
-    observation, _ = stream_of(CONFIG, 2, 30, torch.float64)
+def test_episodes_of_different_length_are_padded_without_effect(config: ScdConfig) -> None:
+    model = randomised(config)
+    observation, _ = stream_of(config, 2, 30, torch.float64)
     full = model.encode(observation)
     short = model.encode({key: value[1:, :13] for key, value in observation.items()})
     torch.testing.assert_close(full[1:, :13], short, atol=1e-10, rtol=0)
 
 
+@BOTH
 @torch.no_grad()
-def test_inactive_rows_of_an_empty_cache_stay_finite_and_untouched() -> None:
+def test_inactive_rows_of_an_empty_cache_stay_finite_and_untouched(config: ScdConfig) -> None:
     for gate in (False, True):
-        model = randomised(dataclasses.replace(CONFIG, memory_gate=gate))
-        observation, _ = stream_of(CONFIG, 2, 1, torch.float64)
+        model = randomised(dataclasses.replace(config, memory_gate=gate))
+        observation, _ = stream_of(config, 2, 1, torch.float64)
         cache = model.new_cache(2)
         before = cache.clone()
         context = model.encode_step({k: v[:, 0] for k, v in observation.items()}, cache, torch.tensor([False, False]))
