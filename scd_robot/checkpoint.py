@@ -277,7 +277,7 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         cached = {"backbone_learning_rate_factor": 0.1, "cache_features": False}
         config = {**config, "training": {**cached, "self_forcing": forcing, **config["training"]}}
     if schema < 8:
-        config = {**config, "model": {"context_in_history": True, **config["model"]}}
+        config = {**config, "model": {"context_in_history": True, "encoder_modulation": False, **config["model"]}}
     return config
 
 

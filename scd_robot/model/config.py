@@ -79,8 +79,8 @@ class ScdConfig:
         action_dim: Da, width of one action.
         architecture: "separable", or "entangled": the rival `CausalDitModel` of the same width and of encoder_layers +
             decoder_layers layers, all of which see the history at every denoising step. It reads no fusion,
-            add_context, num_context_tokens, context_corruption, memory_gate and encoder_bias, which must be as by
-            default, the corruption 0.
+            add_context, num_context_tokens, context_corruption, memory_gate, encoder_bias and encoder_modulation, which
+            must be as by default, the corruption 0.
         local_layers: entangled only: in the last so many layers nothing attends to earlier control steps.
         width: D, of encoder and decoder tokens.
         num_heads: N; must divide `width` into an even head width.
@@ -110,6 +110,7 @@ class ScdConfig:
         context_corruption: eta, noise added to the RMS-normalised context in training.
         memory_gate: zero-initialised gate per head on attention to earlier control steps (arXiv 2604.18933).
         encoder_bias: the encoder's queries, keys and values have a bias, as converted layers need (convert.py).
+        encoder_modulation: likewise its layers are modulated, history and context slots by constants of their own.
         max_delay_steps: largest prefix of committed actions that training shows to the decoder as clean
             (training-time real-time chunking, arXiv 2512.05964), in half of the plans it learns from; 0 = off.
         step_end_input: the decoder is told where its denoising step ends and gives the average velocity until there;
@@ -144,6 +145,7 @@ class ScdConfig:
     context_corruption: float = 0.05
     memory_gate: bool = False
     encoder_bias: bool = False
+    encoder_modulation: bool = False
     max_delay_steps: int = 0
     step_end_input: bool = False
     images: ImageConfig = field(default_factory=ImageConfig)
@@ -180,6 +182,8 @@ class ScdConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.encoder_modulation and self.context_in_history:
+            raise ConfigError("encoder_modulation needs context_in_history=false: the slots' constants are their own")
         if self.max_delay_steps >= self.chunk_length:
             raise ConfigError(f"max_delay_steps {self.max_delay_steps} must be below chunk_length {self.chunk_length}")
 
@@ -191,6 +195,7 @@ class ScdConfig:
             "num_context_tokens": 1,
             "memory_gate": False,
             "encoder_bias": False,
+            "encoder_modulation": False,
         }
         if self.architecture == "entangled" and any(getattr(self, name) != value for name, value in needed.items()):
             found = ", ".join(f"{name} {getattr(self, name)}" for name in needed)

@@ -1,7 +1,7 @@
 """An entangled model's layers become a separable model's, without training: what `scd convert-policy` begins with.
 
-    encoder  <- layers of the entangled model, as they treat history tokens: flow time 1, so that their modulation is
-                constant and folds into the weights
+    encoder  <- layers of the entangled model; for history tokens at flow time 1, for context slots at 0, so that their
+                modulation is two sets of constants
     slots    <- embedded action queries at high noise: the mean of the noise at the positions of the chunk
     decoder  <- layers of the entangled model as they are, with their embedding, flow time and head
 
@@ -24,7 +24,7 @@ from scd_robot.model.config import ScdConfig
 from scd_robot.model.scd import ScdModel
 from scd_robot.nn import CausalDitBlock
 
-__all__ = ["fold", "parse_layers", "separable_config", "separate"]
+__all__ = ["parse_layers", "separable_config", "separate"]
 
 
 def parse_layers(text: str, depth: int) -> tuple[int, ...]:
@@ -96,6 +96,7 @@ def separable_config(
         fusion=fusion,
         context_corruption=context_corruption,
         encoder_bias=True,
+        encoder_modulation=True,
     )
 
 
@@ -103,8 +104,8 @@ def separable_config(
 def separate(source: CausalDitModel, config: ScdConfig, encoder: Sequence[int], decoder: Sequence[int]) -> ScdModel:
     """A separable model with the weights of an entangled one's layers.
 
-    An encoder layer does with the history exactly what the source's layer does. Context slots are treated likewise, at
-    flow time 1, and as the source's noisy tokens they are not seen by the history.
+    An encoder layer does with the history exactly what the source's layer does, and with context slots what that does
+    with tokens that are nothing but noise, which the history does not see.
 
     Args:
         source: entangled.
@@ -115,11 +116,11 @@ def separate(source: CausalDitModel, config: ScdConfig, encoder: Sequence[int], 
     old = source.decoder
     model = ScdModel(config).to(old.position)
     blocks = [cast(CausalDitBlock, block) for block in old.blocks]
-    clean = old.clean().blocks
+    clean, noise = (old.condition(old.position.new_full((1, 1), time)).blocks for time in (1.0, 0.0))
     state = {f"tokenizer.{name}": value for name, value in source.tokenizer.state_dict().items()}
     state["tokenizer.type_embedding"] = torch.cat((source.tokenizer.type_embedding, _queries(source, config)))
     for place, layer in enumerate(encoder):
-        state |= _under(f"encoder.blocks.{place}", fold(blocks[layer], clean[layer]))
+        state |= _under(f"encoder.blocks.{place}", _encoder_layer(blocks[layer], clean[layer], noise[layer]))
     for name in ("embed", "flow_time", "head_modulation", "head"):
         state |= _under(f"decoder.{name}", getattr(old, name).state_dict())
     for place, layer in enumerate(decoder):
@@ -135,30 +136,12 @@ def separate(source: CausalDitModel, config: ScdConfig, encoder: Sequence[int], 
     return model
 
 
-def fold(block: CausalDitBlock, modulation: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """The weights of a `CausalBlock` (with bias) that does what `block` does under a constant modulation.
-
-    A factor is the weight of the norm, a shift goes into the bias of what follows it, a gate into the projection that
-    it weights.
-
-    Args:
-        block: modulated.
-        modulation: `modulate_by` of one flow time, each with D elements.
-    """
-    shift_a, factor_a, gate_a, shift_m, factor_m, gate_m = (x.flatten() for x in modulation)
-    first, last = (cast(nn.Linear, block.mlp[i]) for i in (0, 2))
-    return {
-        "attention_norm.weight": factor_a,
-        "qkv.weight": block.qkv.weight,
-        "qkv.bias": block.qkv.bias + block.qkv.weight @ shift_a,
-        "out.weight": gate_a[:, None] * block.out.weight,
-        "out.bias": gate_a * block.out.bias,
-        "mlp_norm.weight": factor_m,
-        "mlp.0.weight": first.weight,
-        "mlp.0.bias": first.bias + first.weight @ shift_m,
-        "mlp.2.weight": gate_m[:, None] * last.weight,
-        "mlp.2.bias": gate_m * last.bias,
-    }
+def _encoder_layer(block: CausalDitBlock, clean: tuple[Tensor, ...], noise: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The weights of a modulated `CausalBlock` that does what `block` does under these modulations, (1, 1, D) each."""
+    state = {name: value for name, value in block.state_dict().items() if not name.startswith("modulation.")}
+    ones = torch.ones_like(clean[0].flatten())
+    constants = torch.stack([torch.stack([x.flatten() for x in modulation]) for modulation in (clean, noise)])
+    return {**state, "attention_norm.weight": ones, "mlp_norm.weight": ones, "modulation": constants}
 
 
 def _queries(source: CausalDitModel, config: ScdConfig) -> Tensor:

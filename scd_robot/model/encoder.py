@@ -49,7 +49,14 @@ class CausalEncoder(nn.Module):
         self.num_readers = 0 if config.context_in_history else config.num_context_tokens  # the last tokens of a group
         self.rotary = RotaryEmbedding(config.width // config.num_heads)
         self.blocks = nn.ModuleList(
-            CausalBlock(config.width, config.num_heads, config.mlp_ratio, config.memory_gate, config.encoder_bias)
+            CausalBlock(
+                config.width,
+                config.num_heads,
+                config.mlp_ratio,
+                memory_gate=config.memory_gate,
+                bias=config.encoder_bias,
+                modulated=config.encoder_modulation,
+            )
             for _ in range(config.encoder_layers)
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)  # to unit RMS
@@ -112,7 +119,7 @@ class CausalEncoder(nn.Module):
             position = torch.cat((position.expand(batch, -1), place.repeat_interleave(self.num_readers, 1)), dim=1)
         rotary = self.rotary(position + first_position, tokens.dtype)
         for block in self.blocks:
-            x = block(x, rotary, seen, own)
+            x = block(x, rotary, seen, own, x.shape[1] - steps * kept)
         x, readers = x[:, : steps * kept].view(batch, steps, kept, width), x[:, steps * kept :]
         x = x if at is None else take_steps(x, at)
         return torch.cat((x, readers.view(batch, x.shape[1], -1, width)), dim=2) if self.num_readers else x

@@ -30,11 +30,20 @@ class CausalBlock(nn.Module):
         num_heads: N.
         mlp_ratio: hidden width of the MLP, in units of D.
         memory_gate: adds a zero-initialised gate per head on attention to earlier control steps.
-        bias: queries, keys and values have a bias, which a constant shift before them folds into.
+        bias: queries, keys and values have a bias.
+        modulated: by constants like those that an `AdaLNBlock` makes of a flow time, one set for the history and one
+            for context slots that only read.
     """
 
     def __init__(
-        self, width: int, num_heads: int, mlp_ratio: int = 4, memory_gate: bool = False, bias: bool = False
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: int = 4,
+        *,
+        memory_gate: bool = False,
+        bias: bool = False,
+        modulated: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -44,11 +53,17 @@ class CausalBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width, eps=_EPS, bias=False)
         self.mlp = _mlp(width, mlp_ratio)
         self.memory_gate = nn.Parameter(torch.zeros(num_heads)) if memory_gate else None
+        shifts_and_others = torch.tensor([0.0, 1.0, 1.0] * 2)[:, None].expand(2, -1, width)
+        self.modulation = nn.Parameter(shifts_and_others.clone()) if modulated else None
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, own: Tensor) -> Tensor:
-        """All tokens (B, L, D) of a segment at once; `mask` and `own` as `window_mask` makes them."""
-        q, k, v = self.queries_keys_values(x, rotary)
-        return self._finish(x, attend(q, k, v, mask, own, self.memory_gate))
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, own: Tensor, slots: int = 0) -> Tensor:
+        """All tokens (B, L, D) of a segment at once, the last `slots` of which are context slots that only read.
+
+        `mask` and `own` are as `window_mask` makes them.
+        """
+        modulation = self._modulation(x.shape[1], slots)
+        q, k, v = self.queries_keys_values(x, rotary, modulation)
+        return self._finish(x, attend(q, k, v, mask, own, self.memory_gate), modulation)
 
     def step(self, x: Tensor, rotary: Rotary, layer: int, cache: KVCache, plan: StepPlan, kept: int) -> Tensor:
         """The tokens (B, P, D) of one more control step; earlier ones come from the cache, which is extended.
@@ -56,21 +71,37 @@ class CausalBlock(nn.Module):
         What `kept`, the number of tokens that the cache takes, leaves over is seen in this step only: `plan` has a key
         more for each.
         """
-        q, *own = self.queries_keys_values(x, rotary)
+        modulation = self._modulation(x.shape[1], x.shape[1] - kept)
+        q, *own = self.queries_keys_values(x, rotary, modulation)
         k, v = cache.write(layer, plan, *(new[:, :, :kept] for new in own))
         if kept < x.shape[1]:
             k, v = (torch.cat((old, new[:, :, kept:]), dim=2) for old, new in zip((k, v), own, strict=True))
-        return self._finish(x, attend(q, k, v, plan.mask, plan.own, self.memory_gate))
+        return self._finish(x, attend(q, k, v, plan.mask, plan.own, self.memory_gate), modulation)
 
-    def queries_keys_values(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(
+        self, x: Tensor, rotary: Rotary, modulation: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Each (B, N, L, Dh)."""
-        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)
+        x = self.attention_norm(x)
+        x = x if modulation is None else torch.addcmul(modulation[0], x, modulation[1])
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)
         q, k = apply_rotary(qkv[:, :, :2], *rotary).unbind(2)
         return q, k, qkv[:, :, 2]
 
-    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.out(attended)
-        return x + self.mlp(self.mlp_norm(x))
+    def _finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
+        if modulation is None:
+            x = x + self.out(attended)
+            return x + self.mlp(self.mlp_norm(x))
+        _, _, gate_a, shift_m, factor_m, gate_m = modulation
+        x = torch.addcmul(x, gate_a, self.out(attended))
+        return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, self.mlp_norm(x), factor_m)))
+
+    def _modulation(self, length: int, slots: int) -> tuple[Tensor, ...] | None:
+        """Shift, factor and gate of attention, then of the MLP, each (L, D); None = there is none."""
+        if self.modulation is None:
+            return None
+        of_slots = torch.arange(length, device=self.modulation.device) >= length - slots
+        return self.modulation[of_slots.long()].unbind(1)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:

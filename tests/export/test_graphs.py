@@ -29,6 +29,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "concat": ({"fusion": "concat"}, {}),
     "real-time chunking": ({"max_delay_steps": 3}, {}),
     "real-time chunking, concat": ({"max_delay_steps": 2, "fusion": "concat"}, {}),
+    "slots in the history": ({"context_in_history": True}, {}),
+    "converted": ({"encoder_bias": True, "encoder_modulation": True}, {}),
     "several samples": ({"max_delay_steps": 2}, {"num_samples": 3}),
     "guidance": ({}, {"guidance_scale": 1.5}),
     "stride": ({"history_stride": 2, "past_action_input": "none"}, {}),

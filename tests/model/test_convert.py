@@ -8,25 +8,9 @@ from model_streams import ENTANGLED, randomised, stream_of
 
 from scd_robot.errors import ConfigError
 from scd_robot.model import CausalDitModel
-from scd_robot.model.convert import fold, parse_layers, separable_config, separate
-from scd_robot.nn import CausalBlock, RotaryEmbedding, window_mask
+from scd_robot.model.convert import parse_layers, separable_config, separate
 
 SOURCE = dataclasses.replace(ENTANGLED, encoder_layers=3)
-
-
-@pytest.mark.parametrize("flow_time", [0.0, 1.0])
-@torch.no_grad()
-def test_a_folded_layer_computes_what_the_modulated_one_does(flow_time: float) -> None:
-    source = randomised(SOURCE)
-    block, steps, group = source.decoder.blocks[1], 9, 2
-    modulation = source.decoder.condition(torch.full((1, 1), flow_time, dtype=torch.float64)).blocks[1]
-    plain = CausalBlock(32, 2, bias=True).double()
-    plain.load_state_dict(fold(block, modulation))
-    x = torch.randn(2, steps * group, 32, dtype=torch.float64)
-    mask, own = window_mask(steps, group, 5)
-    rotary = RotaryEmbedding(16)(torch.arange(steps).repeat_interleave(group)[None], torch.float64)
-    expected, _ = block.history(x, modulation, rotary, mask)
-    torch.testing.assert_close(plain(x, rotary, mask, own), expected, atol=1e-11, rtol=1e-11)
 
 
 def converted(encoder=(0, 1, 2), decoder=(0, 3), tokens=2, **changes) -> tuple:
@@ -48,6 +32,22 @@ def test_the_encoder_makes_of_history_what_the_entangled_layers_do(changes) -> N
     found = model.encoder.outputs(*model.tokenizer(observation, past_action))[:, :, : tokens.shape[2]]
     expected = shallow.decoder.history(tokens, None, None, 0).features
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_slots_are_what_the_entangled_layers_make_of_noise() -> None:
+    """Of its mean, at flow time 0, where there is a slot for each action; through all layers."""
+    source, model = converted(encoder=(0, 1, 2, 3), tokens=SOURCE.chunk_length)
+    observation, _ = stream_of(source.config, 2, 23, torch.float64)
+    at = torch.tensor([[0, 7, 22], [3, 11, 12]])
+    context = source.decoder.prepare(source.samples(source.encode_at(at, observation), 1))
+    conditioning = source.decoder.condition(torch.zeros(6, 1, dtype=torch.float64))
+    noisy = source.decoder.embed_noisy(torch.zeros(6, SOURCE.chunk_length, 2, dtype=torch.float64))
+    masks = source.decoder.masks(noisy, context, None)
+    for layer in range(4):
+        noisy = source.decoder.layer(layer, noisy, conditioning, context, masks)
+    found = model.encoder.outputs(*model.tokenizer(observation), at=at)[:, :, -SOURCE.chunk_length :]
+    torch.testing.assert_close(found.flatten(0, 1), noisy, atol=1e-10, rtol=1e-10)
 
 
 @torch.no_grad()
@@ -84,6 +84,8 @@ def test_what_cannot_be_converted_is_refused() -> None:
     separable = dataclasses.replace(SOURCE, architecture="separable")
     with pytest.raises(ConfigError, match="only entangled"):
         separable_config(separable, (0,), (1,), 1)
+    with pytest.raises(ConfigError, match="encoder_modulation needs context_in_history=false"):
+        dataclasses.replace(separable, encoder_modulation=True, context_in_history=True)
     with pytest.raises(ConfigError, match="exceeds chunk_length 4"):
         separable_config(SOURCE, (0,), (1,), 5)
     with pytest.raises(ConfigError, match=r"local_layers.*0:3.*\[0, 3\]"):

@@ -41,6 +41,7 @@ VARIANTS = {
         "past_action_input": "full",
     },
     "bias": {"encoder_bias": True},
+    "modulated": {"encoder_bias": True, "encoder_modulation": True, "context_in_history": False},
     "readers": {"context_in_history": False},
     "readers, gate": {"context_in_history": False, "memory_gate": True, "past_action_input": "full"},
     "readers, cameras": {
