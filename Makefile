@@ -12,6 +12,10 @@ WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 8 ? c
 # Without it OpenMP threads spin at barriers, which on a busy machine makes torch many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Nobody compiles but Python, when it imports (see INSTALL), and it must be let keep that: containers often forbid it, and
+# then each of the tests' many processes compiles torch and Lightning anew, which takes longer than all else that it does.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 # Python compiles what it imports; pip would compile everything, which takes as long as all else that it does.
 INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --no-compile
