@@ -97,8 +97,9 @@ def test_policy_without_rows_runs_in_one_environment(toy):
 def test_crash_is_invalid_and_never_failed(toy, fault, processes, caplog):
     source = functools.partial(toy.PointEnvironment, faults={seed_of(1): fault})
     patience = 5.0 if fault == "hang" else 60.0  # the other environments answer within it on a busy machine too
+    options = {"num_envs": processes + 1, "processes": processes, "timeout_s": patience}
     with caplog.at_level(logging.ERROR):
-        result = run(toy.GoToGoal(), source, episodes=4, num_envs=3, processes=processes, timeout_s=patience)
+        result = run(toy.GoToGoal(), source, episodes=4, **options)
     crashed = result.episodes_detail[1]
     assert crashed.invalid
     assert not crashed.success

@@ -81,18 +81,32 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert raw[0]["ema"]["num_updates"] == raw[1]["ema"]["num_updates"] == 9
 
 
-def run_processes(out: Path, steps: int, *options: str) -> None:
+def run_processes(*runs: list[str]) -> None:
+    """Trains one after the other in two processes; each run as the arguments of `tiny.py`."""
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, str(TINY), str(out), str(steps), *options], check=True, env=environment, timeout=900
-    )
+    arguments = [argument for one in runs for argument in ("--", *one)][1:]
+    subprocess.run([sys.executable, str(TINY), *arguments], check=True, env=environment, timeout=1800)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_like_one_with_the_same_global_batch(tmp_path: Path, strategy: str) -> None:
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of all runs that two processes train from their beginning: they begin once, which takes longest."""
+    folder = tmp_path_factory.mktemp("by_two")
+    runs = [[f"{kind}-{strategy}", "4", "--strategy", strategy, f"--{kind}"] for kind in FRAMES for strategy in BOTH]
+    runs += [[strategy, "6", "--strategy", strategy] for strategy in BOTH]
+    runs += [["stopped", "6", "--strategy", "fsdp", "--stop-after", "3"]]
+    run_processes(*([str(folder / name), *options] for name, *options in runs))
+    return folder
+
+
+BOTH = ("ddp", "fsdp")
+FRAMES = {"frames": "frame_head.", "own-frames": "action."}  # and what begins the names of some weights
+
+
+@pytest.mark.parametrize("strategy", BOTH)
+def test_two_processes_train_like_one_with_the_same_global_batch(by_two: Path, tmp_path: Path, strategy: str) -> None:
     run(tmp_path / "one")
-    run_processes(tmp_path / "two", 6, "--strategy", strategy)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    one, two = weights(tmp_path / "one"), weights(by_two / strategy)
     torch.manual_seed(0)
     start = dict(ScdLightningModule(tiny_experiment(), Normalizer({}, {})).model.named_parameters())
     assert one.keys() == two.keys()
@@ -102,24 +116,21 @@ def test_two_processes_train_like_one_with_the_same_global_batch(tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "part"), [("--frames", "frame_head."), ("--own-frames", "action.")])
-def test_models_of_frames_train_alike_sharded_and_copied(tmp_path: Path, kind: str, part: str) -> None:
+@pytest.mark.parametrize("kind", FRAMES)
+def test_models_of_frames_train_alike_sharded_and_copied(by_two: Path, kind: str) -> None:
     """Beside actions; and where the devices imagine frames of their own, in some steps one of them alone."""
-    for strategy in ("ddp", "fsdp"):
-        run_processes(tmp_path / strategy, 4, "--strategy", strategy, kind)
-    copied, sharded = weights(tmp_path / "ddp"), weights(tmp_path / "fsdp")
-    assert any(name.startswith(part) for name in copied)
+    copied, sharded = (weights(by_two / f"{kind}-{strategy}") for strategy in BOTH)
+    assert any(name.startswith(FRAMES[kind]) for name in copied)
     assert copied.keys() == sharded.keys()
     for name, weight in copied.items():
         torch.testing.assert_close(sharded[name], weight, atol=1e-5, rtol=1e-4)
 
 
-def test_a_sharded_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    run_processes(tmp_path / "whole", 6, "--strategy", "fsdp")
-    run_processes(tmp_path / "parts", 6, "--strategy", "fsdp", "--stop-after", "3")
-    assert [p.name for p in list_checkpoints(tmp_path / "parts")] == ["step_00000003"]
-    run_processes(tmp_path / "parts", 6, "--strategy", "fsdp", "--resume")
-    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+def test_a_sharded_run_resumes_to_the_same_weights(by_two: Path) -> None:
+    stopped = by_two / "stopped"
+    assert [p.name for p in list_checkpoints(stopped)] == ["step_00000003"]
+    run_processes([str(stopped), "6", "--strategy", "fsdp", "--resume"])  # in other processes
+    assert_same(weights(by_two / "fsdp"), weights(stopped))
 
 
 def test_a_checkpoint_folder_is_complete_and_rerunnable(tmp_path: Path) -> None:

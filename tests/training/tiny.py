@@ -1,6 +1,8 @@
 """A tiny dataset and experiment that train in a second; shared by the training tests and run as a program by some.
 
-python tiny.py OUT MAX_STEPS [--resume] [--strategy NAME] [--stop-after STEP] [--frames | --own-frames]
+python tiny.py OUT MAX_STEPS [--resume] [--strategy NAME] [--stop-after STEP] [--frames | --own-frames] [-- OUT ...]
+
+Several runs follow each other in the same processes, which take far longer to begin than to train.
 """
 
 import contextlib
@@ -92,44 +94,61 @@ def main() -> None:
     """Trains in a process of its own."""
     import torch
 
-    from scd_robot.training import callbacks, train
-
     torch.set_num_threads(1)
-    options = dict(zip(sys.argv, [*sys.argv[1:], ""], strict=True))
-    if "--stop-after" in options:
-        stop_after(callbacks.CheckpointWriter, int(options["--stop-after"]))
+    arguments: list[str] = []
+    for argument in [*sys.argv[1:], "--"]:
+        if argument != "--":
+            arguments.append(argument)
+            continue
+        train_once(*arguments)
+        arguments = []
+
+
+def train_once(out: str, max_steps: str, *arguments: str) -> None:
+    """One of the runs that the program is asked for."""
+    from scd_robot.training import train
+
+    options = dict(zip(arguments, [*arguments[1:], ""], strict=True))
     strategy = options.get("--strategy", "auto")
-    data, experiment = tiny_data(), tiny_experiment(int(sys.argv[2]))
+    data, experiment = tiny_data(), tiny_experiment(int(max_steps))
     if options.keys() & {"--frames", "--own-frames"}:
         sys.path.append(str(Path(__file__).parents[1] / "helpers"))
         from frame_models import frame_experiment, joint_experiment, pushed_square
 
         from scd_robot.training import SelfForcingConfig
 
-        data, experiment = pushed_square(6, steps=20), joint_experiment(int(sys.argv[2]))  # beside actions
+        data, experiment = pushed_square(6, steps=20), joint_experiment(int(max_steps))  # beside actions
         if "--own-frames" in options:
-            experiment = frame_experiment(int(sys.argv[2]), self_forcing=SelfForcingConfig(0.2, frames=3))
-    train(
-        data,
-        experiment,
-        Path(sys.argv[1]),
-        resume="--resume" in options,
-        accelerator="cpu",
-        devices=1 if strategy == "auto" else 2,
-        strategy=strategy,
-        progress=False,
-    )
+            experiment = frame_experiment(int(max_steps), self_forcing=SelfForcingConfig(0.2, frames=3))
+    with stopped_after(int(options["--stop-after"])) if "--stop-after" in options else contextlib.nullcontext():
+        train(
+            data,
+            experiment,
+            Path(out),
+            resume="--resume" in options,
+            accelerator="cpu",
+            devices=1 if strategy == "auto" else 2,
+            strategy=strategy,
+            progress=False,
+        )
 
 
-def stop_after(writer: type, step: int) -> None:
-    """Ends the training in the epoch's end hook of this step, after its checkpoint is written."""
-    write = writer.at_epoch_end
+@contextlib.contextmanager
+def stopped_after(step: int) -> Iterator[None]:
+    """The training within it ends in the epoch's end hook of this step, after its checkpoint is written."""
+    from scd_robot.training.callbacks import CheckpointWriter
+
+    write = CheckpointWriter.at_epoch_end
 
     def write_and_stop(self, trainer, pl_module) -> None:  # type: ignore[no-untyped-def]
         write(self, trainer, pl_module)
         trainer.should_stop = trainer.global_step >= step
 
-    writer.at_epoch_end = write_and_stop
+    CheckpointWriter.at_epoch_end = write_and_stop  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CheckpointWriter.at_epoch_end = write  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
