@@ -45,9 +45,13 @@ SPREAD = ("tests/sim_eval/test_contract.py",)
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Spreads the longest files over processes; robosuite's ten minutes in one of them would be waited for."""
+    """Spreads the longest files over processes; robosuite's ten minutes in one of them would be waited for.
+
+    Files come in the order of `pytest_collection_modifyitems`, not by how many tests they have.
+    """
     if config.getvalue("dist") != "loadfile":
         return None
+    config.option.loadscopereorder = False
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
@@ -65,7 +69,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that cannot run here: `gpu` without a CUDA device, `sim` without the [sim] extra."""
+    """Marks the tests that cannot run here: `gpu` without a CUDA device, `sim` without the [sim] extra.
+
+    Of several processes, none is to begin a file that takes minutes when the others have nothing left: those with slow
+    tests come first.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
     missing = [name for name in ("metaworld", "gym_pusht") if find_spec(name) is None]
     if missing:
         no_simulator = pytest.mark.skip(reason=f"{' and '.join(missing)} not installed: pip install -e '.[sim]'")
