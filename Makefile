@@ -68,8 +68,10 @@ LEFT_OUT += analysis/test_encoder.py analysis/test_frame_networks.py analysis/te
 LEFT_OUT += analysis/test_imagination.py analysis/test_latency.py
 LEFT_OUT += cli/test_imagining.py cli/test_surprise.py cli/test_train_autoencoder.py
 # - threads and sockets: what goes over the wire, a client and the loop itself are in
-LEFT_OUT += serve/test_cli.py serve/test_one_shot.py serve/test_prompts.py serve/test_remote_stream.py serve/test_server.py
-LEFT_OUT += control/test_lerobot_robot.py control/test_rehearsal.py control/test_robot_examples.py control/test_ros_robot.py
+LEFT_OUT += serve/test_cli.py serve/test_one_shot.py serve/test_prompts.py
+LEFT_OUT += serve/test_remote_stream.py serve/test_server.py
+LEFT_OUT += control/test_lerobot_robot.py control/test_rehearsal.py
+LEFT_OUT += control/test_robot_examples.py control/test_ros_robot.py
 # - files of the checkout, and what runs in other environments only
 LEFT_OUT += benchmarks test_hub.py test_layers.py test_packaging.py test_readme.py test_runtime.py
 # - minutes of whole evaluations, which ask for statistics and reports of what the cheaper tests beside them have checked
