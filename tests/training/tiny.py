@@ -6,6 +6,7 @@ Several runs follow each other in the same processes, which take far longer to b
 """
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,7 +109,7 @@ def train_once(out: str, max_steps: str, *arguments: str) -> None:
     """One of the runs that the program is asked for."""
     from scd_robot.training import train
 
-    options = dict(zip(arguments, [*arguments[1:], ""], strict=True))
+    options = dict(itertools.pairwise([*arguments, ""]))
     strategy = options.get("--strategy", "auto")
     data, experiment = tiny_data(), tiny_experiment(int(max_steps))
     if options.keys() & {"--frames", "--own-frames"}:
