@@ -193,7 +193,13 @@ def age_plot(layers: Sequence[Mapping[str, Any]]) -> str:
     return figure.svg("Attention by age")
 
 
-def layers_plot(x: Sequence[float], lines: Mapping[Any, Sequence[float | None]], x_label: str, y_label: str) -> str:
+def layers_plot(
+    x: Sequence[float],
+    lines: Mapping[Any, Sequence[float | None]],
+    x_label: str,
+    y_label: str,
+    legend: str = "layer",
+) -> str:
     """SVG of a number for each layer, a line per layer, coloured in their order; a single line has no name."""
     figure = _Figure(2.4)
     for number, (layer, values) in enumerate(lines.items()):
@@ -201,7 +207,7 @@ def layers_plot(x: Sequence[float], lines: Mapping[Any, Sequence[float | None]],
         colour = _blend(number, len(lines))
         figure.axes.plot(*zip(*known, strict=True), marker="o", markersize=3, color=colour, label=str(layer))
     if len(lines) > 1:
-        figure.legend_beside("layer")
+        figure.legend_beside(legend)
     if all(float(at).is_integer() for at in x):
         figure.axes.set_xticks(list(x))
     figure.label(x_label, y_label)

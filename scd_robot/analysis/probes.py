@@ -1,41 +1,57 @@
-"""What an entangled policy repeats while it denoises: the two regularities that separation rests on, and their price.
+"""What an entangled model repeats while it denoises: the two regularities that separation rests on.
 
-After Bai et al., arXiv 2602.10095, section 3, on the noisy action tokens of a `CausalDitModel`: (1) how alike the
-features of a layer are at different denoising steps, (2) how much attention goes to earlier control steps, by layer and
-denoising step, and what leaving a layer out costs.
+After Bai et al., arXiv 2602.10095, section 3, on the noisy tokens of an `EntangledModel`, which are actions or patches
+of the next frame: (1) how alike the features of a layer are at different denoising steps, (2) how much attention goes
+to earlier control steps, by layer and denoising step, and what a layer is worth. Whatever is denoised, the layers are
+looked into where `CausalDitTransformer.layer` is called; `probe_costs.py` tells what leaving them out costs in use.
 
-Shapes: R samples, N denoising steps, L action tokens, D width, S history tokens.
+Shapes: R samples, N denoising steps, L noisy tokens, D width, S history tokens.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from scd_robot.datasets import EpisodeDataset
-from scd_robot.diffusion import SamplerConfig, interpolate, sample
+from scd_robot.analysis.imagination import check_recording
+from scd_robot.checkpoint import Checkpoint
+from scd_robot.config import from_json
+from scd_robot.datasets import EpisodeDataset, split_episodes
+from scd_robot.diffusion import FlowTimeConfig, SamplerConfig
 from scd_robot.errors import ConfigError
-from scd_robot.model import CausalDitModel, Conditioning
-from scd_robot.model.causal_dit import CausalDitTransformer, PreparedHistory
+from scd_robot.model import Conditioning
+from scd_robot.model.causal_dit import CausalDitTransformer, EntangledModel, PreparedHistory
 from scd_robot.nn import CausalDitBlock
-from scd_robot.policies.causal_dit import CausalDitPolicy
-from scd_robot.sim_eval import evaluate
-from scd_robot.sim_eval.comparison import NON_INFERIORITY_MARGIN, compare
+from scd_robot.policies import CausalDitPolicy, Imagination
 from scd_robot.training import ExperimentConfig, SegmentDataset, TrainingConfig
-from scd_robot.training.batches import TrainingBatch
-from scd_robot.training.objective import DecoderSamples, select_samples
+from scd_robot.training.batches import Draws
+from scd_robot.training.objective import DecoderSamples, sampled_errors, select_samples, velocity_error
+from scd_robot.training.start import check_fits, fingerprint
 from scd_robot.training.transformed import transformed
 
-__all__ = ["SCHEMA", "Shortcut", "cost_of_shortcuts", "middle_layers", "probe", "shortened"]
+__all__ = [
+    "SCHEMA",
+    "Probed",
+    "Shortcut",
+    "check_entangled",
+    "choose_episodes",
+    "held_out_episodes",
+    "middle_layers",
+    "probe",
+    "shortened",
+]
 
 SCHEMA = 1  # of the JSON
 _QUARTERS = 4  # of an episode, by which similarity is told as well
+
+Probed = CausalDitPolicy | Imagination
+Layer = Callable[[int, Tensor, Conditioning, PreparedHistory, tuple[Tensor, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,62 +80,126 @@ class Shortcut:
 
 
 @contextmanager
-def shortened(policy: CausalDitPolicy, shortcut: Shortcut) -> Iterator[None]:
-    """Within it the policy makes its plans with the shortcut."""
-    decoder = policy.model.decoder
+def shortened(policy: Probed, shortcut: Shortcut) -> Iterator[None]:
+    """Within it whatever the policy denoises is denoised with the shortcut."""
+    decoder = check_entangled(policy).decoder
     if shortcut.stop > len(decoder.blocks):
         raise ConfigError(f"the model has {len(decoder.blocks)} layers, the shortcut goes to {shortcut.stop}")
-    prepare, steps, added = decoder.prepare, 0, torch.empty(0)
+    compute, steps, before = decoder.layer, 0, torch.empty(0)
+    added, denoised = before, cast(PreparedHistory | None, None)
 
-    def prepare_plan(context: Any) -> PreparedHistory:
-        nonlocal steps
-        steps = 0
-        prepared: PreparedHistory = prepare(context)
-        return prepared
-
-    def velocity(
-        x: Tensor, conditioning: Conditioning, context: PreparedHistory, token_valid: Tensor | None = None
+    def layer(
+        number: int,
+        tokens: Tensor,
+        conditioning: Conditioning,
+        context: PreparedHistory,
+        masks: tuple[Tensor, Tensor],
     ) -> Tensor:
-        nonlocal steps, added
-        masks, tokens = decoder.masks(x, context, token_valid), decoder.embed_noisy(x)
-        full = steps < shortcut.full_steps
-        for layer in range(len(decoder.blocks)):
-            if layer == shortcut.first:
-                before = tokens
-                if not full and shortcut.reuse:
-                    tokens = tokens + added
-            if full or not shortcut.first <= layer < shortcut.stop:
-                tokens = decoder.layer(layer, tokens, conditioning, context, masks)
-            if full and layer == shortcut.stop - 1:
-                added = tokens - before
-        steps += 1
-        return decoder.read_out(tokens, conditioning)
+        nonlocal steps, before, added, denoised
+        if context is not denoised:  # each plan, and each frame, prepares its own
+            denoised, steps = context, 0
+        steps += number == 0
+        if number == shortcut.first:
+            before = tokens
+        if steps > shortcut.full_steps and shortcut.first <= number < shortcut.stop:
+            return tokens + added if shortcut.reuse and number == shortcut.first else tokens
+        tokens = compute(number, tokens, conditioning, context, masks)
+        if number == shortcut.stop - 1:
+            added = tokens - before
+        return tokens
 
-    decoder.prepare, decoder.velocity = prepare_plan, velocity  # of this object, in the place of its class's
+    with _in_place_of_layers(decoder, layer):
+        yield
+
+
+@contextmanager
+def _in_place_of_layers(decoder: CausalDitTransformer, layer: Layer) -> Iterator[None]:
+    """Within it `layer` is called in the place of the decoder's."""
+    decoder.layer = layer  # type: ignore[method-assign]  # of this object, in the place of its class's
     try:
         yield
     finally:
-        del decoder.prepare, decoder.velocity
+        del decoder.layer
+
+
+def check_entangled(policy: Probed) -> EntangledModel:
+    """The model.
+
+    Raises:
+        ConfigError: it is not entangled.
+    """
+    if not isinstance(policy.model, EntangledModel):
+        raise ConfigError(
+            "probes look into the layers of an entangled model (scd train with model.architecture=entangled); this one is "
+            "separable: its decoder never sees the history"
+        )
+    return policy.model
+
+
+def held_out_episodes(checkpoint: Checkpoint, policy: Probed, data: EpisodeDataset) -> list[int] | None:
+    """Numbers of the episodes that the training held out; None where the recording is not the training's.
+
+    Args:
+        checkpoint: that the policy is of.
+        policy: the policy.
+        data: as recorded.
+
+    Raises:
+        UnknownNameError, ShapeError: see `probe`.
+    """
+    if fingerprint(_as_seen(policy, data)) != checkpoint.origin.get("dataset"):
+        return None
+    training = from_json(ExperimentConfig, checkpoint.config, "config").training
+    return [int(number) for number in split_episodes(data.num_episodes, training.held_out, training.seed)[1]]
+
+
+def choose_episodes(data: EpisodeDataset, known: Sequence[int] | None, most: int, least_steps: int = 1) -> list[int]:
+    """Numbers of episodes, evenly spaced over those that are long enough.
+
+    Args:
+        data: recorded.
+        known: numbers to choose from; none, or None = all.
+        most: how many.
+        least_steps: control steps that an episode must have.
+
+    Raises:
+        ConfigError: none is long enough, or `most` is out of range.
+    """
+    if most < 1:
+        raise ConfigError(f"episodes must be at least 1, got {most}")
+    candidates = np.asarray(known or range(data.num_episodes))
+    long_enough = candidates[data.episode_lengths[candidates] >= least_steps]
+    if not len(long_enough):
+        held = "held-out episodes" if known else "episodes"
+        raise ConfigError(
+            f"none of the {len(candidates)} {held} has the {least_steps} control steps that context and length need "
+            f"together; the longest has {data.episode_lengths[candidates].max()}: choose a smaller one, or name others "
+            "with --episode"
+        )
+    chosen = np.linspace(0, len(long_enough) - 1, min(most, len(long_enough))).astype(np.int64)
+    return [int(number) for number in long_enough[np.unique(chosen)]]
 
 
 def probe(
-    policy: CausalDitPolicy,
+    policy: Probed,
     data: EpisodeDataset,
+    episodes: Sequence[int],
     *,
-    episodes: int = 16,
     positions: int = 16,
     num_denoising_steps: int = 16,
+    flow_time: FlowTimeConfig | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measures both regularities and what each layer is worth, on recorded episodes.
 
     Args:
-        policy: entangled.
-        data: episodes, as recorded; those of the training's held-out share say more.
-        episodes: how many, evenly spaced over the dataset.
-        positions: control steps of each whose plans are looked into.
+        policy: entangled; a policy, or a model of frames.
+        data: as recorded.
+        episodes: numbers of those to look at; held-out ones say more.
+        positions: control steps of each whose plans, or next frames, are looked into.
         num_denoising_steps: N, of Euler's method.
+        flow_time: of the loss, best the training's; None = the default.
         seed: of noise and positions.
         progress: show a bar.
 
@@ -127,29 +207,51 @@ def probe(
         Plain JSON types, described in `docs/analysis.md`.
 
     Raises:
-        ConfigError: the policy is not entangled, or a number is out of range.
+        ConfigError: the model is not entangled, a number is out of range, or there is no such episode.
+        UnknownNameError, ShapeError: the recording is not one for this model.
     """
-    if not isinstance(policy.model, CausalDitModel):
-        raise ConfigError("probes look into the layers of an entangled policy (model.architecture=entangled)")
-    if min(episodes, positions) < 1 or num_denoising_steps < 2:
-        raise ConfigError("episodes and positions must be at least 1, num_denoising_steps at least 2")
-    depth = len(policy.model.decoder.blocks)
-    found = _Sums(depth, num_denoising_steps)
-    chosen = np.unique(np.linspace(0, data.num_episodes - 1, min(episodes, data.num_episodes)).astype(np.int64))
-    ready = transformed(data, policy.transforms.config)
+    model = check_entangled(policy)
+    if positions < 1 or num_denoising_steps < 2 or not len(episodes):
+        raise ConfigError("positions and episodes must be at least 1, num_denoising_steps at least 2")
+    for number in episodes:
+        if not 0 <= number < data.num_episodes:
+            raise ConfigError(f"there is no episode {number}: the recording has {data.num_episodes}, from 0 on")
+    training = TrainingConfig(
+        batch_size=1,
+        segment_length=int(data.episode_lengths.max()),
+        positions_per_segment=positions,
+        flow_time=flow_time or FlowTimeConfig(),
+        seed=seed,
+    )
+    how = replace(policy.config, sampler=SamplerConfig())  # which the default objective goes with
+    experiment = ExperimentConfig("", model.config, training, how, policy.transforms.config)
+    ready = _as_seen(policy, data)
+    check_fits(ready, experiment)
+    found = _Sums(len(model.decoder.blocks), num_denoising_steps)
     with torch.inference_mode():
-        for episode in tqdm(chosen, desc="probing", disable=not progress):
-            batch = _batch(policy, ready, int(episode), positions, seed)
-            _look(policy, batch, num_denoising_steps, found)
-            _leave_out(policy, batch, found)
+        for number in tqdm(episodes, desc="probing", disable=not progress):
+            batch = SegmentDataset(ready, experiment, np.array([number]), validation=True)[0]  # a seed decides it
+            samples = select_samples(model, policy.normalizer, batch)
+            length = int(batch.segments.step_valid.sum())
+            _look(model, samples, batch.draws, length, num_denoising_steps, found)
+            _leave_out(policy, samples, batch.draws, found)
     return {
         "schema": SCHEMA,
-        "episodes": len(chosen),
+        "denoises": "frames" if model.config.decodes_frames else "actions",
+        "episodes": len(episodes),
+        "episode_numbers": list(episodes),
         "samples": int(found.samples),
-        "layers": depth,
+        "layers": len(model.decoder.blocks),
         "num_denoising_steps": num_denoising_steps,
         **found.to_json(),
     }
+
+
+def _as_seen(policy: Probed, data: EpisodeDataset) -> EpisodeDataset:
+    """A recording as the model sees it."""
+    if isinstance(policy, Imagination):
+        check_recording(policy, data)
+    return transformed(data.with_keys(list(policy.transforms.recorded.observation)), policy.transforms.config)
 
 
 class _Sums:
@@ -181,43 +283,43 @@ class _Sums:
         }
 
 
-def _batch(policy: CausalDitPolicy, data: EpisodeDataset, episode: int, positions: int, seed: int) -> TrainingBatch:
-    """One episode with its draws, which a seed decides."""
-    length = int(data.episode_lengths[episode])
-    training = TrainingConfig(batch_size=1, segment_length=length, positions_per_segment=positions, seed=seed)
-    how = replace(policy.config, sampler=SamplerConfig())
-    experiment = ExperimentConfig("", policy.model.config, training, how, policy.transforms.config)
-    return SegmentDataset(data, experiment, np.array([episode]), validation=True)[0]
+def _look(model: EntangledModel, samples: DecoderSamples, draws: Draws, length: int, steps: int, found: _Sums) -> None:
+    """Denoises from the drawn noise, as in use, and adds up similarities and attention.
 
+    Args:
+        model: the model.
+        samples: of one episode.
+        draws: of these samples.
+        length: of the episode [control steps].
+        steps: N.
+        found: to which it is added.
+    """
+    decoder, keep = model.decoder, torch.nonzero(samples.counted)[:, 0]  # (R',) samples that are no padding
+    compute, before, after, shares = decoder.layer, [], [], []
 
-def _counted(samples: DecoderSamples) -> Tensor:
-    """Numbers (R',) of the samples that are no padding."""
-    return torch.nonzero(samples.counted)[:, 0]
+    def layer(
+        number: int,
+        tokens: Tensor,
+        conditioning: Conditioning,
+        context: PreparedHistory,
+        masks: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        noisy = slice(int(context.extra is not None), None)  # behind the action that a frame follows from
+        share = _share_of_history(decoder, number, tokens, conditioning, context, masks)
+        out = compute(number, tokens, conditioning, context, masks)
+        before.append(tokens[keep, noisy])
+        after.append(out[keep, noisy])
+        shares.append(share[keep, noisy].mean(1).sum())
+        return out
 
-
-def _look(policy: CausalDitPolicy, batch: TrainingBatch, steps: int, found: _Sums) -> None:
-    """Denoises chunks and adds up similarities and attention."""
-    model, decoder = policy.model, policy.model.decoder
-    samples = select_samples(model, policy.normalizer, batch)
-    keep, sampler = _counted(samples), SamplerConfig("euler", steps)
-    context, past = decoder.prepare(samples.context), model.config.num_past_actions
-    conditioning, features, added, attention = model.conditioning(sampler), [], [], []
-
-    def velocity(x: Tensor, time: float) -> Tensor:
-        trace = list(_layers(decoder, x, conditioning[time], context))
-        tokens = torch.stack([tokens[keep] for tokens, _ in trace])  # (1 + layers, R', L, D)
-        features.append(tokens[1:])
-        added.append(tokens[1:] - tokens[:-1])
-        attention.append(torch.stack([share[keep].sum() for _, share in trace[1:]]))
-        return decoder.read_out(trace[-1][0], conditioning[time])
-
-    sample(velocity, batch.draws.noise.flatten(0, 2)[:, past:], sampler)
-    alike = torch.stack([_similarity(torch.stack(parts)) for parts in (features, added)])  # (2, layers, N, N, R')
+    with _in_place_of_layers(decoder, layer):
+        sampled_errors(model, samples, draws, SamplerConfig("euler", steps))
+    entered, left = (torch.stack(x).unflatten(0, (steps, -1)) for x in (before, after))  # (N, layers, R', L, D)
+    alike = torch.stack([_similarity(x) for x in (left, left - entered)])  # (2, layers, N, N, R')
     found.similarity += alike.sum(-1)
-    found.attention += torch.stack(attention, dim=1)
+    found.attention += torch.stack(shares).view(steps, -1).T
     found.samples += len(keep)
-    length = batch.segments.step_valid.sum(1)
-    quarter = (_QUARTERS * batch.draws.position.flatten()[keep] // length).clamp(max=_QUARTERS - 1)
+    quarter = (_QUARTERS * draws.position.flatten()[keep] // length).clamp(max=_QUARTERS - 1)
     to_last = alike[0, :, :-1, -1].mean(1)  # (layers, R')
     found.by_quarter.index_add_(1, quarter, to_last.double())
     found.of_quarter.index_add_(0, quarter, torch.ones(len(quarter), dtype=torch.float64))
@@ -225,111 +327,43 @@ def _look(policy: CausalDitPolicy, batch: TrainingBatch, steps: int, found: _Sum
 
 def _similarity(features: Tensor) -> Tensor:
     """Cosine (layers, N, N, R) between denoising steps of features (N, layers, R, L, D), the mean over tokens."""
-    features = features.transpose(0, 1)
-    return cosine_similarity(features[:, :, None], features[:, None], dim=-1).mean(-1)
-
-
-def _layers(
-    decoder: CausalDitTransformer, x: Tensor, conditioning: Conditioning, context: PreparedHistory
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens (R, L, D) before the first layer and after each, and how much of it (R,) attended to earlier steps."""
-    masks, tokens = decoder.masks(x, context, None), decoder.embed_noisy(x)
-    yield tokens, tokens.new_zeros(len(tokens))
-    for layer, block in enumerate(decoder.blocks):
-        assert isinstance(block, CausalDitBlock)
-        share = _share_of_history(
-            block, tokens, conditioning.blocks[layer], context, layer, masks[decoder.is_local(layer)]
-        )
-        tokens = decoder.layer(layer, tokens, conditioning, context, masks)
-        yield tokens, share
+    unit = normalize(features, dim=-1).permute(1, 2, 3, 0, 4)
+    return (unit @ unit.mT).mean(2).permute(0, 2, 3, 1)
 
 
 def _share_of_history(
-    block: CausalDitBlock,
+    decoder: CausalDitTransformer,
+    number: int,
     tokens: Tensor,
-    modulation: tuple[Tensor, ...],
+    conditioning: Conditioning,
     context: PreparedHistory,
-    layer: int,
-    mask: Tensor,
+    masks: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """(R,) attention of noisy tokens on earlier control steps, the mean over heads and tokens."""
-    history = context.history
-    q, k, _ = block.queries_keys_values(tokens, modulation, context.rotary)
-    keys = torch.cat((context.keys_values[layer][0][:, :, :history], k), dim=2)
+    """(R, L) attention of a layer's tokens (R, L, D) on earlier control steps, the mean over heads."""
+    block, history = cast(CausalDitBlock, decoder.blocks[number]), context.history
+    q, k, _ = block.queries_keys_values(tokens, conditioning.blocks[number], context.rotary)
+    keys = torch.cat((context.keys_values[number][0][:, :, :history], k), dim=2)
     scores = (q @ keys.transpose(-1, -2)) / q.shape[-1] ** 0.5
-    weights = (scores + mask).softmax(-1)[..., :history]
-    return (weights * context.own[..., :history].isinf()).sum(-1).mean((1, 2))
+    weights = (scores + masks[decoder.is_local(number)]).softmax(-1)[..., :history]
+    return (weights * context.own[..., :history].isinf()).sum(-1).mean(1)
 
 
-def _leave_out(policy: CausalDitPolicy, batch: TrainingBatch, found: _Sums) -> None:
-    """Adds up the squared velocity errors of the chunk's tokens with each layer left out, and with all."""
-    model, decoder = policy.model, policy.model.decoder
-    samples = select_samples(model, policy.normalizer, batch)
-    past = model.config.num_past_actions
-    flow_time = batch.draws.flow_time.flatten()[:, None]
-    path = interpolate(batch.draws.noise.flatten(0, 2)[:, past:], samples.data[:, past:], flow_time)
-    context, conditioning = decoder.prepare(samples.context), decoder.condition(flow_time)
-    assert samples.valid is not None
-    counted = samples.valid[:, past:] & samples.counted[:, None]
-    for left_out in range(len(decoder.blocks) + 1):
-        masks, tokens = decoder.masks(path.x_t, context, None), decoder.embed_noisy(path.x_t)
-        for layer in range(len(decoder.blocks)):
-            if layer != left_out:
-                tokens = decoder.layer(layer, tokens, conditioning, context, masks)
-        error = (decoder.read_out(tokens, conditioning) - path.velocity).square().mean(-1)
-        found.error[left_out] += float(error[counted].sum())
-    found.tokens += float(counted.sum())
+def _leave_out(policy: Probed, samples: DecoderSamples, draws: Draws, found: _Sums) -> None:
+    """Adds up the squared velocity errors of what is to come with each layer left out, and with all."""
+    model = check_entangled(policy)
+    future, depth = slice(model.config.num_past_actions, None), len(found.error) - 1
+    parts = {"data": samples.data, "valid": samples.valid, "committed": samples.committed}
+    samples = replace(samples, **{name: x if x is None else x[:, future] for name, x in parts.items()})
+    draws = replace(draws, noise=draws.noise[..., future, :])
+    for number in range(depth + 1):
+        left_out = nullcontext() if number == depth else shortened(policy, Shortcut(number, number + 1, 0, reuse=False))
+        with left_out:
+            error, tokens = velocity_error(model, samples, draws)
+        found.error[number] += float(error)
+    found.tokens += float(tokens)
 
 
 def middle_layers(depth: int) -> range:
     """Numbers of the layers that the paper's operation skips: all but the first and the last quarter."""
     edge = max(1, depth // 4)
     return range(edge, depth - edge)
-
-
-def cost_of_shortcuts(
-    policy: CausalDitPolicy,
-    environment: str,
-    episodes: int,
-    shortcuts: Sequence[Shortcut],
-    *,
-    python: str | None = None,
-    progress: bool = True,
-) -> list[dict[str, Any]]:
-    """Success in closed loop with each shortcut, from the same start states as without.
-
-    Args:
-        policy: entangled.
-        environment: name.
-        episodes: of each run.
-        shortcuts: to try.
-        python: see `evaluate`.
-        progress: show bars.
-
-    Returns:
-        For all layers (`shortcut` None) and each shortcut: `shortcut`, `successes`, `episodes` (valid ones), `rate`,
-        `interval` (Wilson 95 %), `plan_ms` (p50), and against all layers `difference`, `difference_interval` (paired
-        Newcombe 95 %) and `non_inferior`.
-    """
-    whole = evaluate(policy, environment, episodes, num_videos=0, progress=progress, python=python).to_json()
-    rows = [_row(whole, None, whole)]
-    for shortcut in shortcuts:
-        with shortened(policy, shortcut):
-            result = evaluate(policy, environment, episodes, num_videos=0, progress=progress, python=python).to_json()
-        rows.append(_row(result, shortcut, whole))
-    return rows
-
-
-def _row(result: dict[str, Any], shortcut: Shortcut | None, whole: dict[str, Any]) -> dict[str, Any]:
-    against = None if shortcut is None else compare([result], [whole], "shortcut", "all layers")
-    return {
-        "shortcut": None if shortcut is None else asdict(shortcut),
-        "successes": result["successes"],
-        "episodes": result["episodes"] - result["invalid"],
-        "rate": result["success_rate"],
-        "interval": result["interval"],
-        "plan_ms": result["plan_ms"] and result["plan_ms"]["p50"],
-        "difference": against and against.difference,
-        "difference_interval": against and list(against.interval),
-        "non_inferior": against and against.interval[0] > -NON_INFERIORITY_MARGIN,
-    }
