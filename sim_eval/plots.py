@@ -47,6 +47,7 @@ _COLOURS = {
 _SCALE = ("accent", "success", "failure")  # of what has an order: first, in the middle, last
 _BLEND = "#0809"  # begins the placeholder of a colour on that scale, whose last byte is where: 0 to 254
 _WIDTH_IN = 4.4
+_MOST_TICKS = 10
 _COMPACT = {"handlelength": 1.0, "columnspacing": 1.2}
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -209,7 +210,7 @@ def layers_plot(
     if len(lines) > 1:
         figure.legend_beside(legend)
     if all(float(at).is_integer() for at in x):
-        figure.axes.set_xticks(list(x))
+        figure.axes.set_xticks(list(x)[:: -(-len(x) // _MOST_TICKS)])
     figure.label(x_label, y_label)
     return figure.svg(f"{y_label} by {x_label}")
 

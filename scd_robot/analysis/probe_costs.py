@@ -161,7 +161,7 @@ def _frames_row(values: Numbers, whole: Numbers, episodes: NDArray[Any], is_whol
 
 
 def _over_frames(values: Numbers, episodes: NDArray[Any]) -> dict[str, Any]:
-    """Mean over the frames of each piece (N, Tf), then over episodes, with its interval; and by frame. None = not known."""
+    """Mean over the frames of each piece (N, Tf), then over episodes, with its interval; by frame. None = not known."""
     known = np.isfinite(values)
     total, count = np.where(known, values, 0.0).sum(axis=1), known.sum(axis=1)
     mean = np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)

@@ -79,14 +79,22 @@ def _of_frames(imagined: dict[str, Any]) -> list[str]:
     for row in rows:
         psnr, ssim = (_difference(row[name], digits) for name, digits in _MOVING.items())
         lines.append(
-            f"{_name(row['shortcut'])}: PSNR of moving pixels {psnr} dB against all layers, SSIM {ssim}, and "
-            f"{row['frame_ms']:.1f} ms per frame."
+            f"{_name(row['shortcut'])}: PSNR of moving pixels {psnr} dB against all layers"
+            f"{_judged(row['psnr_moving'])}, SSIM {ssim}, in {row['frame_ms'] / whole['frame_ms']:.2f} of the time."
         )
     return lines
 
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _judged(measure: dict[str, Any]) -> str:
+    """In words, where there is an interval."""
+    if measure["difference_interval"] is None:
+        return ""
+    low, high = measure["difference_interval"]
+    return " (worse)" if high < 0 else " (better)" if low > 0 else " (no difference shown)"
 
 
 def _difference(measure: dict[str, Any], digits: int) -> str:
@@ -114,7 +122,7 @@ def format_probe(document: dict[str, Any]) -> str:
 
 def _looked_into(document: dict[str, Any]) -> str:
     held_out = {True: ", held out from the training", False: " of the training's own, not all held out", None: ""}
-    episodes = counted(document["episodes"], "episode") + held_out[document["held_out"]]
+    episodes = counted(document["episodes"], "episode") + held_out[document.get("held_out")]
     return f"{document['samples']} {_SAMPLES[document['denoises']]} of {episodes}"
 
 

@@ -9,7 +9,7 @@ Shapes: R samples, N denoising steps, L noisy tokens, D width, S history tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -85,7 +85,9 @@ def shortened(policy: Probed, shortcut: Shortcut) -> Iterator[None]:
     decoder = check_entangled(policy).decoder
     if shortcut.stop > len(decoder.blocks):
         raise ConfigError(f"the model has {len(decoder.blocks)} layers, the shortcut goes to {shortcut.stop}")
-    compute, steps, before = decoder.layer, 0, torch.empty(0)
+    sampler = policy.config.sampler
+    full_calls = shortcut.full_steps * (sampler.num_evaluations // sampler.num_denoising_steps)
+    compute, calls, before = decoder.layer, 0, torch.empty(0)
     added, denoised = before, cast(PreparedHistory | None, None)
 
     def layer(
@@ -95,13 +97,13 @@ def shortened(policy: Probed, shortcut: Shortcut) -> Iterator[None]:
         context: PreparedHistory,
         masks: tuple[Tensor, Tensor],
     ) -> Tensor:
-        nonlocal steps, before, added, denoised
+        nonlocal calls, before, added, denoised
         if context is not denoised:  # each plan, and each frame, prepares its own
-            denoised, steps = context, 0
-        steps += number == 0
+            denoised, calls = context, 0
+        calls += number == 0
         if number == shortcut.first:
             before = tokens
-        if steps > shortcut.full_steps and shortcut.first <= number < shortcut.stop:
+        if calls > full_calls and shortcut.first <= number < shortcut.stop:
             return tokens + added if shortcut.reuse and number == shortcut.first else tokens
         tokens = compute(number, tokens, conditioning, context, masks)
         if number == shortcut.stop - 1:
@@ -115,7 +117,7 @@ def shortened(policy: Probed, shortcut: Shortcut) -> Iterator[None]:
 @contextmanager
 def _in_place_of_layers(decoder: CausalDitTransformer, layer: Layer) -> Iterator[None]:
     """Within it `layer` is called in the place of the decoder's."""
-    decoder.layer = layer  # type: ignore[method-assign]  # of this object, in the place of its class's
+    decoder.layer = layer  # type: ignore[method-assign, assignment]  # of this object, in the place of its class's
     try:
         yield
     finally:
@@ -130,8 +132,8 @@ def check_entangled(policy: Probed) -> EntangledModel:
     """
     if not isinstance(policy.model, EntangledModel):
         raise ConfigError(
-            "probes look into the layers of an entangled model (scd train with model.architecture=entangled); this one is "
-            "separable: its decoder never sees the history"
+            "probes look into the layers of an entangled model (scd train with model.architecture=entangled); this one "
+            "is separable: its decoder never sees the history"
         )
     return policy.model
 
@@ -248,10 +250,11 @@ def probe(
 
 
 def _as_seen(policy: Probed, data: EpisodeDataset) -> EpisodeDataset:
-    """A recording as the model sees it."""
+    """A recording as the model sees it, without observations that the training's did not have."""
     if isinstance(policy, Imagination):
         check_recording(policy, data)
-    return transformed(data.with_keys(list(policy.transforms.recorded.observation)), policy.transforms.config)
+    known = [key for key in policy.transforms.recorded.observation if key in data.spec.observation]
+    return transformed(data.with_keys(known), policy.transforms.config)
 
 
 class _Sums:
@@ -295,7 +298,10 @@ def _look(model: EntangledModel, samples: DecoderSamples, draws: Draws, length: 
         found: to which it is added.
     """
     decoder, keep = model.decoder, torch.nonzero(samples.counted)[:, 0]  # (R',) samples that are no padding
-    compute, before, after, shares = decoder.layer, [], [], []
+    compute = decoder.layer
+    before: list[Tensor] = []
+    after: list[Tensor] = []
+    shares: list[Tensor] = []
 
     def layer(
         number: int,
@@ -352,11 +358,14 @@ def _leave_out(policy: Probed, samples: DecoderSamples, draws: Draws, found: _Su
     """Adds up the squared velocity errors of what is to come with each layer left out, and with all."""
     model = check_entangled(policy)
     future, depth = slice(model.config.num_past_actions, None), len(found.error) - 1
-    parts = {"data": samples.data, "valid": samples.valid, "committed": samples.committed}
-    samples = replace(samples, **{name: x if x is None else x[:, future] for name, x in parts.items()})
+    parts = {name: getattr(samples, name) for name in ("data", "valid", "committed")}
+    chunk: dict[str, Any] = {name: part if part is None else part[:, future] for name, part in parts.items()}
+    samples = replace(samples, **chunk)
     draws = replace(draws, noise=draws.noise[..., future, :])
     for number in range(depth + 1):
-        left_out = nullcontext() if number == depth else shortened(policy, Shortcut(number, number + 1, 0, reuse=False))
+        left_out: AbstractContextManager[None] = nullcontext()
+        if number < depth:
+            left_out = shortened(policy, Shortcut(number, number + 1, full_steps=0, reuse=False))
         with left_out:
             error, tokens = velocity_error(model, samples, draws)
         found.error[number] += float(error)

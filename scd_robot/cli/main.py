@@ -92,7 +92,7 @@ VERBS = {
     "compare": Verb("scd_robot.cli.compare", "compare", "tell which of two policies is better"),
     "imagine": Verb("scd_robot.cli.imagine", "imagine", "frames that a model imagines, beside recorded ones"),
     "surprise": Verb("scd_robot.cli.surprise", "surprise", "when a robot saw what a model of frames did not expect"),
-    "probe": Verb("scd_robot.cli.probe", "probe", "what an entangled policy repeats while it denoises, layer by layer"),
+    "probe": Verb("scd_robot.cli.probe", "probe", "what an entangled model repeats while it denoises, layer by layer"),
     "convert-policy": Verb(
         "scd_robot.cli.convert", "convert_policy", "make an entangled policy separable, with brief fine-tuning"
     ),

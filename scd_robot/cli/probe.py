@@ -83,14 +83,17 @@ def probe(
         check_target(json)
     torch.set_num_threads(1)
     source, quiet = read_checkpoint(checkpoint), str(json) == "-"
-    policy = imagination_of(source) if source.policy == FRAMES else policy_of(source)
+    policy: Any = imagination_of(source) if source.policy == FRAMES else policy_of(source)
     shortcuts = shortcuts_of(check_entangled(policy).config.depth, full_steps)
     imagines = isinstance(policy, Imagination)
     _refuse_what_is_for_others(imagines, env, {"context": context, "length": length})
-    context, length = (_FRAMES if given is None else given for given in (context, length))
+    seen, ahead = (_FRAMES if given is None else given for given in (context, length))
     data = open_dataset(dataset, **vars(read))
     held_out = held_out_episodes(source, policy, data)
-    numbers = list(episode) or choose_episodes(data, held_out, episodes, context + length if imagines else 1)
+    numbers = list(episode) or choose_episodes(data, held_out, episodes, seen + ahead if imagines else 1)
+    imagined = None
+    if imagines:  # first, since episodes that are too short are refused there
+        imagined = cost_in_frames(policy, data, numbers, shortcuts, context=seen, length=ahead, progress=not quiet)
     document: dict[str, Any] = look(
         policy,
         data,
@@ -103,10 +106,8 @@ def probe(
     )
     document["checkpoint"] = str(checkpoint)
     document["held_out"] = None if held_out is None else set(numbers) <= set(held_out)
-    if imagines:
-        document["imagined"] = cost_in_frames(
-            policy, data, numbers, shortcuts, context=context, length=length, progress=not quiet
-        )
+    if imagined is not None:
+        document["imagined"] = imagined
     elif env is not None:
         document["env"] = env
         document["closed_loop"] = cost_in_closed_loop(

@@ -28,3 +28,10 @@ def test_each_layer_has_a_colour_and_a_number(count):
 
 def test_a_single_line_needs_no_legend():
     assert "legend" not in layers_plot([0, 1], {"": [1, 2]}, "x", "y")
+
+
+def test_numbers_of_many_frames_are_not_written_over_each_other():
+    told = [layers_plot(range(1, count + 1), {"": [1.0] * count}, "x", "y") for count in (5, 64)]
+    ticks = [re.findall(r'id="xtick_\d+".*?>(\d+)</text>', svg, re.DOTALL) for svg in told]
+    assert ticks[0] == ["1", "2", "3", "4", "5"]
+    assert 5 <= len(ticks[1]) <= 10
