@@ -253,8 +253,9 @@ def _as_seen(policy: Probed, data: EpisodeDataset) -> EpisodeDataset:
     """A recording as the model sees it, without observations that the training's did not have."""
     if isinstance(policy, Imagination):
         check_recording(policy, data)
-    known = [key for key in policy.transforms.recorded.observation if key in data.spec.observation]
-    return transformed(data.with_keys(known), policy.transforms.config)
+    trained = list(policy.transforms.recorded.observation)
+    known = [key for key in trained if key in data.spec.observation]
+    return transformed(data.with_keys(known or trained), policy.transforms.config)  # which refuses where none is known
 
 
 class _Sums:

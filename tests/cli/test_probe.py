@@ -83,7 +83,7 @@ def test_what_does_not_go_together_is_refused(
     refused(["probe", tiny_frames_run, "--dataset", tiny_frames_store], "this one is separable")
     refused(["probe", tiny_run, "--dataset", tiny_store], "this one is separable")
     refused([*frames, tiny_store], "unknown camera", "eye")
-    refused([*policy, tiny_frames_store], "the model takes", "the dataset has None")
+    refused([*policy, tiny_frames_store], "unknown observation key")
     refused([*frames, tiny_frames_store], "none of the 2 held-out episodes has the 32 control steps", "longest has 24")
     refused([*frames, tiny_frames_store, "--full-steps", 0], "full_steps must be at least 1, got 0")
     refused([*frames, tiny_frames_store, *AHEAD, "--episode", 9], "there is no episode 9")
