@@ -104,7 +104,8 @@ def call_with_options(function: Callable[..., Any], name: str, options: Mapping[
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        raise ConfigError(f"{name} cannot be called with the options {sorted(options)}: {error}") from error
+        how = f"with the options {sorted(options)}" if options else "without options"
+        raise ConfigError(f"{name} cannot be called {how}: {error}") from error
     return function(**arguments)
 
 

@@ -13,9 +13,9 @@ import importlib
 from types import ModuleType
 from typing import cast
 
-from scd_robot.dotted import import_dotted, is_dotted
+from scd_robot.dotted import call_with_options, import_dotted, is_dotted
 from scd_robot.errors import ConfigError, UnknownNameError
-from scd_robot.types import Environment
+from scd_robot.types import Environment, EnvironmentSpec
 
 __all__ = ["known_environments", "make_environment", "parse_name"]
 
@@ -26,6 +26,8 @@ _FACTORIES = {
     "robosuite": "scd_robot.sim_eval.robosuite:make",
     "scd_memory": "scd_robot.sim_eval.memory:make",
 }
+
+_METHODS = ("reset", "step", "state_hash", "close")  # what nothing can do without
 
 
 def make_environment(name: str) -> Environment:
@@ -43,7 +45,7 @@ def make_environment(name: str) -> Environment:
     """
     known = known_environments()
     if is_dotted(name) and name.partition(":")[0] not in known:
-        return cast(Environment, import_dotted(name, "environment")())
+        return _own(name)
     base, options = parse_name(name)
     prefix, _, task = base.partition("/")
     if base not in known:
@@ -52,6 +54,26 @@ def make_environment(name: str) -> Environment:
         raise UnknownNameError("environment", base, known)
     module, function = _module(prefix), _FACTORIES[prefix].partition(":")[2]
     return cast(Environment, getattr(module, function)(task, options))
+
+
+def _own(name: str) -> Environment:
+    """An environment of the user's own; errors inside of its callable are left as they are.
+
+    Raises:
+        UnknownNameError, ConfigError: there is no such callable, it cannot be called without arguments, or what it
+            makes is no environment.
+    """
+    made = call_with_options(import_dotted(name, "environment"), name, {})
+    lacks = [method for method in _METHODS if not callable(getattr(made, method, None))]
+    if not isinstance(getattr(made, "spec", None), EnvironmentSpec):
+        lacks.insert(0, "spec (an EnvironmentSpec)")
+    if lacks:
+        raise ConfigError(
+            f"{name!r} made a {type(made).__name__}, which is no environment: it lacks {', '.join(lacks)}. An "
+            "environment of another kind (gymnasium's, say) is wrapped in a class of yours that has what "
+            "scd_robot.types.Environment lists (docs/evaluation.md#a-new-environment)"
+        )
+    return cast(Environment, made)
 
 
 def known_environments() -> list[str]:

@@ -1,5 +1,6 @@
 """One attempt of the scripted expert, as a function of the settings and the attempt's number alone."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,11 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.datasets.schema import POSITION
-from scd_robot.errors import ConfigError, SimulatorError
+from scd_robot.errors import ConfigError, ScdRobotError, SimulatorError
 from scd_robot.seeding import RECORDING, derive_seed, keyed_rng
 from scd_robot.types import Environment
 
 __all__ = ["Attempt", "RecordingConfig", "run_attempt"]
+
+logger = logging.getLogger(__name__)
 
 _NOISE, _DISTURBANCE = 1, 2  # keep their keys apart from that of the start state
 _DISTURBED_STEPS = (3, 8)  # control steps of a disturbance, both included
@@ -80,6 +83,11 @@ def run_attempt(environment: Environment, config: RecordingConfig, index: int) -
         episode = _run(environment, config, start_seed, noise, disturbance)
     except SimulatorError as error:
         return Attempt(index, start_seed, None, crash=str(error))
+    except (ScdRobotError, MemoryError):
+        raise
+    except Exception as error:  # a simulator may raise anything, and then is tried again from another start state
+        logger.debug("attempt %d", index, exc_info=True)
+        return Attempt(index, start_seed, None, crash=f"{type(error).__name__}: {error}")
     return Attempt(index, start_seed, episode)
 
 

@@ -23,6 +23,7 @@ __all__ = ["record_demonstrations"]
 logger = logging.getLogger(__name__)
 
 _EPISODES_PER_WORKER = 10  # fewer do not pay for the start of a process
+_CRASHES_IN_A_ROW = 10  # of the simulator, after which there is no hope
 
 
 def record_demonstrations(
@@ -65,7 +66,8 @@ def record_demonstrations(
     Raises:
         ConfigError: a number is out of range, or the environment has no expert, or no positions to keep.
         UnknownNameError, MissingDependencyError: the environment cannot be made.
-        SimulatorError: the expert fails far too often (10 attempts per episode and 20 more), or a process died.
+        SimulatorError: the expert fails far too often (10 attempts per episode and 20 more), the simulator crashes in
+            10 attempts in a row, or a process died.
         OutputError: `out` exists or cannot be written; the finished episodes are kept.
     """
     start = time.perf_counter()
@@ -77,7 +79,7 @@ def record_demonstrations(
         raise ConfigError(f"workers must be at least 1, got {workers}")
     config = RecordingConfig(environment, seed, action_noise, steps_after_success, disturbances, keep_positions)
     limit = 10 * episodes + 20
-    attempts = 0
+    attempts = crashes = 0
     with contextlib.closing(make_environment(environment)) as simulator:
         spec = simulator.spec
         _check_expert(simulator, seed)
@@ -92,6 +94,12 @@ def record_demonstrations(
                 attempts += 1
                 if attempt.crash is not None:
                     logger.warning("attempt %d was dropped: %s", attempt.index, attempt.crash)
+                crashes = 0 if attempt.crash is None else crashes + 1
+                if crashes == _CRASHES_IN_A_ROW:
+                    raise SimulatorError(
+                        f"{spec.name} crashed in {crashes} attempts in a row, the last with: {attempt.crash}; "
+                        f"{writer.num_episodes} episodes were recorded"
+                    )
                 if attempt.episode is not None:
                     told = {"seed": attempt.start_seed, "attempt": attempt.index, "success": 1}  # others are dropped
                     writer.append(attempt.episode, told)
@@ -126,9 +134,13 @@ def _check_expert(environment: Environment, seed: int) -> None:
     """Raises ConfigError where there is no expert; whatever else goes wrong here is for the attempts to tell."""
     if not callable(getattr(environment, "expert_action", None)):
         raise ConfigError(f"{environment.spec.name} has no scripted expert: its class needs a method expert_action()")
-    with contextlib.suppress(SimulatorError):
+    try:
         environment.reset(derive_seed(RECORDING, seed, 0))
         environment.expert_action()
+    except ConfigError:
+        raise
+    except Exception:
+        logger.debug("the first start state of %s", environment.spec.name, exc_info=True)
 
 
 def _dataset_spec(spec: EnvironmentSpec) -> DatasetSpec:

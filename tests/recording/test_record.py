@@ -172,6 +172,38 @@ def test_hopeless_expert_is_given_up_and_leaves_nothing(toy, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+class Foreign(ToyEnvironment):
+    """Raises what it likes: at its first start, in every third step, or always."""
+
+    def __init__(self, always=False):
+        self.always, self.starts = always, 0
+
+    def reset(self, seed):
+        self.starts += 1
+        if self.always or self.starts == 1:
+            raise OSError("the motor board says no")
+        return super().reset(2)
+
+    def step(self, action):
+        if self.starts % 3 == 0:
+            raise ZeroDivisionError("the solver gave up")
+        return super().step(action)
+
+
+def test_a_simulator_that_raises_something_of_its_own_costs_an_attempt(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("scd_robot.recording.record.make_environment", lambda name: Foreign())
+    summary = record_demonstrations("toy", 4, tmp_path / "a.zarr", progress=False, workers=1)
+    assert (summary["episodes"], summary["failures"]) == (4, 2)
+    assert caplog.text.count("was dropped: ZeroDivisionError: the solver gave up") == 2
+
+
+def test_a_simulator_that_always_crashes_is_given_up_early(tmp_path, monkeypatch):
+    monkeypatch.setattr("scd_robot.recording.record.make_environment", lambda name: Foreign(always=True))
+    with pytest.raises(SimulatorError, match=r"crashed in 10 attempts in a row, .*OSError: the motor board says no"):
+        record_demonstrations("toy", 4, tmp_path / "a.zarr", progress=False, workers=1)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -217,6 +217,26 @@ def test_an_environment_of_ones_own_is_found_in_the_current_folder(toy, own):
     assert sys.path[-1] == str(own)  # behind what is installed
 
 
+def test_what_is_no_environment_is_refused_with_what_it_lacks(toy, own):
+    (own / "own_gym.py").write_text(
+        "import types\n"
+        "class Gym:\n"
+        "    spec = types.SimpleNamespace(id='Gym-v0')\n"  # as gymnasium's have
+        "    def reset(self, *, seed=None): ...\n"
+        "    def step(self, action): ...\n"
+        "    def close(self): ...\n"
+        "def sized(size): return Gym()\n"
+        "number = 3\n"
+    )
+    for name, told in (
+        ("Gym", r"made a Gym, .*lacks spec \(an EnvironmentSpec\), state_hash\. .*scd_robot\.types\.Environment"),
+        ("sized", "cannot be called without options: missing a required argument: 'size'"),
+        ("number", "must be a callable or a class, got int"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            make_environment(f"own_gym:{name}")
+
+
 def test_an_environment_of_ones_own_that_cannot_be_imported_says_what_to_do(toy, own):
     with pytest.raises(ConfigError, match=rf"no_such.*in {own}; start this where no_such lies, .*PYTHONPATH"):
         make_environment("no_such.module:make")
