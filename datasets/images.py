@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scd_robot.datasets.float32 import as_float32
 from scd_robot.datasets.lazy import MappedArray, RowArray
 from scd_robot.errors import DatasetError
 
@@ -44,7 +45,7 @@ def as_stored(array: RowArray, name: str) -> RowArray:
             return MappedArray(array, _ToBytes(scale, name), array.shape[1:], np.uint8)
         return MappedArray(array, _to_float, array.shape[1:], np.float32)
     values = np.asarray(array[:])
-    return (values[:, None] if values.ndim == 1 else values).astype(np.float32, copy=False)
+    return as_float32(values[:, None] if values.ndim == 1 else values, name)
 
 
 def _scale(array: RowArray) -> int | None:

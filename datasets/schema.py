@@ -41,6 +41,7 @@ TIMESTAMP = "timestamp"  # (N,) float64 [s], of the observation, from the episod
 
 _BLOCK_BYTES = 1 << 26  # of an array looked at in one go
 _CHECKED_BYTES = 1 << 28
+_MOST_NAMED = 20  # episodes in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,7 @@ class EpisodeDataset:
         episode_text: by name, E strings noted about each episode: "name" in the file, "task" in words, "model_xml".
         weights: (E,) how often control steps of each episode are drawn in training, relative to those of others; None =
             all alike.
+        numbers: (E,) which episodes of the recording these are, where only some of it was read; None = 0 to E - 1.
     """
 
     spec: DatasetSpec
@@ -68,6 +70,7 @@ class EpisodeDataset:
     episode_info: dict[str, NDArray[Any]] = field(default_factory=dict)
     episode_text: Mapping[str, Sequence[str]] = field(default_factory=dict)
     weights: NDArray[np.float64] | None = None
+    numbers: NDArray[np.int64] | None = None
 
     @property
     def num_episodes(self) -> int:
@@ -108,6 +111,10 @@ class EpisodeDataset:
         index %= self.num_episodes
         start = int(self.episode_ends[index - 1]) if index else 0
         return slice(start, int(self.episode_ends[index]))
+
+    def number(self, index: int) -> int:
+        """What the recording counts episode `index` as: for messages, and for `only` and `drop` of `ReadOptions`."""
+        return index if self.numbers is None else int(self.numbers[index])
 
     def executed(self) -> RowArray:
         """(N, Da) what the robot did: `executed_action`, or `action` where the recorder made no difference."""
@@ -151,7 +158,16 @@ class EpisodeDataset:
         text = {name: [values[int(i)] for i in chosen] for name, values in self.episode_text.items()}
         ends = np.cumsum([part.stop - part.start for part in slices])
         weights = None if self.weights is None else self.weights[chosen]
-        return replace(self, episode_ends=ends, arrays=arrays, episode_info=info, episode_text=text, weights=weights)
+        numbers = (np.arange(self.num_episodes) if self.numbers is None else self.numbers)[chosen]
+        return replace(
+            self,
+            episode_ends=ends,
+            arrays=arrays,
+            episode_info=info,
+            episode_text=text,
+            weights=weights,
+            numbers=numbers,
+        )
 
     def load(self, keys: Iterable[str] | None = None) -> "EpisodeDataset":
         """With these arrays in memory; None = all."""
@@ -195,8 +211,8 @@ class EpisodeDataset:
             if row is not None:
                 episode, step = self.locate(row)
                 raise DatasetError(
-                    f"{key!r} of {name} holds NaN or infinite values, first in episode {episode} at step {step}; "
-                    "record that episode again or leave it out"
+                    f"{key!r} of {name} holds NaN or infinite values (or ones too large for float32), first in episode "
+                    f"{self.number(episode)} at step {step}; record that episode again or leave it out"
                 )
 
     def _check_episodes(self, name: str) -> None:
@@ -209,9 +225,10 @@ class EpisodeDataset:
             raise DatasetError(f"{name} holds no finished episode; record some first")
         short = np.flatnonzero(self.episode_lengths < 2)
         if short.size:
+            numbers = " ".join(str(self.number(int(index))) for index in short[:_MOST_NAMED])
             raise DatasetError(
-                f"every episode of {name} must have at least 2 steps, but episode {short[0]} has "
-                f"{self.episode_lengths[short[0]]}; leave it out ({short.size} such episodes in all)"
+                f"every episode of {name} must have at least 2 steps, but episode {self.number(int(short[0]))} has "
+                f"{self.episode_lengths[short[0]]}; leave out {numbers}{' ...' if short.size > _MOST_NAMED else ''}"
             )
 
     def locate(self, row: int) -> tuple[int, int]:

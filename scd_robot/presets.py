@@ -6,7 +6,7 @@ with `dataclasses.replace`.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -152,10 +152,15 @@ def image(dataset: DatasetSpec) -> ExperimentConfig:
     }
     pictures = [shape for shape in shapes.values() if len(shape) == 3]
     if not pictures:
-        raise DatasetError(f"preset image needs pictures (H, W, C) uint8, got {sorted(dataset.observation)}")
-    others = sorted(set(dataset.observation) - set(shapes))
+        raise DatasetError(
+            f"preset image needs pictures, (H, W, C) uint8 of 0 to 255, got {_listed(dataset.observation)}: record "
+            "pictures so, or train another preset (docs/training.md)"
+        )
+    others = {key: spec for key, spec in dataset.observation.items() if key not in shapes}
     if others:
-        logger.warning("%s are neither pictures nor vectors: this preset trains without them", ", ".join(others))
+        logger.warning(
+            "%s: neither pictures, (H, W, C) uint8, nor vectors; this preset trains without", _listed(others)
+        )
     layers = 3
     while max(shape[0] * shape[1] for shape in pictures) > 256 * 4**layers:
         layers += 1
@@ -264,15 +269,19 @@ def frames_latent(dataset: DatasetSpec) -> ExperimentConfig:
     return replace(small, preset="frames_latent", model=model)
 
 
+def _listed(observation: Mapping[str, ArraySpec]) -> str:
+    return ", ".join(f"{key} {spec.dtype} {spec.shape}" for key, spec in sorted(observation.items()))
+
+
 def _only_camera(dataset: DatasetSpec, preset: str) -> tuple[str, tuple[int, ...]]:
     """The key of the pictures, and their shape."""
     shapes = {
         key: spec.shape for key, spec in dataset.observation.items() if len(spec.shape) == 3 and spec.dtype == "uint8"
     }
     if len(shapes) != 1:
-        given = ", ".join(f"{key} {spec.dtype} {spec.shape}" for key, spec in sorted(dataset.observation.items()))
         raise DatasetError(
-            f"preset {preset} takes the pictures of one camera, (H, W, C) uint8 of 0 to 255, got {given}: "
+            f"preset {preset} takes the pictures of one camera, (H, W, C) uint8 of 0 to 255, got "
+            f"{_listed(dataset.observation)}: "
             + ("choose one with --keys, or with keys of --transforms" if shapes else "record pictures so")
         )
     [found] = shapes.items()

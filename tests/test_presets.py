@@ -128,9 +128,9 @@ def test_image_preset_takes_pictures_of_any_size(caplog: pytest.LogCaptureFixtur
         model = resolve("image", with_pictures(**sizes)).model
         assert model.observation_shapes == {key: (*size, 3) for key, size in sizes.items()}
         assert len(model.images.channels) == layers
-    assert "depth, points are neither pictures nor vectors" in caplog.text
-    with pytest.raises(DatasetError, match=r"needs pictures \(H, W, C\) uint8, got \['proprio'\]"):
-        resolve("image", DatasetSpec({"proprio": SPEC.observation["proprio"]}, 3, 0.1))
+    assert "depth float32 (8, 8, 1), points float32 (9, 2): neither pictures" in caplog.text
+    with pytest.raises(DatasetError, match=r"uint8 of 0 to 255, got front float32 \(96, 96, 3\): record pictures so"):
+        resolve("image", DatasetSpec({"front": ArraySpec((96, 96, 3))}, 3, 0.1))
 
 
 @pytest.mark.parametrize(("rate", "stride"), [(10, 1), (30, 1), (40, 2), (50, 2), (80, 4), (500, 8)])

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from scd_robot.datasets.float32 import as_float32
 from scd_robot.datasets.formats import ReadOptions, kept_episodes
 from scd_robot.datasets.hdf5.files import Hdf5Rows, arrays_below, child, read_texts, scalar_attributes, where
 from scd_robot.datasets.schema import DONE, EXECUTED_ACTION, MASK, PRESENT, REWARD, SIM_STATE, TIMESTAMP
@@ -45,12 +46,16 @@ class Demos:
         data: the group that holds them.
         groups: E of them, by name.
         noted: the texts and numbers noted at each, by name.
+        numbers: (E,) where each stands among all demonstrations of the file, as `ReadOptions.drop` counts them.
+        whole: these are all demonstrations of the file.
     """
 
     path: str
     data: h5py.Group
     groups: dict[str, h5py.Group]
     noted: dict[str, dict[str, str | int | float]]
+    numbers: NDArray[np.int64]
+    whole: bool = True
 
     @classmethod
     def of(cls, path: str, file: h5py.File) -> "Demos":
@@ -71,7 +76,8 @@ class Demos:
         for name, group in groups.items():
             if not isinstance(group, h5py.Group):
                 raise DatasetError(f"'data/{name}' of {path} is an array; expected a group with 'actions'")
-        return cls(path, data, groups, {name: scalar_attributes(group) for name, group in groups.items()})
+        noted = {name: scalar_attributes(group) for name, group in groups.items()}
+        return cls(path, data, groups, noted, np.arange(len(groups)))
 
     def chosen(self, options: ReadOptions) -> "Demos":
         """Those that the options keep; what is wrong with others does not matter then.
@@ -93,8 +99,16 @@ class Demos:
                 raise DatasetError(f"no demonstration of {self.path} is left in the list {options.mask!r}")
         kept = [name for name, wanted in zip(names, keep, strict=True) if wanted]
         return replace(
-            self, groups={name: self.groups[name] for name in kept}, noted={name: self.noted[name] for name in kept}
+            self,
+            groups={name: self.groups[name] for name in kept},
+            noted={name: self.noted[name] for name in kept},
+            numbers=self.numbers[keep],
+            whole=self.whole and bool(keep.all()),
         )
+
+    def named(self, demo: str) -> str:
+        """A demonstration in messages: its name, which may have gaps before it, and the number that `drop` takes."""
+        return f"{demo!r} (episode {self.numbers[list(self.groups).index(demo)]})"
 
     def item(self, demo: str, name: str) -> Any:
         """The dataset or group of a demonstration at a name of one or several parts ("obs/image"), or None."""
@@ -120,16 +134,16 @@ class Demos:
         for demo in self.groups:
             if not isinstance(items.get(demo), h5py.Dataset):
                 raise DatasetError(
-                    f"{name!r} of demonstration {demo!r} of {self.path} is missing or a group, but others have it; "
-                    "leave that demonstration out"
+                    f"{name!r} of demonstration {self.named(demo)} of {self.path} is missing or a group, but others "
+                    "have it; leave that demonstration out"
                 )
         rows = Hdf5Rows(self.path, [items[demo] for demo in self.groups])
         wanted = rows.lengths if lengths is None else lengths
         for demo, length, expected in zip(self.groups, rows.lengths, wanted, strict=True):
             if length != expected:
                 raise DatasetError(
-                    f"{name!r} of demonstration {demo!r} of {self.path} has {length} steps, but its actions have "
-                    f"{expected}; the demonstration is damaged, leave it out"
+                    f"{name!r} of demonstration {self.named(demo)} of {self.path} has {length} steps, but its actions "
+                    f"have {expected}; the demonstration is damaged, leave it out"
                 )
         return rows
 
@@ -167,8 +181,9 @@ class Demos:
                 raise UnknownNameError(f"action array of {self.path}", part, labels)
         first = self.rows(parts[0])
         rows = [first, *(self.rows(part, first.lengths) for part in parts[1:])]
-        columns = [np.asarray(array[:], np.float32).reshape(len(array), math.prod(array.shape[1:])) for array in rows]
-        action = np.concatenate(columns, axis=1)
+        columns = [array[:].reshape(len(array), math.prod(array.shape[1:])) for array in rows]
+        narrowed = [as_float32(column, f"{part!r} of {self.path}") for part, column in zip(parts, columns, strict=True)]
+        action = np.concatenate(narrowed, axis=1)
         if action.shape[1] == 0:
             raise DatasetError(f"{name!r} of {self.path} holds no numbers: its shape is {first.shape}")
         return action, first.lengths
@@ -275,7 +290,7 @@ class Demos:
     def check_counts(self, lengths: NDArray[np.int64]) -> None:
         """Warns where the numbers of steps noted in the file are wrong; they are not used."""
         total = scalar_attributes(self.data).get("total")
-        if total is not None and total != lengths.sum():
+        if self.whole and total is not None and total != lengths.sum():
             logger.warning(
                 "%s notes %s steps in all, but holds %d; counted ones are used", self.path, total, lengths.sum()
             )

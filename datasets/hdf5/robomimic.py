@@ -68,7 +68,7 @@ def read_robomimic(demos: Demos, options: ReadOptions) -> EpisodeDataset:
         action_kind=demos.own_note("action_kind", recorded_action_kind(label, metadata)),
     )
     info, text = demos.notes()
-    return EpisodeDataset(spec, np.cumsum(lengths), arrays, metadata, info, text)
+    return EpisodeDataset(spec, np.cumsum(lengths), arrays, metadata, info, text, numbers=demos.numbers)
 
 
 def _observations(demos: Demos, all_alike: bool) -> dict[str, dict[str, h5py.Dataset]]:
@@ -92,8 +92,8 @@ def _observations(demos: Demos, all_alike: bool) -> dict[str, dict[str, h5py.Dat
         different = datasets.keys() ^ found.keys()
         if number > 0 and different and all_alike:
             raise DatasetError(
-                f"observations of the demonstrations of {demos.path} differ: of {demo!r} and those before it not all "
-                f"have {', '.join(sorted(different))}; leave it out, or choose keys that all have"
+                f"observations of the demonstrations of {demos.path} differ: of {demos.named(demo)} and those "
+                f"before it not all have {', '.join(sorted(different))}; leave it out, or choose keys that all have"
             )
         for key, dataset in datasets.items():
             found.setdefault(key, {})[demo] = dataset

@@ -21,6 +21,7 @@ from scd_robot.datasets.formats import ReadOptions
 from scd_robot.datasets.hdf5.action_kind import recorded_action_kind
 from scd_robot.datasets.hdf5.demos import ACTIONS, Demos
 from scd_robot.datasets.hdf5.files import scalar_attributes
+from scd_robot.datasets.lazy import RowArray
 from scd_robot.datasets.schema import ACTION, SIM_STATE, EpisodeDataset
 from scd_robot.errors import DatasetError, UnknownNameError
 from scd_robot.types import ArraySpec, DatasetSpec
@@ -70,7 +71,8 @@ def read_robosuite(demos: Demos, options: ReadOptions) -> EpisodeDataset:
         action_kind=recorded_action_kind(label, metadata),
     )
     info, text = demos.notes()
-    return EpisodeDataset(spec, np.cumsum(lengths), {STATE: state, ACTION: action, **extras}, metadata, info, text)
+    arrays: dict[str, RowArray] = {STATE: state, ACTION: action, **extras}
+    return EpisodeDataset(spec, np.cumsum(lengths), arrays, metadata, info, text, numbers=demos.numbers)
 
 
 def _usual_label(demos: Demos) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scd_robot.datasets.float32 import as_float32
 from scd_robot.datasets.formats import ReadOptions, kept_episodes
 from scd_robot.datasets.lazy import RowArray, SelectedArray
 from scd_robot.datasets.lerobot.rows import BOOKKEEPING, ImageRows, read_columns
@@ -58,7 +59,8 @@ def open_lerobot(path: str, options: ReadOptions) -> EpisodeDataset:
     cameras = [key for key in keys if info.features[key].dtype == "video" and info.video_path is not None]
     every = read_episodes(info, cameras)
     _compare_totals(info, every)
-    chosen = {every[i].index for i in kept_episodes(options, len(every), path)}
+    numbers = kept_episodes(options, len(every), path)
+    chosen = {every[i].index for i in numbers}
     episodes = [episode for episode in every if episode.index in chosen]
     files = {episode.data_file for episode in episodes}
     inside = [episode for episode in every if episode.data_file in files]  # a file is checked against all of its own
@@ -74,7 +76,7 @@ def open_lerobot(path: str, options: ReadOptions) -> EpisodeDataset:
         columns = {name: values[rows] for name, values in columns.items()}
         images = {key: SelectedArray(array, rows) for key, array in images.items()}
     arrays = {**images, **_arrays(info, keys, episodes, columns, options)}
-    arrays[ACTION] = columns[label].astype(np.float32)
+    arrays[ACTION] = as_float32(columns[label], f"{label!r} of {path}")
     spec = DatasetSpec(
         {key: ArraySpec(arrays[key].shape[1:], str(arrays[key].dtype)) for key in keys},
         action_dim=arrays[ACTION].shape[1],
@@ -88,6 +90,7 @@ def open_lerobot(path: str, options: ReadOptions) -> EpisodeDataset:
         {"format": "lerobot", "version": info.version, "robot_type": info.raw.get("robot_type")},
         _success(episodes, columns),
         _tasks_in_words(info, episodes, columns.get("task_index")),
+        numbers=numbers,
     )
 
 
@@ -191,7 +194,7 @@ def _arrays(
             if options.check:
                 videos.check()
         elif feature.dtype != "image":
-            arrays[key] = columns[key].astype(np.float32).reshape(-1, *feature.shape)
+            arrays[key] = as_float32(columns[key], f"{key!r} of {info.root}").reshape(-1, *feature.shape)
     for name, key in _EXTRAS.items():
         if name in columns:
             arrays.setdefault(key, columns[name][:, 0] if columns[name].shape[1] == 1 else columns[name])

@@ -4,7 +4,7 @@ Shapes: N control steps of all episodes together, E episodes, D dimensions of an
 (N, D), `ends` (E,) cumulative; Da action width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -227,18 +227,24 @@ def short_episodes(ends: Ends, window: int) -> list[Finding]:
     return found + in_episodes("short_episode", "warning", "", short, message)
 
 
-def duplicate_episodes(digests: Sequence[bytes | None]) -> list[Finding]:
-    """Episodes with the same digest of all their arrays as an earlier one; None is like no other."""
+def duplicate_episodes(digests: Sequence[bytes | None], number: Callable[[int], int] = int) -> list[Finding]:
+    """Episodes with the same digest of all their arrays as an earlier one; None is like no other.
+
+    Args:
+        digests: one per episode.
+        number: what the recording counts an episode as.
+    """
     first: dict[bytes, int] = {}
     again, of = [], []
-    for number, digest in enumerate(digests):
+    for episode, digest in enumerate(digests):
         if digest is None:
             continue
         if digest in first:
-            again.append(number)
+            again.append(episode)
             of.append(first[digest])
-        first.setdefault(digest, number)
-    pairs = ", ".join(f"{a} = {b}" for a, b in zip(again[:6], of, strict=False)) + (", ..." if len(again) > 6 else "")
+        first.setdefault(digest, episode)
+    pairs = ", ".join(f"{number(a)} = {number(b)}" for a, b in zip(again[:6], of, strict=False))
+    pairs += ", ..." if len(again) > 6 else ""
     message = (
         f"{counted(len(again), 'episode')} the same as an earlier one ({pairs}): counted double, and perhaps both "
         "trained on and held out"

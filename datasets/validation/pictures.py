@@ -81,7 +81,7 @@ def _trace(dataset: EpisodeDataset, finding: Finding) -> "Figure":
             axes.axvline(place, color="#d1603d", linewidth=1.0, alpha=0.7)
         axes.plot(np.arange(start, stop), values[start:stop, dimension], color="#3b6fb6", marker=".", markersize=3)
         _label(axes, names[dimension])
-    grid[-1, 0].set_xlabel(f"control step of episode {finding.episode}")
+    grid[-1, 0].set_xlabel(f"control step of episode {dataset.number(finding.episode)}")
     grid[-1, 0].locator_params(axis="x", integer=True)
     return figure
 
@@ -99,9 +99,10 @@ def _compared(dataset: EpisodeDataset, finding: Finding) -> "Figure":
         values = values.reshape(len(values), -1)
         colour = "#d1603d" if episode == finding.episode else "#8a92a0"
         for axes, dimension in zip(grid[:, 0], dimensions, strict=True):
-            axes.plot(values[:, dimension], color=colour, label=f"episode {episode}")
+            axes.plot(values[:, dimension], color=colour, label=f"episode {dataset.number(episode)}")
             _label(axes, name_of(finding.key, dimension, array.shape[1:]))
-    grid[-1, 0].set_xlabel(f"control step of episode {finding.episode} (red) and of some others (grey)")
+    shown = dataset.number(finding.episode)
+    grid[-1, 0].set_xlabel(f"control step of episode {shown} (red) and of some others (grey)")
     return figure
 
 

@@ -208,8 +208,11 @@ def _text_where(finding: Finding, validation: Validation) -> str:
 
 
 def _place(place: Place, validation: Validation) -> str:
-    """Episode and step, with the name that the episode has in the file."""
+    """Episode and step, with the number and the name that the episode has in the file."""
     episode, step = place
-    names = validation.dataset.episode_text.get("name") if validation.dataset is not None else None
-    text = f"episode {episode}" + (f" ({names[episode]})" if names is not None else "")
+    if validation.dataset is None:
+        text = f"episode {episode}"
+    else:
+        names = validation.dataset.episode_text.get("name")
+        text = f"episode {validation.dataset.number(episode)}" + (f" ({names[episode]})" if names is not None else "")
     return text if step is None else f"{text} step {step}"

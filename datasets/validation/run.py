@@ -65,9 +65,15 @@ class Validation:
             "steps": self.dataset.num_steps if self.dataset else None,
             "control_dt": self.dataset.spec.control_dt if self.dataset else None,
             "window": self.window,
-            "findings": [finding.to_json() for finding in self.findings],
+            "findings": [self._told(finding).to_json() for finding in self.findings],
             "keys": self.keys,
         }
+
+    def _told(self, finding: Finding) -> Finding:
+        """With episodes as the recording counts them, where only some of it was read."""
+        if self.dataset is None:
+            return finding
+        return replace(finding, places=tuple((self.dataset.number(episode), step) for episode, step in finding.places))
 
 
 def validate(
@@ -143,14 +149,29 @@ def check_dataset(
         keys[key] |= _limits(scan.lowest, scan.highest)
         digests[key] = scan.digests
         findings += _check_frames(dataset, key, scan, flat)
+    findings += _floating_pictures(dataset)
     compared = [digests[key] for key in (*dataset.spec.observation, ACTION) if key in digests]
-    findings += motion.duplicate_episodes([_joined(parts) for parts in zip(*compared, strict=True)])
+    findings += motion.duplicate_episodes([_joined(parts) for parts in zip(*compared, strict=True)], dataset.number)
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)), keys
 
 
 def is_vector(array: RowArray) -> bool:
     """Whether an array is looked at dimension by dimension: no images, and few numbers per step."""
     return not is_image(array.shape, array.dtype) and int(np.prod(array.shape[1:])) <= _MAX_NUMBERS
+
+
+def _floating_pictures(dataset: EpisodeDataset) -> list[Finding]:
+    """Observations in the shape of pictures that are not uint8: no policy is trained on them."""
+    findings: list[Finding] = []
+    for key in dataset.spec.observation:
+        array = dataset.arrays.get(key)
+        if array is not None and array.dtype != np.uint8 and is_image(array.shape, array.dtype):
+            message = (
+                f"{key} holds {array.dtype} pictures {array.shape[1:]}, not of whole numbers of 0 to 255 or 255ths: "
+                "training leaves them out; record them as uint8"
+            )
+            findings += overall("pictures", "warning", key, message)
+    return findings
 
 
 def _structure(dataset: EpisodeDataset) -> list[Finding]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scd_robot.datasets.float32 import as_float32
 from scd_robot.datasets.formats import ReadOptions, choose
 from scd_robot.datasets.lazy import RowArray
 from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, EpisodeDataset
@@ -56,7 +57,7 @@ def open_store(path: Path | str, options: ReadOptions | None = None) -> EpisodeD
         array = files.rows(f"data/{key}", rows)
         arrays[key] = array if array.dtype == np.uint8 and array.ndim > 2 else array[:]
         if arrays[key].dtype == np.float64 and key in (*spec.observation, ACTION, EXECUTED_ACTION):
-            arrays[key] = np.asarray(arrays[key], np.float32)  # written by other programs
+            arrays[key] = as_float32(np.asarray(arrays[key]), f"data/{key} of {files.address}")  # by other programs
     meta = files.names("meta")
     info = {
         name.removeprefix("episode_"): files.rows(f"meta/{name}", len(ends))[:]

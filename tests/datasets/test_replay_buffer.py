@@ -346,3 +346,57 @@ def test_human_pusht_recording_byte_flips(recordings, tmp_path):
         finally:
             file.write_bytes(content)
     assert told > 0
+
+
+class TestSomeOfTheEpisodes:
+    """Where some episodes are left out, messages still count all, as `only` and `drop` do."""
+
+    ENDS = np.array([4, 8, 9, 13, 14])
+    STATE = np.arange(28.0).reshape(14, 2)
+
+    @pytest.fixture
+    def damaged(self, tmp_path):
+        """Of five episodes 2 and 4 have one step, and 3 holds NaN."""
+        state = self.STATE.copy()
+        state[10, 1] = np.nan
+        arrays = {"state": state, "action": self.STATE}
+        fill(zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2), arrays, self.ENDS)
+        return tmp_path / "a.zarr"
+
+    def test_short_ones_are_named_all_at_once(self, damaged):
+        with pytest.raises(DatasetError, match=r"but episode 2 has 1; leave out 2 4$"):
+            open_dataset(damaged, drop=["0"])
+
+    def test_a_bad_number_is_in_the_episode_that_drop_takes(self, damaged):
+        with pytest.raises(DatasetError, match="first in episode 3 at step 1;"):
+            open_dataset(damaged, drop=["0", "2", "4"])
+        assert open_dataset(damaged, drop=["2-"]).num_episodes == 2
+
+    def test_numbers_follow_every_choice(self, damaged):
+        dataset = open_dataset(damaged, only=["1-3"], check=False).select([2, 0])
+        assert [dataset.number(i) for i in range(2)] == [3, 1]
+
+
+class TestNumbersTooLargeForFloat32:
+    @pytest.mark.parametrize(
+        ("values", "told"),
+        [
+            (1.7e9 + 0.1 * np.arange(10), "1.7e+09 to 1.7e+09, only every 128 is kept"),
+            (2**24 + np.arange(10, dtype=np.int64), "16777216 to 16777225, only every 2 is kept"),
+            (1e9 * np.arange(10), None),
+            (np.full(10, 1.7e9), None),
+            (1e-9 * np.arange(10) + 1, None),
+            (np.arange(10, dtype=np.float32) + 2**24, None),
+        ],
+    )
+    def test_what_becomes_indistinguishable_is_told(self, tmp_path, caplog, values, told):
+        buffer(tmp_path / "a.zarr", arrays=ARRAYS | {"time": values})
+        open_dataset(tmp_path / "a.zarr")
+        warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert [("data/time of" in text, told in text) for text in warned] == [(True, True)] * (told is not None)
+
+    @pytest.mark.filterwarnings("error")
+    def test_what_becomes_infinite_is_refused_without_noise(self, tmp_path):
+        buffer(tmp_path / "a.zarr", arrays=ARRAYS | {"state": np.where(np.arange(20).reshape(10, 2) == 9, 1e300, 0.0)})
+        with pytest.raises(DatasetError, match=r"too large for float32.*first in episode 1 at step 0"):
+            open_dataset(tmp_path / "a.zarr")

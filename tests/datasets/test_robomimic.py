@@ -204,9 +204,12 @@ class TestReads:
         assert "notes 99 steps in all, but holds 12" in caplog.text
         assert "demo_2 (98, holds 4)" in caplog.text
 
-    def test_right_counts_are_not_mentioned(self, path, caplog):
+    @pytest.mark.parametrize("options", [{}, {"drop": ["1"]}, {"mask": "train"}])
+    def test_right_counts_are_not_mentioned(self, path, edit, caplog, options):
+        with edit() as data:
+            data.file["mask/train"] = ["demo_0"]
         with caplog.at_level(logging.WARNING):
-            open_dataset(path)
+            open_dataset(path, **options)
         assert not caplog.records
 
     def test_values_are_checked_unless_asked_not_to(self, path, edit):
@@ -319,8 +322,10 @@ class TestMasks:
         with edit() as data:
             del data["demo_2/obs/pos"]
             data.file["mask/good"] = ["demo_0", "demo_10"]
-        with pytest.raises(DatasetError, match="demo_2"):
+        with pytest.raises(DatasetError, match=r"of 'demo_2' \(episode 1\) and those before it not all have pos"):
             open_dataset(path)
+        with pytest.raises(DatasetError, match=r"'obs/pos' of demonstration 'demo_2' \(episode 1\) .* is missing"):
+            open_dataset(path, keys=["pos"], drop=["0"])
         for options in ({"drop": ["1"]}, {"only": ["0", "2-"]}, {"mask": "good"}):
             assert open_dataset(path, **options).episode_text["name"] == ["demo_0", "demo_10"]
         with pytest.raises(DatasetError, match="no episode is left of the 3"):

@@ -17,6 +17,7 @@ from scd_robot.datasets.schema import EpisodeDataset
 from scd_robot.datasets.validation import checks, frame_scan, motion
 from scd_robot.datasets.validation.findings import at_rows, follows, runs
 from scd_robot.datasets.validation.frame_scan import scan_frames
+from scd_robot.datasets.validation.report import format_validation
 from scd_robot.datasets.validation.run import check_dataset, validate
 from scd_robot.errors import DatasetError, UnknownNameError
 from scd_robot.types import ArraySpec, DatasetSpec
@@ -675,6 +676,27 @@ class TestValidate:
         }  # fmt: skip
         assert (document["spoils_training"], document["counts"]["error"]) == (True, 1)
         assert (document["episodes"], document["steps"], document["control_dt"]) == (len(LENGTHS), STEPS, 0.05)
+
+    def test_places_are_those_of_the_recording_where_episodes_are_left_out(self, tmp_path):
+        state = smooth(4)
+        state[row(2, 7), 0] = np.nan
+        write_replay_buffer(tmp_path / "a.zarr", state=state, action=smooth(2, seed=1))
+        validation = validate(tmp_path / "a.zarr", ReadOptions(drop=["0"]), progress=False)
+        assert "episode 2 step 7" in format_validation(validation)
+        (told,) = (found for found in validation.to_json()["findings"] if found["check"] == "not_finite")
+        assert (told["episode"], told["step"], told["places"]) == (2, 7, [[2, 7]])
+
+    def test_twins_are_told_by_the_numbers_of_the_recording(self):
+        (finding,) = motion.duplicate_episodes([b"a", b"b", b"a"], number=lambda episode: episode + 5)
+        assert "(7 = 5)" in finding.message
+        assert finding.places == ((2, None),)
+
+    def test_pictures_of_fractions_are_told(self, tmp_path):
+        camera = np.random.default_rng(0).random((STEPS, 12, 16, 3))
+        write_replay_buffer(tmp_path / "a.zarr", camera=camera, state=smooth(4), action=smooth(2, seed=1))
+        (finding,) = validate(tmp_path / "a.zarr", progress=False).findings
+        assert (finding.check, finding.severity, finding.key) == ("pictures", "warning", "camera")
+        assert "float32 pictures (12, 16, 3)" in finding.message
 
     def test_clean_data_is_fit_for_training(self, tmp_path):
         write_replay_buffer(tmp_path / "a.zarr", state=smooth(4), action=smooth(2, seed=1))
