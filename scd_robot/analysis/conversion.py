@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 SCHEMA = 1  # of the JSON
-SHARE_OF_UPDATES = 0.15  # of the source's, that a fine-tuning takes at most unless it is told otherwise
+SHARE_OF_UPDATES = 0.3  # of the source's, each at half its cost, unless it is told otherwise
 _TIMED_UPDATES = 3
 _SIDES = ("source", "converted")
 

@@ -43,7 +43,8 @@ def convert_policy(
         decoder_layers: those that become the decoder, which runs once per denoising step.
         num_context_tokens: context tokens of a plan; each begins as the query of a part of the chunk.
         fusion: how the decoder reads them: "concat" in one sequence with the noisy tokens, "prefix" once per plan.
-        max_steps: updates of the fine-tuning; by default 15 % of the source's.
+        max_steps: updates of the fine-tuning; by default 30 % of the source's, which take about 15 % of
+            its computing.
         seed: of the fine-tuning; by default the source's. Another one also holds out other episodes, which the source
             has seen.
         settings: settings that replace the source's, as FIELD=VALUE: training.learning_rate=3e-4 ...; of the model only

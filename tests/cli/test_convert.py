@@ -52,7 +52,7 @@ def test_a_conversion_is_an_ordinary_run_that_tells_where_it_came_from(
     assert isinstance(load_policy(entangled_run), CausalDitPolicy)
     assert type(load_policy(out)) is ScdPolicy
     result, source = read_checkpoint(out), read_checkpoint(entangled_run)
-    assert result.step == 2 == document["updates"]["fine_tuning"]  # 15 % of 14
+    assert result.step == 4 == document["updates"]["fine_tuning"]  # 30 % of 14
     record = result.origin["conversion"]
     assert record == document["conversion"]
     assert record["source_weights_sha256"] == source.weights_sha256
