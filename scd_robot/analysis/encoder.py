@@ -109,13 +109,17 @@ def attention_age(policy: ScdPolicy, streams: Sequence[Stream]) -> list[dict[str
 
 def _note_shares(found: list[Tensor], block: CausalBlock, inputs: tuple[Any, ...]) -> None:
     """Adds to `found` the attention (n * T',) of the last n control steps' last tokens to all control steps."""
-    x, rotary, mask, own = inputs
-    group = int(own[0, 0, 0].sum())
-    q, k, _ = block.queries_keys_values(x, rotary)
+    x, rotary, mask, own, slots = inputs
+    length, group = x.shape[1], int(own[0, 0, 0].sum())
+    steps = torch.arange((length - slots) // group, device=x.device)
+    behind = slots // len(steps)  # context slots that only read stand behind the history, those of each step together
+    step = torch.cat((steps.repeat_interleave(group), steps.repeat_interleave(behind)))
+    q, k, _ = block.queries_keys_values(x, rotary, block.modulate(length, slots))
     scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
     weights = _weights(scores, mask, own, block.memory_gate).mean(dim=(0, 1))  # (L, L)
-    last = weights[group - 1 :: group].unflatten(-1, (-1, group)).sum(-1)
-    found.append(last[len(last) // 2 :].flatten().cpu())
+    last = weights[length - slots + behind - 1 :: behind] if slots else weights[group - 1 :: group]
+    by_step = last.new_zeros(len(steps), len(steps)).index_add_(1, step, last)
+    found.append(by_step[len(steps) // 2 :].flatten().cpu())
 
 
 def _weights(scores: Tensor, mask: Tensor, own: Tensor, gate: Tensor | None) -> Tensor:

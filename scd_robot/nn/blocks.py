@@ -61,7 +61,7 @@ class CausalBlock(nn.Module):
 
         `mask` and `own` are as `window_mask` makes them.
         """
-        modulation = self._modulation(x.shape[1], slots)
+        modulation = self.modulate(x.shape[1], slots)
         q, k, v = self.queries_keys_values(x, rotary, modulation)
         return self._finish(x, attend(q, k, v, mask, own, self.memory_gate), modulation)
 
@@ -71,7 +71,7 @@ class CausalBlock(nn.Module):
         What `kept`, the number of tokens that the cache takes, leaves over is seen in this step only: `plan` has a key
         more for each.
         """
-        modulation = self._modulation(x.shape[1], x.shape[1] - kept)
+        modulation = self.modulate(x.shape[1], x.shape[1] - kept)
         q, *own = self.queries_keys_values(x, rotary, modulation)
         k, v = cache.write(layer, plan, *(new[:, :, :kept] for new in own))
         if kept < x.shape[1]:
@@ -96,7 +96,7 @@ class CausalBlock(nn.Module):
         x = torch.addcmul(x, gate_a, self.out(attended))
         return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, self.mlp_norm(x), factor_m)))
 
-    def _modulation(self, length: int, slots: int) -> tuple[Tensor, ...] | None:
+    def modulate(self, length: int, slots: int) -> tuple[Tensor, ...] | None:
         """Shift, factor and gate of attention, then of the MLP, each (L, D); None = there is none."""
         if self.modulation is None:
             return None

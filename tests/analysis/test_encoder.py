@@ -85,21 +85,28 @@ class TestADeviationOfTheControlLoopIsSeen:
         assert relative_difference(policy, streams[1:2]) < 1e-4  # its row was not reset
 
 
-@pytest.mark.parametrize(("stride", "by_age"), [(1, {"1": 0.25, "2": 0.5}), (2, {"1": 0, "2": 0.25, "4": 0.5})])
+@pytest.mark.parametrize(("stride", "ages"), [(1, {"1": 1, "2": 2}), (2, {"1": 0, "2": 1, "4": 2})])
 @pytest.mark.parametrize("past_action_input", ["none", "full"])
-def test_attention_that_makes_no_difference_is_spread_over_the_window(stride, by_age, past_action_input):
-    policy = untrained({"history_stride": stride, "past_action_input": past_action_input})
+@pytest.mark.parametrize("in_history", [True, False])
+def test_attention_that_makes_no_difference_is_spread_over_the_window(stride, ages, past_action_input, in_history):
+    """Of 4 control steps, each with as many tokens as are kept of it, and with two slots beside the present one's."""
+    model = {"history_stride": stride, "past_action_input": past_action_input, "context_in_history": in_history}
+    policy = untrained(model)
+    kept = 1 + (past_action_input == "full")
+    slots = 0 if in_history else 2
+    kept += 2 - slots
     for block in policy.model.encoder.blocks:
         torch.nn.init.zeros_(block.qkv.weight)
     for layer in attention_age(policy, recorded(policy)[1:2]):
-        assert layer["present"] == pytest.approx(0.25)
+        assert layer["present"] == pytest.approx((kept + slots) / (4 * kept + slots))
         assert layer["mean_age"] == pytest.approx(2 * stride)
-        found = {age: share for age, share in layer["by_age"].items() if share > 0 or age in by_age}
-        assert found == pytest.approx(by_age)
+        found = {age: share for age, share in layer["by_age"].items() if share > 0 or age in ages}
+        assert found == pytest.approx({age: count * kept / (4 * kept + slots) for age, count in ages.items()})
 
 
 def test_a_closed_gate_attends_to_the_present_alone():
     policy = untrained({"memory_gate": True})
+    assert not policy.model.config.context_in_history  # slots are told apart from the history behind them
     for layer in attention_age(policy, recorded(policy)):
         assert layer["present"] == pytest.approx(1)
         assert layer["mean_age"] is None
