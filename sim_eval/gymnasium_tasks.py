@@ -239,7 +239,13 @@ class GymnasiumEnvironment:
     def _draw_only(self, cameras: Container[str]) -> None:
         """gym-aloha draws three cameras in each control step, whatever it is to observe: most of its time."""
         physics = self._env.unwrapped._env.physics
-        self._draw = physics.render
+        draw = physics.render
+
+        def draw_anew(height: int, width: int, camera_id: str) -> Any:
+            _forget_current_context()
+            return draw(height=height, width=width, camera_id=camera_id)
+
+        self._draw = draw_anew
 
         def render(height: int, width: int, camera_id: str) -> Any:
             if camera_id in cameras:
@@ -259,6 +265,14 @@ class GymnasiumEnvironment:
     def _check_running(self) -> None:
         if not self._running:
             raise SimulatorError(f"no episode of {self.spec.name} is running; call reset(seed) first")
+
+
+def _forget_current_context() -> None:
+    """Lets dm_control make its OpenGL context current: it goes by a note of its own, which others' drawing outdates."""
+    from dm_control._render import base
+
+    for name in ("_CURRENT_CONTEXT_FOR_THREAD", "_CURRENT_THREAD_FOR_CONTEXT"):
+        getattr(base, name, {}).clear()
 
 
 def _succeeded(task: str, info: Mapping[str, Any]) -> bool:

@@ -266,6 +266,8 @@ class TestEnvironments:
             "    return world\n"
         )
         monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)  # nothing comes beside the module, in workers neither
+        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
         arguments = ["eval", tiny_run, "--env", "other_world:make", "--episodes", 1, "--out", tmp_path / "out"]
         refused(arguments, told, "was the policy trained" if "0.05" not in told else "rate", unchanged=[tmp_path])
 
