@@ -11,6 +11,7 @@ there is "pixels.top" (480, 640, 3) beside "agent_pos". Its actions are joint an
 the arms out of poses that demonstrations use, and that episodes begin in.
 """
 
+import importlib
 import warnings
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -269,8 +270,7 @@ class GymnasiumEnvironment:
 
 def _forget_current_context() -> None:
     """Lets dm_control make its OpenGL context current: it goes by a note of its own, which others' drawing outdates."""
-    from dm_control._render import base
-
+    base = importlib.import_module("dm_control._render.base")
     for name in ("_CURRENT_CONTEXT_FOR_THREAD", "_CURRENT_THREAD_FOR_CONTEXT"):
         getattr(base, name, {}).clear()
 
