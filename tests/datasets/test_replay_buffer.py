@@ -386,7 +386,7 @@ class TestNumbersTooLargeForFloat32:
             (1e9 * np.arange(10), None),
             (np.full(10, 1.7e9), None),
             (1e-9 * np.arange(10) + 1, None),
-            (np.arange(10, dtype=np.float32) + 2**24, None),
+            ((np.arange(10) + 2**24).astype(np.float32), None),
         ],
     )
     def test_what_becomes_indistinguishable_is_told(self, tmp_path, caplog, values, told):
