@@ -1,5 +1,11 @@
 """Causal encoder: the only part that sees history, run once per control step.
 
+The context is read from slots, the last tokens of a control step's group. Unless `context_in_history`, they are
+readers: they see the history and their own group, and nobody else sees them.
+
+    whole segment   [tokens of step 0, 1, ..., T - 1 | readers of M of these steps]      one sequence, one pass
+    one step more   [tokens | readers], of which the cache keeps the tokens
+
 Shapes: B batch, T control steps, M of them whose context is asked for, P tokens per control step, K of them context
 slots, D width, S tokens of a whole segment.
 """
@@ -35,6 +41,10 @@ class CausalEncoder(nn.Module):
         tokens_per_step: P.
         context_slots: the tokens of a group that the context is read from.
         sees: (P, P) bool, which tokens of any group a token sees; None = all.
+
+    Attributes:
+        num_readers: K where slots only read, else 0.
+        sees: of the tokens that are no readers; these see all.
     """
 
     sees: Tensor | None
@@ -46,7 +56,7 @@ class CausalEncoder(nn.Module):
         self.config = config
         self.tokens_per_step = tokens_per_step
         self.context_slots = context_slots
-        self.num_readers = 0 if config.context_in_history else config.num_context_tokens  # the last tokens of a group
+        self.num_readers = 0 if config.context_in_history else config.num_context_tokens
         self.rotary = RotaryEmbedding(config.width // config.num_heads)
         self.blocks = nn.ModuleList(
             CausalBlock(
@@ -61,7 +71,7 @@ class CausalEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)  # to unit RMS
         remembered = tokens_per_step - self.num_readers
-        sees = None if sees is None else sees[:remembered, :remembered]  # readers see all
+        sees = None if sees is None else sees[:remembered, :remembered]
         self.register_buffer("sees", sees, persistent=False)
 
     def forward(
