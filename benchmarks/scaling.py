@@ -62,8 +62,10 @@ def predict(config: ScdConfig, batch: int, segment: int, samples: int) -> dict[s
     tokens = 1  # of a control step: joint vectors
     slots = config.num_context_tokens  # which only read
     layer = (4 + 2 * config.mlp_ratio) * d * d  # weights of attention and perceptron
-    encoder = 2 * (tokens + slots) * config.encoder_layers * (layer + 2 * (window * tokens + slots) * d)
-    encoder += 2 * widths * d
+    seen = 2 * (window * tokens + slots) * d  # weighed and added up by each token
+    encoder = 2 * (tokens + slots) * config.encoder_layers * (layer + seen) + 2 * widths * d
+    unread = layer - 3 * d * d  # of the history the last layer makes queries, keys and values only
+    encoder -= 2 * tokens * (unread + seen)
     past = config.num_past_actions
     decoded, context = length, config.num_context_tokens
     read = 2 * config.decoder_layers * (layer + (decoded + context) * 2 * d) * decoded
@@ -78,6 +80,7 @@ def predict(config: ScdConfig, batch: int, segment: int, samples: int) -> dict[s
     prefix = 2 * config.decoder_layers * context * (layer + 2 * context * d) + 2 * context * d * d
     encoded = segment * tokens + samples * slots
     forward = batch * encoded * 2 * config.encoder_layers * (layer + 2 * encoded * d)
+    forward -= batch * segment * tokens * 2 * (unread + 2 * encoded * d)
     forward += batch * (segment * 2 * widths * d + samples * (sample + prefix))
     weights = config.encoder_layers * layer + config.decoder_layers * (layer + 6 * d * d)
     return {

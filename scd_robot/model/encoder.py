@@ -94,8 +94,8 @@ class CausalEncoder(nn.Module):
         Returns:
             (B, M or T, K, D) with unit RMS over D.
         """
-        outputs = self.outputs(tokens, token_valid, stream, first_position, at)
-        context: Tensor = self.norm(outputs[..., self.context_slots, :])
+        outputs = self.outputs(tokens, token_valid, stream, first_position, at, slots_only=True)
+        context: Tensor = self.norm(outputs)
         return context
 
     def outputs(
@@ -105,8 +105,13 @@ class CausalEncoder(nn.Module):
         stream: Tensor | None = None,
         first_position: int = 0,
         at: Tensor | None = None,
+        *,
+        slots_only: bool = False,
     ) -> Tensor:
-        """As `forward`, what becomes of all tokens, (B, M or T, P, D), before they are normalised by `norm`."""
+        """As `forward`, what becomes of all tokens, (B, M or T, P, D), before they are normalised by `norm`.
+
+        With `slots_only` of the context slots, (B, M or T, K, D); of readers the last layer computes no others then.
+        """
         batch, steps, group, width = tokens.shape
         kept = group - self.num_readers
         tokens, readers = tokens[:, :, :kept], tokens[:, :, kept:]
@@ -128,11 +133,16 @@ class CausalEncoder(nn.Module):
             own = self._with_readers(own, position == place[..., None]) if self.config.memory_gate else own
             position = torch.cat((position.expand(batch, -1), place.repeat_interleave(self.num_readers, 1)), dim=1)
         rotary = self.rotary(position + first_position, tokens.dtype)
+        slots = x.shape[1] - steps * kept
+        alone = slots_only and slots > 0
         for block in self.blocks:
-            x = block(x, rotary, seen, own, x.shape[1] - steps * kept)
-        x, readers = x[:, : steps * kept].view(batch, steps, kept, width), x[:, steps * kept :]
+            x = block(x, rotary, seen, own, slots, last=alone and block is self.blocks[-1])
+        if alone:
+            return x.view(batch, -1, self.num_readers, width)
+        x, read = x[:, : steps * kept].view(batch, steps, kept, width), x[:, steps * kept :]
         x = x if at is None else take_steps(x, at)
-        return torch.cat((x, readers.view(batch, x.shape[1], -1, width)), dim=2) if self.num_readers else x
+        x = torch.cat((x, read.view(batch, x.shape[1], -1, width)), dim=2) if slots else x
+        return x[..., self.context_slots, :] if slots_only else x
 
     def step(
         self, tokens: Tensor, cache: KVCache, token_valid: Tensor | None = None, active: Tensor | None = None
@@ -156,9 +166,9 @@ class CausalEncoder(nn.Module):
         rotary = self.rotary(plan.position[:, None], tokens.dtype)
         x = tokens
         for layer, block in enumerate(cast(Iterable[CausalBlock], self.blocks)):
-            x = block.step(x, rotary, layer, cache, plan, kept)
+            x = block.step(x, rotary, layer, cache, plan, kept, last=self.num_readers > 0 and block is self.blocks[-1])
         cache.end_step(plan)
-        context: Tensor = self.norm(x[..., self.context_slots, :])
+        context: Tensor = self.norm(x if self.num_readers else x[..., self.context_slots, :])
         return context
 
     def _with_readers(self, mask: Tensor, seen: Tensor) -> Tensor:

@@ -56,27 +56,32 @@ class CausalBlock(nn.Module):
         shifts_and_others = torch.tensor([0.0, 1.0, 1.0] * 2)[:, None].expand(2, -1, width)
         self.modulation = nn.Parameter(shifts_and_others.clone()) if modulated else None
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, own: Tensor, slots: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary, mask: Tensor, own: Tensor, slots: int = 0, *, last: bool = False
+    ) -> Tensor:
         """All tokens (B, L, D) of a segment at once, the last `slots` of which are context slots that only read.
 
-        `mask` and `own` are as `window_mask` makes them.
+        `mask` and `own` are as `window_mask` makes them. In the `last` layer only the slots (B, slots, D) go on.
         """
         modulation = self.modulate(x.shape[1], slots)
         q, k, v = self.queries_keys_values(x, rotary, modulation)
-        return self._finish(x, attend(q, k, v, mask, own, self.memory_gate), modulation)
+        return self._finish(x, q, k, v, mask, own, modulation, slots if last else x.shape[1])
 
-    def step(self, x: Tensor, rotary: Rotary, layer: int, cache: KVCache, plan: StepPlan, kept: int) -> Tensor:
+    def step(
+        self, x: Tensor, rotary: Rotary, layer: int, cache: KVCache, plan: StepPlan, kept: int, *, last: bool = False
+    ) -> Tensor:
         """The tokens (B, P, D) of one more control step; earlier ones come from the cache, which is extended.
 
         What `kept`, the number of tokens that the cache takes, leaves over is seen in this step only: `plan` has a key
-        more for each.
+        more for each. In the `last` layer nothing else goes on.
         """
-        modulation = self.modulate(x.shape[1], x.shape[1] - kept)
+        slots = x.shape[1] - kept
+        modulation = self.modulate(x.shape[1], slots)
         q, *own = self.queries_keys_values(x, rotary, modulation)
         k, v = cache.write(layer, plan, *(new[:, :, :kept] for new in own))
-        if kept < x.shape[1]:
+        if slots:
             k, v = (torch.cat((old, new[:, :, kept:]), dim=2) for old, new in zip((k, v), own, strict=True))
-        return self._finish(x, attend(q, k, v, plan.mask, plan.own, self.memory_gate), modulation)
+        return self._finish(x, q, k, v, plan.mask, plan.own, modulation, slots if last else x.shape[1])
 
     def queries_keys_values(
         self, x: Tensor, rotary: Rotary, modulation: tuple[Tensor, ...] | None = None
@@ -88,7 +93,22 @@ class CausalBlock(nn.Module):
         q, k = apply_rotary(qkv[:, :, :2], *rotary).unbind(2)
         return q, k, qkv[:, :, 2]
 
-    def _finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
+    def _finish(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        own: Tensor,
+        modulation: tuple[Tensor, ...] | None,
+        count: int,
+    ) -> Tensor:
+        """What becomes of the last `count` tokens."""
+        if count < x.shape[1]:
+            x, q, mask, own = x[:, -count:], q[:, :, -count:], mask[..., -count:, :], own[..., -count:, :]
+            modulation = None if modulation is None else tuple(one[-count:] for one in modulation)
+        attended = attend(q, k, v, mask, own, self.memory_gate)
         if modulation is None:
             x = x + self.out(attended)
             return x + self.mlp(self.mlp_norm(x))

@@ -86,6 +86,24 @@ def test_step_matches_full_history_at_every_step(variant: str, dtype: torch.dtyp
     assert error.max() < tolerance, f"first wrong step: {int((error >= tolerance).nonzero()[0])}"
 
 
+@pytest.mark.parametrize("variant", ["readers", "readers, gate", "modulated"])
+@torch.no_grad()
+def test_what_the_last_layer_leaves_out_is_read_by_nobody(variant: str) -> None:
+    """Of the history it makes keys and values only; `outputs` computes all tokens in all layers."""
+    config = dataclasses.replace(CONFIG, **VARIANTS[variant])
+    model = randomised(config)
+    computed = []
+    model.encoder.blocks[-1].mlp.register_forward_hook(lambda _, inputs, output: computed.append(output.shape[1]))
+    observation, past = stream_of(config, 2, 11, torch.float64)
+    tokens, valid = model._tokenize(observation, past if config.past_action_input != "none" else None, None, None, None)
+    at = torch.tensor([[3, 8], [0, 10]])
+    context = model.encoder(tokens, valid, at=at)
+    everything = model.encoder.norm(model.encoder.outputs(tokens, valid, at=at))
+    torch.testing.assert_close(context, everything[:, :, model.tokenizer.context_slots], atol=1e-12, rtol=0)
+    slots = 2 * config.num_context_tokens
+    assert computed == [slots, 11 * (tokens.shape[2] - config.num_context_tokens) + slots]
+
+
 @BOTH
 @pytest.mark.parametrize("layers", [1, 3])
 @torch.no_grad()
