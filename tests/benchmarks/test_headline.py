@@ -1,5 +1,6 @@
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ TASK = headline.TASKS["assembly"]
 STATES = DatasetSpec({"proprio": ArraySpec((4,)), "object": ArraySpec((14,)), "goal": ArraySpec((3,))}, 4, 0.0125)
 
 
-def arm_result(arm: str, successes: int, curve: list[int], cpu_s: float | None, seed: int = 0) -> dict[str, Any]:
-    """A finished run of 100 episodes, whose earlier checkpoints had `curve` successes of 10."""
+def arm_result(arm: str, successes: int, curve: list[int], cpu_s: float | None = None, seed: int = 0) -> dict[str, Any]:
+    """A finished run of 100 episodes, whose earlier checkpoints, 10 updates apart, had `curve` successes of 10."""
     document = result(headline._name("assembly", arm, seed), [True] * successes + [False] * (100 - successes))
     document["evaluation"] |= {"success_rate": successes / 100, "best_reward": 1.0, "weights": f"{arm}{seed}"}
     document["training"] |= {"cpu_s": cpu_s, "steps": 10 * (len(curve) + 1)}
@@ -25,8 +26,21 @@ def arm_result(arm: str, successes: int, curve: list[int], cpu_s: float | None, 
     return document
 
 
-def report(*arms: dict[str, Any]) -> str:
-    return headline.make_report({arm["name"]: arm for arm in arms}, {"assembly": TASK}, Path("nowhere.json"))
+@pytest.fixture
+def report(tmp_path: Path) -> Callable[..., str]:
+    """The report of arms of which an update takes so many seconds."""
+    replaced = replace(TASK, updates=40)  # as many as `arm_result` has with three readings before its last
+
+    def make(*arms: dict[str, Any], **seconds: float) -> str:
+        times = tmp_path / "updates.json"
+        if seconds:
+            update_ms = {TASK.preset: {arm: {"p50": 1e3 * value} for arm, value in seconds.items()}}
+            about = {"command": "python updates.py", "date": "then", "code": "abc", "machine": {"cpu": "a core"}}
+            times.write_text(json.dumps({**about, "update_ms": update_ms}))
+        results = {arm["name"]: arm for arm in arms}
+        return str(headline.make_report(results, {"assembly": replaced}, times, tmp_path / "nowhere.json"))
+
+    return make
 
 
 JOBS = [*headline.make_jobs(headline.TASKS), *headline.make_trials()]
@@ -67,33 +81,45 @@ def test_both_architectures_have_as_many_trials() -> None:
     assert len(ours) == len(rivals) == len(headline.LEARNING_RATES) * len(headline.TUNED_ON)
 
 
-def test_arms_are_timed_to_nine_tenths_of_the_rivals_final_success() -> None:
-    ours = arm_result("separable", 95, [2, 9, 9], 100.0)
-    rival = arm_result("entangled", 90, [0, 3, 8], 300.0)
-    text = report(ours, rival)
+def test_arms_are_timed_to_nine_tenths_of_the_rivals_final_success(report: Callable[..., str]) -> None:
+    ours = arm_result("separable", 95, [2, 9, 9])
+    rival = arm_result("entangled", 90, [0, 3, 8])
+    text = report(ours, rival, separable=2.5, entangled=7.5)
     assert "CPU time to 81.0% success: 0.17 of the rival's; aim 0.6: reached" in text  # 50 s beside 300 s
     assert "separable beside the entangled, 1 of 3 seeds: +5.0" in text
-    slow = arm_result("separable", 95, [2, 3, 4], 250.0)
-    assert "0.83 of the rival's; aim 0.6: NOT reached" in report(slow, rival)
+    slow = arm_result("separable", 95, [2, 3, 4])
+    assert "0.83 of the rival's; aim 0.6: NOT reached" in report(slow, rival, separable=6.25, entangled=7.5)
 
 
-def test_an_arm_that_never_gets_there_has_no_time() -> None:
-    text = report(arm_result("separable", 50, [2, 3, 4], 100.0), arm_result("entangled", 90, [0, 3, 8], 300.0))
+def test_an_arm_that_never_gets_there_has_no_time(report: Callable[..., str]) -> None:
+    seconds = {"separable": 2.5, "entangled": 7.5}
+    text = report(arm_result("separable", 50, [2, 3, 4]), arm_result("entangled", 90, [0, 3, 8]), **seconds)
     assert "an arm never reached it" in text
     assert "| never |" in text
-    text = report(arm_result("separable", 0, [0], 100.0), arm_result("entangled", 0, [0], 300.0))
+    text = report(arm_result("separable", 0, [0]), arm_result("entangled", 0, [0]), **seconds)
     assert "an arm never reached it" in text
 
 
-def test_arms_are_read_at_equal_cpu_time_too() -> None:
-    ours, rival = arm_result("separable", 95, [2, 9, 9], 150.0), arm_result("entangled", 90, [0, 3, 8], 300.0)
-    (row,) = (line for line in report(ours, rival).splitlines() if line.startswith("| entangled |"))
-    assert row.endswith("| 30.0% |")  # its second checkpoint, after 150 s
+def test_arms_are_read_at_equal_cpu_time_too(report: Callable[..., str]) -> None:
+    ours, rival = arm_result("separable", 95, [2, 9, 9]), arm_result("entangled", 90, [0, 3, 8])
+    text = report(ours, rival, separable=3.75, entangled=7.5)
+    (row,) = (line for line in text.splitlines() if line.startswith("| entangled |"))
+    assert row.endswith("| 300 | 300 | 30.0% |")  # its second checkpoint, after 150 s
 
 
-def test_a_training_that_was_interrupted_has_no_cpu_time() -> None:
-    text = report(arm_result("separable", 95, [9], None), arm_result("entangled", 90, [8], 300.0))
-    assert "an arm never reached it" in text
+def test_policies_from_outside_are_timed_by_their_own_run(report: Callable[..., str]) -> None:
+    outside = arm_result("Diffusion Policy, CNN", 95, [2, 9, 9], cpu_s=120.0)
+    rows = report(outside, arm_result("entangled", 90, [8]), separable=1.0, entangled=7.5).splitlines()
+    (row,) = (line for line in rows if line.startswith("| Diffusion Policy, CNN |"))
+    assert row.endswith("| 120 | 60 | 20.0% |")  # its first checkpoint: the separable model trains for 40 s
+
+
+def test_without_the_time_of_an_update_there_are_no_training_times(report: Callable[..., str]) -> None:
+    text = report(arm_result("separable", 95, [9]), arm_result("entangled", 90, [8]))
+    assert "Training times are missing: python benchmarks/updates.py" in text
+    assert "CPU time to" not in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| separable |"))
+    assert row.endswith("| - | - | - |")
 
 
 def test_trials_tell_learning_rate_and_steps_together() -> None:
