@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from scd_robot.datasets.schema import EpisodeDataset
 from scd_robot.errors import ConfigError, DatasetError
 
-__all__ = ["ReadOptions", "choose", "kept_episodes", "parse_episodes"]
+__all__ = ["ReadOptions", "choose", "kept_episodes", "measured_control_dt", "parse_episodes"]
+
+_LONGEST_DT = 2.0  # [s] between control steps; what is more is in other units
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,17 @@ class ReadOptions:
             raise ConfigError("keys must name at least one observation; leave it out for all")
         if not self.frame_tolerance > 0:
             raise ConfigError(f"frame_tolerance must be a positive number of control steps, got {self.frame_tolerance}")
+
+
+def measured_control_dt(times: NDArray[np.float64], ends: NDArray[np.int64]) -> float | None:
+    """Seconds between control steps by the times (N,) [s] of N steps, in episodes that end at `ends` (E,), cumulative.
+
+    It is the median within episodes, to the microsecond; None where time does not pass, or too fast for seconds.
+    """
+    inner = ends[(ends > 0) & (ends < len(times))]
+    steps = np.delete(np.diff(times), inner - 1)
+    median = round(float(np.median(steps)), 6) if len(steps) else 0.0
+    return median if 0 < median < _LONGEST_DT else None
 
 
 def choose(dataset: EpisodeDataset, options: ReadOptions) -> EpisodeDataset:

@@ -13,6 +13,7 @@ __all__ = ["as_stored", "is_image"]
 
 _CHANNELS = (1, 3, 4)
 _SAMPLED_ROWS = 8
+_COMPRESSED = {b"\xff\xd8\xff": "JPEG", b"\x89PN": "PNG"}  # first bytes of such files
 _SMALLEST_SIDE = 24  # of an array (N, H, W) that is taken for pictures
 
 
@@ -32,6 +33,9 @@ def as_stored(array: RowArray, name: str) -> RowArray:
     Images become uint8 (N, H, W, C): floating-point ones of 0 to 255, or of 0 to 1, only where nothing is lost by it
     (others, depth and masks for example, stay float32). Pictures without a channel axis (N, H, W) get one. All else
     becomes float32 (N, ...), and a vector (N, 1).
+
+    Raises:
+        DatasetError: rows (N, bytes) of JPEG or PNG files, which would pass for vectors.
     """
     if len(array.shape) == 3 and min(array.shape[1:]) >= _SMALLEST_SIDE:
         array = MappedArray(array, _with_channel, (*array.shape[1:], 1), array.dtype)
@@ -44,6 +48,11 @@ def as_stored(array: RowArray, name: str) -> RowArray:
         if scale is not None:
             return MappedArray(array, _ToBytes(scale, name), array.shape[1:], np.uint8)
         return MappedArray(array, _to_float, array.shape[1:], np.float32)
+    if array.dtype == np.uint8 and len(array.shape) == 2 and len(array) and bytes(array[0][:3]) in _COMPRESSED:
+        raise DatasetError(
+            f"{name} holds compressed pictures ({_COMPRESSED[bytes(array[0][:3])]}), a row of bytes each, which are "
+            "not read; store them decoded, uint8 (T, height, width, channel), or name other keys with --keys"
+        )
     values = np.asarray(array[:])
     return as_float32(values[:, None] if values.ndim == 1 else values, name)
 

@@ -212,7 +212,8 @@ class EpisodeDataset:
                 episode, step = self.locate(row)
                 raise DatasetError(
                     f"{key!r} of {name} holds NaN or infinite values (or ones too large for float32), first in episode "
-                    f"{self.number(episode)} at step {step}; record that episode again or leave it out"
+                    f"{self.number(episode)} at step {step}; record that episode again, or leave it out: --drop "
+                    f"{self.number(episode)}"
                 )
 
     def _check_episodes(self, name: str) -> None:
@@ -228,7 +229,8 @@ class EpisodeDataset:
             numbers = " ".join(str(self.number(int(index))) for index in short[:_MOST_NAMED])
             raise DatasetError(
                 f"every episode of {name} must have at least 2 steps, but episode {self.number(int(short[0]))} has "
-                f"{self.episode_lengths[short[0]]}; leave out {numbers}{' ...' if short.size > _MOST_NAMED else ''}"
+                f"{self.episode_lengths[short[0]]}; leave out with --drop: "
+                f"{numbers}{' ...' if short.size > _MOST_NAMED else ''}"
             )
 
     def locate(self, row: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """What recordings of robomimic and of robosuite have in common: demonstrations data/demo_N of one HDF5 file."""
 
+import itertools
 import json
 import logging
 import math
@@ -35,6 +36,7 @@ EXTRAS = {
 _DTYPES = {SIM_STATE: np.float64, REWARD: np.float32, EXECUTED_ACTION: np.float32, TIMESTAMP: np.float64}
 _DEMO = re.compile(r"demo_(\d+)")
 _NAME, _MODEL = "name", "model_xml"  # of texts
+_MOST_NAMED = 8  # in a message
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,16 @@ class Demos:
         """
         data = child(file, "data")
         if not isinstance(data, h5py.Group):
-            raise DatasetError(f"{path} has no group 'data'; it is not a recording of robomimic or robosuite")
+            raise DatasetError(
+                f"{path} has no group 'data'; it is not a recording of robomimic or robosuite. It holds: "
+                f"{_some(file)}; copy recordings of another layout with scd_robot.datasets.ZarrWriter (docs/data.md)"
+            )
         names = [name for name in data if _DEMO.fullmatch(name)]
         if not names:
-            raise DatasetError(f"{path} holds no demonstration: its group 'data' has no group 'demo_N'")
+            raise DatasetError(
+                f"{path} holds no demonstration: its group 'data' has no group 'demo_N', but: {_some(data)}; rename "
+                "them so"
+            )
         if len(names) < len(data):
             logger.warning("%s: %d entries of 'data' are no demonstrations and left out", path, len(data) - len(names))
         groups = {name: child(data, name) for name in sorted(names, key=lambda name: (int(name[5:]), name))}
@@ -141,9 +149,12 @@ class Demos:
         wanted = rows.lengths if lengths is None else lengths
         for demo, length, expected in zip(self.groups, rows.lengths, wanted, strict=True):
             if length != expected:
+                what = "the demonstration is damaged, leave it out"
+                if length == expected + 1:
+                    what = "if the last one was seen after the last action, as some recorders keep it, cut it off"
                 raise DatasetError(
                     f"{name!r} of demonstration {self.named(demo)} of {self.path} has {length} steps, but its actions "
-                    f"have {expected}; the demonstration is damaged, leave it out"
+                    f"have {expected}; {what}"
                 )
         return rows
 
@@ -325,17 +336,26 @@ class Demos:
         return noted if isinstance(noted, type(default)) else default
 
     def control_dt(
-        self, given: float | None, metadata: dict[str, Any], measured: float | None = None
+        self, given: float | None, metadata: dict[str, Any], measured: float | None = None, clock: str = "states"
     ) -> tuple[float, str]:
-        """Seconds between control steps: as given, as `metadata` tells, as measured, or assumed; and a note which."""
+        """Seconds between control steps: as given, as `metadata` tells, as measured, or assumed; and a note which.
+
+        Args:
+            given: by the user.
+            metadata: with the arguments of the environment.
+            measured: by the times in `clock`.
+            clock: what tells the times, for messages.
+        """
         told = given or told_control_dt(metadata)
         if told is not None:
             if measured is not None and not math.isclose(told, measured, rel_tol=0.02):
-                logger.warning("%s: %g s per control step, but %g s pass in its states", self.path, told, measured)
+                logger.warning("%s: %g s per control step, but %g s pass in its %s", self.path, told, measured, clock)
             return told, ""
         if measured is not None:
-            return measured, f", control_dt {measured} s measured in its states"
-        logger.info("%s does not tell its rate: %g s per control step assumed", self.path, ASSUMED_CONTROL_DT)
+            return measured, f", control_dt {measured} s measured in its {clock}"
+        logger.info(
+            "%s does not tell its rate: %g s per control step assumed (--control-dt)", self.path, ASSUMED_CONTROL_DT
+        )
         return ASSUMED_CONTROL_DT, f", control_dt {ASSUMED_CONTROL_DT} s assumed"
 
 
@@ -354,6 +374,12 @@ def told_control_dt(arguments: Any) -> float | None:
                 return float(entry["dt"] * entry["decimation"])
         level = [value for entry in level for value in entry.values()]
     return None
+
+
+def _some(group: h5py.Group) -> str:
+    """Names of what is in a group, for messages."""
+    names = list(itertools.islice(group, _MOST_NAMED + 1))
+    return ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "") or "nothing"
 
 
 def _is_sane(value: Any) -> bool:

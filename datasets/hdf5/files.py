@@ -170,9 +170,11 @@ class Hdf5Rows(LazyArray):
             _check_filters(dataset)
             _check_storage(dataset, file_bytes)
             if dataset.shape[1:] != datasets[0].shape[1:]:
+                packed = dataset.dtype == np.uint8 and dataset.ndim == 2
+                what = "store pictures decoded, if compressed ones are in these bytes, or " if packed else ""
                 raise DatasetError(
                     f"{where(dataset)} has rows of shape {dataset.shape[1:]}, but those of "
-                    f"{str(datasets[0].name).strip('/')!r} are {datasets[0].shape[1:]}; leave one of them out"
+                    f"{str(datasets[0].name).strip('/')!r} are {datasets[0].shape[1:]}; {what}leave one of them out"
                 )
             if dataset.ndim == 4 and dataset.dtype != datasets[0].dtype:
                 raise DatasetError(
@@ -222,7 +224,13 @@ class Hdf5Rows(LazyArray):
 
 def _check_numbers(dataset: h5py.Dataset) -> None:
     if dataset.dtype.kind not in "biuf":
-        raise DatasetError(f"{where(dataset)} holds {dataset.dtype} objects, which are not read; store numbers")
+        text = h5py.check_string_dtype(dataset.dtype) is not None
+        varying = not text and h5py.check_vlen_dtype(dataset.dtype) is not None
+        what = "rows of different lengths (compressed pictures?)" if varying else f"{dataset.dtype} objects"
+        raise DatasetError(
+            f"{where(dataset)} holds {what}, which are not read; store numbers, pictures as uint8 (T, height, width, "
+            "channel), or name other keys with --keys"
+        )
     if not dataset.shape:
         raise DatasetError(f"{where(dataset)} is a single value; expected one row per control step")
     if dataset.is_virtual or dataset.external:

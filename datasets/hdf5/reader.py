@@ -1,5 +1,7 @@
 """Opens HDF5 recordings: tells robomimic's layout, which holds observations, from robosuite's, which holds states."""
 
+import logging
+
 import h5py
 
 from scd_robot.datasets.formats import ReadOptions
@@ -11,6 +13,8 @@ from scd_robot.datasets.schema import EpisodeDataset
 from scd_robot.errors import DatasetError
 
 __all__ = ["open_hdf5"]
+
+logger = logging.getLogger(__name__)
 
 
 def open_hdf5(path: str, options: ReadOptions) -> EpisodeDataset:
@@ -26,11 +30,18 @@ def open_hdf5(path: str, options: ReadOptions) -> EpisodeDataset:
         if any(isinstance(demos.item(demo, "obs"), h5py.Group) for demo in demos.groups):
             dataset = read_robomimic(demos, options)
         elif any(isinstance(demos.item(demo, "states"), h5py.Dataset) for demo in demos.groups):
+            if any(isinstance(demos.item(demo, "next_obs"), h5py.Group) for demo in demos.groups):
+                logger.warning(
+                    "%s has 'next_obs', what was seen after each action, but no 'obs', what was seen before it: no "
+                    "observations are read, the simulator's states stand for them; store 'obs' as well",
+                    path,
+                )
             dataset = read_robosuite(demos, options)
         else:
             first = next(iter(demos.groups))
             raise DatasetError(
                 f"the demonstrations of {path} hold neither observations ('obs') nor simulator states ('states'); "
-                f"{first!r} holds: {', '.join(sorted(demos.groups[first])) or 'nothing'}"
+                f"{first!r} holds: {', '.join(sorted(demos.groups[first])) or 'nothing'}; store what was seen before "
+                "each action as 'obs' ('next_obs', what was seen after it, is not read)"
             )
     return dataset

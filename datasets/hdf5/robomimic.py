@@ -9,12 +9,14 @@ data/demo_N               attributes num_samples, model_file, and others
 mask/NAME                 names of demonstrations
 """
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from scd_robot.datasets.formats import ReadOptions
+from scd_robot.datasets.formats import ReadOptions, measured_control_dt
 from scd_robot.datasets.hdf5.action_kind import recorded_action_kind
 from scd_robot.datasets.hdf5.demos import ACTIONS, Demos
 from scd_robot.datasets.hdf5.files import arrays_below, where
@@ -26,6 +28,8 @@ from scd_robot.types import ArraySpec, DatasetSpec
 
 __all__ = ["read_robomimic"]
 
+logger = logging.getLogger(__name__)
+
 _RESERVED = (ACTION, EXECUTED_ACTION, SIM_STATE, REWARD, DONE, TIMESTAMP)
 
 
@@ -33,9 +37,9 @@ def read_robomimic(demos: Demos, options: ReadOptions) -> EpisodeDataset:
     """Episodes in the order of their numbers, whatever gaps these have; steps are counted, not taken from notes.
 
     Nested groups become keys with dots ("robot.joint_pos"). An observation called as an array of ours is ("action",
-    say) becomes "obs.action". Observations without numbers (T, 0) are left out. The label is `actions`, or what
-    `options.action` names: another array of the demonstrations ("actions_abs"), "action_dict/KEY", or several joined by
-    "+". Isaac Lab's `obs/actions` is the previous action, an observation and never the label.
+    say) becomes "obs.action". Observations without numbers, (T, 0) or texts, are left out. The label is `actions`, or
+    what `options.action` names: another array of the demonstrations ("actions_abs"), "action_dict/KEY", or several
+    joined by "+". Isaac Lab's `obs/actions` is the previous action, an observation and never the label.
 
     Raises:
         DatasetError: demonstrations contradict each other or themselves, or are damaged.
@@ -46,10 +50,13 @@ def read_robomimic(demos: Demos, options: ReadOptions) -> EpisodeDataset:
     for key in options.keys or ():
         if key not in keys:
             raise UnknownNameError(f"key of the dataset {path}", key, keys)
-    wanted = list(options.keys) if options.keys is not None else list(keys)
+    wanted = list(options.keys) if options.keys is not None else _of_numbers(keys, path)
     if not wanted:
         raise DatasetError(f"{path} has no observations: the groups 'obs' of its demonstrations hold no arrays")
     label = options.action or ACTIONS
+    others = [name for name in demos.labels() if "action" in name and name != ACTIONS]
+    if others and options.action is None:
+        logger.info("%s: the labels are 'actions'; --action takes others there are: %s", path, ", ".join(others))
     action, lengths = demos.action(label)
     demos.check_counts(lengths)
     arrays: dict[str, RowArray] = {
@@ -59,7 +66,8 @@ def read_robomimic(demos: Demos, options: ReadOptions) -> EpisodeDataset:
     arrays |= demos.extras(lengths, label)
     metadata = demos.own_note("metadata", {}) | {"format": "robomimic", "action": label} | demos.json("env_args")
     name = metadata.get("env_args", {}).get("env_name")
-    control_dt, note = demos.control_dt(options.control_dt, metadata)
+    measured = measured_control_dt(arrays[TIMESTAMP][:], np.cumsum(lengths)) if TIMESTAMP in arrays else None
+    control_dt, note = demos.control_dt(options.control_dt, metadata, measured, TIMESTAMP)
     spec = DatasetSpec(
         {key: ArraySpec(arrays[key].shape[1:], str(arrays[key].dtype)) for key in wanted},
         action_dim=action.shape[1],
@@ -69,6 +77,16 @@ def read_robomimic(demos: Demos, options: ReadOptions) -> EpisodeDataset:
     )
     info, text = demos.notes()
     return EpisodeDataset(spec, np.cumsum(lengths), arrays, metadata, info, text, numbers=demos.numbers)
+
+
+def _of_numbers(keys: Mapping[str, Mapping[str, h5py.Dataset]], path: str) -> list[str]:
+    """Keys but those of texts, which are told: an instruction in each step, say."""
+    texts = [
+        key for key, found in keys.items() if all(h5py.check_string_dtype(array.dtype) for array in found.values())
+    ]
+    if texts:
+        logger.warning("%s: observations that hold texts are left out: %s", path, ", ".join(texts))
+    return [key for key in keys if key not in texts]
 
 
 def _observations(demos: Demos, all_alike: bool) -> dict[str, dict[str, h5py.Dataset]]:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from scd_robot.datasets.formats import ReadOptions
+from scd_robot.datasets.formats import ReadOptions, measured_control_dt
 from scd_robot.datasets.hdf5.action_kind import recorded_action_kind
 from scd_robot.datasets.hdf5.demos import ACTIONS, Demos
 from scd_robot.datasets.hdf5.files import scalar_attributes
@@ -58,7 +57,7 @@ def read_robosuite(demos: Demos, options: ReadOptions) -> EpisodeDataset:
     metadata: dict[str, Any] = {"format": "robosuite", "action": label}
     metadata |= {name: attributes[name] for name in ("env", "repository_version") if name in attributes}
     metadata |= demos.json("env_info", "env_args")
-    measured = _measured_dt(extras[SIM_STATE][:, 0], np.cumsum(lengths)[:-1])
+    measured = measured_control_dt(extras[SIM_STATE][:, 0], np.cumsum(lengths))
     control_dt, note = demos.control_dt(options.control_dt, metadata, measured)
     maker = " ".join(
         ["robosuite", *(str(metadata[name]) for name in ("repository_version", "env") if name in metadata)]
@@ -85,10 +84,3 @@ def _usual_label(demos: Demos) -> str:
             "there is nothing to learn from; use another recording"
         )
     return ACTIONS
-
-
-def _measured_dt(times: NDArray[np.float64], begins: NDArray[np.int64]) -> float | None:
-    """Median time between states of the same episode, to the microsecond; None where time does not pass."""
-    steps = np.delete(np.diff(times), begins[(begins > 0) & (begins < len(times))] - 1)
-    median = round(float(np.median(steps)), 6) if len(steps) else 0.0
-    return median if 0 < median < np.inf else None

@@ -152,7 +152,8 @@ class ZarrFiles:
         # Zarr 2 could pickle objects; unpickling a file runs whatever code is in it.
         if array.dtype.kind not in "biuf" or any(getattr(codec, "codec_id", "") == "pickle" for codec in codecs):
             raise DatasetError(
-                f"{name} of {self.address} holds {array.dtype} objects, which are not read; store numbers"
+                f"{name} of {self.address} holds {array.dtype} objects, which are not read; store numbers, or name "
+                "other keys with --keys"
             )
         if array.ndim == 0:
             raise DatasetError(f"{name} of {self.address} is a single number; expected one row per control step")
@@ -340,8 +341,14 @@ def _remote_listing(address: str, folder: str) -> set[str]:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuses members that would leave the folder, and bombs."""
+    """Refuses archives without a group, members that would leave the folder, and bombs."""
     with zipfile.ZipFile(path) as archive:
+        if not {".zgroup", "zarr.json"} & set(archive.namelist()):
+            tops = sorted({name.split("/")[0] for name in archive.namelist()})
+            raise DatasetError(
+                f"{path} holds no Zarr group at its top, but {', '.join(tops[:4]) or 'nothing'}; pack what is in the "
+                "group's folder, not the folder itself"
+            )
         for member in archive.infolist():
             parts = PurePosixPath(member.filename)
             if parts.is_absolute() or ".." in parts.parts:

@@ -8,7 +8,7 @@ import logging
 
 import numpy as np
 
-from scd_robot.datasets.formats import ReadOptions, choose
+from scd_robot.datasets.formats import ReadOptions, choose, measured_control_dt
 from scd_robot.datasets.images import as_stored
 from scd_robot.datasets.lazy import RowArray
 from scd_robot.datasets.schema import ACTION, DONE, REWARD, TIMESTAMP, EpisodeDataset
@@ -20,13 +20,16 @@ __all__ = ["open_replay_buffer"]
 
 logger = logging.getLogger(__name__)
 
-ASSUMED_CONTROL_DT = 0.1  # [s]; nothing in the format tells it
+ASSUMED_CONTROL_DT = 0.1  # [s]; nothing in the format tells it but time stamps, which few have
 
 _EXTRAS = {"reward": REWARD, "rewards": REWARD, "done": DONE, "dones": DONE, "timestamp": TIMESTAMP}
 
 
 def open_replay_buffer(path: str, options: ReadOptions) -> EpisodeDataset:
     """Opens a store whose every array in data/ is an observation, but for the action and what its name tells.
+
+    `options.action` may join several arrays by "+". Poses that are labels (UMI's) are observations as well where
+    `options.keys` names them.
 
     Raises:
         DatasetError: arrays missing, of different lengths or damaged, or images in a codec that is not installed.
@@ -35,21 +38,24 @@ def open_replay_buffer(path: str, options: ReadOptions) -> EpisodeDataset:
     files = ZarrFiles.at(path, options)
     names = files.names("data")
     label = options.action or next((name for name in (ACTION, "actions") if name in names), ACTION)
-    if label not in names:
+    parts = label.split("+")
+    for part in parts:
+        if part in names:
+            continue
         if options.action:
-            raise UnknownNameError(f"action array of {files.address}", label, names)
+            raise UnknownNameError(f"action array of {files.address}", part, names)
         raise DatasetError(
-            f"{files.address} has no array data/{label}; it is not a recording, or a damaged one. It holds: "
-            + ", ".join(names)
+            f"{files.address} has no array data/{label}; it is not a recording, a damaged one, or has the labels under "
+            f"another name: say with --action which (NAME, or several: NAME+NAME). It holds: {', '.join(names)}"
         )
     ends = read_ends(files, unfinished=False)
     count = int(ends[-1]) if len(ends) else 0
     extras = {_EXTRAS[name]: name for name in names if name in _EXTRAS}
-    available = [name for name in names if name != label and name not in _EXTRAS]
+    available = [name for name in names if name not in _EXTRAS and (len(parts) > 1 or name != label)]
     for key in options.keys or ():
         if key not in available:
             raise UnknownNameError(f"key of the dataset {files.address}", key, available)
-    wanted = list(options.keys) if options.keys is not None else available
+    wanted = list(options.keys) if options.keys is not None else [name for name in available if name not in parts]
     if not wanted:
         raise DatasetError(f"{files.address} has no observations: data/ holds no array but {label}")
 
@@ -57,17 +63,21 @@ def open_replay_buffer(path: str, options: ReadOptions) -> EpisodeDataset:
         return as_stored(files.rows(f"data/{name}", count, exact=True), f"data/{name} of {files.address}")
 
     arrays = {key: stored(key) for key in wanted}
-    action = np.asarray(stored(label)[:])
-    arrays[ACTION] = action.reshape(len(action), -1)
+    arrays[ACTION] = np.concatenate([np.asarray(stored(part)[:]).reshape(count, -1) for part in parts], axis=1)
     arrays |= {key: np.asarray(files.rows(f"data/{name}", count, exact=True)[:]) for key, name in extras.items()}
-    note = ""
-    if options.control_dt is None:
-        logger.info("%s does not tell its rate: %g s per control step assumed", files.address, ASSUMED_CONTROL_DT)
-        note = f", control_dt {ASSUMED_CONTROL_DT} s assumed"
+    control_dt, note = options.control_dt, ""
+    if control_dt is None and TIMESTAMP in arrays and arrays[TIMESTAMP].shape in ((count,), (count, 1)):
+        control_dt = measured_control_dt(np.asarray(arrays[TIMESTAMP], np.float64).reshape(-1), ends)
+        note = f", control_dt {control_dt} s measured in its timestamp"
+    if control_dt is None:
+        logger.info(
+            "%s does not tell its rate: %g s per control step assumed (--control-dt)", files.address, ASSUMED_CONTROL_DT
+        )
+        control_dt, note = ASSUMED_CONTROL_DT, f", control_dt {ASSUMED_CONTROL_DT} s assumed"
     spec = DatasetSpec(
         {key: ArraySpec(arrays[key].shape[1:], str(arrays[key].dtype)) for key in wanted},
         action_dim=arrays[ACTION].shape[1],
-        control_dt=options.control_dt or ASSUMED_CONTROL_DT,
+        control_dt=control_dt,
         source=f"{files.name} (replay buffer of diffusion_policy{note})",
     )
     return choose(EpisodeDataset(spec, ends, arrays, {"format": "diffusion_policy"}), options)

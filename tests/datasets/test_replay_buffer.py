@@ -157,6 +157,38 @@ def test_names_tell_what_is_no_observation(tmp_path):
         open_dataset(tmp_path / "a.zarr", action="action")
 
 
+def test_labels_may_be_several_arrays_and_observations_as_well(tmp_path):
+    """As in UMI's stores, where the poses are the labels and there is no action."""
+    names = ("state", "n_contacts", "img")
+    path = buffer(tmp_path / "a.zarr", arrays={name: ARRAYS[name] for name in names})
+    with pytest.raises(DatasetError, match=r"no array data/action; .*--action which .*: img, n_contacts, state"):
+        open_dataset(path)
+    dataset = open_dataset(path, action="state+n_contacts")
+    expected = np.concatenate([ARRAYS["state"], ARRAYS["n_contacts"][:, None]], axis=1).astype(np.float32)
+    np.testing.assert_array_equal(dataset.arrays["action"], expected)
+    assert list(dataset.spec.observation) == ["img"]
+    seen = open_dataset(path, action="state+n_contacts", keys=["state", "img"])
+    np.testing.assert_array_equal(seen.arrays["state"], ARRAYS["state"].astype(np.float32))
+    with pytest.raises(UnknownNameError, match="stat_"):
+        open_dataset(path, action="n_contacts+stat_")
+
+
+def test_rate_is_measured_in_time_stamps(tmp_path):
+    times = np.concatenate([5.0 + np.arange(4) / 32, 90.0 + np.arange(6) / 32])
+    arrays = {"state": ARRAYS["state"], "action": ARRAYS["action"], "timestamp": times[:, None]}
+    path = buffer(tmp_path / "a.zarr", arrays=arrays)
+    spec = open_dataset(path).spec
+    assert (spec.control_dt, "0.03125 s measured in its timestamp" in spec.source) == (0.03125, True)
+    assert open_dataset(path, control_dt=0.25).spec.control_dt == 0.25
+
+
+def test_an_archive_of_the_folder_says_what_to_pack(tmp_path):
+    folder = tmp_path / "outer" / "a.zarr"
+    buffer(folder)
+    with pytest.raises(DatasetError, match=r"no Zarr group at its top, but a.zarr; pack what is in"):
+        open_dataset(zipped(folder.parent, tmp_path / "a.zarr.zip"))
+
+
 @pytest.mark.parametrize(
     ("images", "shape", "dtype"),
     [
@@ -364,11 +396,11 @@ class TestSomeOfTheEpisodes:
         return tmp_path / "a.zarr"
 
     def test_short_ones_are_named_all_at_once(self, damaged):
-        with pytest.raises(DatasetError, match=r"but episode 2 has 1; leave out 2 4$"):
+        with pytest.raises(DatasetError, match=r"but episode 2 has 1; leave out with --drop: 2 4$"):
             open_dataset(damaged, drop=["0"])
 
     def test_a_bad_number_is_in_the_episode_that_drop_takes(self, damaged):
-        with pytest.raises(DatasetError, match="first in episode 3 at step 1;"):
+        with pytest.raises(DatasetError, match=r"first in episode 3 at step 1; .*--drop 3$"):
             open_dataset(damaged, drop=["0", "2", "4"])
         assert open_dataset(damaged, drop=["2-"]).num_episodes == 2
 

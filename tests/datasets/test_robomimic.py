@@ -129,6 +129,15 @@ class TestReads:
         np.testing.assert_array_equal(dataset.arrays["image"][2:11], concatenated("obs/image")[2:11])
         np.testing.assert_array_equal(dataset.arrays["action"], concatenated("actions").astype(np.float32))
 
+    def test_texts_among_observations_are_left_out_and_told(self, path, edit, caplog):
+        with edit() as data:
+            for name, length in LENGTHS.items():
+                data[f"{name}/obs/lang"] = np.array(["pick"] * length, h5py.string_dtype())
+        assert list(open_dataset(path).spec.observation) == ["image", "pos"]
+        assert "observations that hold texts are left out: lang" in caplog.text
+        with pytest.raises(DatasetError, match=r"obs/lang' .* which are not read"):
+            open_dataset(path, keys=["lang", "pos"])
+
     def test_nested_boolean_and_integer_observations_as_float32(self, path, edit):
         with edit() as data:
             for name, length in LENGTHS.items():
@@ -245,6 +254,13 @@ class TestLabels:
         assert dataset.metadata["action"] == action
         np.testing.assert_array_equal(dataset.episode(1)["action"][0], first)
         assert "executed_action" not in dataset.arrays
+
+    def test_other_labels_are_told(self, path, caplog):
+        with caplog.at_level(logging.INFO, "scd_robot"):
+            open_dataset(path, action="actions_abs")
+            assert "--action" not in caplog.text
+            open_dataset(path)
+        assert "--action takes others there are: actions_abs, action_dict/abs_pos, action_dict/gripper" in caplog.text
 
     @pytest.mark.parametrize(
         ("controllers", "action", "kind"),
@@ -373,6 +389,18 @@ class TestRate:
         given = open_dataset(path, control_dt=0.2).spec
         assert (given.control_dt, "assumed" in given.source) == (0.2, False)
 
+    def test_is_measured_in_time_stamps_where_there_are_some(self, path, edit):
+        with edit() as data:
+            for name, length in LENGTHS.items():
+                data[f"{name}/timestamp"] = 9.0 + np.arange(length) / 32
+            del data.attrs["env_args"]
+        spec = open_dataset(path).spec
+        assert (spec.control_dt, "0.03125 s measured in its timestamp" in spec.source) == (0.03125, True)
+        with edit() as data:
+            for name in LENGTHS:
+                data[f"{name}/timestamp"][:] *= 1000  # milliseconds
+        assert open_dataset(path).spec.control_dt == 0.05
+
     def test_broken_arguments_are_kept_as_text(self, path, edit, caplog):
         with edit() as data:
             data.attrs["env_args"] = '{"env_name": "Li'
@@ -446,6 +474,59 @@ class TestRefuses:
                 data.move(name, f"episode{name}")
         with pytest.raises(DatasetError, match="holds no demonstration"):
             open_dataset(path)
+
+    def test_other_layouts_say_what_is_there(self, tmp_path, path, edit):
+        with h5py.File(tmp_path / "aloha.hdf5", "w") as file:
+            file["observations/qpos"] = file["action"] = np.zeros((3, 2))
+        with pytest.raises(DatasetError, match=r"no group 'data'.* holds: action, observations; .*ZarrWriter"):
+            open_dataset(tmp_path / "aloha.hdf5")
+        with edit() as data:
+            for name in LENGTHS:
+                data.move(name, name.replace("demo", "episode"))
+        with pytest.raises(DatasetError, match=r"but: episode_0, episode_10, episode_2; rename them so"):
+            open_dataset(path)
+
+    def test_one_observation_more_than_actions(self, path, edit):
+        with edit() as data:
+            put(data["demo_0"], "obs/pos", np.zeros((6, 3)))
+        with pytest.raises(
+            DatasetError, match=r"has 6 steps, but its actions have 5; .* after the last action.* cut it"
+        ):
+            open_dataset(path)
+
+    @pytest.mark.parametrize(("start", "kind"), [(b"\xff\xd8\xff\xe0", "JPEG"), (b"\x89PNG", "PNG")])
+    def test_compressed_pictures_in_rows_of_bytes(self, path, edit, start, kind):
+        with edit() as data:
+            for name, length in LENGTHS.items():
+                put(data[name], "obs/image", np.tile(np.frombuffer(start + bytes(20), np.uint8), (length, 1)))
+        with pytest.raises(DatasetError, match=f"'image' of .* holds compressed pictures .{kind}.*store them decoded"):
+            open_dataset(path)
+        with edit() as data:
+            put(data["demo_2"], "obs/image", np.zeros((4, 9), np.uint8))  # as long as its own longest one
+        with pytest.raises(DatasetError, match=r"rows of shape \(9,\).*; store pictures decoded"):
+            open_dataset(path)
+
+    def test_compressed_pictures_of_their_own_lengths(self, path, edit):
+        with edit() as data:
+            for name, length in LENGTHS.items():
+                del data[name]["obs/image"]
+                data[name].create_dataset("obs/image", (length,), h5py.vlen_dtype(np.uint8))
+        with pytest.raises(DatasetError, match=r"holds rows of different lengths \(compressed pictures\?\)"):
+            open_dataset(path)
+
+    @pytest.mark.parametrize("states", [True, False])
+    def test_next_observations_alone_are_not_what_was_seen(self, path, edit, caplog, states):
+        with edit() as data:
+            for name in LENGTHS:
+                del data[name]["obs"]
+                if not states:
+                    del data[name]["states"]
+        if states:
+            assert list(open_dataset(path).spec.observation) == ["state"]
+            assert "has 'next_obs', what was seen after each action, but no 'obs'" in caplog.text
+        else:
+            with pytest.raises(DatasetError, match=r"'next_obs', what was seen after it, is not read"):
+                open_dataset(path)
 
     def test_no_observations(self, path, edit):
         with edit() as data:
