@@ -41,6 +41,7 @@ Ends = NDArray[np.int64]
 
 _FEW = 3  # values of a dimension that is a switch: a gripper's command
 _SATURATED_SHARE = 0.2
+_LEVELS = 16  # values up to which a dimension is a choice of levels, by keys say, whose ends are as usual as the others
 _JUMP_SIGMAS = 20.0
 _SIGMA = 1.4826  # standard deviations in a median absolute deviation of normal noise
 _JUMP_RANGE = 0.1  # of a dimension's range, below which a jump does no harm
@@ -85,12 +86,12 @@ def constant_dimensions(key: str, values: Values) -> list[Finding]:
 def saturated(key: str, values: Values, ends: Ends) -> list[Finding]:
     """Dimensions that lie at the end of their range in many steps.
 
-    Exempt are switches (up to three values), and an end at zero, which stands for rest.
+    Exempt are commands that take few values (keys that are pressed), and an end at zero, which stands for rest.
     """
     found = []
     for dimension in range(values.shape[1]):
         column = values[:, dimension]
-        if few_values(column):
+        if few_values(column, _LEVELS):
             continue
         low, high = np.fmin.reduce(column), np.fmax.reduce(column)
         at_end = ((column == low) | (column == high)) & (column != 0)
@@ -297,11 +298,11 @@ def quaternion_norms(key: str, values: Values, ends: Ends, first: int) -> list[F
     return at_rows("quaternion_norm", "warning", key, rows, ends, message, range(first, first + 4))
 
 
-def few_values(column: Values) -> bool:
-    """Whether a dimension (N,) takes up to three values: a switch, not a measurement."""
-    if len(np.unique(column[:1000])) > _FEW + 1:  # NaN may be one more
+def few_values(column: Values, most: int = _FEW) -> bool:
+    """Whether a dimension (N,) takes at most so many values: up to three, it is a switch, not a measurement."""
+    if len(np.unique(column[:1000])) > most + 1:  # NaN may be one more
         return False
-    return len(np.unique(column[~np.isnan(column)])) <= _FEW
+    return len(np.unique(column[~np.isnan(column)])) <= most
 
 
 def _name(key: str, dimensions: NDArray[Any]) -> str:

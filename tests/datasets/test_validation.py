@@ -98,6 +98,10 @@ class TestValues:
         values[:, 1] = np.clip(np.linspace(-1, 1, 100), -0.85, 0.85)  # 16 %
         assert checks.saturated("action", values, np.array([60, 100])) == []
 
+    def test_few_levels_are_a_choice_of_keys_not_a_clipped_command(self):
+        values = np.random.default_rng(0).integers(-2, 3, (100, 1)).astype(np.float32)
+        assert checks.saturated("action", values, np.array([60, 100])) == []
+
     def test_an_end_at_zero_is_rest(self):
         values = np.maximum(np.linspace(-1, 1, 100), 0)[:, None]
         assert checks.saturated("action", values, np.array([60, 100])) == []
