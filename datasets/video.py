@@ -128,6 +128,12 @@ class VideoRows(LazyArray):
         where = f"{segment.name}, step {row}, needs a frame at {time:.4f} s of {segment.path}"
         if decoder.last is not None and decoder.last < time:
             there = round((decoder.last - segment.begin) * 0.5 / self._half_step) + 1
+            if there >= len(segment.times):
+                return (
+                    f"{where}, but its last frame is at {decoder.last:.4f} s, although it has one for each row "
+                    f"(allowed are {self._tolerance_s:.4f} s): mend the time stamps or the frames per second, raise "
+                    "--frame-tolerance, leave the episode out with --drop, or this camera with --keys"
+                )
             return (
                 f"{where}, but its last frame is at {decoder.last:.4f} s: the video is shorter than its rows (expected "
                 f"{len(segment.times)} frames, found {max(0, there)}); copy or record it again"
