@@ -55,7 +55,10 @@ def metaworld_state(dataset: DatasetSpec) -> ExperimentConfig:
         raise DatasetError(f"preset metaworld_state needs vector observations, got {sorted(dataset.observation)}")
     others = sorted(set(dataset.observation) - set(vectors))
     if others:
-        logger.warning("%s are no vectors: this preset trains without them", ", ".join(others))
+        logger.warning(
+            "%s are no vectors: this preset trains without them ('flatten' in --transforms makes some of small arrays)",
+            ", ".join(others),
+        )
     return ExperimentConfig(
         preset="metaworld_state",
         model=ScdConfig(observation_shapes=vectors, action_dim=dataset.action_dim),

@@ -63,6 +63,7 @@ def test_presets_are_listed_where_a_user_looks(capsys: pytest.CaptureFixture[str
 def test_state_preset_reads_vectors_only_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     assert resolve("metaworld_state", SPEC).model.observation_shapes == {"proprio": (4,)}
     assert "camera are no vectors" in caplog.text
+    assert "'flatten' in --transforms" in caplog.text
     with pytest.raises(DatasetError, match=r"needs vector observations, got \['camera'\]"):
         resolve("metaworld_state", DatasetSpec({"camera": SPEC.observation["camera"]}, 3, 0.1))
 

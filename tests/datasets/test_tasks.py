@@ -31,7 +31,7 @@ def test_recordings_without_words_are_told_apart_by_their_source() -> None:
     second = replace(first, spec=replace(first.spec, source="other"), episode_text={"task": ["carry"] * 6})
     joined = join_datasets([first, second])
     assert task_texts(joined) == ["tiny"] * 6 + ["carry"] * 6
-    with pytest.raises(DatasetError, match="one task"):
+    with pytest.raises(DatasetError, match=r"tiny notes no tasks: .* attribute .task. of each"):
         one_hot_tasks(first)
 
 
@@ -66,3 +66,8 @@ def test_vectors_of_another_form_are_refused(tmp_path, content: str, reason: str
         read_task_vectors(tmp_path / "tasks.json")
     (tmp_path / "tasks.json").write_text(json.dumps({"push": [1, 0.5], "pull": [0, 2]}))
     assert read_task_vectors(tmp_path / "tasks.json") == {"push": (1.0, 0.5), "pull": (0.0, 2.0)}
+
+
+def test_one_task_in_words_is_nothing_to_tell_apart() -> None:
+    with pytest.raises(DatasetError, match="are of one task, 'carry'"):
+        one_hot_tasks(replace(tiny_data(), episode_text={"task": ["carry"] * 6}))
