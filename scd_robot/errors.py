@@ -76,7 +76,7 @@ class TrainingDivergedError(ScdRobotError):
 class UnknownNameError(ScdRobotError, KeyError):
     """A name (preset, task, key, verb) is not known; the message suggests the nearest valid ones."""
 
-    def __init__(self, kind: str, name: str, valid: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, valid: Iterable[str], note: str = "") -> None:
         names = sorted(valid)
         near = nearest_names(name, names)
         if near:
@@ -86,11 +86,11 @@ class UnknownNameError(ScdRobotError, KeyError):
             hint = f"valid names: {shown}"
         else:
             hint = "there are no valid names here"
-        self.message = f"unknown {kind} {name!r}; {hint}"
+        self.message = f"unknown {kind} {name!r}; {hint}" + (f" {note}" if note else "")
         super().__init__(self.message)
-        self._arguments = (kind, name, tuple(names))
+        self._arguments = (kind, name, tuple(names), note)
 
-    def __reduce__(self) -> tuple[type["UnknownNameError"], tuple[str, str, tuple[str, ...]]]:
+    def __reduce__(self) -> tuple[type["UnknownNameError"], tuple[str, str, tuple[str, ...], str]]:
         """Lets the error cross a process boundary: the constructor takes other arguments than the message."""
         return type(self), self._arguments
 

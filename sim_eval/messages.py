@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.errors import ShapeError
+from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.types import ActionArray, EnvironmentSpec, StepResult
 
-__all__ = ["StepCodec", "Steps", "checked_observation", "receive_message"]
+__all__ = ["StepCodec", "Steps", "checked_observation", "checked_result", "receive_message"]
 
 _STEPS = b"\x00"  # no pickle begins with it
 _HEAD = struct.Struct("<cxH4x")  # _STEPS, how many
@@ -59,8 +59,14 @@ def checked_observation(observation: dict[str, NDArray[Any]], spec: EnvironmentS
     """Passes on an observation that keeps to the environment's own specification.
 
     Raises:
+        ConfigError: it is no dictionary.
         ShapeError: a key is missing, or has another shape or kind of numbers.
     """
+    if not isinstance(observation, Mapping):
+        raise ConfigError(
+            f"environment {spec.name!r} must give an observation as a dictionary of arrays, got "
+            f"{type(observation).__name__}; reset(seed) returns it alone, without gymnasium's info"
+        )
     for key, wanted in spec.observation.items():
         got = f"only {', '.join(sorted(observation))}"
         if key in observation:
@@ -76,6 +82,35 @@ def checked_observation(observation: dict[str, NDArray[Any]], spec: EnvironmentS
 
 
 _KIND: Any = "same_kind"
+_NUMBERS = "biuf"  # kinds of dtypes
+
+
+def checked_result(result: StepResult, spec: EnvironmentSpec) -> StepResult:
+    """Passes on what an environment's `step` returned, if it is a result; its observation is not looked at.
+
+    Raises:
+        ConfigError: it is something else, or its reward, success, terminated or truncated is no single number.
+        ShapeError: its executed action is not (Da,).
+    """
+    if not isinstance(result, StepResult):
+        raise ConfigError(
+            f"step(action) of environment {spec.name!r} must return a scd_robot.types.StepResult, got "
+            f"{type(result).__name__}"
+        )
+    for name in ("reward", "success", "terminated", "truncated"):
+        value = getattr(result, name)
+        if not isinstance(value, bool | float) and (np.ndim(value) or np.asarray(value).dtype.kind not in _NUMBERS):
+            wanted = "a number" if name == "reward" else "True or False"
+            raise ConfigError(
+                f"{name} in a StepResult of environment {spec.name!r} must be {wanted}, got {value!r:.80}"
+            )
+    executed = np.asarray(result.executed_action)
+    if executed.shape != (spec.action_dim,) or executed.dtype.kind not in _NUMBERS:
+        raise ShapeError(
+            f"executed_action in a StepResult of environment {spec.name!r} must be the ({spec.action_dim},) action "
+            f"that was applied after clipping, got {executed.dtype} {executed.shape}"
+        )
+    return result
 
 
 class StepCodec:

@@ -15,7 +15,7 @@ from typing import cast
 
 from scd_robot.dotted import call_with_options, import_dotted, is_dotted
 from scd_robot.errors import ConfigError, UnknownNameError
-from scd_robot.types import Environment, EnvironmentSpec
+from scd_robot.types import ArraySpec, Environment, EnvironmentSpec
 
 __all__ = ["known_environments", "make_environment", "parse_name"]
 
@@ -27,6 +27,7 @@ _FACTORIES = {
     "scd_memory": "scd_robot.sim_eval.memory:make",
 }
 
+_OWN = "One of your own is named module:callable, without options (docs/evaluation.md#a-new-environment)"
 _METHODS = ("reset", "step", "state_hash", "close")  # what nothing can do without
 
 
@@ -51,7 +52,7 @@ def make_environment(name: str) -> Environment:
     if base not in known:
         if prefix in _FACTORIES and hasattr(_module(prefix), "refuse_unknown"):
             _module(prefix).refuse_unknown(task, options)
-        raise UnknownNameError("environment", base, known)
+        raise UnknownNameError("environment", base, known, _OWN)
     module, function = _module(prefix), _FACTORIES[prefix].partition(":")[2]
     return cast(Environment, getattr(module, function)(task, options))
 
@@ -73,7 +74,22 @@ def _own(name: str) -> Environment:
             "environment of another kind (gymnasium's, say) is wrapped in a class of yours that has what "
             "scd_robot.types.Environment lists (docs/evaluation.md#a-new-environment)"
         )
+    _check_spec(made.spec, name)
     return cast(Environment, made)
+
+
+def _check_spec(spec: EnvironmentSpec, name: str) -> None:
+    """Raises ConfigError where the specification of an environment of the user's own contradicts itself."""
+    arrays = spec.observation if isinstance(spec.observation, dict) else {}
+    if not arrays or not all(isinstance(array, ArraySpec) for array in arrays.values()):
+        raise ConfigError(
+            f"spec.observation of {name!r} must be a dictionary of ArraySpec by key, got {spec.observation!r:.200}"
+        )
+    if not len(spec.action_low) == len(spec.action_high) == spec.action_dim:
+        raise ConfigError(
+            f"spec.action_low and spec.action_high of {name!r} must have action_dim = {spec.action_dim} numbers each, "
+            f"got {len(spec.action_low)} and {len(spec.action_high)}"
+        )
 
 
 def known_environments() -> list[str]:

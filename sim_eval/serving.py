@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.errors import ScdRobotError, SimulatorError
-from scd_robot.sim_eval.messages import StepCodec, checked_observation, receive_message
+from scd_robot.errors import ConfigError, RenderError, ScdRobotError, SimulatorError
+from scd_robot.sim_eval.messages import StepCodec, checked_observation, checked_result, receive_message
 from scd_robot.sim_eval.provenance import collect_versions
 from scd_robot.sim_eval.registry import make_environment
 from scd_robot.types import ActionArray, Environment, StepResult
@@ -90,13 +90,35 @@ def _answer(environment: Environment, command: str, args: Sequence[Any]) -> Any:
         return collect_versions()
     if command == "begin":
         observation = checked_observation(environment.reset(*args), environment.spec)
-        return observation, environment.state_hash(), _hand(environment)
+        return observation, _hash(environment), _hand(environment)
+    if command == "render":
+        return _frame(environment, *args)
     return getattr(environment, command)(*args)
 
 
 def _step(environment: Environment, action: ActionArray) -> StepResult:
-    result, hand = environment.step(action), _hand(environment)
+    result, hand = checked_result(environment.step(action), environment.spec), _hand(environment)
     return result if hand is None else dataclasses.replace(result, info={**result.info, "hand": hand})
+
+
+def _hash(environment: Environment) -> str:
+    found = environment.state_hash()
+    if not isinstance(found, str):
+        raise ConfigError(
+            f"state_hash() of environment {environment.spec.name!r} must return hexadecimal digits as a str, got "
+            f"{type(found).__name__}; scd_robot.sim_eval.adapter.digest makes them of arrays"
+        )
+    return found
+
+
+def _frame(environment: Environment, height: int, width: int) -> NDArray[np.uint8]:
+    frame = np.asarray(environment.render(height, width))
+    if frame.dtype != np.uint8 or frame.shape != (height, width, 3):
+        raise RenderError(
+            f"render({height}, {width}) of environment {environment.spec.name!r} must return a picture uint8 "
+            f"({height}, {width}, 3), got {frame.dtype} {frame.shape}"
+        )
+    return frame
 
 
 def _hand(environment: Environment) -> NDArray[np.float64] | None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scd_robot.datasets.schema import POSITION
 from scd_robot.errors import ConfigError, ScdRobotError, SimulatorError
 from scd_robot.seeding import RECORDING, derive_seed, keyed_rng
+from scd_robot.sim_eval.messages import checked_observation, checked_result
 from scd_robot.types import Environment
 
 __all__ = ["Attempt", "RecordingConfig", "run_attempt"]
@@ -99,7 +100,7 @@ def _run(
     disturbance: np.random.Generator,
 ) -> dict[str, NDArray[Any]] | None:
     rows: list[dict[str, NDArray[Any]]] = []
-    observation = environment.reset(start_seed)
+    observation = checked_observation(environment.reset(start_seed), environment.spec)
     last_step: int | None = None  # known from the first success on
     left = 0  # control steps of the running disturbance
     while last_step is None or len(rows) <= last_step:
@@ -111,7 +112,7 @@ def _run(
             pushed = disturbance.uniform(environment.spec.action_low, environment.spec.action_high)
         if left:
             left, wanted = left - 1, pushed
-        result = environment.step(wanted.astype(np.float32))
+        result = checked_result(environment.step(wanted.astype(np.float32)), environment.spec)
         rows.append({**observation, "action": label, "executed_action": result.executed_action, **positions})
         observation = result.observation
         if result.success and last_step is None:

@@ -62,6 +62,16 @@ def toy(monkeypatch):
     monkeypatch.setattr("scd_robot.recording.record.make_environment", lambda name: ToyEnvironment())
 
 
+def test_an_environment_with_gymnasiums_interface_is_told_what_is_wanted(monkeypatch, tmp_path):
+    class Gym(ToyEnvironment):
+        def reset(self, seed):
+            return super().reset(seed), {}
+
+    monkeypatch.setattr("scd_robot.recording.record.make_environment", lambda name: Gym())
+    with pytest.raises(ConfigError, match="a dictionary of arrays, got tuple"):
+        record_demonstrations("toy", 1, tmp_path / "a.zarr", progress=False)
+
+
 def files(path):
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 

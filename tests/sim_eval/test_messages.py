@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from scd_robot.errors import ShapeError
-from scd_robot.sim_eval.messages import StepCodec, receive_message
+from scd_robot.errors import ConfigError, ScdRobotError, ShapeError
+from scd_robot.sim_eval.messages import StepCodec, checked_observation, checked_result, receive_message
 from scd_robot.types import ArraySpec, EnvironmentSpec, StepResult
 
 KEYS = {
@@ -88,6 +88,32 @@ def test_actions_arrive_as_they_were():
 def test_what_does_not_keep_to_the_specification_is_refused(observation, got):
     with pytest.raises(ShapeError, match=got):
         CODEC.pack_results([RESULT, replace(RESULT, observation=observation)])
+
+
+def test_gymnasiums_pair_is_no_observation():
+    with pytest.raises(ConfigError, match=r"as a dictionary of arrays, got tuple; .*without gymnasium's info"):
+        checked_observation((RESULT.observation, {}), SPEC)
+
+
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [
+        ((RESULT.observation, 0.0, False, False, {}), "must return a scd_robot.types.StepResult, got tuple"),
+        (replace(RESULT, success=None), "success .* must be True or False, got None"),
+        (replace(RESULT, reward=np.array([0.5])), r"reward .* must be a number, got array\(\[0.5\]\)"),
+        (replace(RESULT, executed_action=None), r"must be the \(2,\) action that was applied .*, got object \(\)"),
+        (replace(RESULT, executed_action=np.zeros(3)), r"must be the \(2,\) action .*, got float64 \(3,\)"),
+    ],
+    ids=["tuple", "success", "reward", "no action", "width"],
+)
+def test_what_is_no_result_of_a_step_is_refused(result, told):
+    with pytest.raises(ScdRobotError, match=told):
+        checked_result(result, SPEC)
+
+
+def test_numbers_and_lists_will_do_in_a_result():
+    told = replace(RESULT, reward=np.float32(1), success=np.float64(1), truncated=0, executed_action=[0.0, 1.0])
+    assert checked_result(told, SPEC) is told
 
 
 def test_numbers_of_another_precision_are_converted():

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from scd_robot.errors import ConfigError, MissingDependencyError, SimulatorError, UnknownNameError
+from scd_robot.errors import ConfigError, MissingDependencyError, RenderError, SimulatorError, UnknownNameError
 from scd_robot.sim_eval.registry import make_environment
 from scd_robot.sim_eval.workers import (
     EnvironmentWorker,
@@ -171,7 +171,7 @@ def test_worker_exits_silently(toy, capfd):
         ("toy_environment:make_pint", UnknownNameError, "did you mean 'make_point'"),
         ("toy_environment:make_broken", SimulatorError, "ZeroDivisionError.*bad asset"),
         ("no_such_module:make", ConfigError, "No module named 'no_such_module'.*PYTHONPATH"),
-        ("nosuch/task", UnknownNameError, "nosuch/task"),
+        ("nosuch/task", UnknownNameError, "nosuch/task.*your own is named module:callable"),
     ],
 )
 def test_environment_that_cannot_be_made_says_why(toy, source, kind, message):
@@ -235,6 +235,35 @@ def test_what_is_no_environment_is_refused_with_what_it_lacks(toy, own):
     ):
         with pytest.raises(ConfigError, match=told):
             make_environment(f"own_gym:{name}")
+
+
+def test_what_an_environment_of_ones_own_gets_wrong_is_named(toy, own):
+    (own / "own_wrong.py").write_text(
+        "import dataclasses\n"
+        "import numpy as np\n"
+        "from toy_environment import PointEnvironment\n"
+        "class Wrong(PointEnvironment):\n"
+        "    def state_hash(self): return b'ab'\n"
+        "    def render(self, height, width): return np.zeros((height, width, 3))\n"
+        "class Wide(PointEnvironment):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.spec = dataclasses.replace(self.spec, action_dim=3)\n"
+        "class Spaces(PointEnvironment):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.spec = dataclasses.replace(self.spec, observation={'position': (2,)})\n"
+    )
+    with EnvironmentWorker("own_wrong:Wrong") as worker:
+        _ = worker.spec
+        with pytest.raises(ConfigError, match="hexadecimal digits as a str, got bytes"):
+            worker.call("begin", 1)
+        with pytest.raises(RenderError, match=r"uint8 \(32, 48, 3\), got float64 \(32, 48, 3\)"):
+            worker.call("render", 32, 48)
+    with pytest.raises(ConfigError, match="must have action_dim = 3 numbers each, got 2 and 2"):
+        make_environment("own_wrong:Wide")
+    with pytest.raises(ConfigError, match=r"must be a dictionary of ArraySpec by key, got {'position'"):
+        make_environment("own_wrong:Spaces")
 
 
 def test_an_environment_of_ones_own_that_cannot_be_imported_says_what_to_do(toy, own):
