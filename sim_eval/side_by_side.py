@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scd_robot.errors import OutputError, ScdRobotError
+from scd_robot.errors import OutputError, ScdRobotError, UnknownNameError
 from scd_robot.sim_eval.comparison import Comparison
 from scd_robot.sim_eval.result import EpisodeRecord
 from scd_robot.sim_eval.video import ReplayError, film
@@ -68,7 +68,8 @@ def film_pairs(
     except OSError as error:
         raise OutputError(f"cannot write {out / 'videos'}: {error.strerror or error}") from error
     except ScdRobotError as error:  # the simulator is not here, or does not render: the numbers stand without it
-        problems.append(f"no (more) videos: {error}")
+        unnamed = environment is None and isinstance(error, UnknownNameError)
+        problems.append(f"no (more) videos: {error}" + ("; tell with --env how it is made" if unnamed else ""))
     finally:
         close_workers(workers)
     return videos, "; ".join(problems) or None

@@ -154,6 +154,7 @@ class TestCommand:
         caplog.clear()
         assert main(["compare", *arms, "--out", str(out), "--overwrite"]) == 0  # the name in the document is no source
         assert "no (more) videos: unknown environment 'toy/point'" in caplog.text
+        assert "tell with --env how it is made" in caplog.text
         assert [path.name for path in (out / "videos").iterdir()] == ["episode_00007_failure.mp4"]
 
     def test_several_seeds_each(self, folders, capsys):
