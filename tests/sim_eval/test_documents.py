@@ -7,12 +7,13 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
 from scd_robot.cli.main import main
 from scd_robot.sim_eval import evaluate
-from scd_robot.sim_eval.registry import known_environments
+from scd_robot.sim_eval.registry import known_environments, make_environment
 
 DOCS = Path(__file__).parents[2] / "docs"
 VALIDATOR = Draft202012Validator(json.loads((DOCS / "result.schema.json").read_text()))
@@ -165,3 +166,28 @@ def agree(schema, values, where):
 )
 def test_the_schema_refuses_what_is_no_result(written, damage):
     assert not VALIDATOR.is_valid(written["result.json"][0] | damage)
+
+
+@pytest.mark.sim
+def test_the_environment_of_the_documentation_is_one(tmp_path, monkeypatch):
+    pytest.importorskip("gymnasium")
+    section = (DOCS / "evaluation.md").read_text().partition("## A new environment")[2]
+    [code] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (tmp_path / "my_env.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    environment = make_environment("my_env:Reacher")
+    starts = [(environment.reset(seed)["state"].tolist(), environment.state_hash()) for seed in (1, 2, 1)]
+    assert starts[0] == starts[2] != starts[1]
+    environment.close()
+
+    class Still:
+        def reset(self):
+            pass
+
+        def act(self, observation):
+            return np.zeros((1, 2), np.float32)
+
+    result = evaluate(Still(), "my_env:Reacher", 2, max_steps=60, progress=False)
+    assert [episode.reason for episode in result.episodes_detail] == ["time limit"] * 2
+    assert [episode.steps for episode in result.episodes_detail] == [50, 50]
