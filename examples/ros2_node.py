@@ -42,7 +42,7 @@ def main(options: argparse.Namespace) -> None:
             frozen_keys=tuple(set(names.cameras) & set(policy.spec.observation)),
             max_plan_age_s=options.max_plan_age,
         ),
-        recorder=RecorderConfig(options.flights),
+        recorder=RecorderConfig(options.flights, at_end=options.dry_run),
     )
     with RosRobot(policy.spec, names, topics) as robot:
         loop = ControlLoop(DryRun(robot) if options.dry_run else robot, policy, limits, config)

@@ -45,12 +45,14 @@ class RecorderConfig:
         seconds: that are kept.
         least_apart_s: between two records; what happened in between is in the next one, or in that of the end.
         most: records of one run; those that could not be written do not count.
+        at_end: write one (`flight-001-end`) of a run that ends with nothing left to record, too: of a dry run, say.
     """
 
     folder: Path | None = None
     seconds: float = 120.0
     least_apart_s: float = 10.0
     most: int = 20
+    at_end: bool = False
 
     def __post_init__(self) -> None:
         if not self.seconds > 0 or self.least_apart_s < 0 or self.most < 1:
@@ -146,6 +148,8 @@ class FlightRecorder:
 
     def flush(self, now_s: float, summary: Mapping[str, Any], last: bool = False) -> None:
         """Writes a record if a fault is in none yet and the last one is long enough ago (`last`: however that is)."""
+        if last and self._config.at_end:
+            self._pending = self._pending or "end"
         if self._config.folder is None or self._pending is None:
             return
         if not last and (now_s < self._last_s + self._config.least_apart_s or self._kept >= self._config.most):

@@ -392,6 +392,17 @@ def test_records_that_could_not_be_written_do_not_count_among_the_most(tmp_path)
     assert len(kept) == 1, "while it runs, not only at its end"
 
 
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_run_without_faults_leaves_a_record_where_one_is_asked_for(tmp_path, at_end):
+    scene = Scene(LoopConfig(recorder=RecorderConfig(tmp_path, at_end=at_end)))
+    assert scene.run(30).faults == {}
+    assert [path.name for path in tmp_path.iterdir()] == (["flight-001-end"] if at_end else [])
+    if at_end:
+        arrays, document = read_record(tmp_path / "flight-001-end")
+        assert document["faults"] == {}
+        assert np.isfinite(arrays["command"][-1]).all()
+
+
 def test_a_folder_in_which_no_record_can_be_made_is_told_before_the_robot_moves(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"cannot be written to .*flights: .*file is no folder"):
