@@ -108,6 +108,8 @@ class ObservationReader:
                 hint = "; leave the batch axis out"
             elif array.ndim == 3 and (*array.shape[1:], array.shape[0]) == wanted.shape:
                 hint = "; send height, width, channels"
+            elif wanted.dtype == "uint8" and array.ndim == 3 and array.shape[2] == wanted.shape[-1]:
+                hint = "; resize it in the client to the size of the recording"
             raise ShapeError(f"observation {name!r} must be {_words(wanted)}, got {_words(array)}{hint}")
         if wanted.dtype == "uint8" and array.dtype != np.uint8:
             raise ShapeError(f"observation {name!r} must hold uint8 from 0 to 255, got {array.dtype}")

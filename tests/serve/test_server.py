@@ -16,14 +16,15 @@ from small_policies import small_policy
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect as connect_raw
 
-from scd_robot.errors import ActionError, ConfigError
+from scd_robot.errors import ActionError, ConfigError, ShapeError
 from scd_robot.serve import PolicyClient, RequestRefusedError, ServerUnreachableError
 from scd_robot.serve.engine import Engine, Session
+from scd_robot.serve.observations import ObservationReader
 from scd_robot.serve.requests import Request
 from scd_robot.serve.server import PolicyServer, ServerConfig, running_server
 from scd_robot.serve.wire import pack, unpack
 from scd_robot.transforms import TransformConfig
-from scd_robot.types import RunningChunk
+from scd_robot.types import ArraySpec, RunningChunk
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -275,6 +276,15 @@ def test_the_reset_endpoint_answers_with_its_text(start):
         raw.recv()
         raw.send(pack({"endpoint": "reset"}))
         assert raw.recv() == "reset successful"
+
+
+@pytest.mark.parametrize(
+    ("shape", "hint"), [((224, 224, 3), "resize it in the client"), ((3, 64, 48), "send height, width, channels")]
+)
+def test_a_picture_of_another_shape_is_refused_with_what_to_do(shape, hint):
+    reader = ObservationReader({"camera": ArraySpec((64, 48, 3), "uint8")})
+    with pytest.raises(ShapeError, match=hint):
+        reader.read({"camera": np.zeros(shape, np.uint8)})
 
 
 @pytest.mark.parametrize(
