@@ -56,13 +56,18 @@ def _is_hdf5(path: str) -> bool:
         return file.read(8) == b"\x89HDF\r\n\x1a\n" or path.endswith((".hdf5", ".h5"))
 
 
+def _is_aloha(path: str) -> bool:
+    return any(Path(path).glob("episode_[0-9]*.hdf5"))
+
+
 FORMATS: dict[str, Format] = {
     "scd_robot": Format("Zarr store of scd_robot", "zarr.store", "open_store", _is_own_store),
     "diffusion_policy": Format(
         "Zarr replay buffer of diffusion_policy (folder or .zip)", "zarr.replay_buffer", "open_replay_buffer", _is_zarr
     ),
     "lerobot": Format("LeRobot dataset v2.0, v2.1 or v3.0 (folder)", "lerobot.reader", "open_lerobot", _is_lerobot),
-    "hdf5": Format("robomimic or robosuite HDF5 file", "hdf5.reader", "open_hdf5", _is_hdf5),
+    "hdf5": Format("HDF5 file of robomimic, robosuite or ALOHA", "hdf5.reader", "open_hdf5", _is_hdf5),
+    "aloha": Format("folder of ALOHA's files episode_N.hdf5", "hdf5.aloha", "open_aloha", _is_aloha),
 }
 
 

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from scd_robot.datasets.float32 import as_float32
 from scd_robot.datasets.formats import ReadOptions, kept_episodes
-from scd_robot.datasets.hdf5.files import Hdf5Rows, arrays_below, child, read_texts, scalar_attributes, where
+from scd_robot.datasets.hdf5.files import (
+    Hdf5Rows,
+    arrays_below,
+    child,
+    read_texts,
+    scalar_attributes,
+    shared_notes,
+    where,
+)
 from scd_robot.datasets.schema import DONE, EXECUTED_ACTION, MASK, PRESENT, REWARD, SIM_STATE, TIMESTAMP
 from scd_robot.errors import DatasetError, UnknownNameError
 
@@ -69,7 +77,7 @@ class Demos:
         data = child(file, "data")
         if not isinstance(data, h5py.Group):
             raise DatasetError(
-                f"{path} has no group 'data'; it is not a recording of robomimic or robosuite. It holds: "
+                f"{path} has no group 'data' (robomimic, robosuite) and no group 'observations' (ALOHA). It holds: "
                 f"{_some(file)}; copy recordings of another layout with scd_robot.datasets.ZarrWriter (docs/data.md)"
             )
         names = [name for name in data if _DEMO.fullmatch(name)]
@@ -254,19 +262,17 @@ class Demos:
     def notes(self) -> tuple[dict[str, NDArray[Any]], dict[str, Sequence[str]]]:
         """`episode_info` and `episode_text`: what is noted at every demonstration, lists of `mask`, names, models."""
         noted = list(self.noted.values())
-        info: dict[str, NDArray[Any]] = {}
-        text: dict[str, Sequence[str]] = {_NAME: list(self.groups)}
+        others = ("num_samples", "model_file", _NAME, _MODEL)
+        info, text = shared_notes(
+            [
+                {name: value for name, value in one.items() if name not in others and not name.startswith(MASK)}
+                for one in noted
+            ]
+        )
+        text[_NAME] = list(self.groups)
         models = [self._model(str(attributes["model_file"])) for attributes in noted if "model_file" in attributes]
         if len(models) == len(noted) and None not in models:
             text[_MODEL] = [str(model) for model in models]
-        for name in noted[0]:
-            values = [attributes.get(name) for attributes in noted]
-            if name in ("num_samples", "model_file", _NAME, _MODEL) or name.startswith(MASK):
-                continue
-            if all(isinstance(value, str) for value in values):
-                text[name] = [str(value) for value in values]
-            elif all(isinstance(value, int | float) for value in values):
-                info[name] = np.asarray(values)
         return info | self._masks(), text
 
     def _model(self, text: str) -> str | None:

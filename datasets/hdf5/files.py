@@ -11,7 +11,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import h5py
@@ -22,13 +22,17 @@ from scd_robot.datasets.hdf5 import probe
 from scd_robot.datasets.lazy import LazyArray
 from scd_robot.errors import DatasetError, MissingDependencyError, ScdRobotError
 
-__all__ = ["Hdf5Rows", "arrays_below", "child", "hdf5_file", "read_texts", "scalar_attributes", "where"]
+__all__ = [
+    "Hdf5Rows", "arrays_below", "child", "hdf5_file", "is_varying_bytes", "probe_files", "read_texts",
+    "scalar_attributes", "shared_notes", "where",
+]  # fmt: skip
 
 PATIENCE_S = 60.0  # for one object of a file
 MAX_CHUNK_BYTES = 1 << 30
 MAX_RATIO = 1100  # of the sizes of an array after and before decompression; deflate reaches 1032
 _PLAIN_BYTES = 1 << 26  # arrays up to this size may shrink as they like
 _MAX_LINKS = 8  # soft links that lead to an object
+_PROBED_FILES = 1000  # by one process
 _CACHE_BYTES = 1 << 20  # of chunks, for each open array
 _OPEN_ARRAYS = 64  # kept open by an `Hdf5Rows`
 _FILTERS = (h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF)
@@ -55,25 +59,37 @@ def _read_errors(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hdf5_file(path: str) -> Iterator[h5py.File]:
+def hdf5_file(path: str, probed: bool = False) -> Iterator[h5py.File]:
     """Opens a file for reading, after another process has shown that HDF5 survives it.
+
+    Args:
+        path: of the file.
+        probed: `probe_files` has shown it already.
 
     Raises:
         DatasetError: not an HDF5 file, damaged (also where that shows only inside the block), or being written.
     """
-    _probe(path)
+    if not probed:
+        probe_files([path])
     with _read_errors(path), _open(path) as file:
         yield file
 
 
-def _probe(path: str) -> None:
-    """Lets another process touch the file first, with the same packages."""
-    command = [sys.executable, "-P", probe.__file__, path, str(PATIENCE_S)]
+def probe_files(paths: Sequence[str]) -> None:
+    """Lets another process touch the files first, with the same packages.
+
+    Raises:
+        DatasetError: HDF5 crashes on one of them, or does not come to an end.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = subprocess.run(command, stderr=subprocess.DEVNULL, env=environment, check=False).returncode
-    if code != 0:
-        fate = "crashes on it" if code < 0 else f"does not come to an end with it in {PATIENCE_S:g} s"
-        raise DatasetError(f"{path} cannot be read: HDF5 {fate}; the file is damaged, copy or record it again")
+    for start in range(0, len(paths), _PROBED_FILES):
+        some = paths[start : start + _PROBED_FILES]
+        command = [sys.executable, "-P", probe.__file__, str(PATIENCE_S), *some]
+        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, check=False)
+        if run.returncode != 0:
+            path = some[max(0, len(run.stdout) - 1)]  # a byte for each that was begun
+            fate = "crashes on it" if run.returncode < 0 else f"does not come to an end with it in {PATIENCE_S:g} s"
+            raise DatasetError(f"{path} cannot be read: HDF5 {fate}; the file is damaged, copy or record it again")
 
 
 def _open(path: str) -> h5py.File:
@@ -153,12 +169,16 @@ class Hdf5Rows(LazyArray):
         lengths: (E,) int64 rows of each dataset.
     """
 
-    def __init__(self, path: str, datasets: Sequence[h5py.Dataset]) -> None:
+    def __init__(
+        self, path: str, datasets: Sequence[h5py.Dataset], packed: bool = False, keep_open: bool = True
+    ) -> None:
         """Checks the datasets, and uses them as long as their file is open.
 
         Args:
             path: of the file.
             datasets: E of them, with the same shape but for the first axis.
+            packed: rows of bytes (of varying or one length) are taken as they are.
+            keep_open: after a read; otherwise each opens the file anew, so that there may be any number of files.
 
         Raises:
             DatasetError: not of numbers, not stored in this file, not stored completely, or not alike.
@@ -166,7 +186,7 @@ class Hdf5Rows(LazyArray):
         """
         file_bytes = os.path.getsize(path)
         for dataset in datasets:
-            _check_numbers(dataset)
+            _check_numbers(dataset, packed)
             _check_filters(dataset)
             _check_storage(dataset, file_bytes)
             if dataset.shape[1:] != datasets[0].shape[1:]:
@@ -184,6 +204,7 @@ class Hdf5Rows(LazyArray):
         self.lengths = np.asarray([len(dataset) for dataset in datasets], np.int64)
         self._path, self._names = os.path.abspath(path), [str(dataset.name) for dataset in datasets]
         self._ends = np.cumsum(self.lengths)
+        self._keep_open, self._is_own = keep_open, False  # the first file is the caller's to close
         # By which process; a closed file is false.
         self._opened: tuple[int, h5py.File, dict[int, h5py.Dataset]] | None = None
         self._opened = (os.getpid(), datasets[0].file, dict(enumerate(datasets)))
@@ -205,11 +226,14 @@ class Hdf5Rows(LazyArray):
                 out[done : done + high - low] = self._dataset(number)[low:high]
             done += high - low
             number += 1
+        if self._is_own and not self._keep_open and self._opened is not None:
+            self._opened[1].close()
+            self._opened = None
         return out
 
     def _dataset(self, number: int) -> h5py.Dataset:
         if self._opened is None or self._opened[0] != os.getpid() or not self._opened[1]:
-            self._opened = (os.getpid(), _open(self._path), {})
+            self._opened, self._is_own = (os.getpid(), _open(self._path), {}), True
         _, file, datasets = self._opened
         if number not in datasets:
             if len(datasets) >= _OPEN_ARRAYS:
@@ -222,8 +246,13 @@ class Hdf5Rows(LazyArray):
         return datasets[number]
 
 
-def _check_numbers(dataset: h5py.Dataset) -> None:
-    if dataset.dtype.kind not in "biuf":
+def is_varying_bytes(dataset: h5py.Dataset) -> bool:
+    """Whether each row is bytes, as many as it likes."""
+    return h5py.check_vlen_dtype(dataset.dtype) == np.uint8
+
+
+def _check_numbers(dataset: h5py.Dataset, packed: bool) -> None:
+    if dataset.dtype.kind not in "biuf" and not (packed and (dataset.dtype.kind == "S" or is_varying_bytes(dataset))):
         text = h5py.check_string_dtype(dataset.dtype) is not None
         varying = not text and h5py.check_vlen_dtype(dataset.dtype) is not None
         what = "rows of different lengths (compressed pictures?)" if varying else f"{dataset.dtype} objects"
@@ -307,3 +336,16 @@ def scalar_attributes(item: h5py.HLObject) -> dict[str, str | int | float]:
         elif isinstance(value, np.floating):
             found[name] = float(value)
     return found
+
+
+def shared_notes(noted: Sequence[Mapping[str, str | int | float]]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """What is noted at all of E >= 1 episodes under one name, as numbers (E,) and as texts (E of them)."""
+    info: dict[str, NDArray[Any]] = {}
+    text: dict[str, Any] = {}
+    for name in noted[0]:
+        values = [attributes.get(name) for attributes in noted]
+        if all(isinstance(value, str) for value in values):
+            text[name] = values
+        elif all(isinstance(value, int | float) for value in values):
+            info[name] = np.asarray(values)
+    return info, text

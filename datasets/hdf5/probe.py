@@ -1,4 +1,4 @@
-"""Touches everything in an HDF5 file that a reader will touch: a program, run in a process of its own.
+"""Touches everything in HDF5 files that a reader will touch: a program, run in a process of its own.
 
 HDF5 believes what it finds in a file. Damaged ones can crash it, or keep it busy for ever; then this process ends with
 another code than 0, and not the one that reads the file. Errors that h5py raises are left to the reader.
@@ -62,6 +62,7 @@ def _touch_attributes(group: h5py.Group) -> None:
 
 def _touch_dataset(dataset: h5py.Dataset) -> None:
     is_text = h5py.check_string_dtype(dataset.dtype) is not None
+    is_varying = not is_text and h5py.check_vlen_dtype(dataset.dtype) is not None
     if dataset.is_virtual or dataset.external:
         return
     settings = dataset.id.get_create_plist()
@@ -71,7 +72,12 @@ def _touch_dataset(dataset: h5py.Dataset) -> None:
         dataset.id.get_num_chunks()
     if dataset.id.get_storage_size() > 0 and dataset.ndim == 1 and is_text:
         dataset[:]
+    if dataset.id.get_storage_size() > 0 and dataset.ndim == 1 and is_varying:  # pictures: not all in memory at once
+        for row in range(len(dataset)):
+            dataset[row]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    for path in sys.argv[2:]:
+        print(end=".", flush=True)  # tells which one was begun
+        main(path, float(sys.argv[1]))

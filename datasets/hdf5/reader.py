@@ -1,10 +1,11 @@
-"""Opens HDF5 recordings: tells robomimic's layout, which holds observations, from robosuite's, which holds states."""
+"""Opens HDF5 files: robomimic's hold observations, robosuite's states, ALOHA's a single episode each."""
 
 import logging
 
 import h5py
 
-from scd_robot.datasets.formats import ReadOptions
+from scd_robot.datasets.formats import ReadOptions, kept_episodes
+from scd_robot.datasets.hdf5.aloha import is_aloha, read_aloha
 from scd_robot.datasets.hdf5.demos import Demos
 from scd_robot.datasets.hdf5.files import hdf5_file
 from scd_robot.datasets.hdf5.robomimic import read_robomimic
@@ -18,14 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 def open_hdf5(path: str, options: ReadOptions) -> EpisodeDataset:
-    """Opens a file of robomimic (see `read_robomimic`) or a raw one of robosuite (see `read_robosuite`).
+    """Opens a file as `read_robomimic`, `read_robosuite` (raw states) or `read_aloha` (one episode) describe it.
 
     Raises:
-        DatasetError: neither of them, damaged, or being written by another program.
+        DatasetError: none of them, damaged, or being written by another program.
         UnknownNameError: a key or action array that was asked for is not there.
         MissingDependencyError: arrays are compressed by a plugin that is not installed.
     """
     with hdf5_file(path) as file:
+        if is_aloha(file):
+            return read_aloha(path, [path], kept_episodes(options, 1, path), options)
         demos = Demos.of(path, file).chosen(options)
         if any(isinstance(demos.item(demo, "obs"), h5py.Group) for demo in demos.groups):
             dataset = read_robomimic(demos, options)

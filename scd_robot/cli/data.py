@@ -90,7 +90,7 @@ def info(
 
     Args:
         path: dataset of any known format: a Zarr store of ours or of diffusion_policy (folder, .zip, or an address such
-            as s3://bucket/name.zarr), robomimic or robosuite HDF5, LeRobot v2.0 to v3.0.
+            as s3://bucket/name.zarr), HDF5 of robomimic, robosuite or ALOHA, LeRobot v2.0 to v3.0.
         read: what to read of it.
         plot: write pictures into this folder: traces of actions and states, histograms, episode lengths, frames.
         env_args: write the robosuite environment it was recorded in to this JSON file, so that policies are evaluated

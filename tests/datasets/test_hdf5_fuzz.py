@@ -169,7 +169,7 @@ if sys.argv[1] == "probe":
     main(sys.argv[2], 60.0)
 else:
     import scd_robot.datasets.hdf5.files as files
-    files._probe = lambda path: None
+    files.probe_files = lambda path: None
     from scd_robot.datasets.open import open_dataset
     open_dataset(sys.argv[2]).load()
 print(json.dumps(sorted(seen)))

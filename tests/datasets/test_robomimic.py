@@ -56,7 +56,7 @@ def put(group, name, values):
 @pytest.fixture(autouse=True)
 def _without_probe(monkeypatch):
     """These files do not crash HDF5; what is done about those that do is tested with the other damage."""
-    monkeypatch.setattr("scd_robot.datasets.hdf5.files._probe", lambda path: None)
+    monkeypatch.setattr("scd_robot.datasets.hdf5.files.probe_files", lambda path: None)
 
 
 @pytest.fixture
@@ -476,10 +476,10 @@ class TestRefuses:
             open_dataset(path)
 
     def test_other_layouts_say_what_is_there(self, tmp_path, path, edit):
-        with h5py.File(tmp_path / "aloha.hdf5", "w") as file:
-            file["observations/qpos"] = file["action"] = np.zeros((3, 2))
-        with pytest.raises(DatasetError, match=r"no group 'data'.* holds: action, observations; .*ZarrWriter"):
-            open_dataset(tmp_path / "aloha.hdf5")
+        with h5py.File(tmp_path / "other.hdf5", "w") as file:
+            file["steps/qpos"] = file["action"] = np.zeros((3, 2))
+        with pytest.raises(DatasetError, match=r"no group 'data'.* holds: action, steps; .*ZarrWriter"):
+            open_dataset(tmp_path / "other.hdf5")
         with edit() as data:
             for name in LENGTHS:
                 data.move(name, name.replace("demo", "episode"))

@@ -16,7 +16,7 @@ LENGTHS = {"demo_1": 4, "demo_2": 3}
 @pytest.fixture(autouse=True)
 def _without_probe(monkeypatch):
     """These files do not crash HDF5; what is done about those that do is tested with the other damage."""
-    monkeypatch.setattr("scd_robot.datasets.hdf5.files._probe", lambda path: None)
+    monkeypatch.setattr("scd_robot.datasets.hdf5.files.probe_files", lambda path: None)
 
 
 def make_states(length, start=0.0):
