@@ -35,8 +35,8 @@ def one_hot_tasks(data: EpisodeDataset) -> dict[str, tuple[float, ...]]:
     if not data.episode_text.get(TASK_TEXT) and len(set(task_texts(data))) < 2:
         raise DatasetError(
             f"{data.spec.source} notes no tasks: expected them in the tables of a LeRobot dataset, in HDF5 as the "
-            f"attribute {TASK_TEXT!r} of each demonstration, from ZarrWriter.append(text={{{TASK_TEXT!r}: ...}}); note "
-            "them there, or train without tasks"
+            f"attribute {TASK_TEXT!r} of each demonstration ('language_instruction', 'lang' in 'ep_meta'), from "
+            f"ZarrWriter.append(text={{{TASK_TEXT!r}: ...}}); note them there, or train without tasks"
         )
     texts = sorted(set(task_texts(data)))
     if len(texts) < 2:

@@ -7,6 +7,7 @@ declares. Here each of these is an error.
 import contextlib
 import errno
 import importlib
+import json
 import math
 import os
 import subprocess
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from scd_robot.datasets.hdf5 import probe
 from scd_robot.datasets.lazy import LazyArray
+from scd_robot.datasets.tasks import TASK_TEXT
 from scd_robot.errors import DatasetError, MissingDependencyError, ScdRobotError
 
 __all__ = [
@@ -339,7 +341,10 @@ def scalar_attributes(item: h5py.HLObject) -> dict[str, str | int | float]:
 
 
 def shared_notes(noted: Sequence[Mapping[str, str | int | float]]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """What is noted at all of E >= 1 episodes under one name, as numbers (E,) and as texts (E of them)."""
+    """What is noted at all of E >= 1 episodes under one name, as numbers (E,) and as texts (E of them).
+
+    "task" is what is noted so, or else where others note the task in words.
+    """
     info: dict[str, NDArray[Any]] = {}
     text: dict[str, Any] = {}
     for name in noted[0]:
@@ -348,4 +353,17 @@ def shared_notes(noted: Sequence[Mapping[str, str | int | float]]) -> tuple[dict
             text[name] = values
         elif all(isinstance(value, int | float) for value in values):
             info[name] = np.asarray(values)
+    tasks = [_task(attributes) for attributes in noted]
+    if TASK_TEXT not in info and None not in tasks:
+        text[TASK_TEXT] = tasks
     return info, text
+
+
+def _task(noted: Mapping[str, str | int | float]) -> str | None:
+    """Words of the task: `task`, `language_instruction`, or `lang` in the JSON object `ep_meta` (robocasa)."""
+    inner: Any = None
+    with contextlib.suppress(ValueError, RecursionError):  # a text that is no JSON tells no task
+        inner = json.loads(str(noted.get("ep_meta", "")))
+    lang = inner.get("lang") if isinstance(inner, dict) else None
+    words = (noted.get(TASK_TEXT), noted.get("language_instruction"), lang)
+    return next((text for text in words if isinstance(text, str) and text), None)

@@ -80,7 +80,7 @@ def write_folder(folder, store=store_raw):
     folder.mkdir()
     for number in LENGTHS:
         with h5py.File(folder / f"episode_{number}.hdf5", "w") as file:
-            file.attrs["sim"] = False
+            file.attrs.update(sim=False, language_instruction=f"task {number}")
             for name, values in vectors(number).items():
                 file[name if "action" in name else f"observations/{name}"] = values
             store(file, number)
@@ -124,6 +124,7 @@ class TestReads:
             expected = np.concatenate([pictures(number, camera) for number in ORDER])
             np.testing.assert_array_equal(dataset.arrays[camera], expected)
         assert dataset.episode_info["sim"].tolist() == [0, 0, 0]
+        assert dataset.episode_text["task"] == ["task 0", "task 2", "task 10"]
 
     def test_one_file_is_an_episode(self, path):
         dataset = open_dataset(path / "episode_2.hdf5")

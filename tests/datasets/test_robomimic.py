@@ -228,6 +228,34 @@ class TestReads:
             open_dataset(path)
         assert np.isinf(open_dataset(path, check=False).arrays["pos"][6, 1])
 
+    @pytest.mark.parametrize(
+        ("attributes", "task"),
+        [
+            ({"language_instruction": "lift"}, "lift"),
+            ({"ep_meta": json.dumps({"lang": "lift", "layout_id": 3})}, "lift"),
+            ({"task": "lift", "language_instruction": "lift the cube", "ep_meta": json.dumps({"lang": "x"})}, "lift"),
+            ({"task": 7, "language_instruction": "lift"}, None),
+            ({"ep_meta": "{"}, None),
+            ({"ep_meta": json.dumps(["lang"])}, None),
+            ({"ep_meta": json.dumps({"lang": 3})}, None),
+        ],
+    )
+    def test_task_in_words_wherever_it_is_noted(self, path, edit, attributes, task):
+        with edit() as data:
+            for name in LENGTHS:
+                data[name].attrs.update(attributes)
+        assert open_dataset(path).episode_text.get("task") == (task and [task] * 3)
+
+    def test_tasks_noted_in_different_places(self, path, edit):
+        with edit() as data:
+            data["demo_0"].attrs["task"] = "lift"
+            data["demo_2"].attrs["language_instruction"] = "push"
+            data["demo_10"].attrs["ep_meta"] = json.dumps({"lang": "pull"})
+        assert open_dataset(path).episode_text["task"] == ["lift", "push", "pull"]
+        with edit() as data:
+            del data["demo_10"].attrs["ep_meta"]
+        assert "task" not in open_dataset(path).episode_text
+
 
 class TestLabels:
     @pytest.fixture(autouse=True)
