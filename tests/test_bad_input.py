@@ -248,7 +248,7 @@ class TestEnvironments:
         [
             ("observation={**spec.observation, 'goal': ArraySpec((3,))}", "needs 'goal' as float32 (2,)"),
             ("observation={'position': ArraySpec((2,))}", "needs the observation 'goal'"),
-            ("action_dim=3", "actions are 2 wide"),
+            ("action_dim=3, action_low=(-1.0,) * 3, action_high=(1.0,) * 3", "actions are 2 wide"),
             ("control_dt=0.5", "control step of 0.05 s"),
         ],
     )
