@@ -35,6 +35,7 @@ from scd_robot.normalization import Normalizer, compute_statistics
 from scd_robot.output import write_json
 from scd_robot.presets import metaworld_state
 from scd_robot.training import ExperimentConfig, SegmentDataset, loss_terms
+from scd_robot.types import DatasetSpec
 
 SIZES: dict[str, dict[str, Any]] = {
     "preset": {},
@@ -129,13 +130,14 @@ def count(experiment: ExperimentConfig, data: EpisodeDataset) -> tuple[dict[str,
     }, ms
 
 
-def random_demonstrations() -> EpisodeDataset:
-    """Numbers of the shapes of a Meta-World recording."""
-    rng = np.random.default_rng(0)
-    rows = EPISODES * LENGTH
-    arrays = {key: rng.standard_normal((rows, *spec.shape), np.float32) for key, spec in DATASET.observation.items()}
-    arrays["action"] = rng.uniform(-1, 1, (rows, DATASET.action_dim)).astype(np.float32)
-    return EpisodeDataset(DATASET, np.arange(LENGTH, rows + 1, LENGTH), arrays)
+def random_demonstrations(
+    spec: DatasetSpec = DATASET, episodes: int = EPISODES, length: int = LENGTH
+) -> EpisodeDataset:
+    """Numbers of the shapes of `spec`."""
+    rng, rows = np.random.default_rng(0), episodes * length
+    arrays = {key: rng.standard_normal((rows, *of.shape), np.float32) for key, of in spec.observation.items()}
+    arrays["action"] = rng.uniform(-1, 1, (rows, spec.action_dim)).astype(np.float32)
+    return EpisodeDataset(spec, np.arange(length, rows + 1, length), arrays)
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ import torch
 from headline import ARMS, CONVERTS, RIVAL
 from job import code_version, describe_machine
 from latency import DATASET, percentiles, ratio_of
+from scaling import random_demonstrations
 
-from scd_robot.datasets import EpisodeDataset
 from scd_robot.model.convert import parse_layers, separable_config
 from scd_robot.normalization import Normalizer, compute_statistics
 from scd_robot.output import write_json
@@ -86,7 +86,7 @@ def make_update(preset: str, arm: str) -> Callable[[int], None]:
         encoder, decoder = (parse_layers(layers, experiment.model.depth) for layers in CONVERTS)
         model = separable_config(experiment.model, encoder, decoder, num_context_tokens=1, fusion="prefix")
         experiment = replace(experiment, model=model)
-    data = transformed(random_demonstrations(spec, length), experiment.transforms)
+    data = transformed(random_demonstrations(spec, EPISODES, length), experiment.transforms)
     statistics = {key: compute_statistics(data.arrays[key], key) for key in [*data.spec.observation, "action"]}
     module = ScdLightningModule(experiment, Normalizer(statistics, dict.fromkeys(statistics, "min_max")))
     batches = SegmentDataset(data, experiment, np.arange(data.num_episodes))
@@ -101,14 +101,6 @@ def make_update(preset: str, arm: str) -> Callable[[int], None]:
         module.ema.update(module.model)
 
     return update
-
-
-def random_demonstrations(spec: DatasetSpec, length: int) -> EpisodeDataset:
-    """Numbers of the shapes of `spec`."""
-    rng, rows = np.random.default_rng(0), EPISODES * length
-    arrays = {key: rng.standard_normal((rows, *of.shape), np.float32) for key, of in spec.observation.items()}
-    arrays["action"] = rng.uniform(-1, 1, (rows, spec.action_dim)).astype(np.float32)
-    return EpisodeDataset(spec, np.arange(length, rows + 1, length), arrays)
 
 
 if __name__ == "__main__":

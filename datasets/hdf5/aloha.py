@@ -29,6 +29,7 @@ from scd_robot.datasets.formats import ReadOptions, kept_episodes
 from scd_robot.datasets.hdf5.files import (
     Hdf5Rows,
     arrays_below,
+    check_length,
     child,
     hdf5_file,
     is_varying_bytes,
@@ -52,6 +53,7 @@ ASSUMED_CONTROL_DT = 0.02  # [s]; ALOHA's, and nothing in the format tells it
 
 _EPISODE = re.compile(r"episode_(\d+)\.hdf5")  # names of files
 _OBSERVATIONS, _IMAGES = "observations", "images/"
+_DAMAGED = "the episode is damaged, leave it out with --drop"
 _NO_LABELS = ("compress_len",)
 _NO_NOTES = ("compress", "name")
 _RESERVED = (ACTION, EXECUTED_ACTION, SIM_STATE, REWARD, DONE, TIMESTAMP)
@@ -168,7 +170,7 @@ def _read_episode(path: str, number: int, options: ReadOptions) -> _Episode:
         observations: dict[str, RowArray] = {}
         for key in options.keys or datasets:
             array = observations[key] = _rows(path, datasets[key])
-            _check_length(where(datasets[key]), len(array), len(action))
+            check_length(where(datasets[key]), len(array), len(action), _DAMAGED)
         noted = {name: value for name, value in scalar_attributes(file).items() if name not in _NO_NOTES}
     if not observations:
         raise DatasetError(f"{path} has no observations: its group 'observations' holds no arrays")
@@ -189,19 +191,11 @@ def _action(path: str, file: h5py.File, labels: Sequence[str], name: str | None)
         rows = Hdf5Rows(path, [child(file, part)])
         values = rows[:].reshape(len(rows), math.prod(rows.shape[1:]))
         columns.append(as_float32(values, f"{part!r} of {path}"))
-        _check_length(f"{part!r} of {path}", len(values), len(columns[0]))
+        check_length(f"{part!r} of {path}", len(values), len(columns[0]), _DAMAGED)
     action = np.concatenate(columns, axis=1)
     if action.shape[1] == 0:
         raise DatasetError(f"{name or ACTION!r} of {path} holds no numbers: its shape is {rows.shape}")
     return action
-
-
-def _check_length(name: str, length: int, expected: int) -> None:
-    if length != expected:
-        what = "the episode is damaged, leave it out with --drop"
-        if length == expected + 1:
-            what = "if the last one was seen after the last action, as some recorders keep it, cut it off"
-        raise DatasetError(f"{name} has {length} steps, but its actions have {expected}; {what}")
 
 
 def _datasets(group: h5py.Group) -> dict[str, h5py.Dataset]:

@@ -19,6 +19,7 @@ from scd_robot.datasets.formats import ReadOptions, kept_episodes
 from scd_robot.datasets.hdf5.files import (
     Hdf5Rows,
     arrays_below,
+    check_length,
     child,
     read_texts,
     scalar_attributes,
@@ -156,14 +157,8 @@ class Demos:
         rows = Hdf5Rows(self.path, [items[demo] for demo in self.groups])
         wanted = rows.lengths if lengths is None else lengths
         for demo, length, expected in zip(self.groups, rows.lengths, wanted, strict=True):
-            if length != expected:
-                what = "the demonstration is damaged, leave it out"
-                if length == expected + 1:
-                    what = "if the last one was seen after the last action, as some recorders keep it, cut it off"
-                raise DatasetError(
-                    f"{name!r} of demonstration {self.named(demo)} of {self.path} has {length} steps, but its actions "
-                    f"have {expected}; {what}"
-                )
+            told = f"{name!r} of demonstration {self.named(demo)} of {self.path}"
+            check_length(told, length, expected, "the demonstration is damaged, leave it out")
         return rows
 
     def labels(self) -> list[str]:

@@ -25,7 +25,7 @@ from scd_robot.datasets.tasks import TASK_TEXT
 from scd_robot.errors import DatasetError, MissingDependencyError, ScdRobotError
 
 __all__ = [
-    "Hdf5Rows", "arrays_below", "child", "hdf5_file", "is_varying_bytes", "probe_files", "read_texts",
+    "Hdf5Rows", "arrays_below", "check_length", "child", "hdf5_file", "is_varying_bytes", "probe_files", "read_texts",
     "scalar_attributes", "shared_notes", "where",
 ]  # fmt: skip
 
@@ -192,8 +192,8 @@ class Hdf5Rows(LazyArray):
             _check_filters(dataset)
             _check_storage(dataset, file_bytes)
             if dataset.shape[1:] != datasets[0].shape[1:]:
-                packed = dataset.dtype == np.uint8 and dataset.ndim == 2
-                what = "store pictures decoded, if compressed ones are in these bytes, or " if packed else ""
+                is_bytes = dataset.dtype == np.uint8 and dataset.ndim == 2
+                what = "store pictures decoded, if compressed ones are in these bytes, or " if is_bytes else ""
                 raise DatasetError(
                     f"{where(dataset)} has rows of shape {dataset.shape[1:]}, but those of "
                     f"{str(datasets[0].name).strip('/')!r} are {datasets[0].shape[1:]}; {what}leave one of them out"
@@ -246,6 +246,15 @@ class Hdf5Rows(LazyArray):
             _check_filters(dataset)  # brings plugins into this process
             datasets[number] = dataset
         return datasets[number]
+
+
+def check_length(name: str, length: int, expected: int, damaged: str) -> None:
+    """Raises DatasetError, which ends in `damaged`, where an array has another number of steps than the actions."""
+    if length != expected:
+        what = damaged
+        if length == expected + 1:
+            what = "if the last one was seen after the last action, as some recorders keep it, cut it off"
+        raise DatasetError(f"{name} has {length} steps, but its actions have {expected}; {what}")
 
 
 def is_varying_bytes(dataset: h5py.Dataset) -> bool:
