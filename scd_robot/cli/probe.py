@@ -49,7 +49,7 @@ def probe(
         episodes: how many, evenly spaced, where none is named.
         read: what to read of the dataset.
         positions: control steps of each whose plans, or next frames, are looked into.
-        num_denoising_steps: of Euler's method.
+        num_denoising_steps: of Euler's method; a policy has as many in ENV, too.
         seed: of noise and positions.
         full_steps: denoising steps at the beginning in which all layers are computed, one shortcut each.
         env: environment for the shortcuts' success; of policies.
@@ -83,7 +83,8 @@ def probe(
         check_target(json)
     torch.set_num_threads(1)
     source, quiet = read_checkpoint(checkpoint), str(json) == "-"
-    policy: Any = imagination_of(source) if source.policy == FRAMES else policy_of(source)
+    is_of_frames = source.policy == FRAMES
+    policy: Any = imagination_of(source) if is_of_frames else policy_of(source, num_denoising_steps=num_denoising_steps)
     shortcuts = shortcuts_of(check_entangled(policy).config.depth, full_steps)
     imagines = isinstance(policy, Imagination)
     _refuse_what_is_for_others(imagines, env, {"context": context, "length": length})

@@ -74,6 +74,21 @@ def test_a_policy_is_looked_into_and_its_shortcuts_are_paid_in_success(tmp_path,
     assert "imagined" not in document
 
 
+def test_in_closed_loop_a_policy_has_as_many_denoising_steps(policy_run, tiny_store, point, monkeypatch):
+    from scd_robot.analysis import probe_costs
+
+    used, evaluate = [], probe_costs.evaluate
+
+    def noted(policy, *arguments, **options):
+        used.append(policy.config.sampler.num_denoising_steps)
+        return evaluate(policy, *arguments, **options)
+
+    monkeypatch.setattr(probe_costs, "evaluate", noted)
+    world = ["--env", point, "--env-episodes", "1", "--num-denoising-steps", "3"]
+    assert main(["probe", str(policy_run), "--dataset", str(tiny_store), *QUICK, *world]) == 0
+    assert used == [3, 3, 3]
+
+
 def test_what_does_not_go_together_is_refused(
     tmp_path, frames_run, policy_run, tiny_frames_run, tiny_run, tiny_frames_store, tiny_store, refused
 ):
