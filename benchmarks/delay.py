@@ -56,8 +56,8 @@ _EARLY_S = 1e-6  # so that a plan is there in the control step in which it is du
 # The two that do not wait: what noise does to a hand is not to be learned as a plan, so there is little of it; they are
 # pushed away instead, and no chunk reaches over a push.
 DYNAMIC = (
-    "training.max_steps=1000",
-    "model.history_length=16",
+    "training.max_steps=1500",
+    "model.history_length=32",
     "training.disturbance_threshold=0.5",
     "model.chunk_length=24",
     "model.max_delay_steps=8",
