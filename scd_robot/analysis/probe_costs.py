@@ -6,7 +6,7 @@ of the same episodes from the same noise.
 Shapes: N episodes, Tc control steps that the model sees, Tf frames that it imagines, H W C picture.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -52,8 +52,8 @@ def cost_in_closed_loop(
     *,
     python: str | None = None,
     progress: bool = True,
-) -> list[dict[str, Any]]:
-    """Success in closed loop with each shortcut, from the same start states as without.
+) -> Iterator[dict[str, Any]]:
+    """Success in closed loop with each shortcut, from the same start states as without: a row as soon as it is known.
 
     Args:
         policy: entangled.
@@ -63,7 +63,7 @@ def cost_in_closed_loop(
         python: see `evaluate`.
         progress: show bars.
 
-    Returns:
+    Yields:
         For all layers (`shortcut` None) and each shortcut: `shortcut`, `successes`, `episodes` (valid ones), `rate`,
         `interval` (Wilson 95 %), `plan_ms` (p50), and against all layers `difference`, `difference_interval` (paired
         Newcombe 95 %) and `non_inferior`.
@@ -73,11 +73,11 @@ def cost_in_closed_loop(
         return evaluate(policy, environment, episodes, num_videos=0, progress=progress, python=python).to_json()
 
     whole = run()
-    rows = [_loop_row(whole, None, whole)]
+    yield _loop_row(whole, None, whole)
     for shortcut in shortcuts:
         with shortened(policy, shortcut):
-            rows.append(_loop_row(run(), shortcut, whole))
-    return rows
+            result = run()
+        yield _loop_row(result, shortcut, whole)
 
 
 def cost_in_frames(

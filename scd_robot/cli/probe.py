@@ -110,10 +110,13 @@ def probe(
     if imagined is not None:
         document["imagined"] = imagined
     elif env is not None:
-        document["env"] = env
-        document["closed_loop"] = cost_in_closed_loop(
+        document |= {"env": env, "closed_loop": []}
+        for row in cost_in_closed_loop(
             policy, env, env_episodes, shortcuts, python=env_python, progress=not quiet
-        )
+        ):
+            document["closed_loop"].append(row)
+            if out is not None:  # each row takes minutes
+                write_probe(document, out)
     if out is not None:
         write_probe(document, out)
     if not quiet:

@@ -89,6 +89,24 @@ def test_in_closed_loop_a_policy_has_as_many_denoising_steps(policy_run, tiny_st
     assert used == [3, 3, 3]
 
 
+def test_a_probe_that_is_cut_off_keeps_what_it_had_counted(tmp_path, policy_run, tiny_store, point, monkeypatch):
+    from scd_robot.analysis import probe_costs
+
+    left, evaluate = [1, 1], probe_costs.evaluate
+
+    def interrupted(*arguments, **options):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(probe_costs, "evaluate", interrupted)
+    world = ["--env", point, "--env-episodes", "1", "--out", str(tmp_path / "out")]
+    assert main(["probe", str(policy_run), "--dataset", str(tiny_store), *QUICK, *world]) == 130
+    document = json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert [(row["shortcut"] or {}).get("reuse") for row in document["closed_loop"]] == [None, True]
+
+
 def test_what_does_not_go_together_is_refused(
     tmp_path, frames_run, policy_run, tiny_frames_run, tiny_run, tiny_frames_store, tiny_store, refused
 ):
