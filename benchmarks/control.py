@@ -53,6 +53,7 @@ ARMS = ("eager", "compiled", "onnx", "aoti")
 NAMES = ("encoder step", "plan", "planning tick")
 QUANTILES = (50, 95, 99, 99.9)
 RATE_HZ, STEPS = 100.0, 8
+AGREE = 1e-3  # actions, in units of half their range
 
 Times = dict[str, dict[str, list[float]]]
 
@@ -89,8 +90,8 @@ class CompiledRuntime:
 
 def make_arms(names: tuple[str, ...], history: int, folder: Path) -> tuple[dict[str, ChunkPolicy], dict[str, str]]:
     """The policy of each arm, and why arms are left out."""
+    torch.manual_seed(0)  # before the weights are drawn: what `--keep` holds is compared with them again
     eager = make_policy(history, STEPS)
-    torch.manual_seed(0)
     with torch.no_grad():  # a model that was never trained plans its noise, whoever computes it
         for parameter in eager.model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -240,7 +241,7 @@ def show_paced(paced: Mapping[str, Mapping[str, Any]]) -> None:
         print(f"| {arm} | {found['control_steps']} | {found['missed']} | {cells} |")
 
 
-def main() -> None:
+def main() -> int:
     """Measures, prints the tables and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ticks", type=int, default=10_000, help="turns of every arm; 0 = none")
@@ -296,6 +297,10 @@ def main() -> None:
         },
     )
     print(f"written: {options.out}")
+    strangers = [name for name, value in difference.items() if value > AGREE]
+    if strangers:
+        print(f"these arms compute something else than {next(iter(arms))}: {', '.join(strangers)}", file=sys.stderr)
+    return 1 if strangers else 0
 
 
 def _version(name: str) -> str | None:
@@ -303,4 +308,4 @@ def _version(name: str) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,10 @@
 """The benchmark of the control step: its ratios, and misses of a paced loop, each recorded."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from benchmark_jobs import load
 from eager_graphs import eager_export
 from small_policies import small_policy
@@ -79,3 +82,9 @@ def test_an_export_that_is_there_is_not_made_again(monkeypatch, tmp_path) -> Non
     for _ in range(2):
         assert control._exported(small_policy(), "aoti", tmp_path / "aoti") == tmp_path / "aoti"
     assert made == [tmp_path / "aoti"]
+
+
+def test_weights_are_the_same_in_every_run_since_exports_are_kept_from_one_to_the_next(tmp_path: Path) -> None:
+    first, second = (control.make_arms(("eager",), 4, tmp_path)[0]["eager"].model.state_dict() for _ in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
