@@ -111,9 +111,7 @@ def probe(
         document["imagined"] = imagined
     elif env is not None:
         document |= {"env": env, "closed_loop": []}
-        for row in cost_in_closed_loop(
-            policy, env, env_episodes, shortcuts, python=env_python, progress=not quiet
-        ):
+        for row in cost_in_closed_loop(policy, env, env_episodes, shortcuts, python=env_python, progress=not quiet):
             document["closed_loop"].append(row)
             if out is not None:  # each row takes minutes
                 write_probe(document, out)
