@@ -6,6 +6,7 @@ Shapes: Da action width.
 import logging
 from collections import Counter, deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from scd_robot.control.clock import Clock, Pacer
@@ -18,6 +19,14 @@ from scd_robot.control.watchdog import FAULTS
 __all__ = ["Journal"]
 
 logger = logging.getLogger(__name__)
+
+_QUIET_S = 1.0  # of the same kind the log has no more than one line in that time; counts and records have all
+
+
+@dataclass
+class _Told:
+    at: float
+    left_out: int = 0
 
 
 class Journal:
@@ -43,6 +52,7 @@ class Journal:
         self.state: State = "starting"
         self.faults: Counter[str] = Counter()
         self.active: set[str] = set()
+        self._told: dict[str, _Told] = {}
         self.step, self.steps, self.commands = -1, 0, 0
         self.encoder_ms: deque[float] = deque(maxlen=KEPT_TIMES)
 
@@ -62,11 +72,21 @@ class Journal:
             self.event(kind, "is over")
 
     def fault(self, kind: str, detail: str) -> None:
-        """Counts and logs a fault, and asks for a record of it."""
+        """Counts and logs a fault (each kind once a second), and asks for a record of it."""
         assert kind in FAULTS, kind
+        now = self._clock.now()
         self.faults[kind] += 1
-        logger.warning("control step %d: %s (%s)", self.step, FAULTS[kind], detail)
-        self._recorder.event(self._clock.now(), self.step, kind, detail, fault=True)
+        self._log(kind, detail, now)
+        self._recorder.event(now, self.step, kind, detail, fault=True)
+
+    def _log(self, kind: str, detail: str, now: float) -> None:
+        told = self._told.get(kind)
+        if told is not None and now - told.at < _QUIET_S:
+            told.left_out += 1
+            return
+        more = f"; {told.left_out} more of them since the last line" if told is not None and told.left_out else ""
+        logger.warning("control step %d: %s (%s)%s", self.step, FAULTS[kind], detail, more)
+        self._told[kind] = _Told(now)
 
     def event(self, kind: str, detail: str) -> None:
         """Notes what is no fault."""

@@ -512,6 +512,21 @@ def test_a_clock_of_the_robot_that_jumps_back_is_told_as_such(caplog):
     assert "did its clock jump?" in caplog.text
 
 
+def test_the_log_has_a_line_a_second_of_a_fault_that_comes_in_every_step_and_says_how_many_it_left_out(caplog):
+    scene = Scene(LoopConfig(watchdog=WatchdogConfig(give_up_s=100.0)))
+
+    def lost(command):
+        raise ConnectionError("no carrier")
+
+    scene.robot.send = lost
+    report = scene.run(200)
+    lines = [line.getMessage() for line in caplog.records if "no carrier" in line.getMessage()]
+    per_second = round(1 / scene.policy.spec.control_dt)
+    assert report.faults["robot_send"] > 100
+    assert len(lines) == -(-report.faults["robot_send"] // per_second)
+    assert f"{per_second - 1} more of them since the last line" in lines[1]
+
+
 def test_what_is_no_robot_or_no_policy_is_told_when_the_loop_is_made():
     scene = Scene()
 
