@@ -178,6 +178,7 @@ class MetaworldEnvironment:
             control_dt=float(self._env.dt),
             max_steps=self._options.max_steps,
             success=f"Meta-World's own success flag of {task} is set in at least one control step",
+            action_kind="delta",
         )
 
     @property

@@ -5,6 +5,7 @@ Shapes: B rows stepped side by side, Da action width.
 
 import logging
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -169,9 +170,13 @@ def _check_action_kind(trained: ActionKind, environment: EnvironmentSpec) -> Non
     if not taken or trained == taken:
         return
     words = {"absolute": "absolute poses", "delta": "changes (deltas)"}
-    asks = f"add the option {_ABSOLUTE} to the environment's name" if taken == "delta" else "train it on such actions"
+    asks = "train it on such actions"
+    if taken == "delta" and name.startswith("robosuite/"):
+        asks = f"add the option {_ABSOLUTE} to the environment's name"
     if _ABSOLUTE in name:
         asks = f"leave {_ABSOLUTE} out of the environment's name"
+    if not trained and re.match(r"(metaworld|pusht|scd_memory)\b", name):
+        return  # demonstrations of theirs have one kind of action only, and older ones do not say which
     if not trained:
         logger.warning(
             "nothing tells whether the policy was trained on changes or on absolute poses; %s takes actions for %s. If "

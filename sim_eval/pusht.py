@@ -152,6 +152,7 @@ class PushtEnvironment:
             success="the block covers more than 95 % of its mark at the end of at least one control step",
             score="PushT's score: largest share of the mark covered in an episode / 0.95, at most 1",
             hand_unit="px",
+            action_kind="absolute",
         )
 
     @property

@@ -112,6 +112,7 @@ def check_settings(limits: Limits, config: LoopConfig, spec: PolicySpec) -> None
     action_dim, keys = spec.action_dim, spec.observation.keys()
     if len(limits.low) != action_dim:
         raise ConfigError(f"the policy has {action_dim} actions, the limits are for {len(limits.low)}")
+    _check_rest(limits, spec)
     far = config.start.max_distance
     if far is not None and len(far) != action_dim:
         raise ConfigError(f"the policy has {action_dim} actions, the start guard's max_distance {len(far)}")
@@ -120,3 +121,20 @@ def check_settings(limits: Limits, config: LoopConfig, spec: PolicySpec) -> None
         raise ConfigError(f"frozen_keys {sorted(unknown)} are no observations of the policy; it has {sorted(keys)}")
     if config.execution.strategy == "prefix" and spec.max_delay_steps == 0:
         logger.warning("%s", _UNTRAINED)
+
+
+def _check_rest(limits: Limits, spec: PolicySpec) -> None:
+    """Standing still must be what the actions call so: else the robot drifts on, or is sent to the place 0."""
+    places = [rest is None for rest in limits.rest]
+    if spec.action_kind == "delta" and all(places):
+        raise ConfigError(
+            "the policy's actions are changes (action_kind delta), and rest=None says that all of them name places: "
+            "standing still would repeat the last change; give Limits(..., rest=(0.0, ...)), None only where a "
+            "dimension names a place, such as a gripper"
+        )
+    if spec.action_kind == "absolute" and not any(places):
+        raise ConfigError(
+            f"the policy's actions name places (action_kind absolute), and rest={limits.rest} says that none of them "
+            "does: standing still would send the robot there; give Limits(..., rest=(None, ...)), a number only where "
+            "a dimension is a change, a velocity or an effort"
+        )

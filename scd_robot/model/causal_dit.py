@@ -262,7 +262,8 @@ class EntangledModel(HistoryModel[HistoryContext]):
     def __init__(self, config: ScdConfig) -> None:
         super().__init__(config)
         self.decoder = CausalDitTransformer(config, self.tokenizer.tokens_per_step)
-        self._clean: Conditioning = self.decoder.clean()  # made anew with every cache, from the weights of then
+        with torch.no_grad():  # a tensor with a graph could not be copied with the model
+            self._clean: Conditioning = self.decoder.clean()  # made anew with every cache, from the weights of then
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty history for `encode_step`: keys and values of all layers."""

@@ -122,6 +122,7 @@ class MemoryEnvironment(abc.ABC):
             max_steps=self.options.max_steps or max(self._delays) + self.steps_to_act,
             success=self.success,
             hand_unit=self.hand_unit,
+            action_kind="absolute" if self.control == "position" else "delta",
         )
 
     def reset(self, seed: int) -> dict[str, NDArray[Any]]:

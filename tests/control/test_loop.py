@@ -527,6 +527,29 @@ def test_the_log_has_a_line_a_second_of_a_fault_that_comes_in_every_step_and_say
     assert f"{per_second - 1} more of them since the last line" in lines[1]
 
 
+@pytest.mark.parametrize(
+    ("kind", "rest", "told"),
+    [
+        ("delta", (None, None), "standing still would repeat the last change"),
+        ("absolute", (0.0, 0.0), "standing still would send the robot there"),
+        ("delta", (0.0, None), None),
+        ("absolute", (None, 0.0), None),
+        ("", (None, None), None),
+        ("", (0.0, 0.0), None),
+    ],
+)
+def test_what_stands_still_goes_with_the_kind_of_the_actions(kind, rest, told):
+    scene = Scene()
+    policy = scene.policy
+    policy.spec = replace(policy.spec, action_kind=kind)
+    limits = replace(WIDE, rest=rest)
+    if told is None:
+        ControlLoop(scene.robot, policy, limits)
+    else:
+        with pytest.raises(ConfigError, match=told):
+            ControlLoop(scene.robot, policy, limits)
+
+
 def test_what_is_no_robot_or_no_policy_is_told_when_the_loop_is_made():
     scene = Scene()
 

@@ -1,5 +1,6 @@
 """The entangled rival: what is cached across control steps and denoising steps equals computing everything anew."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -161,6 +162,13 @@ def test_past_actions_that_are_left_out_change_nothing() -> None:
     x, flow_time = torch.randn(2, 7, 2, dtype=torch.float64), torch.full((2, 1), 0.4, dtype=torch.float64)
     with_past = model.velocity(x, flow_time, context)
     torch.testing.assert_close(with_past[:, 3:], model.velocity(x[:, 3:], flow_time, context))
+
+
+def test_a_model_is_copied_as_any_module_is() -> None:
+    model = build_model(ENTANGLED)
+    copied = copy.deepcopy(model).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, copied[name]), name
 
 
 def test_it_has_as_many_layers_and_reads_as_many_tokens() -> None:
