@@ -23,12 +23,11 @@ import sys
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from job import code_version, describe_machine
+from job import code_version, describe_machine, result_file
 from latency import make_policy, observation
 from websockets.asyncio.client import connect
 
@@ -111,7 +110,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each number of robots (default %(default)s)")
     parser.add_argument("--history", type=int, default=64, help="control steps (default %(default)s)")
     parser.add_argument("--nfe", type=int, default=8, help="denoising steps (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/capacity.json"))
+    parser.add_argument("--out", type=result_file, default="runs/benchmarks/capacity.json")
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:

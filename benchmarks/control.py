@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from job import code_version, describe_machine
+from job import code_version, describe_machine, result_file
 from latency import floor_ms, make_policy, measure_machine, observation, timed
 
 from scd_robot.control.clock import Clock, MonotonicClock, Pacer
@@ -248,7 +248,7 @@ def main() -> int:
     parser.add_argument("--history", type=int, default=128, help="control steps that each encoder layer attends to")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--pace", type=float, default=0.0, metavar="MINUTES", help="of a loop of 100 Hz, for each arm")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/control.json"))
+    parser.add_argument("--out", type=result_file, default="runs/benchmarks/control.json")
     parser.add_argument(
         "--keep", type=Path, default=Path("runs/benchmarks/control_graphs"), help="folder of what was compiled"
     )

@@ -18,11 +18,10 @@ import itertools
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from job import describe_machine
+from job import describe_machine, result_file
 from latency import percentiles, timed
 
 from scd_robot.model import build_model
@@ -83,7 +82,7 @@ def main() -> None:
     """Measures, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200, help="turns of every configuration")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/image_latency.json"))
+    parser.add_argument("--out", type=result_file, default="runs/benchmarks/image_latency.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     grid = [

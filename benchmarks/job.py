@@ -1,5 +1,6 @@
 """One job of a success benchmark, and what the records of benchmarks have in common; `run_job.py` carries jobs out."""
 
+import argparse
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scd_robot.errors import ConfigError, OutputError
+from scd_robot.output import check_target
 from scd_robot.sim_eval import provenance
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "failure",
     "now",
     "read_json",
+    "result_file",
 ]
 
 SCHEMA = 1
@@ -129,6 +132,15 @@ def describe_machine() -> dict[str, Any]:
 def code_version() -> str:
     """The commit of this checkout, "-dirty" with changes since; "unknown" outside of git."""
     return provenance.code_version(Path(__file__).parents[1]) or "unknown"
+
+
+def result_file(path: str) -> Path:
+    """Type of the option of a file that is written at the end: one that cannot be is refused at the start."""
+    try:
+        check_target(path)
+    except OutputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(path)
 
 
 def now() -> str:

@@ -22,12 +22,11 @@ import datetime
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from job import describe_machine
+from job import describe_machine, result_file
 
 from scd_robot.analysis.latency import take_turns, timed
 from scd_robot.diffusion import SamplerConfig
@@ -155,7 +154,7 @@ def main() -> None:
     """Measures, prints the tables and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=300, help="turns of every configuration")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/latency.json"))
+    parser.add_argument("--out", type=result_file, default="runs/benchmarks/latency.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     machine = measure_machine()

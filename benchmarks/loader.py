@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from job import describe_machine
+from job import describe_machine, result_file
 from torch.utils.data import DataLoader, RandomSampler
 
 from scd_robot.datasets import EpisodeDataset, open_dataset
@@ -131,7 +131,7 @@ def main() -> None:
     """Measures, prints the tables and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100, help="turns of every arm")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/loader.json"))
+    parser.add_argument("--out", type=result_file, default="runs/benchmarks/loader.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = {}

@@ -20,12 +20,11 @@ import datetime
 import sys
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from job import code_version, describe_machine
+from job import code_version, describe_machine, result_file
 from latency import make_policy, observation, percentiles, ratio_of
 
 from scd_robot.analysis.latency import take_turns
@@ -49,7 +48,7 @@ def main() -> None:
     """Measures, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100, help="turns of every configuration")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/rivals.json"))
+    parser.add_argument("--out", type=result_file, default="runs/benchmarks/rivals.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"load average at the start: {os.getloadavg()[0]:.2f}; torch {torch.__version__}; ms, p50 / p99\n")

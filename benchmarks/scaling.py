@@ -18,12 +18,11 @@ import datetime
 import statistics
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from job import code_version, describe_machine
+from job import code_version, describe_machine, result_file
 from latency import DATASET, measure_machine
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -143,7 +142,7 @@ def random_demonstrations(
 def main() -> None:
     """Counts, prints the tables and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/scaling.json"))
+    parser.add_argument("--out", type=result_file, default="runs/benchmarks/scaling.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

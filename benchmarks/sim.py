@@ -20,11 +20,10 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from job import code_version, describe_machine
+from job import code_version, describe_machine, result_file
 
 from scd_robot.output import write_json
 from scd_robot.seeding import EVALUATION, derive_seed
@@ -220,7 +219,7 @@ def main() -> None:
     parser.add_argument("--num-envs", type=int, default=16, help="environments of the evaluation (default %(default)s)")
     parser.add_argument("--steps", type=int, default=2000, help="control steps of each worker in a round")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/sim.json"))
+    parser.add_argument("--out", type=result_file, default="runs/benchmarks/sim.json")
     parser.add_argument("--native", action="store_true", help="measure mujoco.rollout instead")
     options = parser.parse_args()
     about = {"date": datetime.date.today().isoformat(), "machine": describe_machine(), "code": code_version()}

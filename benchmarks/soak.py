@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import psutil
 from fault_runs import Server, policy_with_random_weights
-from job import code_version, describe_machine
+from job import code_version, describe_machine, result_file
 
 from scd_robot.control import ControlLoop, Limits, LoopConfig, MonotonicClock, RecorderConfig, Sample, WatchdogConfig
 from scd_robot.control.inspection import InspectedRobot
@@ -206,7 +206,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--rate", type=float, default=20.0, metavar="HZ", help="of control steps")
     parser.add_argument("--server", action="store_true", help="the policy is behind a server")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/soak.json"))
+    parser.add_argument("--out", type=result_file, default="runs/benchmarks/soak.json")
     options = parser.parse_args()
     logging.disable(logging.ERROR)
     load = os.getloadavg()[0]

@@ -17,12 +17,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from headline import ARMS, CONVERTS, RIVAL
-from job import code_version, describe_machine
+from job import code_version, describe_machine, result_file
 from latency import DATASET, percentiles, ratio_of
 from scaling import random_demonstrations
 
@@ -50,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="updates of every arm, after two that warm up")
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/updates.json"))
+    parser.add_argument("--out", type=result_file, default="runs/benchmarks/updates.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"load average at the start: {os.getloadavg()[0]:.2f}; torch {torch.__version__}")

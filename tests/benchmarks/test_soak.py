@@ -32,3 +32,11 @@ def test_a_short_soak_resets_the_loop_lets_plans_fail_and_tells_all_of_it(monkey
     told = soak.tell(found)
     assert f"{found['control_steps']:,} control steps" in told
     assert "memory of the loop: " in told
+
+
+def test_a_result_that_could_not_be_written_is_refused_before_the_hour(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["soak.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        soak.main()
+    assert ended.value.code == 2
+    assert "it is a folder; name a file" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """The entangled rival: what is cached across control steps and denoising steps equals computing everything anew."""
 
-import copy
 import dataclasses
+from copy import deepcopy
 
 import pytest
 import torch
@@ -166,7 +166,7 @@ def test_past_actions_that_are_left_out_change_nothing() -> None:
 
 def test_a_model_is_copied_as_any_module_is() -> None:
     model = build_model(ENTANGLED)
-    copied = copy.deepcopy(model).state_dict()
+    copied = deepcopy(model).state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, copied[name]), name
 
