@@ -57,10 +57,21 @@ def project_of(folder: Path) -> dict:
 def test_it_has_the_version_of_scd_robot_and_its_ranges_of_what_it_needs() -> None:
     ours, whole = project_of(FOLDER)["project"], project_of(CHECKOUT)["project"]
     assert ours["version"] == whole["version"]
-    assert ours["requires-python"] == whole["requires-python"]
+    assert ours["requires-python"] == whole["requires-python"].replace(">=3.11", ">=3.10")
     extras = whole["optional-dependencies"]
     assert set(ours["dependencies"]) <= {*whole["dependencies"], *extras["serve"], *extras["export"]}
     assert {re.match(r"\w+", need)[0] for need in ours["dependencies"]} == NEEDS  # type: ignore[index]
+
+
+def test_it_runs_on_the_python_of_robots_that_are_older_than_the_workstation(assembled) -> None:
+    """What the language and the standard library had; nothing else is looked at."""
+    checker = [sys.executable, "-m", "mypy", "--config-file=", "--cache-dir", os.devnull, "--follow-imports=skip"]
+    files = map(str, sorted(assembled.rglob("*.py")))
+    arguments = ["--python-version", "3.10", "--ignore-missing-imports", *files]
+    done = subprocess.run([*checker, *arguments], capture_output=True, text=True, check=False)
+    assert "checked " in done.stdout + done.stderr, done
+    missing = re.compile(r'Module "[\w.]+" has no attribute|\[syntax\]|Python 3\.1\d')
+    assert [line for line in done.stdout.splitlines() if missing.search(line)] == []
 
 
 def test_every_folder_of_it_is_declared(assembled) -> None:

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -204,7 +204,7 @@ class LeRobotRobot:
         if self._device.is_connected:
             self._device.disconnect()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "LeRobotRobot":
         self.connect()
         return self
 

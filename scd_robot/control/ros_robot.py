@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 
@@ -211,7 +211,7 @@ class RosRobot:
         if self._node is not None:
             self._node.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RosRobot":
         self.connect()
         return self
 

@@ -10,13 +10,13 @@ import importlib.util
 import json
 import logging
 import pkgutil
-import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from packaging.requirements import Requirement  # which onnxruntime needs
 
 import scd_robot_runtime
 from scd_robot_runtime.control import ControlLoop, Limits, LoopConfig, Sample, VirtualClock
@@ -35,18 +35,19 @@ ABSENT = ("scd_robot", "torch", "lightning", "zarr", "h5py", "mujoco", "tyro", "
 
 def needs_of(name: str) -> set[str]:
     """What a distribution requires, without its extras."""
-    needs = [need for need in importlib.metadata.requires(name) or [] if "extra ==" not in need]
-    return {re.match(r"[\w.-]+", need)[0].lower().replace("-", "_") for need in needs}
+    needs = map(Requirement, importlib.metadata.requires(name) or [])
+    wanted = {need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})}
+    return {need.lower().replace("-", "_") for need in wanted}
 
 
 def check_packages() -> None:
-    """Nothing is installed but what the package needs, what that needs, and pip."""
+    """Nothing is installed but what the package needs, what that needs, and what a new environment has."""
     assert needs_of(NAME) == NEEDS, needs_of(NAME)
     wanted = {NAME}
     while new := {need for name in wanted for need in needs_of(name)} - wanted:
         wanted |= new
     found = {one.metadata["Name"].lower().replace("-", "_") for one in importlib.metadata.distributions()}
-    assert found == wanted | {"pip"}, f"installed are {sorted(found)}, expected {sorted(wanted)} and pip"
+    assert found - {"pip", "setuptools"} == wanted, f"installed are {sorted(found)}, expected {sorted(wanted)}"
     assert not [name for name in ABSENT if importlib.util.find_spec(name)]
 
 
