@@ -91,7 +91,9 @@ class ChoosingPolicy:
         self.policy, self.num_candidates, self._score = policy, num_candidates, score
         self._stream = FrameStream(imagination)
         camera = imagination.transforms.recorded.observation[imagination.source]
-        self.spec = replace(policy.spec, observation=_with_camera(policy, imagination.source, camera))
+        optional = tuple(key for key in policy.spec.optional if key != imagination.source)  # it is imagined
+        seen = _with_camera(policy, imagination.source, camera)
+        self.spec = replace(policy.spec, observation=seen, optional=optional)
         self.scores: NDArray[np.float64] | None = None
         self.provenance: dict[str, Any] = {
             **getattr(policy, "provenance", {}),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scd_robot.errors import ShapeError
 from scd_robot.transforms import Transforms
 from scd_robot.types import ActionArray, GivenActions, Observation, RunningChunk
+from scd_robot.usable import is_picture, missing, problem_with
 
 __all__ = [
     "as_float32",
@@ -20,11 +21,12 @@ __all__ = [
     "checked_given",
     "checked_running",
     "model_observation",
+    "optional_keys",
 ]
 
 
 def model_observation(
-    observation: Observation, sources: Mapping[str, str], transforms: Transforms, may_be_absent: bool
+    observation: Observation, sources: Mapping[str, str], transforms: Transforms, per_key: bool
 ) -> tuple[dict[str, NDArray[Any]], dict[str, bool]]:
     """An observation as recorded, as the model has it.
 
@@ -32,8 +34,8 @@ def model_observation(
         observation: arrays (B, ...) by the recording's keys.
         sources: the recording's key of each key of the model.
         transforms: between the recording and the model.
-        may_be_absent: whether keys may be left out, or None. Pictures may be None always: they have tokens of their
-            own.
+        per_key: whether each key has tokens of its own, and may be left out, or None. Pictures always have them, and
+            may be None.
 
     Returns:
         Arrays (B, ...) by the model's keys, vectors float32 and pictures uint8; and False for each of them that is
@@ -46,88 +48,43 @@ def model_observation(
     absent = []
     batch = None
     for key, source in sources.items():
-        spec = transforms.recorded.observation[source]
-        is_picture = spec.dtype == "uint8" and len(spec.shape) == 3
+        spec, name = transforms.recorded.observation[source], f"observation {source!r}"
         if observation.get(source) is None:
-            if not may_be_absent and not (is_picture and source in observation):
-                none = "; give None where the camera sent nothing in this control step" if is_picture else ""
-                raise ShapeError(f"observation {source!r} is missing; got {sorted(observation)}{none}")
+            if not per_key and not (is_picture(spec) and source in observation):
+                raise ShapeError(f"{name} {missing(observation, is_picture(spec))}")
             absent.append(key)
             continue
-        name = f"observation {source!r}"
-        value: NDArray[Any] = (
-            _as_picture(observation[source], name, spec.shape) if is_picture else as_float32(observation[source], name)
-        )
-        batch = len(value) if batch is None and value.ndim else batch
-        if value.shape != (batch, *spec.shape) or not batch:
+        value: NDArray[Any] = np.asarray(observation[source])
+        if (problem := problem_with(value, spec, batched=True)) is not None:
+            raise ShapeError(f"{name} {problem}")
+        batch = len(value) if batch is None else batch
+        if len(value) != batch or not batch:
             expected = ", ".join(map(str, ("B", *spec.shape)))
             raise ShapeError(f"{name} must be ({expected}) with one B >= 1 for all keys, got {value.shape}")
-        if is_picture:
-            _check_content(value, name)
-        elif not np.isfinite(value).all():
-            row = int(np.argwhere(~np.isfinite(value))[0][0])
-            raise ShapeError(f"{name} holds a NaN or infinite value in row {row}")
-        seen[key] = transforms.convert(key, value)
+        seen[key] = transforms.convert(key, value if is_picture(spec) else as_float32(value, name))
     if batch is None:
         raise ShapeError(f"no observation key is there; expected {sorted(sources.values())}")
     for key in absent:
-        if any(part.key == key for part in transforms.config.chunk_parts):
+        if _is_needed(key, transforms):
             raise ShapeError(f"observation {key!r} may not be absent: actions are relative to it")
         spec = transforms.spec.observation[key]
         seen[key] = np.zeros((batch, *spec.shape), spec.dtype)
     return seen, dict.fromkeys(absent, False)
 
 
-def _as_picture(values: Any, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Pictures (B, H, W, C) uint8; raises ShapeError that names what else it is."""
-    array = np.asarray(values)
-    expected = f"(B, {', '.join(map(str, shape))}) uint8 of 0 to 255"
-    found = f"{array.shape} {array.dtype}"
-    if array.shape[1:] != shape:
-        raise ShapeError(f"{name} must be {expected}, got {found}{_shape_hint(array.shape, shape)}")
-    if array.dtype.kind == "f":
-        mend = "np.round(255 * picture)" if array.size and np.nanmax(array) <= 1 else "np.round(picture)"
-        raise ShapeError(f"{name} must be {expected}, got {found}: give {mend}.astype(np.uint8)")
-    if array.dtype != np.uint8:
-        raise ShapeError(f"{name} must be {expected}, got {found}: convert what is of 0 to 255 with astype(np.uint8)")
-    return array
+def optional_keys(sources: Mapping[str, str], transforms: Transforms, per_key: bool) -> set[str]:
+    """The recording's keys that `model_observation` takes None for; arguments as there."""
+    specs = transforms.recorded.observation
+    return {
+        source
+        for key, source in sources.items()
+        if (per_key or is_picture(specs[source])) and not _is_needed(key, transforms)
+    }
 
 
-def _shape_hint(found: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    """What to do about pictures of another shape than (B, *shape)."""
-    height, width, channels = shape
-    if found == shape:
-        return ": there is no batch axis; give picture[None]"
-    if found[1:] == (channels, height, width):
-        return ": channels come last; give np.moveaxis(picture, 1, -1)"
-    if found[1:] == (height, width) and channels == 1:
-        return ": the channel's axis is missing; give picture[..., None]"
-    if found[1:] in ((height, width), (height, width, 1)):
-        return f": this is grey, the policy was trained with {channels} channels"
-    if found[1:3] == (height, width) and len(found) == 4:
-        alpha = (
-            ": the fourth (alpha) is not known to it; give picture[..., :3]" if (found[3], channels) == (4, 3) else ""
-        )
-        return f": the policy was trained with {channels} channels{alpha}"
-    if len(found) == 4 and found[3] == channels:
-        return ": a picture of another size; resize it to that of the training, or use that camera's settings"
-    return ": is it another camera?"
-
-
-def _check_content(pictures: NDArray[np.uint8], name: str) -> None:
-    """Refuses pictures (B, H, W, C) in which there is nothing to be seen."""
-    rows = pictures.reshape(len(pictures), -1)
-    low, high = rows.min(axis=1), rows.max(axis=1)
-    for row in np.flatnonzero(low == high)[:1]:
-        raise ShapeError(
-            f"{name} is {low[row]} everywhere in row {row}: the camera gave no picture; mend it, or give None for this "
-            "control step"
-        )
-    for row in np.flatnonzero(high <= 1)[:1]:
-        raise ShapeError(
-            f"{name} holds nothing but 0 and 1 in row {row}: a picture of 0 to 1 was converted to uint8; give "
-            "np.round(255 * picture).astype(np.uint8)"
-        )
+def _is_needed(key: str, transforms: Transforms) -> bool:
+    """Whether actions are relative to this key of the model."""
+    return any(part.key == key for part in transforms.config.chunk_parts)
 
 
 def checked_action(name: str, action: ActionArray, shape: tuple[int, ...]) -> ActionArray:

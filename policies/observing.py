@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError, ShapeError
-from scd_robot.policies.inputs import checked_action, model_observation
+from scd_robot.policies.inputs import checked_action, model_observation, optional_keys
 from scd_robot.policies.instructions import Instructions
 from scd_robot.policies.rows import Architecture, HistoryCache, Rows
 from scd_robot.transforms import TASK, Transforms
@@ -88,6 +88,7 @@ class ObservingPolicy(ABC):
         self._sources = {key: sources[key] for key in keys if key in sources}
         self.instructions = Instructions(transforms.config.tasks, task, goal, self._sources.values(), recorded)
         told = self.instructions.goal
+        self._per_key = architecture.observation_tokens == "per_key"
         self.spec = PolicySpec(
             observation={key: recorded[key] for key in self._sources.values() if key not in told},
             action_dim=dataset.action_dim,
@@ -98,6 +99,7 @@ class ObservingPolicy(ABC):
             action_kind=dataset.action_kind,
             tasks=tuple(self.instructions.tasks),
             max_delay_steps=architecture.max_delay_steps,
+            optional=tuple(sorted(optional_keys(self._sources, transforms, self._per_key) - set(told))),
         )
         self._timings = _empty_timings()
         self._rows: Rows | None = None
@@ -208,9 +210,8 @@ class ObservingPolicy(ABC):
             ShapeError: missing keys, wrong widths, a batch size other than before, NaN or infinite values; pictures of
                 another size or type, or of one colour.
         """
-        may_be_absent = self.architecture.observation_tokens == "per_key"
         observation = self.instructions.with_goal(observation)
-        seen, present = model_observation(observation, self._sources, self.transforms, may_be_absent)
+        seen, present = model_observation(observation, self._sources, self.transforms, self._per_key)
         batch = len(next(iter(seen.values())))
         if self.spec.tasks:
             seen[TASK] = self.instructions.task_rows(observation, batch)

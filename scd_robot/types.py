@@ -152,6 +152,7 @@ class PolicySpec:
         tasks: in words, where it does several and has to be told which.
         max_delay_steps: most committed actions that training showed it clean (real-time chunking); 0 = it was not
             trained for delays, None = not known.
+        optional: keys that `observe` takes None for, where nothing came in a control step.
     """
 
     observation: dict[str, ArraySpec]
@@ -163,6 +164,7 @@ class PolicySpec:
     action_kind: ActionKind = ""
     tasks: tuple[str, ...] = ()
     max_delay_steps: int | None = None
+    optional: tuple[str, ...] = ()
 
 
 @runtime_checkable

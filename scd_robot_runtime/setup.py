@@ -27,6 +27,7 @@ MODULES = (
     "scd_robot/transform_config.py",
     "scd_robot/transforms.py",
     "scd_robot/types.py",
+    "scd_robot/usable.py",
     "scd_robot/control/*.py",
     "scd_robot/export/__init__.py",
     "scd_robot/export/manifest.py",

@@ -10,7 +10,7 @@ CHECKOUT = Path(__file__).parent.parent
 PACKAGE = CHECKOUT / "scd_robot"
 MAPPED = ("datasets", "policies", "sim_eval")
 
-BASE = {"errors", "types", "dotted", "seeding", "config", "output"}
+BASE = {"errors", "types", "usable", "dotted", "seeding", "config", "output"}
 NUMERICS = BASE | {"normalization", "resizing", "rotations", "transform_config", "transforms"}
 NETWORK = NUMERICS | {"nn", "diffusion", "model"}
 TRAINED = NETWORK | {"checkpoint"}
@@ -31,6 +31,7 @@ EVERYTHING = TRAINED | {
 ALLOWED = {
     "errors": set(),
     "types": {"errors"},
+    "usable": {"types"},
     "dotted": {"errors"},
     "seeding": {"errors"},
     "config": {"errors"},

@@ -10,7 +10,7 @@ import contextlib
 import queue
 import sys
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -75,7 +75,7 @@ class ControlLoop:
         self._planning = Planning(policy, self._planner, *how)
         self._journal = Journal(recorder, self._clock, self._planning)
         self._commander = Commander(robot, limits, config.servo_steps, self._servo_dt, self._clock, self._journal)
-        self._gate = ObservationGate(dict(spec.observation), config.watchdog, spec.action_dim)
+        self._gate = ObservationGate(dict(spec.observation), config.watchdog, spec.action_dim, spec.optional)
         self._requests: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._intent: Literal["run", "pause", "stop"] = "run"
         self._followed = False  # a plan of this epoch was followed
@@ -282,10 +282,10 @@ class ControlLoop:
         sample = self._gate.newest
         assert sample is not None, "anchored by one"
         started = self._clock.now()
+        values = {key: sample.observation[key] for key in self._policy.spec.observation}
+        seen: dict[str, Any] = {key: None if value is None else value[None] for key, value in values.items()}
         try:
-            self._policy.observe(
-                {key: sample.observation[key][None] for key in self._policy.spec.observation}, self._executed(sample)
-            )
+            self._policy.observe(seen, self._executed(sample))
         except Exception as error:
             changed = isinstance(error, PolicyChangedError)
             self._journal.fault("changed_policy" if changed else "encoder_error", f"{type(error).__name__}: {error}")

@@ -13,6 +13,7 @@ import numpy as np
 from scd_robot.control.interfaces import Command, Sample
 from scd_robot.errors import ConfigError
 from scd_robot.types import ArraySpec
+from scd_robot.usable import problem_of
 
 __all__ = ["FAULTS", "Approach", "ObservationGate", "Reaction", "StartGuard", "WatchdogConfig"]
 
@@ -167,12 +168,14 @@ class ObservationGate:
         spec: of the observations, by key.
         config: thresholds.
         action_dim: Da.
+        optional: keys that may be None.
         newest: the last good sample; None = none yet.
     """
 
     spec: dict[str, ArraySpec]
     config: WatchdogConfig
     action_dim: int
+    optional: tuple[str, ...] = ()
     newest: Sample | None = None
     _overtaken_s: float = 0.0  # how much older than the newest the last sample is, by its stamp
     _changed: dict[str, tuple[int, float]] = field(default_factory=dict)  # by key: checksum, stamp when it was new
@@ -192,6 +195,8 @@ class ObservationGate:
         if problem is not None:
             return problem
         for key in self.config.frozen_keys:
+            if sample.observation[key] is None:
+                continue
             checksum = zlib.crc32(np.ascontiguousarray(sample.observation[key]).data)
             if key not in self._changed or self._changed[key][0] != checksum:
                 self._changed[key] = (checksum, sample.stamp_s)
@@ -216,11 +221,12 @@ class ObservationGate:
         return words
 
     def frozen_key(self) -> str | None:
-        """A key that has repeated itself for too long."""
+        """A key that has repeated itself for too long; one that is None now does not."""
         if self.newest is None:
             return None
-        limit = self.newest.stamp_s - self.config.max_frozen_s
-        return next((key for key, (_, since) in self._changed.items() if since < limit), None)
+        limit, seen = self.newest.stamp_s - self.config.max_frozen_s, self.newest.observation
+        frozen = (key for key, (_, since) in self._changed.items() if since < limit and seen[key] is not None)
+        return next(frozen, None)
 
     def forget_freezing(self) -> None:
         """Begins to watch for repetition anew."""
@@ -229,21 +235,9 @@ class ObservationGate:
     def _problem(self, sample: Sample, now_s: float) -> str | None:
         if not np.isfinite(sample.stamp_s) or sample.stamp_s > now_s + self.config.max_age_s:
             return f"its time stamp {sample.stamp_s} lies in the future: {_WHICH_CLOCK}"
-        for key, spec in self.spec.items():
-            value: Any = sample.observation.get(key)  # a robot's own class may tell anything
-            if value is None:
-                return f"{key!r} is missing; got {sorted(map(str, sample.observation))}"
-            if not isinstance(value, np.ndarray | np.generic):
-                return f"{key!r} must be an array, got {type(value).__name__}"
-            if value.shape != spec.shape:
-                hint = ": leave the batch axis out" if value.shape == (1, *spec.shape) else ""
-                return f"{key!r} must be {spec.shape}, got {value.shape}{hint}"
-            if spec.dtype == "uint8" and value.dtype != np.uint8:
-                return f"{key!r} must hold uint8 from 0 to 255, got {value.dtype}"
-            if value.dtype.kind not in "biuf":
-                return f"{key!r} must hold numbers, got {value.dtype}"
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
-                return f"{key!r} holds NaN or infinite values"
+        problem = problem_of(sample.observation, self.spec, self.optional)
+        if problem is not None:
+            return problem
         if sample.executed is not None and np.shape(sample.executed) != (self.action_dim,):
             return f"`executed` must be ({self.action_dim},) like a command, got {np.shape(sample.executed)}"
         return None

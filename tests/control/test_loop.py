@@ -22,6 +22,7 @@ from scd_robot.control.planner import VirtualPlanner
 from scd_robot.control.recorder import FlightRecorder, find_record, read_record, write_record
 from scd_robot.control.rehearsal import SPEC, Script, ScriptedPolicy, ScriptedRobot
 from scd_robot.errors import ConfigError, OutputError
+from scd_robot.types import ArraySpec
 
 DT = SPEC.control_dt
 WIDE = Limits.of_box((-10.0, -10.0), (10.0, 10.0))
@@ -33,14 +34,15 @@ class Constant(ScriptedPolicy):
     def __init__(self, script, goal):
         super().__init__(script, 0)
         self.goal, self.prefixes, self.executed, self.resets = np.array(goal), [], [], 0
-        self.running = []
+        self.running, self.seen = [], []
 
     def reset(self, rows=None, episodes=None):
         super().reset()
         self.resets += 1
 
     def observe(self, observation, executed_action=None):
-        super().observe(observation, executed_action)
+        super().observe({key: x for key, x in observation.items() if x is not None}, executed_action)
+        self.seen.append(observation)
         self.executed.append(executed_action)
 
     def snapshot(self):
@@ -58,12 +60,13 @@ class Constant(ScriptedPolicy):
 class Scene:
     """A loop in virtual time; `sent` holds the commands, `at[step]()` is called before a control step."""
 
-    def __init__(self, config=None, limits=WIDE, goal=(1.0, 1.0), plan_steps=1.5, tells_executed=False):
+    def __init__(self, config=None, limits=WIDE, goal=(1.0, 1.0), plan_steps=1.5, tells_executed=False, spec=None):
         config = config or LoopConfig()
         self.clock = VirtualClock()
         script = Script([], self.clock, DT)
         self.robot = ScriptedRobot(script, self.clock, np.zeros(2), tells_executed)
         self.policy = Constant(script, goal)
+        self.policy.spec = spec = spec or self.policy.spec
         self.plan_steps, self.sent, self.at, self.states = plan_steps, [], {}, []
         send = self.robot.send
 
@@ -73,7 +76,7 @@ class Scene:
 
         self.robot.send = watched
         planner = VirtualPlanner(self.policy, self.clock, lambda: self.plan_steps * DT)
-        recorder = FlightRecorder(config.recorder, SPEC.observation, 2, DT, background=False)
+        recorder = FlightRecorder(config.recorder, spec.observation, 2, DT, background=False)
         self.loop = ControlLoop(
             self.robot, self.policy, limits, config, clock=self.clock, planner=planner, recorder=recorder
         )
@@ -478,6 +481,46 @@ def test_what_a_robot_tells_wrongly_is_a_bad_observation_and_told_once(told, wor
     report = scene.run(20)
     assert (report.faults, report.commands, report.state) == ({"bad_observation": 1}, 0, "stopped")
     assert caplog.text.count(words) == 1
+
+
+SEES = replace(
+    SPEC,
+    observation={"state": ArraySpec((2,)), "camera": ArraySpec((4, 4, 1), "uint8"), "force": ArraySpec((1,))},
+    optional=("camera", "force"),
+)
+RAMP = np.arange(16, dtype=np.uint8).reshape(4, 4, 1)
+
+
+@pytest.mark.parametrize("bad", [{"camera": 0 * RAMP}, {"state": np.full(2, np.nan)}], ids=["black", "nan"])
+def test_a_picture_of_nothing_is_not_taken_in_and_costs_no_history(bad):
+    scene = Scene(spec=SEES)
+    good = {"camera": RAMP, "force": np.zeros(1)}
+    scene.loop._robot = Foreign(
+        scene.robot, lambda sample: seen(sample, **{**good, **(bad if round(sample.stamp_s / DT) == 20 else {})})
+    )
+    scene.at[30] = lambda: resets.append(scene.policy.resets)
+    resets = []
+    report = scene.run(40)
+    assert report.faults == {"bad_observation": 1}
+    assert resets == [1], "that of the start"
+    assert len(scene.policy.seen) == 39, "every control step but the last, which stops"
+    assert all((one["camera"] == RAMP).all() for one in scene.policy.seen)
+
+
+def test_what_did_not_come_is_none_to_the_policy_and_nan_in_the_record(tmp_path):
+    config = LoopConfig(recorder=RecorderConfig(tmp_path, at_end=True))
+    scene = Scene(config, spec=SEES)
+
+    def told(sample):
+        comes = round(sample.stamp_s / DT) % 2 == 0
+        return seen(sample, camera=RAMP if comes else None, force=np.ones(1) if comes else None)
+
+    scene.loop._robot = Foreign(scene.robot, told)
+    assert scene.run(10).faults == {}
+    absent = [[one[key] is None for key in ("state", "camera", "force")] for one in scene.policy.seen]
+    assert absent[:8] in ([[False] * 3, [False, True, True]] * 4, [[False, True, True], [False] * 3] * 4)
+    arrays, _ = read_record(find_record(tmp_path))
+    assert np.isnan(arrays["observation/force"][:8, 0]).tolist() in ([False, True] * 4, [True, False] * 4)
 
 
 def seen(sample, **changes):

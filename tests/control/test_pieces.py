@@ -13,6 +13,7 @@ from scd_robot.control.planner import PlanRequest, ThreadPlanner, make_plan
 from scd_robot.control.rehearsal import SPEC
 from scd_robot.control.watchdog import ObservationGate
 from scd_robot.errors import ConfigError
+from scd_robot.types import ArraySpec
 
 CHUNK = np.arange(32, dtype=np.float32).reshape(16, 2)
 
@@ -217,6 +218,38 @@ class TestGate:
             assert gate.newest is not None
             assert gate.newest.stamp_s == 1.0
         assert gate.age_s(1.3) == pytest.approx(0.3)
+
+    def test_a_picture_of_nothing_is_as_bad_as_nan_and_none_is_fine_where_the_policy_does_without(self):
+        spec = {"state": ArraySpec((2,)), "eye": ArraySpec((4, 6, 3), "uint8")}
+        gate = ObservationGate(spec, WatchdogConfig(frozen_keys=("eye",), max_frozen_s=0.5), 2, optional=("eye",))
+        picture = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
+
+        def seen(stamp, **changes):
+            return Sample({"state": np.zeros(2), "eye": picture, **changes}, stamp)
+
+        assert gate.admit(seen(1.0), 1.0) is None
+        for eye, told in [
+            (0 * picture, "'eye' is 0 everywhere: the camera gave no picture; mend it, or give None"),
+            (0 * picture + 255, "'eye' is 255 everywhere"),
+            ((picture > 9).astype(np.uint8), "nothing but 0 and 1"),
+            (picture[None], "leave the batch axis out"),
+            (np.moveaxis(picture, -1, 0), "channels come last; give np.moveaxis(picture, 0, -1)"),
+        ]:
+            assert told in str(gate.admit(seen(1.1, eye=eye), 1.1))
+        assert "'eye' is missing; got ['state']; give None" in str(gate.admit(Sample({"state": np.zeros(2)}, 1.1), 1.1))
+        assert "'state' is missing" in str(gate.admit(seen(1.1, state=None), 1.1))
+        assert gate.newest is not None
+        assert gate.newest.stamp_s == 1.0
+        for stamp in np.arange(1.1, 2.5, 0.1):
+            assert gate.admit(seen(float(stamp), eye=None), float(stamp)) is None
+            assert gate.newest.stamp_s == stamp
+            assert gate.frozen_key() is None, "it does not repeat itself, nothing comes"
+        gate.admit(seen(2.5), 2.5)
+        assert gate.frozen_key() == "eye"
+
+    def test_a_sample_of_none_alone_is_none(self):
+        gate = ObservationGate({"eye": ArraySpec((4, 6, 3), "uint8")}, WatchdogConfig(), 2, optional=("eye",))
+        assert gate.admit(Sample({"eye": None}, 1.0), 1.0) == "every key is None: nothing was observed"
 
     def test_a_sample_that_was_overtaken_is_left_out(self):
         gate = self.gate()

@@ -247,11 +247,13 @@ class Arm:
 
     def tick(self):
         self.ticks += 1
+        front = np.full((6, 8, 3), self.ticks % 251, np.uint8)
+        front[0, 0] = 255  # a picture of one colour is none
         arm = {name: at for name, at in self.positions.items() if name != "gripper"}
         messages = {
             "arm": ("/joint_states", joint_state(arm, self.ticks, [0.25] * len(arm))),
             "gripper": ("/joint_states", joint_state({"gripper": self.positions["gripper"]}, self.ticks)),
-            "camera": ("/front", image(np.full((6, 8, 3), self.ticks % 251, np.uint8), padding=4, stamp=self.ticks)),
+            "camera": ("/front", image(front, padding=4, stamp=self.ticks)),
         }
         self.spoil(messages)
         for topic, message in messages.values():

@@ -87,6 +87,7 @@ class FakeLeRobot:
         values = {f"{motor}.pos": at for motor, at in self.positions.items()}
         self.readings += not self.frozen
         values["front"] = np.full(self.size, self.readings % 251, np.uint8)
+        values["front"][0, 0] = 255  # a picture of one colour is none
         self.spoil(values)
         if not self.pass_on.is_set():
             self.blocked.set()

@@ -211,3 +211,6 @@ def test_what_does_not_fit_together_is_refused(scd_policy, seen) -> None:
             ChoosingPolicy(scd_policy(), random_frames(), to_the_right, **settings)
     assert policy.spec.observation["eye"].shape == SHAPE
     assert set(policy.spec.observation) == {"eye", "position", "goal"}
+    inner = scd_policy()
+    inner.spec = replace(inner.spec, optional=("eye", "goal"))
+    assert ChoosingPolicy(inner, random_frames(), to_the_right).spec.optional == ("goal",)

@@ -64,6 +64,11 @@ def test_a_camera_that_sends_nothing_is_absent_in_that_step(make, tokens: str) -
     assert (policy.context - full_pass(policy, observations)).abs().max() > 1e-3
 
 
+def test_what_may_be_none_is_told(make) -> None:
+    assert make().spec.optional == ("eye", "wrist")
+    assert make(observation_tokens="per_key").spec.optional == ("eye", "position", "wrist")
+
+
 def test_pictures_are_cropped_and_resized_as_in_training(make) -> None:
     smaller = {"observation_shapes": {**SHAPES, "eye": (8, 16, 3)}}
     policy = make(TransformConfig(images=(ImageStep("eye", (12, 24), (8, 16)),)), **smaller)

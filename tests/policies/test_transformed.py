@@ -155,6 +155,7 @@ def test_a_sensor_may_not_be_silent_otherwise(stream) -> None:
     with pytest.raises(ShapeError, match="'goal' is missing"):
         make(TransformConfig()).observe({"position": observation["position"]})
     relative = make(RELATIVE, model={"observation_tokens": "per_key"})
+    assert relative.spec.optional == ("goal",)
     with pytest.raises(ShapeError, match="actions are relative to it"):
         relative.observe({"goal": observation["goal"]})
     with pytest.raises(ShapeError, match="no observation key is there"):
