@@ -157,6 +157,7 @@ class Served:
             history_length=told["history"],
             tasks=tuple(told.get("tasks", ())),
             max_delay_steps=told.get("max_delay_steps"),
+            optional=tuple(sorted(array["name"] for array in told["keys"].values() if array.get("optional"))),
         )
         return cls(
             address=address,

@@ -4,7 +4,8 @@ Without a mapping a key of the checkpoint is looked for under its own name, and 
 `observation.state`, `observation/state`, `state`, and "state" inside of "observation".
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
 from scd_robot.types import ArraySpec
+from scd_robot.usable import is_picture, is_there, problem_with
 
 __all__ = ["ObservationReader", "flatten"]
+
+logger = logging.getLogger(__name__)
 
 
 def flatten(message: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -33,7 +37,7 @@ class ObservationReader:
     Args:
         spec: by key, without a batch axis.
         mapping: the client's (flat) key of some keys of `spec`.
-        optional: keys that a model does without in some control steps.
+        optional: keys that a policy does without in some control steps, where a client sends nil for them.
 
     Attributes:
         client_keys: what a client should call each key of `spec`.
@@ -47,7 +51,7 @@ class ObservationReader:
         self,
         spec: Mapping[str, ArraySpec],
         mapping: Mapping[str, str] | None = None,
-        optional: frozenset[str] = frozenset(),
+        optional: Collection[str] = (),
     ) -> None:
         mapping = mapping or {}
         for key in mapping:
@@ -58,33 +62,36 @@ class ObservationReader:
             raise ConfigError(f"two observation keys are read from one key of the client: {self.client_keys}")
         self._spec = dict(spec)
         self._mapped = frozenset(mapping)
-        self._optional = optional
+        self._optional = frozenset(optional)
+        self._turned = False  # pictures of a client were, and that was told
 
-    def read(self, given: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    def read(self, given: Mapping[str, Any]) -> dict[str, NDArray[Any] | None]:
         """The observation, by the checkpoint's keys and without a batch axis; other entries are ignored.
 
         Args:
             given: a message, flattened.
 
         Raises:
-            ShapeError: a key is missing or there twice, or has another shape, another kind of numbers, NaN or infinite
-                values.
+            ShapeError: a key is missing or there twice, or cannot be used, see `scd_robot.usable`.
         """
         alike: dict[str, list[str]] = {}
         for name in given:
             alike.setdefault(_plain(name), []).append(name)
-        seen = {}
+        seen: dict[str, NDArray[Any] | None] = {}
         for key, wanted in self._spec.items():
             name = self.client_keys[key]
             names = [name] if name in given or key in self._mapped else alike.get(_plain(name), [])
-            names = [name for name in names if given.get(name) is not None]
-            if len(names) > 1:
-                raise ShapeError(f"observation {key!r} could be any of {', '.join(map(repr, sorted(names)))}; send one")
-            if names:
-                seen[key] = self._checked(names[0], given[names[0]], wanted)
-            elif key not in self._optional:
-                raise ShapeError(f"observation {name!r} is missing; {self.difference(given)}")
-        if not seen:
+            came = [name for name in names if given.get(name) is not None]
+            if len(came) > 1:
+                raise ShapeError(f"observation {key!r} could be any of {', '.join(map(repr, sorted(came)))}; send one")
+            if came:
+                seen[key] = self._checked(came[0], given[came[0]], wanted)
+            elif key in self._optional and any(name in given for name in names):
+                seen[key] = None
+            else:
+                nil = "; or send nil for it where nothing came" if key in self._optional else ""
+                raise ShapeError(f"observation {name!r} is missing; {self.difference(given)}{nil}")
+        if not is_there(seen):
             raise ShapeError(f"no observation is there; {self.difference(given)}")
         return seen
 
@@ -99,25 +106,22 @@ class ObservationReader:
         )
 
     def _checked(self, name: str, value: Any, wanted: ArraySpec) -> NDArray[Any]:
-        if not isinstance(value, np.ndarray | np.generic):
-            raise ShapeError(f"observation {name!r} must be an array, got {_words(value)}")
-        array = np.asarray(value)
-        if array.shape != wanted.shape:
-            hint = ""
-            if array.shape == (1, *wanted.shape):
-                hint = "; leave the batch axis out"
-            elif array.ndim == 3 and (*array.shape[1:], array.shape[0]) == wanted.shape:
-                hint = "; send height, width, channels"
-            elif wanted.dtype == "uint8" and array.ndim == 3 and array.shape[2] == wanted.shape[-1]:
-                hint = "; resize it in the client to the size of the recording"
-            raise ShapeError(f"observation {name!r} must be {_words(wanted)}, got {_words(array)}{hint}")
-        if wanted.dtype == "uint8" and array.dtype != np.uint8:
-            raise ShapeError(f"observation {name!r} must hold uint8 from 0 to 255, got {array.dtype}")
-        with np.errstate(over="ignore"):
-            array = array.astype(wanted.dtype)
-        if not np.isfinite(array).all():
-            raise ShapeError(f"observation {name!r} holds a NaN or infinite value")
-        return array
+        if isinstance(value, np.ndarray) and _is_turned(value.shape, wanted):
+            if not self._turned:
+                logger.warning("a client sends pictures as channels, height, width (%r): they are turned", name)
+            self._turned, value = True, np.ascontiguousarray(np.moveaxis(value, 0, -1))
+        problem = problem_with(value, wanted)
+        if problem is not None:
+            raise ShapeError(f"observation {name!r} {problem}")
+        return np.asarray(value).astype(wanted.dtype)
+
+
+def _is_turned(shape: tuple[int, ...], wanted: ArraySpec) -> bool:
+    """Whether this surely is a picture with channels first (C, H, W), as openpi's clients of ALOHA send them."""
+    if not is_picture(wanted):
+        return False
+    height, width, channels = wanted.shape
+    return shape == (channels, height, width) and width != channels
 
 
 def _plain(name: str) -> str:

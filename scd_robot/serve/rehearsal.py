@@ -157,7 +157,10 @@ def metadata_of(policy: ScriptedPolicy) -> dict[str, Any]:
         "max_prefix": policy.max_prefix,
         "max_gain": _MAX_GAIN,
         "tasks": list(spec.tasks),
-        "keys": {key: {**array.to_json(), "name": key} for key, array in spec.observation.items()},
+        "keys": {
+            key: {**array.to_json(), "name": key, "optional": key in spec.optional}
+            for key, array in spec.observation.items()
+        },
     }
 
 

@@ -77,7 +77,8 @@ class RemotePolicy:
         """One control step: each row's observation goes to the server, with the wish for a plan where it is due.
 
         Args:
-            observation: arrays (B, ...), all keys of `spec.observation`.
+            observation: arrays (B, ...), all keys of `spec.observation`; None for those of `spec.optional` that did not
+                come.
             executed_action: (B, Da) what was done in the last step; None = what was asked for.
 
         Returns:
@@ -102,7 +103,10 @@ class RemotePolicy:
             options: dict[str, Any] = {**new.get(row, {}), "step": int(self._step[row])}
             if executed_action is not None and row not in new:
                 options["executed"] = np.asarray(executed_action[row], np.float32)
-            seen = {self._names[key]: observation[key][row] for key in self.spec.observation}
+            seen = {
+                self._names[key]: None if observation[key] is None else observation[key][row]
+                for key in self.spec.observation
+            }
             self._clients[row].send(seen, observe_only=not self.planned[row], prompt=self.prompt, **options)
         for row in range(rows):
             answer = self._clients[row].receive()
@@ -131,7 +135,8 @@ class RemotePolicy:
         for key in self.spec.observation:
             if key not in observation:
                 raise ShapeError(f"observation {key!r} is missing; got {sorted(observation)}")
-        sizes = {len(observation[key]) if np.ndim(observation[key]) else 0 for key in self.spec.observation}
+        there = [observation[key] for key in self.spec.observation if observation[key] is not None]
+        sizes = {len(value) if np.ndim(value) else 0 for value in there}
         if len(sizes) != 1 or not min(sizes):
             raise ShapeError(f"observations must have one batch axis of B >= 1 rows, got {sorted(sizes)}")
         rows = sizes.pop()

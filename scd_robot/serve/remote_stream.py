@@ -30,7 +30,8 @@ from scd_robot.serve.endpoint import (
 )
 from scd_robot.serve.link import Answered, Broken, Link, SocketLink
 from scd_robot.serve.wire import pack
-from scd_robot.types import ActionArray, ArraySpec, Observation
+from scd_robot.types import ActionArray, Observation
+from scd_robot.usable import missing
 
 __all__ = ["RemoteStream"]
 
@@ -181,13 +182,14 @@ class RemoteStream:
         """Takes in one control step; while there is no connection it is left out, and nothing can be planned.
 
         Args:
-            observation: arrays (1, ...), all keys of `spec.observation`.
+            observation: arrays (1, ...), all keys of `spec.observation`; None for those of `spec.optional` that did not
+                come.
             executed_action: (1, Da) what was done in the step before; None = not known.
 
         Raises:
             HistoryLostError: the server has forgotten the history, once for each time.
             PolicyChangedError: it has other weights than before, likewise; nothing was sent to it yet.
-            ShapeError: a picture that is not one of bytes.
+            ShapeError: a picture that is not one of bytes, or a key is None that may not be.
         """
         self._take_in()
         self.skip()
@@ -200,8 +202,7 @@ class RemoteStream:
         if not self._connected:
             return
         message: dict[str, Any] = {
-            self._served.keys[key]: _as_told(key, observation[key][0], spec)
-            for key, spec in self.spec.observation.items()
+            self._served.keys[key]: self._as_told(key, observation) for key in self.spec.observation
         }
         self._step = 0 if self._begins else self._step + 1
         message["scd/step"] = self._step
@@ -254,6 +255,18 @@ class RemoteStream:
         self.link.close()
 
     # The connection.
+
+    def _as_told(self, key: str, observation: Observation) -> NDArray[Any] | None:
+        """What is sent of one key of an observation (1, ...); None = nothing came."""
+        spec, value = self.spec.observation[key], observation.get(key)
+        if value is None:
+            if key not in self.spec.optional:
+                raise ShapeError(f"observation {key!r} {missing(observation, False)}")
+            return None
+        array = np.asarray(value[0])
+        if spec.dtype == "uint8" and array.dtype != np.uint8:
+            raise ShapeError(f"observation {key!r} must hold uint8 from 0 to 255, got {array.dtype}")
+        return array.astype(spec.dtype, copy=False)
 
     def _post(self, request: PlanRequest | None) -> None:
         message, self._pending = self._pending, None
@@ -345,11 +358,3 @@ class RemoteStream:
             self._lost = reason
         self._history += 1
         self._begins, self._pending = True, None
-
-
-def _as_told(key: str, value: Any, spec: ArraySpec) -> NDArray[Any]:
-    """What is sent of one key of an observation."""
-    array = np.asarray(value)
-    if spec.dtype == "uint8" and array.dtype != np.uint8:
-        raise ShapeError(f"observation {key!r} must hold uint8 from 0 to 255, got {array.dtype}")
-    return array.astype(spec.dtype, copy=False)

@@ -38,7 +38,7 @@ class Request:
     """One message of a client, checked.
 
     Attributes:
-        observation: by the checkpoint's keys; None = there is none.
+        observation: by the checkpoint's keys, None for what did not come in this control step; None = there is none.
         reset: forget the history before this observation.
         episode: keys the noise of the history that begins; None = the server counts.
         step: control step of the observation, as the client counts; None = not told.
@@ -53,7 +53,7 @@ class Request:
         wants_text: the answer to a reset is a text, as in the dialect with "endpoint".
     """
 
-    observation: dict[str, NDArray[Any]] | None = None
+    observation: Mapping[str, NDArray[Any] | None] | None = None
     reset: bool = False
     episode: int | None = None
     step: int | None = None

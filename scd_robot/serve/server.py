@@ -77,8 +77,7 @@ class PolicyServer:
             raise ConfigError(
                 f"an observation takes {needed} bytes, a message may have {self.config.max_frame_bytes}; allow more"
             )
-        optional = frozenset(spec.observation) if model.observation_tokens == "per_key" else frozenset()
-        observations = ObservationReader(spec.observation, self.config.keys, optional)
+        observations = ObservationReader(spec.observation, self.config.keys, spec.optional)
         self._reader = RequestReader(observations, spec.action_dim, spec.chunk_length)
         limits = (self.config.steps_per_plan, self.config.max_history_bytes, self.config.prompt_resets)
         self._engine = Engine(policy, *limits)
@@ -372,7 +371,10 @@ def _metadata(policy: Any, client_keys: Mapping[str, str], steps_per_plan: int, 
         "positions": _POSITIONS,
         "tasks": list(spec.tasks),
         "task": policy.task if spec.tasks else None,
-        "keys": {client_keys[key]: {**array.to_json(), "name": key} for key, array in spec.observation.items()},
+        "keys": {
+            client_keys[key]: {**array.to_json(), "name": key, "optional": key in spec.optional}
+            for key, array in spec.observation.items()
+        },
         "policy": {key: made[key] for key in ("type", "step", "weights_sha256", "preset") if key in made},
     }
 

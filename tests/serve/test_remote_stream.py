@@ -42,6 +42,7 @@ from scd_robot.serve import HistoryLostError, RemoteStream, ServerUnreachableErr
 from scd_robot.serve.endpoint import Served
 from scd_robot.serve.rehearsal import ScriptedLink, behind_a_server, metadata_of
 from scd_robot.serve.server import ServerConfig, running_server
+from scd_robot.serve.wire import unpack
 
 PLACES = Limits((-1.0, -1.0), (1.0, 1.0), (2.0, 1.0), (20.0, 5.0), (None, None))
 DT = SPEC.control_dt
@@ -194,15 +195,30 @@ def test_no_schedule_of_faults_makes_a_command_unsafe_or_a_history_go_wrong(scri
 class Alone:
     """A stream by itself, its scripted link and its clock."""
 
-    def __init__(self, incidents=(), timeout_s=0.5, tasks=()):
+    def __init__(self, incidents=(), timeout_s=0.5, tasks=(), optional=()):
         self.clock = VirtualClock()
         script = Script(incidents, self.clock, DT)
         self.policy = ScriptedPolicy(script, 0)
-        self.policy.spec = replace(SPEC, tasks=tasks)
+        self.policy.spec = replace(SPEC, tasks=tasks, optional=optional)
         self.link = ScriptedLink(self.policy, script, self.clock, lambda: 0.06)
         served = Served.of("ws://scripted", metadata_of(self.policy))
         self.stream = RemoteStream(self.link, served, answer_timeout_s=timeout_s, clock=self.clock)
         self.seen = {"state": np.zeros((1, 2), np.float32), "camera": np.zeros((1, 4, 4), np.uint8)}
+
+
+def test_what_did_not_come_goes_as_nil_where_the_policy_does_without():
+    alone = Alone(optional=("camera",))
+    frames = []
+    alone.link.send = frames.append
+    alone.stream.observe(alone.seen)
+    alone.stream.observe({**alone.seen, "camera": None})
+    alone.stream.skip()
+    with pytest.raises(ShapeError, match=r"'state' is missing; got \['camera', 'state'\]"):
+        alone.stream.observe({**alone.seen, "state": None})
+    first, second = map(unpack, frames)
+    assert first["camera"].shape == (4, 4)
+    assert second["camera"] is None
+    assert second["state"].shape == (2,)
 
 
 def test_a_server_that_leaves_a_message_unanswered_is_given_up():
