@@ -7,16 +7,17 @@ Shapes: B requests computed together, n control steps, Ta chunk length, Da actio
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.errors import ConfigError, ScdRobotError, UnknownNameError
+from scd_robot.errors import ConfigError, ScdRobotError, ShapeError, UnknownNameError
 from scd_robot.serve.requests import Request
 from scd_robot.transforms import TASK
+from scd_robot.usable import problem_of
 
 __all__ = ["Answer", "Engine", "Session"]
 
@@ -67,6 +68,9 @@ class Answer:
 class _Job:
     session: Session
     request: Request
+    history: Any  # what the session's becomes; the rest of the session stays as it was if the request is refused
+    step: int
+    planned: bool
     new: bool  # a history begins
     gap: int  # control steps since the last observation
     task: NDArray[np.float32] | None = None  # vector of it, for policies of several
@@ -122,8 +126,9 @@ class Engine:
         """Answers requests of different sessions.
 
         Returns:
-            For each its answer or the error that it gets. After an `ScdRobotError` the history is as it was, but that
-            the observation is part of it where only the plan failed; after any other exception it is forgotten.
+            For each its answer or the error that it gets. What is refused, by an `ScdRobotError`, leaves its session as
+            it was, but that the observation is part of it where only the plan failed. Where the policy fails at
+            something else the history is forgotten, and the next observation begins one.
         """
         results: list[_Job | Exception] = []
         for session, request in requests:
@@ -133,13 +138,10 @@ class Engine:
                 results.append(error)
         jobs = [job for job in results if isinstance(job, _Job)]
         for group in self._groups([job for job in jobs if job.request.observation is not None]):
-            try:
-                self._compute(group)
-            except Exception as error:
-                for job in group:
-                    job.session.history = None
-                    job.result = error
+            self._answer(group)
         for job in jobs:
+            if job.request.observation is None:
+                _keep(job)
             if not isinstance(job.result, Exception):
                 self._finish(job)
         return [job if isinstance(job, Exception) else job.result for job in results]  # type: ignore[misc]
@@ -153,7 +155,10 @@ class Engine:
 
     def _prepare(self, session: Session, request: Request) -> _Job:
         """Checks all that can be wrong, then does what comes before the observation."""
-        self._notice(session, request)
+        if request.observation is not None:
+            problem = problem_of(request.observation, self.policy.spec.observation, self.policy.spec.optional)
+            if problem is not None:
+                raise ShapeError(f"observation {problem}")
         task = self._task(session, request)
         reset = request.reset or (request.session is not None and session.name not in (None, request.session))
         reset = reset or (self._prompt_resets and request.prompt is not None and request.prompt != session.prompt)
@@ -165,6 +170,7 @@ class Engine:
             history = None if history is None else history.select([0])
         if reset:
             history, planned = None, False
+        self._notice(session, request, goes_on=history is not None)
         kept = len(set(session.snapshots) | {request.snapshot}) if request.snapshot is not None else 0
         if kept >= self._most_histories:
             raise ConfigError(
@@ -182,7 +188,7 @@ class Engine:
                 f"this policy plans every {self._stride} control steps, and this is number {position} of its history; "
                 "send scd/observe_only here"
             )
-        job = _Job(session, request, new=history is None, gap=gap, task=task)
+        new = history is None
         if history is None and request.observation is not None:
             history = self._begin(request)
             step = (request.step or 0) - 1
@@ -191,10 +197,7 @@ class Engine:
             history.skip(gap - 1, executed)
         if request.observation is not None:
             step = step + gap if request.step is None else request.step
-        session.history, session.step, session.planned = history, step, planned
-        session.ticks = session.ticks or request.observe_only
-        session.name, session.prompt = request.session or session.name, request.prompt or session.prompt
-        return job
+        return _Job(session, request, history, step, planned, new, gap, task)
 
     def _task(self, session: Session, request: Request) -> NDArray[np.float32] | None:
         """The vector of a request's task; None = it needs none. No prompt is remembered."""
@@ -229,9 +232,9 @@ class Engine:
                 raise ConfigError(f"scd/executed must hold the {gap} actions since step {last_step}, got {told}")
         return gap
 
-    def _notice(self, session: Session, request: Request) -> None:
-        """Says once what a plain client cannot know."""
-        plain = session.planned and not session.ticks
+    def _notice(self, session: Session, request: Request, goes_on: bool) -> None:
+        """Says once what a plain client cannot know; `goes_on`: a history does."""
+        plain = goes_on and session.planned and not session.ticks
         if request.kind == "plan" and plain and request.step is None and request.executed is None:
             self._warn_once(
                 "a client sends one observation per plan: positions in the history are control steps, and without "
@@ -242,7 +245,7 @@ class Engine:
                 "a client sends committed actions, and this policy was not trained for delays (model.max_delay_steps "
                 "is 0): its plans begin with them, but may go on with a jump"
             )
-        if request.prompt is not None and session.prompt not in (None, request.prompt) and not self._prompt_resets:
+        if goes_on and request.prompt is not None and session.prompt not in (None, request.prompt):
             self._warn_once("a client sends a new prompt; its history goes on (--prompt-resets begins a new one)")
 
     def _warn_once(self, sentence: str) -> None:
@@ -255,19 +258,36 @@ class Engine:
         groups: dict[tuple[Any, ...], list[_Job]] = {}
         for job in sorted(jobs, key=lambda job: job.new):  # where a history begins nothing was executed, so it fits any
             assert job.request.observation is not None
-            keys, told = frozenset(job.request.observation), job.request.executed is not None
+            keys = frozenset(key for key, value in job.request.observation.items() if value is not None)
+            told = job.request.executed is not None
             place = (keys, told)
             if job.new:
                 place = (keys, (keys, True) in groups)
             groups.setdefault(place, []).append(job)
         return list(groups.values())
 
+    def _answer(self, group: list[_Job]) -> None:
+        """Computes a group; where that is refused, each alone, so that nobody gets an error of another."""
+        try:
+            self._compute(group)
+        except Exception as error:
+            if isinstance(error, ScdRobotError) and len(group) > 1:  # histories were joined as copies
+                for job in group:
+                    self._answer([job])
+                return
+            for job in group:
+                job.result = error
+                if not isinstance(error, ShapeError) or job.gap > 1:  # not just looked at: it may have changed
+                    job.session.history = None
+
     def _compute(self, group: list[_Job]) -> None:
         """One step of the encoder, then the plans that are wanted."""
         started = time.perf_counter()
-        self.policy.resume([job.session.history for job in group])
-        seen = [job.request.observation or {} for job in group]
-        observation = {key: np.stack([one[key] for one in seen]) for key in seen[0]}
+        self.policy.resume([job.history for job in group])
+        seen: list[Mapping[str, Any]] = [job.request.observation or {} for job in group]
+        observation: dict[str, Any] = {
+            key: None if value is None else np.stack([one[key] for one in seen]) for key, value in seen[0].items()
+        }
         if self.policy.spec.tasks:
             observation[TASK] = np.stack([job.task for job in group if job.task is not None])
         told = any(job.request.executed is not None and not job.new for job in group)
@@ -284,10 +304,11 @@ class Engine:
         for rows in alike.values():
             self._plan(group, rows)
         for job, history in zip(group, self.policy.release(), strict=True):
-            job.session.history = history
+            job.history = history
+            job.planned = job.request.kind == "plan" and not isinstance(job.result, Exception)
+            _keep(job)
         infer_ms = 1e3 * (time.perf_counter() - started)
         for job in group:
-            job.session.planned = job.request.kind == "plan" and not isinstance(job.result, Exception)
             if not isinstance(job.result, Exception):
                 actions = {} if job.result is None else job.result.message
                 times = {"infer_ms": infer_ms, "encoder_ms": encoder_ms}
@@ -328,6 +349,14 @@ class Engine:
             message["scd/evicted"] = True
         session.evicted = session.evicted and not job.new
         job.result = Answer(message, answer.rows)
+
+
+def _keep(job: _Job) -> None:
+    """Makes what a request has done part of its session."""
+    session, request = job.session, job.request
+    session.history, session.step, session.planned = job.history, job.step, job.planned
+    session.ticks = session.ticks or request.observe_only
+    session.name, session.prompt = request.session or session.name, request.prompt or session.prompt
 
 
 def _kind_of_plan(request: Request) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect as connect_raw
 
 from scd_robot.errors import ActionError, ConfigError, ShapeError
-from scd_robot.serve import PolicyClient, RequestRefusedError, ServerUnreachableError
+from scd_robot.serve import PolicyClient, RemotePolicy, RequestRefusedError, ServerUnreachableError
 from scd_robot.serve.engine import Engine, Session
 from scd_robot.serve.observations import ObservationReader
 from scd_robot.serve.requests import Request
@@ -279,7 +279,7 @@ def test_the_reset_endpoint_answers_with_its_text(start):
 
 
 @pytest.mark.parametrize(
-    ("shape", "hint"), [((224, 224, 3), "resize it in the client"), ((3, 64, 48), "send height, width, channels")]
+    ("shape", "hint"), [((224, 224, 3), "resize it to that of the training"), ((1, 64, 48, 3), "leave the batch axis")]
 )
 def test_a_picture_of_another_shape_is_refused_with_what_to_do(shape, hint):
     reader = ObservationReader({"camera": ArraySpec((64, 48, 3), "uint8")})
@@ -291,7 +291,7 @@ def test_a_picture_of_another_shape_is_refused_with_what_to_do(shape, hint):
     ("change", "told"),
     [
         ({"goal": None}, "'goal' is missing; expected goal float32 (2,), position float32 (2,); got position float32"),
-        ({"goal": np.zeros(3)}, "'goal' must be float32 (2,), got float64 (3,)"),
+        ({"goal": np.zeros(3)}, "'goal' must be (2,), got (3,)"),
         ({"goal": np.zeros((1, 2))}, "leave the batch axis out"),
         ({"goal": np.array([0, np.nan])}, "NaN"),
         ({"goal": [0.0, 1.0]}, "'goal' must be an array, got list"),
@@ -457,7 +457,13 @@ def test_a_policy_that_reads_the_keys_that_are_there_gets_them(start, connect, s
     client = connect(start(small_policy({"observation_tokens": "per_key"})))
     first, second = stream(2)
     client.infer(first)
-    assert client.infer({"goal": second["goal"]})["actions"].shape == (4, 2)
+    assert client.metadata["keys"]["position"]["optional"]
+    assert client.infer({"goal": second["goal"], "position": None})["actions"].shape == (4, 2)
+    for misspelt in ({"goal": second["goal"], "positoin": second["position"]}, {"goal": second["goal"]}):
+        with pytest.raises(RequestRefusedError, match=r"'position' is missing; expected .*; got goal float.*send nil"):
+            client.infer(misspelt)
+    with pytest.raises(RequestRefusedError, match="no observation is there"):
+        client.infer({"goal": None, "position": None})
 
 
 def test_a_policy_with_cameras_is_served(start, connect):
@@ -465,6 +471,108 @@ def test_a_policy_with_cameras_is_served(start, connect):
     data = picture_data()
     client = connect(start(picture_policy("separable", data, TransformConfig())))
     assert client.infer({key: data.arrays[key][0] for key in data.spec.observation})["actions"].shape == (4, 2)
+
+
+def seen_by_cameras(steps, seed=0):
+    """Observations of one robot with cameras, without a batch axis."""
+    data, rng = picture_data(), np.random.default_rng(seed)
+    return [
+        {key: data.arrays[key][index] for key in data.spec.observation}
+        for index in rng.integers(0, data.num_steps, steps)
+    ]
+
+
+@pytest.fixture(scope="module")
+def sees():
+    return picture_policy("separable", picture_data(), TransformConfig())
+
+
+def test_pictures_with_channels_first_are_turned_where_that_is_sure_and_it_is_told_once(sees, start, connect, caplog):
+    """openpi's client of ALOHA sends images/cam_high as channels, height, width."""
+    client, (observation,) = connect(start(sees, keys={"eye": "images/eye"})), seen_by_cameras(1)
+    sent = {"images/eye" if key == "eye" else key: value for key, value in observation.items()}
+    expected = client.infer(sent, reset=True, episode=0)["actions"]
+    with caplog.at_level("WARNING", "scd_robot.serve"):
+        for _ in range(2):
+            turned = {**sent, "images/eye": np.ascontiguousarray(np.moveaxis(observation["eye"], -1, 0))}
+            np.testing.assert_array_equal(client.infer(turned, reset=True, episode=0)["actions"], expected)
+    assert caplog.text.count("pictures as channels, height, width ('images/eye')") == 1
+    reader = ObservationReader({"camera": ArraySpec((8, 3, 3), "uint8")})
+    with pytest.raises(ShapeError, match="'camera' must be"):  # height or channels first?
+        reader.read({"camera": np.arange(72, dtype=np.uint8).reshape(3, 8, 3)})
+
+
+def test_a_camera_that_sends_nothing_is_nil_on_the_wire(sees, start):
+    """And acts as it does in process."""
+    policy = picture_policy("separable", picture_data(), TransformConfig())
+    remote, streams = RemotePolicy(start(sees).address), [seen_by_cameras(6, seed) for seed in range(2)]
+    assert remote.spec.optional == policy.spec.optional == ("eye", "wrist")
+    for one in (remote, policy):
+        one.reset(episodes=[3, 4])
+    for step in range(6):
+        observation = {key: np.stack([stream[step][key] for stream in streams]) for key in streams[0][step]}
+        observation |= {"eye": None} if step % 3 else {}
+        np.testing.assert_allclose(remote.act(observation), policy.act(observation), rtol=0, atol=1e-4)
+    remote.close()
+
+
+@pytest.mark.parametrize("spoilt", ["eye", "position"])
+@pytest.mark.parametrize("together", [False, True])
+def test_a_picture_of_nothing_is_refused_alone_and_changes_nothing(sees, spoilt, together):
+    """Straight at the engine: of two robots one shows black, or NaN, two control steps after the last observation."""
+    streams = [seen_by_cameras(5, seed) for seed in range(2)]
+
+    def play(bad):
+        engine, (one, other) = Engine(sees), (Session(), Session())
+        for step in range(3):
+            both = zip((one, other), streams, strict=True)
+            engine.run([(at, Request(seen[step], observe_only=True, step=step)) for at, seen in both])
+        requests = [(one, Request(streams[0][3] | bad, step=4, prompt="a", session="b"))] if bad else []
+        requests += [(other, Request(streams[1][3], step=3))] if together else []
+        told = engine.run(requests)
+        assert [type(answer) for answer in told[: bool(bad)]] == [ShapeError] * bool(bad)
+        assert (one.step, one.planned, one.prompt, one.name) == (2, False, None, None)
+        (last,) = engine.run([(one, Request(streams[0][4], step=5))])
+        return [answer.message for answer in [*told[bool(bad) :], last]]
+
+    nothing = 0 * streams[0][3][spoilt] + (0 if spoilt == "eye" else np.float32("nan"))
+    spoiled, good = play({spoilt: nothing}), play({})
+    assert len(spoiled) == len(good) == 1 + together
+    for told, expected in zip(spoiled, good, strict=True):
+        assert not told["scd/new_history"]
+        assert told["scd/step"] == expected["scd/step"]
+        np.testing.assert_allclose(told["actions"], expected["actions"], **CLOSE)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_the_policy_refuses_of_several_costs_nobody_a_history(monkeypatch, stream, together):
+    policy = small_policy()
+    engine, observe, sessions = Engine(policy), policy.observe, [Session(), Session()]
+
+    def refuse(observation, executed=None):
+        if (observation["goal"] == 7).any():
+            raise ShapeError("not this one")
+        observe(observation, executed)
+
+    monkeypatch.setattr(policy, "observe", refuse)
+    first, second, third = stream(3)
+    engine.run([(session, Request(first, observe_only=True)) for session in sessions])
+    last = [second | {"goal": np.full(2, 7, np.float32)}, second]
+    requests = [(session, Request(seen)) for session, seen in zip(sessions, last, strict=True)]
+    results = engine.run(requests[: 1 + together])
+    assert [isinstance(result, ShapeError) for result in results] == [True, False][: 1 + together]
+    assert [session.history.position.tolist() for session in sessions] == [[1], [1 + together]]
+    results = engine.run([(session, Request(third, step=5)) for session in sessions])
+    assert not any(result.message["scd/new_history"] for result in results)
+
+
+@pytest.mark.parametrize(("more", "told"), [({}, 1), ({"reset": True}, 0)])
+def test_a_new_prompt_is_told_of_where_a_history_goes_on(stream, caplog, more, told):
+    engine, session = Engine(small_policy()), Session()
+    first, second = stream(2)
+    engine.run([(session, Request(first, prompt="stay"))])
+    engine.run([(session, Request(second, prompt="go", **more))])
+    assert caplog.text.count("its history goes on") == told
 
 
 def test_answers_hold_no_array_but_the_actions(start, stream):
