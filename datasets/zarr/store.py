@@ -1,5 +1,6 @@
 """Reads the Zarr store that `ZarrWriter` writes; what lies where is told there."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,14 @@ from scd_robot.datasets.float32 import as_float32
 from scd_robot.datasets.formats import ReadOptions, choose
 from scd_robot.datasets.lazy import RowArray
 from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, EpisodeDataset
-from scd_robot.datasets.zarr.files import ATTRIBUTE, ENDS, ZarrFiles, read_ends, read_errors
+from scd_robot.datasets.zarr.files import ATTRIBUTE, ENDS, UNWRITTEN, ZarrFiles, read_ends, read_errors
 from scd_robot.datasets.zarr.writer import SCHEMA
 from scd_robot.errors import DatasetError, UnknownNameError
 from scd_robot.types import DatasetSpec
 
 __all__ = ["StoredText", "open_store"]
+
+logger = logging.getLogger(__name__)
 
 
 def open_store(path: Path | str, options: ReadOptions | None = None) -> EpisodeDataset:
@@ -62,14 +65,24 @@ def open_store(path: Path | str, options: ReadOptions | None = None) -> EpisodeD
     info = {
         name.removeprefix("episode_"): files.rows(f"meta/{name}", len(ends))[:]
         for name in meta
-        if name.startswith("episode_") and name != ENDS
+        if name.startswith("episode_") and name != ENDS and _is_of_all(files, name, len(ends))
     }
     text = {
         name.removeprefix("text_"): StoredText(files, name, files.rows(f"meta/{name}_ends", len(ends))[:])
         for name in meta
-        if name.startswith("text_") and f"{name}_ends" in meta
+        if name.startswith("text_") and f"{name}_ends" in meta and _is_of_all(files, f"{name}_ends", len(ends))
     }
     return choose(EpisodeDataset(spec, ends, arrays, header.get("metadata", {}), info, text), options)
+
+
+def _is_of_all(files: ZarrFiles, name: str, episodes: int) -> bool:
+    """Whether a note is there of every episode: earlier versions wrote it of those only that came with it."""
+    noted = min(episodes, files.array(f"meta/{name}").shape[0])
+    if name.startswith("text_"):  # by its ends
+        noted = int(np.count_nonzero(files.rows(f"meta/{name}", noted)[:] != UNWRITTEN))
+    if noted < episodes:
+        logger.warning("%s: meta/%s is left out: %d of %d episodes have it", files.address, name, noted, episodes)
+    return noted == episodes
 
 
 class StoredText(Sequence[str]):

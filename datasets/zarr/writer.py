@@ -3,7 +3,7 @@
     data/KEY                 (N, ...) all episodes one after the other: observation keys, `action`, and what else was
                              recorded
     meta/episode_ends        (E,) int64, cumulative
-    meta/episode_NAME        (E,) number noted about each episode
+    meta/episode_NAME        (E,) float64, number noted about each episode
     meta/text_NAME           bytes (UTF-8) of the texts noted about the episodes, one after the other
     meta/text_NAME_ends      (E,) int64, cumulative
     attribute `scd_robot`    schema number, specification, metadata
@@ -29,7 +29,7 @@ from numcodecs import Blosc
 from numpy.typing import NDArray
 from zarr.core.sync import sync
 
-from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, EpisodeDataset
+from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, REWARD, EpisodeDataset
 from scd_robot.datasets.zarr.files import ATTRIBUTE, ENDS, UNWRITTEN, is_zarr_group
 from scd_robot.errors import ConfigError, OutputError, ShapeError
 from scd_robot.output import check_local, dataset_output, replace_folder
@@ -44,6 +44,7 @@ SCHEMA = 1
 _CHUNK_BYTES = 1 << 20
 _CHUNK_ROWS = 4096
 _WORTHWHILE = 4  # times that images must shrink to be compressed
+_EXACT = 1 << 53  # whole numbers below this are exact in float64
 
 
 class ZarrWriter:
@@ -84,6 +85,7 @@ class ZarrWriter:
         self._folder = self.path  # where the store grows
         self._group: zarr.Group | None = None
         self._extras: dict[str, ArraySpec] | None = None  # arrays that are no observations, known by the first episode
+        self._notes: dict[str, list[str]] | None = None  # names of `info` and `text`, known by the first episode
         self._text_ends: dict[str, list[int]] = {}
         self._arrays: dict[str, Any] = {}  # opened anew they would forget to write chunks of zeros
         for key, array in spec.observation.items():
@@ -122,26 +124,31 @@ class ZarrWriter:
 
         Args:
             episode: (T, ...) by key with T >= 2: the observation keys, `action` (T, Da), and other arrays of numbers,
-                the same ones in all episodes (`executed_action` (T, Da), `sim_state`, `reward`, ...).
+                the same ones in all episodes (`executed_action` (T, Da), `sim_state`, `reward`, ...). The first episode
+                decides the type of these; whole numbers in a `reward` or a list are stored as float64.
             info: numbers about this episode, the same names in all of them; they become `meta/episode_NAME`.
             text: texts about this episode, the same names in all of them; they become `meta/text_NAME`.
 
         Raises:
-            ShapeError: keys or shapes are not those of the specification.
+            ShapeError: keys, shapes or notes are not those of the specification and of the first episode, or numbers
+                are not what their type can hold; nothing of the episode is written.
             DatasetError: the episode is too short, or holds NaN or infinite values.
             OutputError: the disk is full or refuses; the earlier episodes are kept.
         """
         if self._group is None:
             raise OutputError(f"the store {self.path} is not open for writing; use it in a `with` statement")
+        numbers, texts = self._checked_info(info or {}), _checked_text(text or {}, self._next)
+        names = {kind: self._check_names(kind, notes) for kind, notes in (("info", numbers), ("text", texts))}
         arrays = self._checked(episode)
+        self._notes = names
         length = len(arrays[ACTION])
         with dataset_output(self.path, self.num_episodes):
             for key, array in arrays.items():
                 self._write(f"data/{key}", self.num_steps, array, np.nan if array.dtype.kind == "f" else 0)
-            for name, value in (info or {}).items():
-                self._write(f"meta/episode_{name}", self.num_episodes, np.asarray([value]), 0)
-            for name, words in (text or {}).items():
-                self._write_text(name, words)
+            for name, number in numbers.items():
+                self._write(f"meta/episode_{name}", self.num_episodes, number, 0)
+            for name, encoded in texts.items():
+                self._write_text(name, encoded)
             self._write(f"meta/{ENDS}", self.num_episodes, np.asarray([self.num_steps + length]), UNWRITTEN)
         self.num_episodes += 1
         self.num_steps += length
@@ -174,6 +181,11 @@ class ZarrWriter:
                     replace_folder(self._folder, self.path)
             else:
                 logger.warning("%s is as it was; %d new episodes are in %s", self.path, self.num_episodes, self._folder)
+
+    @property
+    def _next(self) -> str:
+        """The episode to come, in messages."""
+        return f"episode {self.num_episodes} for {self.path}"
 
     def _make_folder(self) -> None:
         check_local(self.path)
@@ -214,33 +226,61 @@ class ZarrWriter:
         array.resize((start + len(rows), *rows.shape[1:]))
         array[start:] = rows
 
-    def _write_text(self, name: str, words: str) -> None:
+    def _write_text(self, name: str, encoded: NDArray[np.uint8]) -> None:
         """Adds one episode's text, behind those of the episodes that exist."""
-        _check_name(name)
         begin = self._text_ends.get(name, [0] * (self.num_episodes + 1))[: self.num_episodes + 1]
-        encoded = np.frombuffer(words.encode(), np.uint8)
         self._write(f"meta/text_{name}", begin[-1], encoded, 0)
         self._text_ends[name] = [*begin, begin[-1] + len(encoded)]
         self._write(f"meta/text_{name}_ends", self.num_episodes, np.asarray(self._text_ends[name][-1:]), UNWRITTEN)
+
+    def _checked_info(self, info: Mapping[str, int | float]) -> dict[str, NDArray[Any]]:
+        """The numbers (1,) by name: float64, or whole where the first one is too large to be exact in that."""
+        numbers = {}
+        for name, value in info.items():
+            _check_name(name)
+            if f"episode_{name}" == ENDS:
+                raise ConfigError(f"{name!r} cannot be the name of a note in a Zarr store; rename it")
+            number, array = np.asarray(value), self._arrays.get(f"meta/episode_{name}")
+            if number.ndim or number.dtype.kind not in "biuf":
+                raise ShapeError(f"{name!r} of {self._next} must be a number, got {value!r}; note it in `text`")
+            dtype = number.dtype if number.dtype.kind in "iu" and abs(int(number)) >= _EXACT else np.dtype(np.float64)
+            with np.errstate(invalid="ignore"):
+                stored = number.astype(dtype if array is None else array.dtype)
+            if stored.item() != number.item() and not np.isnan(stored):
+                raise ShapeError(
+                    f"{name!r} of {self._next} must be a number that {stored.dtype} holds, as in the first episode, "
+                    f"got {value!r}; note it in `text`"
+                )
+            numbers[name] = stored[None]
+        return numbers
+
+    def _check_names(self, kind: str, notes: Mapping[str, Any]) -> list[str]:
+        """The names of an episode's notes; raises ShapeError where the first one's are others."""
+        names = sorted(notes)
+        if self._notes is not None and names != self._notes[kind]:
+            raise ShapeError(
+                f"`{kind}` of {self._next} must have the names {self._notes[kind]} of the first episode, got {names}; "
+                "note the same about all"
+            )
+        return names
 
     def _checked(self, episode: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The arrays in the dtypes of the specification, after the checks that a reader makes."""
         specs = {**self.spec.observation, ACTION: ArraySpec((self.spec.action_dim,))}
         if self._extras is None:
-            extras = {key: np.asarray(array) for key, array in episode.items() if key not in specs}
-            specs |= {key: _extra_spec(key, array) for key, array in extras.items()}
+            specs |= {key: _extra_spec(key, array) for key, array in episode.items() if key not in specs}
         else:
             specs |= self._extras
         if EXECUTED_ACTION in specs:
             specs[EXECUTED_ACTION] = specs[ACTION]
         if set(episode) != set(specs):
             raise ShapeError(f"an episode for {self.path} must have the keys {sorted(specs)}, got {sorted(episode)}")
-        arrays = {key: np.asarray(episode[key]).astype(spec.dtype, copy=False) for key, spec in specs.items()}
+        arrays = {key: _as_stored(f"{key!r} of {self._next}", episode[key], spec) for key, spec in specs.items()}
         length = len(arrays[ACTION])
         for key, spec in specs.items():
             if arrays[key].shape != (length, *spec.shape):
                 raise ShapeError(f"{key!r} must be {(length, *spec.shape)}, got {arrays[key].shape}")
-        EpisodeDataset(self.spec, np.asarray([length]), arrays).check(f"episode {self.num_episodes} for {self.path}")
+        EpisodeDataset(self.spec, np.asarray([length]), arrays).check(self._next)
         self._extras = {key: spec for key, spec in specs.items() if key not in self.spec.observation and key != ACTION}
         return arrays
 
@@ -268,12 +308,50 @@ def _check_name(key: str) -> None:
         raise ConfigError(f"{key!r} cannot be the name of an array in a Zarr store; rename it")
 
 
-def _extra_spec(key: str, array: NDArray[Any]) -> ArraySpec:
-    """Of an array that is no observation: stored as it comes."""
+def _checked_text(text: Mapping[str, str], episode: str) -> dict[str, NDArray[np.uint8]]:
+    """The texts by name, in UTF-8."""
+    for name, words in text.items():
+        _check_name(name)
+        if not isinstance(words, str):
+            raise ShapeError(f"{name!r} of {episode} must be a text, got {words!r}; note numbers in `info`")
+    return {name: np.frombuffer(words.encode(), np.uint8) for name, words in text.items()}
+
+
+def _extra_spec(key: str, values: Any) -> ArraySpec:
+    """Of an array that is no observation: stored as it comes.
+
+    But whole numbers that a later episode may well have fractions of become float64, where they are exact.
+    """
     _check_name(key)
+    array = np.asarray(values)
     if array.dtype.kind not in "biuf" or array.ndim == 0:
         raise ShapeError(f"{key!r} must hold numbers, one row per control step, got {array.dtype} {array.shape}")
-    return ArraySpec(array.shape[1:], str(array.dtype))
+    dtype = str(array.dtype)
+    if array.dtype.kind in "iu" and (key == REWARD or not isinstance(values, np.ndarray)):
+        dtype = "float64" if np.abs(array.astype(np.float64)).max(initial=0) < _EXACT else dtype
+    return ArraySpec(array.shape[1:], dtype)
+
+
+def _as_stored(name: str, values: Any, spec: ArraySpec) -> NDArray[Any]:
+    """The numbers in the type that the store has for them; raises ShapeError where more than rounding is lost."""
+    array, dtype = np.asarray(values), np.dtype(spec.dtype)
+    if array.dtype == dtype:
+        return array
+    if array.dtype.kind not in "biuf":
+        raise ShapeError(f"{name} must hold numbers, got {array.dtype} {array.shape}")
+    with np.errstate(over="ignore", invalid="ignore"):  # what gets infinite is refused later, what gets another is here
+        stored = array.astype(dtype)
+    rounds = dtype.kind == "f" and dtype.itemsize >= 4
+    if rounds or np.array_equal(stored, array):
+        return stored
+    low, high = array.min(), array.max()
+    mend = f"give it as {array.dtype} from the first episode on"
+    if dtype == np.uint8 and len(spec.shape) > 1:
+        whole = f"give np.round({'255 * ' if high <= 1 else ''}picture).astype(np.uint8)"
+        mend = whole if low >= 0 and high <= 255 else "bring pictures to 0 to 255"
+    raise ShapeError(
+        f"{name} must be {dtype}, got {array.dtype} of {low:g} to {high:g}, which that cannot hold: {mend}"
+    )
 
 
 def _remove(folder: Path) -> None:

@@ -2,6 +2,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -138,6 +139,25 @@ def test_numbers_of_double_precision_are_read_as_any_others(store):
     }
 
 
+def test_a_note_that_is_not_of_all_episodes_is_left_out(tmp_path, caplog):
+    """As earlier versions wrote it where an episode came without."""
+    path = tmp_path / "a.zarr"
+    with ZarrWriter(path, SPEC) as writer:
+        for index, length in enumerate((5, 2, 7)):
+            text = {"task": "lift", "place": "lab", "name": str(index)}
+            writer.append(make_episode(length, index), {"seed": index, "success": 1}, text)
+    meta = zarr.open_group(path, mode="r+")["meta"]
+    meta["episode_success"].resize((2,))
+    meta["text_task_ends"].resize((2,))
+    meta["text_place_ends"][1] = -1
+    dataset = open_dataset(path)
+    assert_episodes(dataset, [5, 2, 7])
+    assert {name: values.tolist() for name, values in dataset.episode_info.items()} == {"seed": [0, 1, 2]}
+    assert {name: list(values) for name, values in dataset.episode_text.items()} == {"name": ["0", "1", "2"]}
+    for name in ("episode_success", "text_task_ends", "text_place_ends"):
+        assert f"{name} is left out: 2 of 3 episodes have it" in caplog.text
+
+
 def test_executed_falls_back_to_action(tmp_path):
     with ZarrWriter(tmp_path / "a.zarr", SPEC) as writer:
         writer.append(make_episode(3, executed=False))
@@ -145,6 +165,22 @@ def test_executed_falls_back_to_action(tmp_path):
     np.testing.assert_array_equal(dataset.executed(), dataset.arrays["action"])
     dataset = open_store(write_store(tmp_path / "b.zarr"))
     np.testing.assert_array_equal(dataset.executed(), dataset.arrays["action"] + np.float32(0.5))
+
+
+def test_fractions_after_whole_numbers_are_kept(tmp_path):
+    rewards, scores = ([0, 0, 0], [True, False, True], [0.75, 0.5, 0.25]), (1, 0.7, np.float32(0.25))
+    with ZarrWriter(tmp_path / "a.zarr", SPEC) as writer:
+        for reward, score in zip(rewards, scores, strict=True):
+            extra = {"reward": np.asarray(reward), "force": reward}
+            writer.append({**make_episode(3), **extra}, {"score": score, "seed": 2**62 + 1})
+    dataset = open_store(tmp_path / "a.zarr")
+    assert dataset.arrays["reward"].tolist() == dataset.arrays["force"].tolist() == [0, 0, 0, 1, 0, 1, 0.75, 0.5, 0.25]
+    assert dataset.episode_info["score"].tolist() == [1, 0.7, 0.25]
+    assert dataset.episode_info["seed"].tolist() == [2**62 + 1] * 3  # float64 has no such number
+    with ZarrWriter(tmp_path / "b.zarr", SPEC) as writer:
+        writer.append(make_episode(3), {"seed": 1})
+        with pytest.raises(ShapeError, match=f"'seed' of episode 1 .* a number that float64 holds.* got {2**62 + 1}"):
+            writer.append(make_episode(3), {"seed": 2**62 + 1})
 
 
 class TestWriterRefuses:
@@ -163,6 +199,64 @@ class TestWriterRefuses:
             writer.append(make_episode(5, 0))
             with pytest.raises(error, match=message):
                 writer.append({**make_episode(4), **change})
+        assert_episodes(open_store(tmp_path / "a.zarr"), [5])
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"camera": np.full((4, 4, 5, 3), 0.5)}, r"'camera' of episode 1 .*uint8, got float64.*255 \* picture"),
+            ({"camera": np.full((4, 4, 5, 3), 99.5)}, r"of 99.5 to 99.5, .*give np.round\(picture\).astype"),
+            ({"camera": np.full((4, 4, 5, 3), 599)}, "got int64 of 599 to 599.*bring pictures to 0 to 255"),
+            ({"camera": np.full((4, 4, 5, 3), -1, np.int8)}, "bring pictures to 0 to 255"),
+            ({"gripper": np.full(4, 0.5)}, "'gripper' of episode 1 .*int64, got float64.*float64 from the first"),
+            ({"half": np.full(4, 1 / 3)}, "'half' .*float16, got float64"),
+            ({"state": np.full((4, 3), "x")}, "'state' .*must hold numbers, got <U1"),
+        ],
+    )
+    def test_numbers_that_would_become_others(self, tmp_path, change, message):
+        extra = {"gripper": np.arange(4), "half": np.ones(4, np.float16)}
+        with ZarrWriter(tmp_path / "a.zarr", SPEC) as writer:
+            writer.append({**make_episode(4), **extra})
+            with pytest.raises(ShapeError, match=message):
+                writer.append({**make_episode(4), **extra, **change})
+            whole = {"camera": np.full((4, 4, 5, 3), 200.0), "gripper": np.full(4, 2.0), "state": np.full((4, 3), 0.1)}
+            writer.append({**make_episode(4), **extra, **whole})
+        dataset = open_store(tmp_path / "a.zarr")
+        assert dataset.num_episodes == 2
+        assert (dataset.episode(1)["camera"] == 200).all()
+        assert (dataset.episode(1)["state"] == np.float32(0.1)).all()
+
+    @pytest.mark.parametrize("kind", ["info", "text"])
+    @pytest.mark.parametrize(("first", "second"), [(("a",), ()), ((), ("a",)), (("a",), ("a", "b"))])
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_an_episode_with_other_notes(self, tmp_path, kind, first, second, overwrite):
+        value = 1 if kind == "info" else "lift"
+        path = write_store(tmp_path / "a.zarr") if overwrite else tmp_path / "a.zarr"
+        with ZarrWriter(path, SPEC, overwrite=overwrite) as writer:
+            writer.append(make_episode(5, 0), **{kind: dict.fromkeys(first, value)})
+            with pytest.raises(ShapeError, match=re.escape(f"got {list(second)}; note the same")):
+                writer.append(make_episode(4, 1), **{kind: dict.fromkeys(second, value)})
+            writer.append(make_episode(4, 1), **{kind: dict.fromkeys(first, value)})
+        dataset = open_store(path)
+        assert_episodes(dataset, [5, 4])
+        noted = dataset.episode_info if kind == "info" else dataset.episode_text
+        assert {name: list(values) for name, values in noted.items()} == {key: [value, value] for key in first}
+
+    @pytest.mark.parametrize(
+        ("notes", "error", "message"),
+        [
+            ({"info": {"score": "good"}}, ShapeError, "'score' of episode 0 .* must be a number, got 'good'.*`text`"),
+            ({"info": {"score": 2**70}}, ShapeError, "must be a number"),
+            ({"info": {"score": [1]}}, ShapeError, "must be a number"),
+            ({"info": {"ends": 1}}, ConfigError, "'ends' cannot be the name"),
+            ({"text": {"task": 3}}, ShapeError, "'task' of episode 0 .* must be a text, got 3.*`info`"),
+        ],
+    )
+    def test_notes_of_another_kind(self, tmp_path, notes, error, message):
+        with ZarrWriter(tmp_path / "a.zarr", SPEC) as writer:
+            with pytest.raises(error, match=message):
+                writer.append(make_episode(4), **notes)
+            writer.append(make_episode(5, 0))
         assert_episodes(open_store(tmp_path / "a.zarr"), [5])
 
     def test_an_episode_of_one_step(self, tmp_path):
