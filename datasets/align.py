@@ -47,7 +47,8 @@ def align_streams(
 
     Returns:
         The streams' values; "timestamp" (T,) [s] from the first control step on; and "present.KEY" (T,) bool for keys
-        that are absent in some steps (too old, or not new).
+        that may be absent in some steps (a finite `max_age_s`, or in `mark_new`): also where none is, since a store
+        wants the same arrays in all episodes.
 
     Raises:
         DatasetError: times that do not increase, or no time at which all streams are there.
@@ -78,7 +79,7 @@ def align_streams(
         there = time - stream.time_s[index] <= stream.max_age_s
         if key in mark_new:
             there &= np.diff(index, prepend=-1) > 0
-        if not there.all():
+        if key in mark_new or np.isfinite(stream.max_age_s):
             arrays[PRESENT + key] = there
     return arrays
 

@@ -120,6 +120,10 @@ class EpisodeDataset:
         """(N, Da) what the robot did: `executed_action`, or `action` where the recorder made no difference."""
         return self.arrays.get(EXECUTED_ACTION, self.arrays[ACTION])
 
+    def has_gaps(self, key: str) -> bool:
+        """Whether an observation is marked as absent in some control step."""
+        return PRESENT + key in self.arrays and not np.asarray(self.arrays[PRESENT + key][:]).all()
+
     def with_keys(self, keys: Sequence[str]) -> "EpisodeDataset":
         """Of the observations only these; arrays that are no observations stay.
 

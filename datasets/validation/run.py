@@ -15,7 +15,7 @@ from scd_robot.datasets.formats import ReadOptions
 from scd_robot.datasets.images import is_image
 from scd_robot.datasets.lazy import RowArray
 from scd_robot.datasets.open import open_dataset
-from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, PRESENT, TIMESTAMP, EpisodeDataset
+from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, TIMESTAMP, EpisodeDataset
 from scd_robot.datasets.validation import checks, motion
 from scd_robot.datasets.validation.findings import SEVERITIES, Finding, Severity, at_rows, counted, overall
 from scd_robot.datasets.validation.frame_scan import FrameScan, scan_frames
@@ -226,7 +226,7 @@ def _check_vectors(dataset: EpisodeDataset, flat: dict[str, NDArray[Any]]) -> li
             found += _check_values(key, values, dataset)
     if action is not None:
         for key, values in observed.items():
-            if PRESENT + key not in dataset.arrays:
+            if not dataset.has_gaps(key):
                 found += motion.frozen(key, values, action, ends)
         states = {key: values for key, values in observed.items() if ACTION not in key}  # the last action is no effect
         found += motion.action_lag(action, states, ends, dataset.spec.control_dt)
@@ -265,7 +265,7 @@ def _check_frames(dataset: EpisodeDataset, key: str, scan: FrameScan, flat: dict
     observed = [name for name in dataset.spec.observation if name in flat] or [
         name for name in (ACTION,) if name in flat
     ]
-    if observed and key in dataset.spec.observation and PRESENT + key not in dataset.arrays:
+    if observed and key in dataset.spec.observation and not dataset.has_gaps(key):
         state = np.concatenate([flat[name] for name in observed], axis=1)
         found += motion.repeated_frames(key, scan.same, state, ends)
     return found

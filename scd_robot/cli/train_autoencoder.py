@@ -113,12 +113,11 @@ def _held_out(model: Any, data: Any, camera: str, episodes: Any, out: Path) -> d
     """Errors on held-out episodes, and OUT/autoencoder.png; None where there are none to look at."""
     from scd_robot.analysis.frame_sheet import write_sheet
     from scd_robot.analysis.reconstruction import describe_reconstruction, reconstruct
-    from scd_robot.datasets import PRESENT
 
     if not any(data.episode_lengths[number] > 1 for number in episodes):
         logger.warning("no episode of two control steps is held out: errors are not known")
         return None
-    if PRESENT + camera in data.arrays:
+    if data.has_gaps(camera):
         logger.warning("%r is absent in some control steps: errors on held-out episodes are not told", camera)
         return None
     found = reconstruct(model, data, camera, episodes)

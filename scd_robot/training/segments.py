@@ -77,7 +77,7 @@ class SegmentReader:
         self._widths = {key: array.shape[1] for key, array in vectors.items()}
         # Side by side, so that a window of all vectors is one copy.
         self._vectors = np.concatenate(list(vectors.values()), axis=1) if len(vectors) > 1 else None
-        self._present = {key: data.arrays[PRESENT + key] for key in keys if PRESENT + key in data.arrays}
+        self._present = {key: data.arrays[PRESENT + key] for key in keys if data.has_gaps(key)}
         self._states = {part.key: data.arrays[part.key] for part in self._transforms.chunk_parts}
         self._action, self._executed = data.arrays[ACTION], data.executed()
 

@@ -169,7 +169,7 @@ def check_fits(data: EpisodeDataset, experiment: ExperimentConfig) -> None:
             "predict: past-token prediction then teaches nothing; use 'noised' or 'none'",
             model.num_past_actions,
         )
-    held = [key for key in model.vector_keys if PRESENT + key in data.arrays]
+    held = [key for key in model.vector_keys if data.has_gaps(key)]
     if held and model.observation_tokens == "joint":
         raise ConfigError(
             f"{', '.join(held)} are absent in some control steps: that needs model.observation_tokens=per_key"

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from scd_robot.datasets import ZarrWriter, open_dataset
 from scd_robot.datasets.align import Stream, align_streams
 from scd_robot.errors import ConfigError, DatasetError
+from scd_robot.types import ArraySpec, DatasetSpec
 
 FAST = Stream(np.arange(0, 1.01, 0.1), np.arange(11.0)[:, None])
 
@@ -31,6 +33,23 @@ def test_slow_frames_count_once_and_old_ones_not_at_all() -> None:
     np.testing.assert_array_equal(arrays["present.slow"], [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1])
     new = align_streams({"fast": FAST, "slow": slow}, 0.1, mark_new=("slow",))
     np.testing.assert_array_equal(new["present.slow"], [1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1])
+
+
+def test_a_sensor_that_may_be_silent_is_marked_in_every_episode(tmp_path) -> None:
+    """A store wants the same arrays in all episodes, and training takes one without gaps for one without marks."""
+    time = np.arange(0, 1.01, 0.1)
+    spec = DatasetSpec({"state": ArraySpec((1,))}, action_dim=1, control_dt=0.1)
+    for order in (("gap", "whole"), ("whole", "gap")):
+        with ZarrWriter(tmp_path / f"{order[0]}.zarr", spec) as writer:
+            for kind in order:
+                heard = np.delete(time, slice(4, 8)) if kind == "gap" else time
+                state = Stream(heard, np.zeros((len(heard), 1)), max_age_s=0.15)
+                writer.append(align_streams({"state": state, "action": FAST}, 0.1))
+        data = open_dataset(tmp_path / f"{order[0]}.zarr")
+        gaps = {kind: data.select([number]).has_gaps("state") for number, kind in enumerate(order)}
+        assert gaps == {"gap": True, "whole": False}
+        assert data.has_gaps("state")
+    assert not data.has_gaps("action")
 
 
 def test_labels_may_be_interpolated() -> None:
