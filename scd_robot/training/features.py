@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scd_robot.datasets import EpisodeDataset
+from scd_robot.datasets import PRESENT, EpisodeDataset
 from scd_robot.errors import ShapeError, UnknownNameError
 from scd_robot.types import ArraySpec
 
-__all__ = ["cache_features"]
+__all__ = ["replace_pictures"]
 
 
-def cache_features(
+def replace_pictures(
     data: EpisodeDataset,
     key: str,
     encoder: Callable[[Tensor], Tensor],
@@ -26,6 +26,8 @@ def cache_features(
     progress: bool = True,
 ) -> EpisodeDataset:
     """The dataset with an image observation replaced by its features; each frame is read and encoded once.
+
+    Where frames are marked as absent (`present.KEY`), so are the features.
 
     `scd_robot.datasets.convert.write_zarr` keeps the result for later trainings. On the robot the same encoder must be
     applied before the policy.
@@ -59,5 +61,5 @@ def cache_features(
     features = np.concatenate(parts)
     others = {k: spec for k, spec in data.spec.observation.items() if k != key}
     spec = replace(data.spec, observation={**others, name: ArraySpec((features.shape[1],))})
-    arrays = {k: array for k, array in data.arrays.items() if k != key}
+    arrays = {PRESENT + name if k == PRESENT + key else k: array for k, array in data.arrays.items() if k != key}
     return replace(data, spec=spec, arrays={**arrays, name: features})

@@ -12,7 +12,7 @@ from scd_robot.datasets.lazy import MappedArray
 from scd_robot.datasets.windows import SegmentIndex
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
 from scd_robot.training import train
-from scd_robot.training.features import cache_features
+from scd_robot.training.features import replace_pictures
 from scd_robot.training.segments import SegmentReader
 from scd_robot.types import ArraySpec
 
@@ -115,6 +115,9 @@ def test_a_silent_sensor_needs_a_token_of_its_own(tmp_path):
         train(silent_goal(), tiny_experiment(1), tmp_path / "joint", **options)
     experiment = tiny_experiment(1, model={"observation_tokens": "per_key"}, validate_every=1)
     assert train(silent_goal(), experiment, tmp_path / "per_key", **options)["steps"] == 1
+    data = silent_goal()
+    heard = replace(data, arrays={**data.arrays, PRESENT + "goal": np.ones(data.num_steps, bool)})
+    assert train(heard, tiny_experiment(1), tmp_path / "heard", **options)["steps"] == 1
 
 
 def images(count=25):
@@ -133,10 +136,13 @@ def test_features_are_those_of_each_frame_and_each_is_encoded_once():
         seen.append(len(x))
         return x.mean(dim=(2, 3))
 
-    cached = cache_features(data, "camera", encoder, name="eye", batch_size=10, progress=False)
+    there = np.arange(data.num_steps) % 3 > 0
+    data = replace(data, arrays={**data.arrays, PRESENT + "camera": there})
+    cached = replace_pictures(data, "camera", encoder, name="eye", batch_size=10, progress=False)
     cached.check()
     assert cached.spec.observation["eye"] == ArraySpec((3,))
-    assert "camera" not in cached.arrays
+    assert not {"camera", PRESENT + "camera"} & set(cached.arrays)
+    np.testing.assert_array_equal(cached.arrays[PRESENT + "eye"], there)  # or what is absent would be learned from
     np.testing.assert_allclose(cached.arrays["eye"], frames.mean(axis=(1, 2)) / 255, rtol=1e-5)
     assert sum(seen) == data.num_steps
 
@@ -144,8 +150,8 @@ def test_features_are_those_of_each_frame_and_each_is_encoded_once():
 def test_encoders_and_keys_that_do_not_fit_are_refused():
     data, _ = images()
     with pytest.raises(ShapeError, match=r"must return \(23, D\)"):
-        cache_features(data, "camera", lambda x: x, progress=False)
+        replace_pictures(data, "camera", lambda x: x, progress=False)
     with pytest.raises(ShapeError, match=r"made of images"):
-        cache_features(data, "goal", lambda x: x, progress=False)
+        replace_pictures(data, "goal", lambda x: x, progress=False)
     with pytest.raises(UnknownNameError, match="did you mean 'camera'"):
-        cache_features(data, "camra", lambda x: x, progress=False)
+        replace_pictures(data, "camra", lambda x: x, progress=False)
