@@ -34,12 +34,19 @@ def join_datasets(datasets: Sequence[EpisodeDataset], names: Sequence[str] | Non
 
     Raises:
         ShapeError: no observation key is common to all, or a common one or the actions differ in shape.
-        ConfigError: they have different rates, or actions of different kinds.
+        ConfigError: they have different rates, or actions of different kinds; or some are mixed with weights, which say
+            nothing about others.
     """
     first = datasets[0]
     names = list(names or (data.spec.source for data in datasets))
     if len(datasets) == 1:
         return first
+    for name, data in zip(names, datasets, strict=True):
+        if data.weights is not None:
+            raise ConfigError(
+                f"the episodes of {name} have weights, and nothing tells those of the others; give each dataset a "
+                "share with mix_datasets"
+            )
     keys = [key for key in first.spec.observation if all(key in data.spec.observation for data in datasets)]
     if not keys:
         have = "; ".join(
@@ -91,6 +98,8 @@ def mix_datasets(
 ) -> EpisodeDataset:
     """All episodes, drawn in training so that `weights` are the shares of control steps that each dataset supplies.
 
+    Weights that a dataset has itself stand: they share out what it supplies among its episodes.
+
     Args:
         datasets: at least one.
         weights: one positive number per dataset, in any unit.
@@ -103,9 +112,11 @@ def mix_datasets(
     share = np.asarray(weights, np.float64)
     if share.shape != (len(datasets),) or not (np.isfinite(share) & (share > 0)).all():
         raise ConfigError(f"{len(datasets)} datasets need as many positive weights, got {list(weights)}")
-    joined = join_datasets(datasets, names)
-    per_step = share / share.sum() / np.array([data.num_steps for data in datasets])
-    return replace(joined, weights=np.repeat(per_step, [data.num_episodes for data in datasets]))
+    joined = join_datasets([replace(data, weights=None) for data in datasets], names)
+    parts = [np.ones(data.num_episodes) if data.weights is None else data.weights for data in datasets]
+    steps = [float(part @ data.episode_lengths) for part, data in zip(parts, datasets, strict=True)]
+    factors = share / share.sum() / np.array(steps)
+    return replace(joined, weights=np.concatenate([f * part for f, part in zip(factors, parts, strict=True)]))
 
 
 def _check_same(first: EpisodeDataset, first_name: str, data: EpisodeDataset, name: str, keys: Sequence[str]) -> None:

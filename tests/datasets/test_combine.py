@@ -98,6 +98,16 @@ def test_weights_are_shares_of_control_steps() -> None:
     np.testing.assert_allclose(chosen.weights, mixed.weights[[2, 0]])
 
 
+def test_weights_of_a_mix_share_out_what_it_supplies() -> None:
+    inner = mix_datasets([dataset((100,), 1), dataset((50, 50), 2)], (1, 9))
+    mixed = mix_datasets([inner, dataset((20,), 3)], (3, 1))
+    share = mixed.weights * mixed.episode_lengths
+    np.testing.assert_allclose(share, [0.75 * 0.1, 0.75 * 0.45, 0.75 * 0.45, 0.25])
+    np.testing.assert_allclose(mix_datasets([inner], [1]).weights, inner.weights)
+    with pytest.raises(ConfigError, match=r"episodes of mix have weights.*mix_datasets"):
+        join_datasets([dataset((20,), 3), inner], ["c", "mix"])
+
+
 @pytest.mark.parametrize(
     ("second", "error", "message"),
     [
