@@ -45,7 +45,8 @@ class Instructions:
         recorded: Mapping[str, ArraySpec],
     ) -> None:
         self.tasks = tasks
-        self.goal = _checked_goal(goal or {}, sources, recorded)
+        self._sources = tuple(sources)
+        self.goal = _checked_goal(goal or {}, self._sources, recorded)
         self._task = next(iter(tasks)) if len(tasks) == 1 else None
         if task is not None:
             self.task = task
@@ -81,8 +82,8 @@ class Instructions:
         """The observation with the goal in every row."""
         if not self.goal:
             return observation
-        there = [value for value in observation.values() if value is not None and np.ndim(value)]
-        rows = len(there[0]) if there else 1
+        seen = (observation.get(key) for key in self._sources if key not in self.goal)
+        rows = next((len(value) for value in seen if value is not None and np.ndim(value)), 1)
         return {**observation, **{key: np.repeat(value[None], rows, axis=0) for key, value in self.goal.items()}}
 
     def task_rows(self, observation: Observation, rows: int) -> NDArray[np.float32]:

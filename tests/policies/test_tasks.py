@@ -9,7 +9,9 @@ from tiny import tiny_data, tiny_experiment
 
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
 from scd_robot.policies import load_policy
+from scd_robot.policies.instructions import Instructions
 from scd_robot.training import train
+from scd_robot.types import ArraySpec
 
 TASKS = {"left": (1.0, 0.0), "right": (0.0, 1.0)}
 
@@ -80,3 +82,12 @@ def test_a_goal_given_once_is_a_goal_given_in_every_step(runs) -> None:
         load_policy(runs["goal"], goal={"place": goal})
     with pytest.raises(ShapeError, match=r"\(2,\)"):
         load_policy(runs["goal"], goal={"position": goal[:1]})
+
+
+def test_a_goal_has_the_rows_of_the_observation_whatever_else_comes_first() -> None:
+    shapes = {"goal.position": ArraySpec((2,)), "position": ArraySpec((2,))}
+    instructions = Instructions(TASKS, None, {"position": np.zeros(2, np.float32)}, list(shapes), shapes)
+    task = np.array([1.0, 0.0, 0.0], np.float32)  # of one task for all rows
+    for rows in (1, 2):
+        seen = instructions.with_goal({"task": task, "note": np.zeros(5), "position": np.zeros((rows, 2), np.float32)})
+        assert seen["goal.position"].shape == (rows, 2)
