@@ -7,7 +7,7 @@ Shapes: N control steps of all episodes together, E episodes, D dimensions of an
 """
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,7 @@ _QUATERNION = re.compile(r"quat|orn|rot")
 _UNITS = {57.29578: ("degrees", "radians"), 100.0: ("centimetres", "metres"), 1000.0: ("millimetres", "metres")}
 _UNIT_LEAST, _UNIT_MOST = np.log(33), np.log(3000)  # smaller than the least may be chance, than the most a rest
 _UNIT_FINE = np.log(10)
+_AGREEING = 0.75  # of the episodes, with one of two units
 _MIN_EPISODES = 3  # to tell which one differs
 
 
@@ -206,6 +207,10 @@ def unit_changes(key: str, values: Values, ends: Ends) -> list[Finding]:
         sizes = np.log([np.quantile(np.abs(values[part]), 0.9, axis=0) for _, part in slices])
         size, fine = _deviation(sizes), _deviation(np.log([_finest_steps(values[part]) for _, part in slices]))
         reliable = np.nanmedian(np.where(np.isfinite(size), np.abs(size), np.inf), axis=0) < np.log(2)
+        # Where half of the episodes are in another unit, most are far from any median, but near one of the two.
+        nearer = np.minimum(np.abs(size), np.abs(_deviation(sizes, "higher")))
+        nearer = np.where(np.isfinite(nearer), nearer, np.inf)
+        reliable |= np.quantile(nearer, _AGREEING, axis=0, method="higher") < np.log(2)
     found = []
     for larger in (True, False):
         ratio = size if larger else -size
@@ -238,13 +243,13 @@ def _finest_steps(values: Values) -> Values:
     return np.take_along_axis(steps, quarter[None], axis=0)[0]
 
 
-def _deviation(logarithms: NDArray[np.float64]) -> NDArray[np.float64]:
+def _deviation(logarithms: NDArray[np.float64], median: Literal["lower", "higher"] = "lower") -> NDArray[np.float64]:
     """(E, D) from the median over episodes, taken as one of the values so that two groups do not meet in between."""
     finite = np.where(np.isfinite(logarithms), logarithms, np.nan)
     seen = ~np.isnan(finite).all(axis=0)
     middle = np.full(finite.shape[1], np.nan)
     if seen.any():
-        middle[seen] = np.nanquantile(finite[:, seen], 0.5, axis=0, method="lower")
+        middle[seen] = np.nanquantile(finite[:, seen], 0.5, axis=0, method=median)
     return np.asarray(logarithms - middle)
 
 

@@ -197,6 +197,18 @@ class TestUnits:
         assert (finding.severity, finding.places) == ("error", ((3, None),))
         assert guess in finding.message
 
+    @pytest.mark.parametrize("others", [5, 8, 10, 12])
+    def test_any_share_of_the_episodes_in_degrees_is_found(self, others):
+        rng, ends = np.random.default_rng(3), 40 * np.arange(1, 21)
+        sizes = np.repeat(rng.uniform(0.8, 1.2, (20, 3)), 40, axis=0)
+        values = sizes * np.tile(np.sin(0.2 * np.arange(40)), 20)[:, None]
+        assert checks.unit_changes("state", values, ends) == []
+        values[: ends[others - 1]] *= 57.29578
+        (finding,) = checks.unit_changes("state", values, ends)
+        odd = range(others) if others <= 10 else range(others, 20)
+        assert finding.places == tuple((episode, None) for episode in odd)
+        assert ("degrees for radians" if others <= 10 else "radians for degrees") in finding.message
+
     def test_smaller_numbers_are_found_as_well(self):
         values = reaches(3)
         values[rows_of(5)] /= 1000
