@@ -1,4 +1,4 @@
-"""Every command and file that README.md names exists."""
+"""Every command and file that README.md names exists, and every command that the pages of docs/ print."""
 
 import functools
 import importlib
@@ -13,12 +13,13 @@ from scd_robot.cli.main import VERBS, main
 
 CHECKOUT = Path(__file__).parent.parent
 README = (CHECKOUT / "README.md").read_text()
+DOCS = "\n".join(path.read_text() for path in sorted(CHECKOUT.glob("docs/*.md")))
 
 
-def commands() -> list[list[str]]:
+def commands(text: str = README) -> list[list[str]]:
     """The commands in code fences marked `bash`, split into words; a backslash joins lines."""
     found = []
-    for fence in re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL):
+    for fence in re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
         for line in fence.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # variables set for one command
@@ -28,9 +29,9 @@ def commands() -> list[list[str]]:
     return found
 
 
-def calls_of(program: str) -> list[list[str]]:
+def calls_of(program: str, text: str = README) -> list[list[str]]:
     """The arguments of every call of a program, wherever its file lies."""
-    return [words[1:] for words in commands() if Path(words[0]).name == program]
+    return [words[1:] for words in commands(text) if Path(words[0]).name == program]
 
 
 def test_readme_shows_how_to_start() -> None:
@@ -38,8 +39,8 @@ def test_readme_shows_how_to_start() -> None:
     assert ["demo"] in calls_of("make")
 
 
-@pytest.mark.parametrize("arguments", calls_of("scd"), ids=" ".join)
-def test_scd_commands_of_the_readme_parse(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arguments", calls_of("scd", README + DOCS), ids=" ".join)
+def test_scd_commands_parse(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     for verb in VERBS.values():
         module = importlib.import_module(verb.module)
@@ -53,8 +54,8 @@ def test_scd_commands_of_the_readme_parse(arguments: list[str], monkeypatch: pyt
     assert called or {"--help", "-h", "--version"} & set(arguments)
 
 
-@pytest.mark.parametrize("arguments", calls_of("make"), ids=" ".join)
-def test_make_targets_of_the_readme_exist(arguments: list[str]) -> None:
+@pytest.mark.parametrize("arguments", calls_of("make", README + DOCS), ids=" ".join)
+def test_make_targets_exist(arguments: list[str]) -> None:
     makefile = (CHECKOUT / "Makefile").read_text()
     for target in (word for word in arguments if "=" not in word and not word.startswith("-")):
         assert re.search(rf"^{re.escape(target)}:", makefile, flags=re.MULTILINE), f"no make target {target!r}"

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import re
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -30,7 +31,7 @@ def readable(function: Callable[..., Any]) -> Callable[..., Any]:
         if tyro.conf.Positional in getattr(annotation, "__metadata__", ()):
             shown["metavar"] = parameter.name.upper()
             if typing.get_origin(typing.get_args(annotation)[0]) in (list, tuple):
-                one = parameter.name.upper().removesuffix("S")
+                one = re.sub("IE$", "Y", parameter.name.upper().removesuffix("S"))
                 shown = {"metavar": f"{one} [{one} ...]", "help_behavior_hint": "(required)"}
         if parameter.default is False:  # there is nothing that --no-overwrite would do
             annotation = Annotated[annotation, tyro.conf.FlagCreatePairsOff]

@@ -37,6 +37,7 @@ def sweep(
     trust: bool = False,
     policy_options: tuple[str, ...] = (),
     policy_python: str | None = None,
+    env_python: str | None = None,
     ray: str | None = None,
     json: Path | None = None,
 ) -> int:
@@ -64,6 +65,7 @@ def sweep(
         trust: likewise.
         policy_options: KEY=VALUE for all policies that are named package.module:callable.
         policy_python: python of another environment for them.
+        env_python: python of another environment, with scd_robot and the simulators, as in 'scd eval'.
         ray: address of a running Ray cluster ("auto", "ray://host:10001"), see 'scd eval --help'.
         json: write the table to this file too ("-": standard output).
     """
@@ -75,7 +77,7 @@ def sweep(
         check_target(json)
     if not policies or not env:
         raise ConfigError("a sweep needs at least one policy and one --env")
-    named = named_policies(policies, policy_options, policy_python)
+    named = named_policies(policies, policy_options, policy_python, env_python)
     for source in filter(is_named, policies):
         refuse_checkpoint_options(source, {"reproducible": reproducible, "task": task, "goal": goal})
     loaded = {source: read_trained(source, device, trust, task, goal) for source in policies if not is_named(source)}
@@ -105,7 +107,9 @@ def sweep(
         failures[job.out] = f"{type(error).__name__}: {first_line}"
 
     missing = [job for target, job in jobs.items() if target not in documents]
-    for job, result in run_jobs(missing, ray=ray, progress=str(json) != "-", on_failure=note_failure):
+    for job, result in run_jobs(
+        missing, ray=ray, python=env_python, progress=str(json) != "-", on_failure=note_failure
+    ):
         assert job.out is not None
         if result.valid:
             documents[job.out] = result.to_json()

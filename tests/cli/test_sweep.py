@@ -77,3 +77,19 @@ def test_memory_that_is_used_up_fails_one_pair(arguments, tmp_path, monkeypatch,
     assert "FAILED" in capsys.readouterr().out
     [log] = [record for record in caplog.records if record.exc_info]  # where it came from is told
     assert "make_policy" in log.exc_text
+
+
+def test_simulators_of_another_environment_are_used_as_in_an_evaluation(arguments, monkeypatch, capsys):
+    from scd_robot.sim_eval import jobs
+
+    asked, run = [], jobs.run_jobs
+
+    def noted(*positional, python, **options):
+        asked.append(python)
+        return run(*positional, **options)
+
+    monkeypatch.setattr(jobs, "run_jobs", noted)
+    assert main([*arguments, "--env-python", "elsewhere/bin/python"]) == 0
+    assert asked == ["elsewhere/bin/python"]
+    assert main(["sweep", "--help"]) == 0
+    assert "POLICY [POLICY ...]" in capsys.readouterr().out

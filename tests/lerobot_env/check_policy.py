@@ -162,12 +162,14 @@ def check_streaming(policy):
     torch.testing.assert_close(context_of(policy, seen[-1]), alone)
     seen[-1][policy.model.config.vector_keys[0]][:, 0] *= 0.9
     assert (context_of(policy, seen[-1]) - alone).abs().max() > 1e-4
-    from scd_robot.errors import ShapeError
+    from scd_robot.errors import ConfigError, ShapeError
 
     with refused(ShapeError, "call reset()"):
         policy.select_action({key: value[:1] for key, value in seen[0].items()})
     with refused(ShapeError, "is missing"):
         policy.select_action({})
+    with refused(ConfigError, "inference_delay, prev_chunk_left_over"):
+        policy.predict_action_chunk(seen[0], inference_delay=2, prev_chunk_left_over=torch.zeros(1, 4, 2))
 
 
 def check_evaluation(folder, out):

@@ -173,7 +173,17 @@ class ScdPolicy(PreTrainedPolicy):
 
         The history grows by the observation, as in `select_action`. With a `history_stride`, in control steps in which
         the encoder does not run, the plan is shorter by what has passed since it ran.
+
+        Raises:
+            ConfigError: LeRobot's real-time chunking is asked for, whose arguments would be left unheeded.
         """
+        unheeded = sorted(name for name, value in kwargs.items() if value is not None)
+        if unheeded:
+            raise ConfigError(
+                f"predict_action_chunk of an scd policy takes a batch and noise, got {', '.join(unheeded)} besides: "
+                "LeRobot's real-time chunking (rtc) is not for it; turn that off, or convert the policy and use "
+                "scd_robot.control, which has its own (python -m lerobot_policy_scd.convert)"
+            )
         with torch.inference_mode():
             self._observe(batch)
             chunk = self._plan(noise)
