@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import re
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any
