@@ -3,7 +3,8 @@
 Shapes: B rows, Da action width; H W C picture.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from scd_robot.types import ActionArray, GivenActions, Observation, RunningChunk
 from scd_robot.usable import is_picture, missing, problem_with
 
 __all__ = [
+    "FarInputs",
     "as_float32",
     "checked_action",
     "checked_given",
@@ -23,6 +25,51 @@ __all__ = [
     "model_observation",
     "optional_keys",
 ]
+
+
+logger = logging.getLogger(__name__)
+
+_FAR = 10.0  # times the range of the training, beyond its ends
+
+
+class FarInputs:
+    """Says in the log, once per key, where observations are far from all that was trained on.
+
+    That is more than ten times their range away: degrees in the place of radians, another order, a broken sensor. The
+    plan of such an observation is no better than a guess. Numbers that never moved in training are left alone.
+
+    Args:
+        ranges: smallest and largest value (Do,) in training, by the model's keys.
+    """
+
+    def __init__(self, ranges: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+        self._known, self._limits = ranges, {}
+        for key, ends in ranges.items():
+            low, high = (np.asarray(end, np.float64) for end in ends)
+            moves = high - low > 1e-6 * np.maximum(np.maximum(np.abs(low), np.abs(high)), 1e-3)
+            far = np.where(moves, _FAR * (high - low), np.inf)
+            self._limits[key] = low - far, high + far
+
+    def look(self, seen: Mapping[str, NDArray[Any]], present: Mapping[str, bool]) -> None:
+        """Looks at what `model_observation` gave."""
+        told = [key for key, limits in self._limits.items() if present.get(key, True) and _is_far(seen[key], limits)]
+        for key in told:
+            (low, high), (least, most) = self._limits.pop(key), self._known[key]
+            row, dim = np.argwhere((seen[key] < low) | (seen[key] > high))[0]
+            logger.warning(
+                "observation %r, dimension %d, is %.6g in row %d; in training it was %.6g to %.6g: other units, "
+                "another order, a broken sensor? (told once for this observation)",
+                key,
+                dim,
+                seen[key][row, dim],
+                row,
+                least[dim],
+                most[dim],
+            )
+
+
+def _is_far(value: NDArray[Any], limits: tuple[NDArray[Any], NDArray[Any]]) -> bool:
+    return bool((value < limits[0]).any() or (value > limits[1]).any())
 
 
 def model_observation(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError, ShapeError
-from scd_robot.policies.inputs import checked_action, model_observation, optional_keys
+from scd_robot.policies.inputs import FarInputs, checked_action, model_observation, optional_keys
 from scd_robot.policies.instructions import Instructions
 from scd_robot.policies.rows import Architecture, HistoryCache, Rows
 from scd_robot.transforms import TASK, Transforms
@@ -58,6 +58,7 @@ class ObservingPolicy(ABC):
         architecture: of the model.
         keys: its observation keys.
         dataset: specification of its training data, as recorded.
+        ranges: of its vectors in training, see `FarInputs`.
         transforms: between the recording and the model; what they did to actions is undone.
         config: how to run it.
         reproducible: `act` computes plans for all rows whenever one is due, so that every computation has the same
@@ -76,6 +77,7 @@ class ObservingPolicy(ABC):
         architecture: Architecture,
         keys: Sequence[str],
         dataset: DatasetSpec,
+        ranges: Mapping[str, tuple[Sequence[float], Sequence[float]]],
         transforms: Transforms,
         config: Settings,
         reproducible: bool = False,
@@ -101,6 +103,7 @@ class ObservingPolicy(ABC):
             max_delay_steps=architecture.max_delay_steps,
             optional=tuple(sorted(optional_keys(self._sources, transforms, self._per_key) - set(told))),
         )
+        self._far = FarInputs({key: ranges[key] for key in self._sources if key in ranges})
         self._timings = _empty_timings()
         self._rows: Rows | None = None
         self._context: Any = None  # what plans are made from, of all rows
@@ -212,6 +215,7 @@ class ObservingPolicy(ABC):
         """
         observation = self.instructions.with_goal(observation)
         seen, present = model_observation(observation, self._sources, self.transforms, self._per_key)
+        self._far.look(seen, present)
         batch = len(next(iter(seen.values())))
         if self.spec.tasks:
             seen[TASK] = self.instructions.task_rows(observation, batch)

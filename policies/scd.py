@@ -61,7 +61,8 @@ class ScdPolicy(ChunkPolicy):
         check_widths(model.config, normalizer, between.spec)
         config.check_fits(model.config)
         keys = list(model.config.observation_shapes)
-        super().__init__(Architecture.of(model.config), keys, dataset, between, config, reproducible, task, goal)
+        how = config, reproducible, task, goal
+        super().__init__(Architecture.of(model.config), keys, dataset, normalizer.ranges(), between, *how)
         ready(model, device)
         self.model = model
         self.normalizer = normalizer.to(device)

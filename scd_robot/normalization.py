@@ -129,6 +129,10 @@ class Normalizer(nn.Module):
         center, half = self._buffers_of(key, x, "center", "half")
         return x * half + center
 
+    def ranges(self) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
+        """Smallest and largest value (Do,) by key, in the dataset's units."""
+        return {key: (found.minimum, found.maximum) for key, found in self.statistics.items()}
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types."""
         return {

@@ -91,6 +91,7 @@ class Manifest:
         transforms: what the runner does between the recording and the graphs.
         architecture: of the model.
         keys: observation keys that the graphs take.
+        ranges: smallest and largest value of each vector in training, by key.
         settings: how it is run.
         graphs: by the names in `GRAPHS`.
         checkpoint: what it was made of: type, step, hash of the weights, ...
@@ -109,6 +110,7 @@ class Manifest:
     checkpoint: dict[str, Any]
     versions: dict[str, str]
     sha256: dict[str, str]
+    ranges: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types, with what `PolicySpec` says for readers in other languages."""
@@ -131,6 +133,7 @@ class Manifest:
             "spec": spec,
             "graphs": {name: _graph_to_json(graph) for name, graph in self.graphs.items()},
             "keys": list(self.keys),
+            "ranges": to_json(self.ranges),
             "settings": to_json(self.settings),
             "architecture": to_json(self.architecture),
             "dataset": self.dataset.to_json(),
@@ -179,6 +182,10 @@ def read_manifest(folder: str | Path) -> Manifest:
             checkpoint=dict(document["checkpoint"]),
             versions=dict(document["versions"]),
             sha256=dict(document["sha256"]),
+            ranges={  # exports of before have none
+                str(key): (tuple(map(float, low)), tuple(map(float, high)))
+                for key, (low, high) in document.get("ranges", {}).items()
+            },
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # ConfigError is a ValueError
         raise CheckpointError(

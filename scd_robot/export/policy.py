@@ -106,7 +106,7 @@ class ExportedPolicy(ChunkPolicy):
         manifest.settings.check_fits(manifest.architecture)
         between = Transforms(manifest.transforms, manifest.dataset)
         how = manifest.settings, reproducible, task, goal
-        super().__init__(manifest.architecture, manifest.keys, manifest.dataset, between, *how)
+        super().__init__(manifest.architecture, manifest.keys, manifest.dataset, manifest.ranges, between, *how)
         self.manifest, self._runtime = manifest, runtime
         self.provenance = {
             **manifest.checkpoint,

@@ -119,7 +119,7 @@ def make_graphs(policy: ScdPolicy, batch_size: int) -> dict[str, Made]:
 
 def manifest_of(policy: ScdPolicy, made: Mapping[str, Made], kind: Format, batch_size: int) -> Manifest:
     """What `manifest.json` says of graphs, but the hashes of their files."""
-    config, graphs = policy.config, {}
+    config, graphs, keys = policy.config, {}, tuple(policy.model.config.observation_shapes)
     suffix = "onnx" if kind == "onnx" else "pt2"
     for name, (module, inputs, example, outputs) in made.items():
         with torch.inference_mode():
@@ -132,7 +132,7 @@ def manifest_of(policy: ScdPolicy, made: Mapping[str, Made], kind: Format, batch
         dataset=policy.transforms.dataset,
         transforms=policy.transforms.config,
         architecture=policy.architecture,
-        keys=tuple(policy.model.config.observation_shapes),
+        keys=keys,
         settings=ExportedSettings(
             num_executed=config.num_executed,
             seed=config.seed,
@@ -149,6 +149,11 @@ def manifest_of(policy: ScdPolicy, made: Mapping[str, Made], kind: Format, batch
         },
         versions=_versions(),
         sha256={},
+        ranges={
+            key: ends
+            for key, ends in policy.normalizer.ranges().items()
+            if key in policy.model.config.observation_shapes
+        },
     )
 
 

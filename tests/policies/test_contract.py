@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from eager_graphs import eager_export
+from small_policies import small_policy
 
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
+from scd_robot.policies.inputs import FarInputs
 from scd_robot.policies.registry import POLICIES, policy_class
 from scd_robot.types import GivenActions, Policy, PolicySpec, RunningChunk
 
@@ -289,3 +292,29 @@ def test_a_plan_for_some_rows_leaves_the_others_alone(make, stream) -> None:
         with pytest.raises(ConfigError, match="ascending"):
             other.plan(rows=rows)
     np.testing.assert_allclose(other.plan(rows=[1]), everything[[1]], atol=1e-5)
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_what_is_far_from_the_training_is_told_once(exported, stream, caplog):
+    policy = eager_export(small_policy(), 2) if exported else small_policy()
+    seen = stream(2, 4)
+    least, most = (np.array(end) for end in small_policy().normalizer.ranges()["position"])
+    policy.act(seen[0])
+    edge = {**seen[1], "position": np.stack([most + 9 * (most - least), least - 9 * (most - least)])}
+    policy.act({name: np.asarray(value, np.float32) for name, value in edge.items()})
+    assert "in training it was" not in caplog.text
+    degrees = {**seen[2], "position": np.array([[0, 0], [0, 57]], np.float32)}
+    policy.act(degrees)
+    policy.act(degrees)
+    assert caplog.text.count("observation 'position', dimension 1, is 57 in row 1; in training it was") == 1
+
+
+def test_numbers_that_never_moved_in_training_are_never_far(caplog):
+    far = FarInputs({"state": ((0.0, 1.0), (0.0, 1.0 + 1e-9))})
+    far.look({"state": np.array([[100.0, -100.0]])}, {})
+    assert caplog.text == ""
+    far = FarInputs({"state": ((0.0, -1.0), (0.0, 1.0))})
+    far.look({"state": np.array([[0.0, 100.0]])}, {"state": False})
+    assert caplog.text == ""
+    far.look({"state": np.array([[0.0, 100.0]])}, {})
+    assert "dimension 1, is 100 in row 0; in training it was -1 to 1" in caplog.text
