@@ -218,8 +218,8 @@ def test_a_thread_that_cannot_be_started_costs_no_place(begin, stream, monkeypat
         monkeypatch.setattr(threading.Thread, "start", start)
         raise RuntimeError("can't start new thread")
 
+    monkeypatch.setattr(threading.Thread, "start", fail)
     with raw_connection(server) as refused:
-        monkeypatch.setattr(threading.Thread, "start", fail)
         assert refused.recv(1000) == b""
     assert post(server, lists(stream(1)[0]))[0] == 200
 
