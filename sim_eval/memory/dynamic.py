@@ -35,8 +35,8 @@ class _Dynamic(MemoryEnvironment):
 class MovingTarget(_Dynamic):
     """A ball moves about, each axis as a sum of two sines of its own; the hand is to stay with it.
 
-    `ball` (3) is its position [m]. Where a plan takes 0.2 s the ball must be foreseen for 0.2 to 0.4 s, which its path of
-    the last second allows.
+    `ball` (3) is its position [m]. Where a plan takes 0.2 s the ball must be foreseen for 0.2 to 0.4 s, which its path
+    of the last second allows.
     """
 
     task: ClassVar[str] = "moving-target"
