@@ -121,7 +121,6 @@ class Commander:
         """
         self._clock.sleep_until(self._sent_s + _LEAST_SPACING * self._servo_dt)
         command = self._limiter.step(target)
-        self._sent_s = self._clock.now()
         self._journal.commands += 1
         try:
             self._robot.send(command.copy())  # it may be changed there: into other units, say
@@ -129,6 +128,8 @@ class Commander:
             self._journal.fault("robot_send", f"{type(error).__name__}: {error}")
             self.command = None
             return False
+        finally:  # not before it: this thread may have waited for the processor until the robot had it
+            self._sent_s = self._clock.now()
         self.command = command
         return True
 

@@ -93,6 +93,24 @@ class Scene:
         return np.array([row[1] for row in self.sent])
 
 
+def test_commands_stay_apart_where_one_reached_the_robot_late():
+    """As where the loop's thread waits for the processor between its last look at the clock and the robot."""
+    scene, late = Scene(), []
+    send = scene.robot.send
+
+    def preempted(command):
+        if len(scene.sent) == 10 and not late:
+            late.append(command)
+            scene.clock.advance(0.6 * DT)
+        send(command)
+
+    scene.robot.send = preempted
+    scene.run(30)
+    apart = np.diff([row[0] for row in scene.sent])
+    assert apart.max() == pytest.approx(1.6, abs=2e-3)
+    assert apart.min() >= 0.5 - 2e-3
+
+
 def test_a_chunk_planned_before_a_reset_is_never_executed_after_it():
     scene = Scene(plan_steps=3.5)
 
