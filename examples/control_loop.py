@@ -26,8 +26,8 @@ def main(options: argparse.Namespace) -> None:
     control_dt = policy.spec.control_dt * options.slow_motion
     policy.spec = replace(policy.spec, control_dt=control_dt)
 
-    # On a robot: a class with observe(), send(command) and hold() in the place of this one. Its actions are increments
-    # here, with which 0 stands still; for joint positions give rest=(None, ...) and the observation that is its pose.
+    # On a robot: a class with observe(), send(command) and hold() in the place of this one. Where actions are changes 0
+    # stands still; for joint positions give Limits(..., rest=(None, ...)) and Sample(..., pose=...).
     seed = derive_seed(EVALUATION, options.episode)
     with SimulatedRobot(options.environment, seed, control_dt=control_dt) as robot:
         limits = limits_of(robot.spec, velocity=options.velocity / control_dt)

@@ -155,6 +155,10 @@ class PushtEnvironment:
             action_kind="absolute",
         )
 
+    def standstill(self) -> NDArray[np.float32]:
+        """The action (2,) that keeps the pusher where it is [px]."""
+        return np.asarray(self._env.agent.position, np.float32)
+
     @property
     def hand(self) -> NDArray[np.float64]:
         """(2,) position of the pusher [px]."""

@@ -36,9 +36,9 @@ class SimulatedRobot:
     Args:
         source: which environment.
         seed: of its start state.
-        rest: (Da,) what its commands are at a standstill, see `Limits`; None = they are increments or velocities, and
-            0 is that.
-        pose_key: the observation that is the robot's pose, in the units of commands; None = commands name no places.
+        rest: (Da,) what its commands are at a standstill, see `Limits`; None = as `limits_of` has it.
+        pose_key: the observation that is the robot's pose, in the units of commands; None = what the environment calls
+            its standstill, if it does.
         control_dt: seconds per control step; None = the environment's. Longer is slow motion.
 
     Attributes:
@@ -81,7 +81,7 @@ class SimulatedRobot:
             told = self._receive()
             self._send_message(("more", None))
             observation: Mapping[str, np.ndarray[Any, Any]] = told["observation"]
-            pose = None if self._pose_key is None else np.asarray(observation[self._pose_key], np.float64)
+            pose = told["pose"] if self._pose_key is None else np.asarray(observation[self._pose_key], np.float64)
             self._sample = Sample(observation, told["stamp_s"], pose, told["executed"])
             self.steps, self.finished = told["steps"], told["finished"]
             self.success = self.success or told["success"]
@@ -138,12 +138,17 @@ def limits_of(
 
     Args:
         spec: of the environment.
-        rest: (Da,) see `Limits`; None = all commands are increments or velocities, and 0 is a standstill.
+        rest: (Da,) see `Limits`; None = by the kind of the actions: the last place where they are absolute, else 0.
         velocity: most change of a command, in parts of its range per second.
     """
     most = tuple(velocity * (high - low) for low, high in zip(spec.action_low, spec.action_high, strict=True))
     anything = (float("inf"),) * spec.action_dim
-    return Limits(spec.action_low, spec.action_high, most, anything, (0.0,) * spec.action_dim if rest is None else rest)
+    return Limits(spec.action_low, spec.action_high, most, anything, _rest_of(spec) if rest is None else rest)
+
+
+def _rest_of(spec: EnvironmentSpec) -> tuple[float | None, ...]:
+    """(Da,) what stands still, see `Limits`."""
+    return (None if spec.action_kind == "absolute" else 0.0,) * spec.action_dim
 
 
 def _live(
@@ -175,14 +180,17 @@ def _step_by_the_clock(
     rest: tuple[float | None, ...] | None,
     control_dt: float,
 ) -> None:
-    width = environment.spec.action_dim
-    still = np.array([0.0] * width if rest is None else [np.nan if x is None else x for x in rest], np.float32)
+    at_rest = _rest_of(environment.spec) if rest is None else rest
+    still = np.array([np.nan if x is None else x for x in at_rest], np.float32)
+    pose_of = getattr(environment, "standstill", lambda: None)
     command: np.ndarray[Any, Any] | None = None  # None before the first one: the simulator's time stands
     executed, steps, finished, success, credit = None, 0, False, False, _CREDIT
     due = time.monotonic()
     while True:
         if credit > 0:
             told = {"observation": observation, "stamp_s": time.monotonic(), "executed": executed, "steps": steps}
+            pose = pose_of()
+            told["pose"] = None if pose is None else np.array(pose, np.float64)
             connection.send(("sample", {**told, "finished": finished, "success": success}))
             credit -= 1
         due = max(due + control_dt, time.monotonic())

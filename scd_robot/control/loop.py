@@ -282,8 +282,10 @@ class ControlLoop:
         sample = self._gate.newest
         assert sample is not None, "anchored by one"
         started = self._clock.now()
-        values = {key: sample.observation[key] for key in self._policy.spec.observation}
-        seen: dict[str, Any] = {key: None if value is None else value[None] for key, value in values.items()}
+        seen: dict[str, Any] = {}
+        for key in self._policy.spec.observation:
+            value = sample.observation[key]
+            seen[key] = None if value is None else value[None]
         try:
             self._policy.observe(seen, self._executed(sample))
         except Exception as error:

@@ -87,6 +87,21 @@ def test_the_loop_brings_the_simulated_robot_to_its_goal(toy):
     assert any(executed is not None for executed in policy.executed)
 
 
+@pytest.mark.parametrize("name", ["scd_memory/place-back", "pusht"])
+def test_where_actions_name_places_it_stands_at_the_one_that_it_tells(name):
+    with SimulatedRobot(name, 3, control_dt=0.01) as robot:
+        limits = limits_of(robot.spec)
+        assert limits.rest == (None,) * robot.spec.action_dim
+        pose = robot.observe().pose
+        robot.send(pose)
+        robot.hold()
+        deadline = time.monotonic() + 30
+        while robot.steps < 5 and time.monotonic() < deadline:
+            sample = robot.observe()
+    np.testing.assert_allclose(sample.executed, pose, rtol=1e-6)
+    np.testing.assert_allclose(sample.pose, pose, atol=1e-3 * np.ptp([limits.low, limits.high]))
+
+
 def test_a_simulator_that_dies_is_a_fault_that_ends_in_giving_up(toy):
     with SimulatedRobot(POINT, 3) as robot:
         limits = limits_of(robot.spec)
