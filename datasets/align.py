@@ -52,10 +52,19 @@ def align_streams(
 
     Raises:
         DatasetError: times that do not increase, or no time at which all streams are there.
-        ConfigError: `control_dt` is not positive.
+        ConfigError: `control_dt` is not positive; `mark_new` names no stream; a stream that is interpolated, and so is
+            always there, has a `max_age_s` or is in `mark_new`.
     """
     if not control_dt > 0:
         raise ConfigError(f"control_dt must be positive [s], got {control_dt}")
+    if unknown := sorted(set(mark_new) - streams.keys()):
+        raise ConfigError(f"mark_new names {', '.join(unknown)}, but the streams are {', '.join(streams)}")
+    for key, stream in streams.items():
+        if stream.mode == "linear" and (key in mark_new or np.isfinite(stream.max_age_s)):
+            raise ConfigError(
+                f"stream {key!r} is interpolated and never absent: leave out its max_age_s and mark_new, or give it "
+                "mode 'latest'"
+            )
     for key, stream in streams.items():
         time = np.asarray(stream.time_s)
         if time.ndim != 1 or len(time) != len(stream.values) or not len(time):

@@ -52,10 +52,12 @@ class FarInputs:
 
     def look(self, seen: Mapping[str, NDArray[Any]], present: Mapping[str, bool]) -> None:
         """Looks at what `model_observation` gave."""
-        told = [key for key, limits in self._limits.items() if present.get(key, True) and _is_far(seen[key], limits)]
-        for key in told:
-            (low, high), (least, most) = self._limits.pop(key), self._known[key]
-            row, dim = np.argwhere((seen[key] < low) | (seen[key] > high))[0]
+        for key, (low, high) in list(self._limits.items()):
+            far = (seen[key] < low) | (seen[key] > high)
+            if not far.any() or not present.get(key, True):
+                continue
+            del self._limits[key]
+            (row, dim), (least, most) = np.argwhere(far)[0], self._known[key]
             logger.warning(
                 "observation %r, dimension %d, is %.6g in row %d; in training it was %.6g to %.6g: other units, "
                 "another order, a broken sensor? (told once for this observation)",
@@ -66,10 +68,6 @@ class FarInputs:
                 least[dim],
                 most[dim],
             )
-
-
-def _is_far(value: NDArray[Any], limits: tuple[NDArray[Any], NDArray[Any]]) -> bool:
-    return bool((value < limits[0]).any() or (value > limits[1]).any())
 
 
 def model_observation(

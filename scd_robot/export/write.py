@@ -149,11 +149,7 @@ def manifest_of(policy: ScdPolicy, made: Mapping[str, Made], kind: Format, batch
         },
         versions=_versions(),
         sha256={},
-        ranges={
-            key: ends
-            for key, ends in policy.normalizer.ranges().items()
-            if key in policy.model.config.observation_shapes
-        },
+        ranges={key: ends for key, ends in policy.normalizer.ranges().items() if key in keys},
     )
 
 

@@ -72,3 +72,17 @@ def test_streams_that_do_not_fit_are_refused(streams, message) -> None:
         align_streams(streams, 0.1)
     with pytest.raises(ConfigError, match="positive"):
         align_streams({"a": FAST}, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "max_age_s", "mark_new", "told"),
+    [
+        ("linear", 0.5, (), "'slow' is interpolated and never absent"),
+        ("linear", np.inf, ("slow",), "'slow' is interpolated and never absent"),
+        ("latest", np.inf, ("slwo",), "mark_new names slwo, but the streams are slow"),
+    ],
+)
+def test_what_would_be_left_unheeded_is_refused(mode, max_age_s, mark_new, told):
+    slow = Stream(np.array([0.0, 1.0]), np.zeros((2, 1)), mode, max_age_s)
+    with pytest.raises(ConfigError, match=told):
+        align_streams({"slow": slow}, 0.1, mark_new)
