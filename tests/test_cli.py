@@ -67,7 +67,7 @@ def test_help_names_what_is_to_be_given_and_wraps_at_the_width_of_the_terminal(
     function = getattr(importlib.import_module(VERBS[name].module), VERBS[name].function)
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.POSITIONAL_ONLY:
-            assert f" {parameter.name.upper().removesuffix('S')}" in shown.splitlines()[0]
+            assert f" {parameter.name.upper().removesuffix('S').removesuffix('IE')}" in shown.splitlines()[0]
     assert "{None}" not in shown
     assert "--no-overwrite" not in shown
     docstring = inspect.getdoc(function) or ""
