@@ -22,7 +22,6 @@ from scd_robot.diffusion import corrupt, guide, sample
 from scd_robot.diffusion.sampler import evaluation_times
 from scd_robot.model import Conditioning, ScdModel
 from scd_robot.nn import KVCache
-from scd_robot.nn.kv_cache import StepPlan
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.scd import ScdPolicyConfig
 
@@ -69,34 +68,34 @@ class ExplicitCache(KVCache):
         """In the order of `cache_names`."""
         return [self.slot_position, self.token_valid, self.position, *(x for pair in self.layers for x in pair)]
 
-    def begin_step(self, token_valid: Tensor | None = None, active: Tensor | None = None) -> StepPlan:
-        """Claims a slot for the next control step; `active` (B,) bool is needed."""
+    def keys_and_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What a layer holds, each (B, N, W * P, Dh)."""
+        keys, values = self.layers[layer]
+        return keys.flatten(2, 3), values.flatten(2, 3)
+
+    def append(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], token_valid: Tensor | None = None, active: Tensor | None = None
+    ) -> None:
+        """One control step more; `active` (B,) bool is needed.
+
+        Rows that do not take the step keep all that they will ever see: what is written of theirs lies in the slot that
+        has left the window, and its position says so. To leave that slot alone would be two operations more per tensor.
+        """
         assert active is not None
         batch, window, tokens = self.token_valid.shape
         slot = self.position % window
         claimed = (torch.arange(window, device=slot.device) == slot[:, None]) & active[:, None]
-        present = self.position.new_ones(batch, tokens, dtype=torch.bool) if token_valid is None else token_valid
-        self.slot_position = torch.where(claimed, self.position[:, None], self.slot_position)
         written = claimed[:, :, None]  # ONNX Runtime has no `where` of truths
+        present = self.token_valid.new_ones(batch, tokens) if token_valid is None else token_valid
         self.token_valid = (self.token_valid & ~written) | (present[:, None, :] & written)
-        return self.plan_step(slot, active)
-
-    def write(self, layer: int, plan: StepPlan, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one group's keys and values (B, N, P, Dh) and returns all of the layer's, each (B, N, W * P, Dh)."""
-        assert plan.active is not None
-        heads = torch.arange(keys.shape[1], device=keys.device)
-        place = (plan.rows[:, None], heads[None], plan.slot[:, None])
-        stored = []
-        for store, new in zip(self.layers[layer], (keys, values), strict=True):
-            new = torch.where(plan.active[:, None, None, None], new, store[place])
-            stored.append(store.index_put(place, new))
-        self.layers[layer] = (stored[0], stored[1])
-        return stored[0].flatten(2, 3), stored[1].flatten(2, 3)
-
-    def end_step(self, plan: StepPlan) -> None:
-        """Advances the rows that took the step."""
-        assert plan.active is not None
-        self.position = self.position + plan.active
+        self.slot_position = torch.where(claimed, self.position[:, None], self.slot_position)
+        rows, heads = (torch.arange(count, device=slot.device) for count in pairs[0][0].shape[:2])
+        place = (rows[:, None], heads[None], slot[:, None])
+        self.layers = [
+            (keys.index_put(place, pair[0]), values.index_put(place, pair[1]))
+            for (keys, values), pair in zip(self.layers, pairs, strict=True)
+        ]
+        self.position = self.position + active
 
 
 class EncoderStep(nn.Module):
@@ -142,18 +141,23 @@ class EncoderStep(nn.Module):
         Args:
             *arguments: as `inputs` names them: observation.KEY (B, Do) float32, or (B, H, W, C) uint8; present.KEY (B,)
                 bool, False = absent; past_action (B, Da) executed one step before and past_action_valid (B,) whether it
-                is known; active (B,), rows that take the step, the others keep their cache and their context means
-                nothing; then the cache.
+                is known; active (B,), rows that take the step, the others keep what they see of their cache and their
+                context means nothing; then the cache.
         """
         given = dict(zip(self.inputs, arguments, strict=False))
-        cache = ExplicitCache.of(arguments[len(given) :])
+        cache, active = ExplicitCache.of(arguments[len(given) :]), given["active"]
+        # Whatever stands in rows that do not take the step, what is written of theirs must be finite.
+        given = {
+            name: torch.where(active[:, None], value, 0) if value.is_floating_point() and value.ndim == 2 else value
+            for name, value in given.items()
+        }
         seen = {key: given[f"observation.{key}"] for key in self.keys}
         present = {key: given[f"present.{key}"] for key in self.optional}
         past = given.get("past_action")
         context = self.model.encode_step(
             self.normalizer.normalize_observation(seen),
             cache,
-            given["active"],
+            active,
             past_action=None if past is None else self.normalizer.normalize("action", past),
             past_action_valid=given.get("past_action_valid"),
             present=present or None,

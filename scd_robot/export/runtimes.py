@@ -14,6 +14,8 @@ __all__ = ["Arrays", "OnnxRuntime", "Runtime", "open_runtime"]
 
 logger = logging.getLogger(__name__)
 
+SLOWER = ["MatMulAddFusion"]  # makes three operations of two: a reshape before and after each product with a bias
+
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -52,7 +54,10 @@ class OnnxRuntime:
         for name, graph in manifest.graphs.items():
             try:
                 session = onnxruntime.InferenceSession(
-                    str(folder / graph.file), options, providers=["CPUExecutionProvider"]
+                    str(folder / graph.file),
+                    options,
+                    providers=["CPUExecutionProvider"],
+                    disabled_optimizers=SLOWER,
                 )
             except Exception as error:  # of several kinds, all of which derive from nothing else
                 raise CheckpointError(

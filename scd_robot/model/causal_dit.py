@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from scd_robot.model.base import ActionModel, HistoryModel
 from scd_robot.model.config import ScdConfig
 from scd_robot.model.decoder import Conditioning, FlowTransformer
-from scd_robot.nn import CausalDitBlock, KVCache, RotaryEmbedding, additive, apply_rotary, take_steps, window_mask
+from scd_robot.nn import (
+    CausalDitBlock,
+    KVCache,
+    RotaryEmbedding,
+    additive,
+    apply_rotary,
+    never_empty,
+    take_steps,
+    window_mask,
+)
 
 __all__ = ["CausalDitModel", "EntangledModel", "HistoryContext"]
 
@@ -166,16 +175,19 @@ class CausalDitTransformer(FlowTransformer):
 
         What follows from flow time 1 alone, `clean`, is given, since it is the same in every control step.
         """
-        plan = cache.begin_step(token_valid, active)
-        rotary = self.rotary(plan.position[:, None], tokens.dtype)
-        seen, own = plan.mask, plan.mask & plan.own
-        masks = [additive(mask, tokens.dtype) for mask in (seen, own)]
+        position = cache.position.clone()
+        rotary = self.rotary(position[:, None], tokens.dtype)
+        there, own = cache.seen_before(token_valid)
+        masks = [additive(never_empty(mask), tokens.dtype) for mask in (there, there & own)]
         x, pairs = tokens, []
         for layer, (block, modulation) in enumerate(zip(self._blocks(), clean.blocks, strict=True)):
-            x, pair = block.step(x, modulation, rotary, layer, cache, plan, masks[self.is_local(layer)])
+            x, pair = block.step(x, modulation, rotary, cache.keys_and_values(layer), masks[self.is_local(layer)])
             pairs.append(pair)
-        cache.end_step(plan)
-        return HistoryContext(tuple(pairs), seen[:, 0], own[:, 0], plan.position[:, None], x[:, None])
+        cache.append(pairs, token_valid, active)
+        held = tuple(cache.keys_and_values(layer) for layer in range(len(pairs)))
+        seen = never_empty(cache.seen_from(position))
+        own = seen & (cache.slot_position == position[:, None]).repeat_interleave(self.tokens_per_step, 1)
+        return HistoryContext(held, seen[:, None], own[:, None], position[:, None], x[:, None])
 
     def prepare(self, context: HistoryContext) -> PreparedHistory:
         """Everything that depends on the history alone."""

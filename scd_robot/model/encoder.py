@@ -11,7 +11,6 @@ slots, D width, S tokens of a whole segment.
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -25,6 +24,7 @@ from scd_robot.nn import (
     RotaryEmbedding,
     additive,
     limit_to_group,
+    never_empty,
     take_steps,
     window_mask,
     window_steps,
@@ -155,19 +155,23 @@ class CausalEncoder(nn.Module):
             token_valid: (B, P) bool; None = all present.
             active: (B,) bool, rows that take the step; None = all.
         """
-        kept = tokens.shape[1] - self.num_readers
-        plan = cache.begin_step(None if token_valid is None else token_valid[:, :kept], active)
-        own = plan.own
-        seen = plan.mask if self.sees is None else limit_to_group(plan.mask, self.sees)
-        if self.num_readers:
-            seen = self._with_group_of_readers(seen.expand(-1, -1, kept, -1), plan.present)
+        readers = self.num_readers
+        kept = tokens.shape[1] - readers
+        valid = None if token_valid is None else token_valid[:, :kept]
+        there, own = cache.seen_before(valid)
+        mask = there if valid is None else never_empty(there)
+        mask = mask if self.sees is None else limit_to_group(mask, self.sees)
+        if readers:
+            mask = self._with_group_of_readers(mask.expand(-1, -1, kept, -1), there)
             own = self._with_group_of_readers(own.expand(-1, -1, kept, -1), own) if self.config.memory_gate else own
-        plan = replace(plan, own=own, mask=seen if self.config.memory_gate else additive(seen, tokens.dtype))
-        rotary = self.rotary(plan.position[:, None], tokens.dtype)
-        x = tokens
+        mask = mask if self.config.memory_gate else additive(mask, tokens.dtype)
+        rotary = self.rotary(cache.position[:, None], tokens.dtype)
+        x, pairs = tokens, []
         for layer, block in enumerate(cast(Iterable[CausalBlock], self.blocks)):
-            x = block.step(x, rotary, layer, cache, plan, kept, last=self.num_readers > 0 and block is self.blocks[-1])
-        cache.end_step(plan)
+            last = readers > 0 and block is self.blocks[-1]
+            x, pair = block.step(x, rotary, cache.keys_and_values(layer), mask, own, readers, last=last)
+            pairs.append(pair)
+        cache.append(pairs, valid, active)
         context: Tensor = self.norm(x if self.num_readers else x[..., self.context_slots, :])
         return context
 

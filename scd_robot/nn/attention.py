@@ -13,6 +13,7 @@ __all__ = [
     "attend",
     "limit_to_group",
     "multi_head_attention",
+    "never_empty",
     "take_steps",
     "window_mask",
     "window_steps",
@@ -60,8 +61,7 @@ def window_mask(
     steps = window_steps(num_steps, history_length, stream=stream, device=device)
     mask = steps.repeat_interleave(tokens_per_step, 1).repeat_interleave(tokens_per_step, 2)
     if token_valid is not None:
-        mask = mask & token_valid.flatten(1)[:, None, :]
-        mask = mask | ~mask.any(dim=-1, keepdim=True)
+        mask = never_empty(mask & token_valid.flatten(1)[:, None, :])
     step = torch.arange(num_steps, device=device).repeat_interleave(tokens_per_step)
     return mask[:, None], (step[:, None] == step)[None, None]
 
@@ -77,8 +77,12 @@ def limit_to_group(mask: Tensor, sees: Tensor) -> Tensor:
         (B or 1, 1, L or P, any control steps * P) bool; again no row is empty.
     """
     group = len(sees)
-    limited = mask & sees.repeat(max(1, mask.shape[-2] // group), mask.shape[-1] // group)
-    return limited | ~limited.any(dim=-1, keepdim=True)
+    return never_empty(mask & sees.repeat(max(1, mask.shape[-2] // group), mask.shape[-1] // group))
+
+
+def never_empty(mask: Tensor) -> Tensor:
+    """A mask (..., keys) in which who may see nobody sees everybody, so that the softmax stays finite."""
+    return mask | ~mask.any(dim=-1, keepdim=True)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,7 +108,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: Tensor, memory_ga
     past, group = mask & ~own, mask & own
     has_past = past.any(dim=-1, keepdim=True)
     recalled = scaled_dot_product_attention(q, k, v, attn_mask=past | ~has_past)
-    present = scaled_dot_product_attention(q, k, v, attn_mask=group | ~group.any(dim=-1, keepdim=True))
+    present = scaled_dot_product_attention(q, k, v, attn_mask=never_empty(group))
     gate = torch.tanh(memory_gate)[:, None, None] * has_past
     return (present + gate.to(q.dtype) * recalled).transpose(1, 2).flatten(2)
 

@@ -9,11 +9,11 @@ from torch.nn.functional import layer_norm
 
 from scd_robot.nn.attention import attend, multi_head_attention
 from scd_robot.nn.embeddings import apply_rotary
-from scd_robot.nn.kv_cache import KVCache, StepPlan
 
 __all__ = ["AdaLNBlock", "CausalBlock", "CausalDitBlock", "modulated_norm"]
 
 Rotary = tuple[Tensor, Tensor]
+KeysValues = tuple[Tensor, Tensor]
 
 _EPS = 1e-6  # of layer norms
 
@@ -68,20 +68,19 @@ class CausalBlock(nn.Module):
         return self._finish(x, q, k, v, mask, own, modulation, slots if last else x.shape[1])
 
     def step(
-        self, x: Tensor, rotary: Rotary, layer: int, cache: KVCache, plan: StepPlan, kept: int, *, last: bool = False
-    ) -> Tensor:
-        """The tokens (B, P, D) of one more control step; earlier ones come from the cache, which is extended.
+        self, x: Tensor, rotary: Rotary, held: KeysValues, mask: Tensor, own: Tensor, slots: int, *, last: bool = False
+    ) -> tuple[Tensor, KeysValues]:
+        """The tokens (B, P, D) of one more control step, and keys and values (B, N, P, Dh) of theirs to be remembered.
 
-        What `kept`, the number of tokens that the cache takes, leaves over is seen in this step only: `plan` has a key
-        more for each. In the `last` layer nothing else goes on.
+        Those of earlier ones are `held`, each (B, N, S, Dh); masks have a key for each of these and then of x. The
+        last `slots` of x only read: they are seen in this step alone, and in the `last` layer nothing else goes on.
         """
-        slots = x.shape[1] - kept
         modulation = self.modulate(x.shape[1], slots)
-        q, *own = self.queries_keys_values(x, rotary, modulation)
-        k, v = cache.write(layer, plan, *(new[:, :, :kept] for new in own))
-        if slots:
-            k, v = (torch.cat((old, new[:, :, kept:]), dim=2) for old, new in zip((k, v), own, strict=True))
-        return self._finish(x, q, k, v, plan.mask, plan.own, modulation, slots if last else x.shape[1])
+        q, *new = self.queries_keys_values(x, rotary, modulation)
+        k, v = (torch.cat(both, dim=2) for both in zip(held, new, strict=True))
+        kept = x.shape[1] - slots
+        x = self._finish(x, q, k, v, mask, own, modulation, slots if last else x.shape[1])
+        return x, (new[0][:, :, :kept], new[1][:, :, :kept])
 
     def queries_keys_values(
         self, x: Tensor, rotary: Rotary, modulation: tuple[Tensor, ...] | None = None
@@ -203,35 +202,29 @@ class CausalDitBlock(AdaLNBlock):
 
     def history(
         self, x: Tensor, modulation: tuple[Tensor, ...], rotary: Rotary, mask: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, KeysValues]:
         """Tokens (B, L, D) of a whole segment, and their keys and values, each (B, N, L, Dh)."""
         q, k, v = self.queries_keys_values(x, modulation, rotary)
         return self._finish(x, multi_head_attention(q, k, v, mask), modulation), (k, v)
 
     def step(
-        self,
-        x: Tensor,
-        modulation: tuple[Tensor, ...],
-        rotary: Rotary,
-        layer: int,
-        cache: KVCache,
-        plan: StepPlan,
-        mask: Tensor,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The tokens (B, P, D) of one more control step, and all keys and values of the cache, extended by theirs.
+        self, x: Tensor, modulation: tuple[Tensor, ...], rotary: Rotary, held: KeysValues, mask: Tensor
+    ) -> tuple[Tensor, KeysValues]:
+        """The tokens (B, P, D) of one more control step, and their keys and values, each (B, N, P, Dh).
 
-        They see what `mask` (B, 1, 1, W * P) says.
+        They see what `mask` (B, 1, 1, S + P) says of what is `held` of earlier ones, each (B, N, S, Dh), and of each
+        other.
         """
-        q, k, v = self.queries_keys_values(x, modulation, rotary)
-        pair = cache.write(layer, plan, k, v)
-        return self._finish(x, multi_head_attention(q, *pair, mask), modulation), pair
+        q, *new = self.queries_keys_values(x, modulation, rotary)
+        k, v = (torch.cat(both, dim=2) for both in zip(held, new, strict=True))
+        return self._finish(x, multi_head_attention(q, k, v, mask), modulation), (new[0], new[1])
 
     def denoise(
         self,
         x: Tensor,
         modulation: tuple[Tensor, ...],
         rotary: Rotary | None,
-        pair: tuple[Tensor, Tensor] | Tensor,
+        pair: KeysValues | Tensor,
         history: int,
         mask: Tensor,
     ) -> Tensor:

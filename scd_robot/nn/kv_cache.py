@@ -16,31 +16,7 @@ from torch import Tensor
 
 from scd_robot.nn.memory import room_for
 
-__all__ = ["KVCache", "StepPlan"]
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Where one control step is written and what it may attend to; the same for all layers.
-
-    Attributes:
-        rows: (B,) row numbers, to index with.
-        slot: (B,) ring slot that the step's group is written to.
-        position: (B,) control-step index of the group.
-        active: (B,) rows that take this step, or None = all.
-        mask: (B, 1, 1, W * P) keys that the group's tokens may see; its own group is among them. All, where none is
-            present: they are zeros, and the softmax stays finite.
-        present: (B, 1, 1, W * P) those that are.
-        own: (B, 1, 1, W * P) keys that belong to the group itself.
-    """
-
-    rows: Tensor
-    slot: Tensor
-    position: Tensor
-    active: Tensor | None
-    mask: Tensor
-    present: Tensor
-    own: Tensor
+__all__ = ["KVCache"]
 
 
 @dataclass
@@ -148,51 +124,61 @@ class KVCache:
             torch.cat([cache.position for cache in caches]),
         )
 
-    def begin_step(self, token_valid: Tensor | None = None, active: Tensor | None = None) -> StepPlan:
-        """Claims a slot for the next control step.
+    def keys_and_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What a layer holds, each (B, N, W * P, Dh): views."""
+        store = self.keys_values[layer]
+        return store[:, 0].flatten(2, 3), store[:, 1].flatten(2, 3)
+
+    def seen_from(self, position: Tensor) -> Tensor:
+        """Which of the tokens that are held are in the window of control step `position` (B,), (B, W * P) bool.
+
+        The slot that the step itself will be written to has left its window by then.
+        """
+        age = position[:, None] - self.slot_position
+        in_window = (self.slot_position >= 0) & (age < self.history_length)
+        return (in_window[:, :, None] & self.token_valid).flatten(1)
+
+    def seen_before(self, token_valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the tokens of the next control step may see before it is appended: all that is held, then each other.
 
         Args:
             token_valid: (B, P) bool, which tokens of the group are present; None = all.
-            active: (B,) bool; rows that are False are left exactly as they are (their output means nothing, but is
-                finite).
+
+        Returns:
+            Those in the window that are present, and those of the group itself, both (B, 1, 1, W * P + P) bool.
+        """
+        earlier = self.seen_from(self.position)
+        group = earlier.new_ones(self.batch_size, self.token_valid.shape[2])
+        there = torch.cat((earlier, group if token_valid is None else token_valid), dim=1)
+        own = torch.cat((torch.zeros_like(earlier), group), dim=1)
+        return there[:, None, None], own[:, None, None]
+
+    def append(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], token_valid: Tensor | None = None, active: Tensor | None = None
+    ) -> None:
+        """One control step more. Nothing of the cache changes before, so that a step that fails leaves it as it was.
+
+        Args:
+            pairs: keys and values of the step's group in each layer, each (B, N, P, Dh).
+            token_valid: (B, P) bool, which tokens of the group are present; None = all.
+            active: (B,) bool; rows that are False are left exactly as they are.
         """
         batch, window, tokens = self.token_valid.shape
-        rows = torch.arange(batch, device=self.position.device)
-        slot = self.position % window
+        rows, slot = torch.arange(batch, device=self.position.device), self.position % window
         present = torch.ones((), device=rows.device, dtype=torch.bool) if token_valid is None else token_valid
-        stamp = self.position
+        stamp, step = self.position, torch.ones_like(self.position)
+        new = torch.stack([one for pair in pairs for one in pair], dim=1).unflatten(1, (-1, 2))
+        new = new.to(self.keys_values.dtype)
         if active is not None:
+            kept = self.keys_values[:, rows, :, :, slot]  # (B, layers, 2, N, P, Dh): what is indexed comes first
+            new = torch.where(active.view(-1, *(1,) * (new.ndim - 1)), new, kept)
             present = torch.where(active[:, None], present, self.token_valid[rows, slot])
             stamp = torch.where(active, stamp, self.slot_position[rows, slot])
-        self.slot_position[rows, slot] = stamp
+            step = active.long()
+        self.keys_values[:, rows, :, :, slot] = new
         self.token_valid[rows, slot] = present.expand(batch, tokens)
-
-        return self.plan_step(slot, active)
-
-    def plan_step(self, slot: Tensor, active: Tensor | None) -> StepPlan:
-        """What the group may see that was claimed the slots (B,)."""
-        batch, window, tokens = self.token_valid.shape
-        rows = torch.arange(batch, device=self.position.device)
-        age = self.position[:, None] - self.slot_position
-        in_window = (self.slot_position >= 0) & (age < window)
-        present = (in_window[:, :, None] & self.token_valid).view(batch, 1, 1, window * tokens)
-        mask = present | ~present.any(dim=-1, keepdim=True)
-        own = torch.arange(window, device=rows.device) == slot[:, None]
-        own = own[:, :, None].expand(batch, window, tokens).reshape(batch, 1, 1, window * tokens)
-        return StepPlan(rows, slot, self.position.clone(), active, mask, present, own)
-
-    def write(self, layer: int, plan: StepPlan, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one group's keys and values (B, N, P, Dh) and returns all of the layer's, each (B, N, W * P, Dh)."""
-        store = self.keys_values[layer]
-        new = torch.stack((keys, values), dim=1).to(store.dtype)
-        if plan.active is not None:
-            new = torch.where(plan.active[:, None, None, None, None], new, store[plan.rows, :, :, plan.slot])
-        store[plan.rows, :, :, plan.slot] = new
-        return store[:, 0].flatten(2, 3), store[:, 1].flatten(2, 3)
-
-    def end_step(self, plan: StepPlan) -> None:
-        """Advances the rows that took the step."""
-        self.position += 1 if plan.active is None else plan.active
+        self.slot_position[rows, slot] = stamp
+        self.position += step
 
 
 def _room(

@@ -12,6 +12,7 @@ from small_policies import small_policy
 from tiny import tiny_data, tiny_experiment
 
 from scd_robot.errors import ConfigError
+from scd_robot.export.graphs import EncoderStep, new_cache
 from scd_robot.export.parity import check_parity, compare, drawn_observations
 from scd_robot.model import ScdModel
 from scd_robot.normalization import Normalizer, compute_statistics
@@ -135,6 +136,34 @@ def test_any_number_of_rows_acts_as_the_policy_does_with_the_same_noise(batch_si
     observations = drawn_observations(policy, 3)
     expected = act_all(policy, observations)
     np.testing.assert_allclose(act_all(eager_export(policy, batch_size), observations), expected, atol=1e-4)
+
+
+def test_rows_that_do_not_take_a_step_see_what_they_saw_whatever_stands_in_their_observation() -> None:
+    """Through more control steps than the window has, so that each slot is written while the row stands still."""
+    policy = small_policy()
+    graph = EncoderStep(policy.model, policy.normalizer).eval()
+    window, given = policy.architecture.history_length, len(graph.inputs)
+    rng = torch.Generator().manual_seed(0)
+    caches = [new_cache(policy.model, 2), new_cache(policy.model, 2)]  # one meets NaN where it stands still
+    for step in range(3 * window):
+        arguments = graph.example(2)
+        for value in arguments:
+            if value.is_floating_point():
+                value.copy_(torch.randn(value.shape, generator=rng))
+        arguments[-1][1] = step % 3 == 0
+        contexts = []
+        for index, cache in enumerate(caches):
+            shown = [one.clone() for one in arguments]
+            if index and step % 3:
+                for value in shown:
+                    if value.is_floating_point():
+                        value[1] = torch.nan
+            with torch.no_grad():
+                context, *caches[index] = graph(*shown[:given], *cache)
+            contexts.append(context if step % 3 == 0 else context[:1])
+        assert contexts[0].isfinite().all()
+        torch.testing.assert_close(contexts[1], contexts[0])
+    assert caches[0][2].tolist() == [3 * window, window]
 
 
 def test_keys_that_are_absent_in_a_step_are_absent_in_the_graph() -> None:

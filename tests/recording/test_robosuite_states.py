@@ -248,9 +248,10 @@ class TestWithRobosuite:
         assert result["drift"]["max"] < 0.02
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("name", "episodes", "least"), [("lift", 3, 3), ("handover/panda_panda", 7, 5)])
+    @pytest.mark.parametrize(("name", "episodes", "least"), [("lift", 3, 3), ("handover/panda_panda", 3, 2)])
     def test_demonstrations_of_1_4_replay(self, human, name, episodes, least):
-        result = replay_dataset(human(f"v1.4.1/{name}"), "robosuite", progress=False)
+        recorded = human(f"v1.4.1/{name}").select(list(range(episodes)))
+        result = replay_dataset(recorded, "robosuite", progress=False)
         assert (result["episodes"], result["recorded_successes"]) == (episodes, episodes)
         assert result["successes"] >= least
         assert result["reproduces"]

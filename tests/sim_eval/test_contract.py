@@ -58,8 +58,8 @@ EVERY = [slowly(name) for name in NAMES]
 # How often each is reset, and by how many bytes the process may grow. A reset of robosuite builds its model anew, in a
 # second or more, with which memory goes up and down by 40 MB; one that stayed behind would be 340 MB each time.
 RESETS = dict.fromkeys(NAMES, (200, 20e6)) | {
-    "robosuite/Lift": (200, 100e6),
-    "robosuite/Door:cameras=agentview,image_size=48": (40, 150e6),
+    "robosuite/Lift": (60, 100e6),
+    "robosuite/Door:cameras=agentview,image_size=48": (20, 150e6),
 }
 
 
