@@ -22,6 +22,7 @@ from scd_robot.diffusion import corrupt, guide, sample
 from scd_robot.diffusion.sampler import evaluation_times
 from scd_robot.model import Conditioning, ScdModel
 from scd_robot.nn import KVCache
+from scd_robot.nn.kv_cache import KeysValues
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.scd import ScdPolicyConfig
 
@@ -54,7 +55,7 @@ class ExplicitCache(KVCache):
         layers: keys and values of each layer, (B, N, W, P, Dh); `keys_values` of the base class is empty.
     """
 
-    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    layers: list[KeysValues] = field(default_factory=list)
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "ExplicitCache":
@@ -68,13 +69,12 @@ class ExplicitCache(KVCache):
         """In the order of `cache_names`."""
         return [self.slot_position, self.token_valid, self.position, *(x for pair in self.layers for x in pair)]
 
-    def keys_and_values(self, layer: int) -> tuple[Tensor, Tensor]:
-        """What a layer holds, each (B, N, W * P, Dh)."""
-        keys, values = self.layers[layer]
-        return keys.flatten(2, 3), values.flatten(2, 3)
+    def held(self) -> list[KeysValues]:
+        """Keys and values of each layer, each (B, N, W * P, Dh)."""
+        return [(keys.flatten(2, 3), values.flatten(2, 3)) for keys, values in self.layers]
 
     def append(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], token_valid: Tensor | None = None, active: Tensor | None = None
+        self, pairs: Sequence[KeysValues], token_valid: Tensor | None = None, active: Tensor | None = None
     ) -> None:
         """One control step more; `active` (B,) bool is needed.
 
@@ -92,8 +92,8 @@ class ExplicitCache(KVCache):
         rows, heads = (torch.arange(count, device=slot.device) for count in pairs[0][0].shape[:2])
         place = (rows[:, None], heads[None], slot[:, None])
         self.layers = [
-            (keys.index_put(place, pair[0]), values.index_put(place, pair[1]))
-            for (keys, values), pair in zip(self.layers, pairs, strict=True)
+            (keys.index_put(place, new_keys[:, :, :tokens]), values.index_put(place, new_values[:, :, :tokens]))
+            for (keys, values), (new_keys, new_values) in zip(self.layers, pairs, strict=True)
         ]
         self.position = self.position + active
 

@@ -177,17 +177,17 @@ class CausalDitTransformer(FlowTransformer):
         """
         position = cache.position.clone()
         rotary = self.rotary(position[:, None], tokens.dtype)
-        there, own = cache.seen_before(token_valid)
-        masks = [additive(never_empty(mask), tokens.dtype) for mask in (there, there & own)]
+        there = cache.seen_next(token_valid)
+        masks = [additive(never_empty(mask), tokens.dtype) for mask in (there, there & cache.own_next())]
         x, pairs = tokens, []
-        for layer, (block, modulation) in enumerate(zip(self._blocks(), clean.blocks, strict=True)):
-            x, pair = block.step(x, modulation, rotary, cache.keys_and_values(layer), masks[self.is_local(layer)])
+        layers = zip(self._blocks(), clean.blocks, cache.held(), strict=True)
+        for layer, (block, modulation, held) in enumerate(layers):
+            x, pair = block.step(x, modulation, rotary, held, masks[self.is_local(layer)])
             pairs.append(pair)
         cache.append(pairs, token_valid, active)
-        held = tuple(cache.keys_and_values(layer) for layer in range(len(pairs)))
         seen = never_empty(cache.seen_from(position))
         own = seen & (cache.slot_position == position[:, None]).repeat_interleave(self.tokens_per_step, 1)
-        return HistoryContext(held, seen[:, None], own[:, None], position[:, None], x[:, None])
+        return HistoryContext(tuple(cache.held()), seen[:, None], own[:, None], position[:, None], x[:, None])
 
     def prepare(self, context: HistoryContext) -> PreparedHistory:
         """Everything that depends on the history alone."""

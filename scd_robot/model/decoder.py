@@ -43,12 +43,13 @@ class PreparedContext:
     Attributes:
         tokens: (B, K, D) embedded context, for fusion "concat".
         keys_values: per layer keys and values (2, B, N, K, Dh), for fusion "prefix".
-        added: (B, 1, D) what every noisy token begins with besides its own; None = nothing.
+        offset: (B, all L, D) or (all L, D) what every noisy token begins with besides its own: its position, and with
+            `add_context` what the context adds.
     """
 
     tokens: Tensor | None
     keys_values: list[Tensor] | None
-    added: Tensor | None
+    offset: Tensor
 
 
 class FlowTransformer(nn.Module):
@@ -109,16 +110,19 @@ class FlowTransformer(nn.Module):
         blocks = cast(Iterable[AdaLNBlock], self.blocks)
         return Conditioning([block.modulate_by(features) for block in blocks], (shift, 1 + scale))
 
-    def embed_noisy(self, x: Tensor) -> Tensor:
-        """Noisy tokens (B, L, D) of x (B, L, Dx and known_dim): of all positions, or all but the hidden ones."""
-        tokens: Tensor = self.embed(x) + self.position[-x.shape[1] :]
+    def embed_noisy(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+        """Noisy tokens (B, L, D) of x (B, L, Dx and known_dim): of all positions, or all but the hidden ones.
+
+        `offset` (all L, D) or (B, all L, D) is added to them; None = their positions.
+        """
+        tokens: Tensor = self.embed(x) + _last(self.position if offset is None else offset, x.shape[1])
         return tokens
 
     def read_out(self, tokens: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity (B, L, Dx) of the last layer's noisy tokens (B, L, D)."""
         shift, factor = conditioning.head
         if shift.ndim > 1:  # those of context tokens stand in front
-            shift, factor = (x[..., -tokens.shape[1] :, :] for x in conditioning.head)
+            shift, factor = (_last(x, tokens.shape[1]) for x in conditioning.head)
         out: Tensor = self.head(modulated_norm(tokens, shift, factor))
         return out
 
@@ -210,29 +214,29 @@ class DiffusionDecoder(FlowTransformer):
     def prepare(self, context: Tensor) -> PreparedContext:
         """Everything that depends on the context (B, K, D) alone."""
         tokens = self.context_embed(context) + self.context_position
-        added = None if self.context_add is None else self.context_add(tokens.mean(1, keepdim=True))
+        offset = self.position
+        if self.context_add is not None:
+            offset = offset + self.context_add(tokens.mean(1, keepdim=True))
         if self.fusion == "concat":
-            return PreparedContext(tokens, None, added)
+            return PreparedContext(tokens, None, offset)
         keys_values = []
         for index, block in enumerate(self._blocks()):
             tokens, pair = block.prefix(tokens, last=index == len(self.blocks) - 1)
             keys_values.append(pair)
-        return PreparedContext(None, keys_values, added)
+        return PreparedContext(None, keys_values, offset)
 
     def velocity(
         self, x: Tensor, conditioning: Conditioning, context: PreparedContext, token_valid: Tensor | None = None
     ) -> Tensor:
         """As `forward`, with the parts that do not change between denoising steps computed beforehand."""
-        length, tokens = x.shape[1], self.embed_noisy(x)
+        length, tokens = x.shape[1], self.embed_noisy(x, context.offset)
         mask = self._mask(length, token_valid, x.device)
-        if context.added is not None:
-            tokens = tokens + context.added
         if context.tokens is not None:
             tokens = torch.cat((context.tokens, tokens), dim=1)
         for index, block in enumerate(self._blocks()):
             prefix = None if context.keys_values is None else context.keys_values[index]
             tokens = block(tokens, conditioning.blocks[index], mask, prefix)
-        return self.read_out(tokens[:, -length:], conditioning)
+        return self.read_out(_last(tokens, length), conditioning)
 
     def _with_context(self, time: Tensor) -> Tensor:
         """Times (B, L) of the tokens with those of the context tokens in front, (B, K + L)."""
@@ -252,3 +256,8 @@ class DiffusionDecoder(FlowTransformer):
         if self.fusion == "concat":  # context tokens do not see the hidden ones, like the last noisy token
             mask = torch.cat((mask[:, -1:].expand(-1, context, -1), mask), dim=1)
         return mask[:, None]
+
+
+def _last(x: Tensor, count: int) -> Tensor:
+    """The last so many tokens of x (..., tokens, D): itself where it has no more, as in every step of a plan."""
+    return x if x.shape[-2] == count else x[..., -count:, :]

@@ -158,18 +158,18 @@ class CausalEncoder(nn.Module):
         readers = self.num_readers
         kept = tokens.shape[1] - readers
         valid = None if token_valid is None else token_valid[:, :kept]
-        there, own = cache.seen_before(valid)
+        there, own = cache.seen_next(valid), cache.own_next() if self.config.memory_gate else None
         mask = there if valid is None else never_empty(there)
         mask = mask if self.sees is None else limit_to_group(mask, self.sees)
         if readers:
             mask = self._with_group_of_readers(mask.expand(-1, -1, kept, -1), there)
-            own = self._with_group_of_readers(own.expand(-1, -1, kept, -1), own) if self.config.memory_gate else own
+            own = None if own is None else self._with_group_of_readers(own.expand(-1, -1, kept, -1), own)
         mask = mask if self.config.memory_gate else additive(mask, tokens.dtype)
         rotary = self.rotary(cache.position[:, None], tokens.dtype)
         x, pairs = tokens, []
-        for layer, block in enumerate(cast(Iterable[CausalBlock], self.blocks)):
+        for block, held in zip(cast(Iterable[CausalBlock], self.blocks), cache.held(), strict=True):
             last = readers > 0 and block is self.blocks[-1]
-            x, pair = block.step(x, rotary, cache.keys_and_values(layer), mask, own, readers, last=last)
+            x, pair = block.step(x, rotary, held, mask, own, readers, last=last)
             pairs.append(pair)
         cache.append(pairs, valid, active)
         context: Tensor = self.norm(x if self.num_readers else x[..., self.context_slots, :])

@@ -96,8 +96,8 @@ def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = 
     return out.transpose(1, 2).flatten(2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: Tensor, memory_gate: Tensor | None) -> Tensor:
-    """Attention over own group and history, (B, Lq, D); with `memory_gate` the masks are bool.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: Tensor | None, memory_gate: Tensor | None) -> Tensor:
+    """Attention over own group and history, (B, Lq, D); with `memory_gate` the masks are bool, and `own` is needed.
 
     Without `memory_gate` one softmax covers both. With it (N,), the own group and the earlier control steps have a
     softmax each and the latter is weighted by tanh(gate) per head: zero at initialisation, so that training starts
@@ -105,6 +105,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: Tensor, memory_ga
     """
     if memory_gate is None:
         return multi_head_attention(q, k, v, mask)
+    assert own is not None
     past, group = mask & ~own, mask & own
     has_past = past.any(dim=-1, keepdim=True)
     recalled = scaled_dot_product_attention(q, k, v, attn_mask=past | ~has_past)

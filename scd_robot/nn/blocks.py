@@ -9,11 +9,11 @@ from torch.nn.functional import layer_norm
 
 from scd_robot.nn.attention import attend, multi_head_attention
 from scd_robot.nn.embeddings import apply_rotary
+from scd_robot.nn.kv_cache import KeysValues
 
 __all__ = ["AdaLNBlock", "CausalBlock", "CausalDitBlock", "modulated_norm"]
 
 Rotary = tuple[Tensor, Tensor]
-KeysValues = tuple[Tensor, Tensor]
 
 _EPS = 1e-6  # of layer norms
 
@@ -68,19 +68,26 @@ class CausalBlock(nn.Module):
         return self._finish(x, q, k, v, mask, own, modulation, slots if last else x.shape[1])
 
     def step(
-        self, x: Tensor, rotary: Rotary, held: KeysValues, mask: Tensor, own: Tensor, slots: int, *, last: bool = False
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        held: KeysValues,
+        mask: Tensor,
+        own: Tensor | None,
+        slots: int,
+        *,
+        last: bool = False,
     ) -> tuple[Tensor, KeysValues]:
-        """The tokens (B, P, D) of one more control step, and keys and values (B, N, P, Dh) of theirs to be remembered.
+        """The tokens (B, P, D) of one more control step, and their keys and values, each (B, N, P, Dh).
 
-        Those of earlier ones are `held`, each (B, N, S, Dh); masks have a key for each of these and then of x. The
-        last `slots` of x only read: they are seen in this step alone, and in the `last` layer nothing else goes on.
+        Those of earlier ones are `held`, each (B, N, S, Dh); masks have a key for each of these and then of x. In the
+        `last` layer nothing but the last `slots` of x goes on, which only read.
         """
         modulation = self.modulate(x.shape[1], slots)
         q, *new = self.queries_keys_values(x, rotary, modulation)
         k, v = (torch.cat(both, dim=2) for both in zip(held, new, strict=True))
-        kept = x.shape[1] - slots
         x = self._finish(x, q, k, v, mask, own, modulation, slots if last else x.shape[1])
-        return x, (new[0][:, :, :kept], new[1][:, :, :kept])
+        return x, (new[0], new[1])
 
     def queries_keys_values(
         self, x: Tensor, rotary: Rotary, modulation: tuple[Tensor, ...] | None = None
@@ -99,13 +106,14 @@ class CausalBlock(nn.Module):
         k: Tensor,
         v: Tensor,
         mask: Tensor,
-        own: Tensor,
+        own: Tensor | None,
         modulation: tuple[Tensor, ...] | None,
         count: int,
     ) -> Tensor:
         """What becomes of the last `count` tokens."""
         if count < x.shape[1]:
-            x, q, mask, own = x[:, -count:], q[:, :, -count:], mask[..., -count:, :], own[..., -count:, :]
+            x, q, mask = x[:, -count:], q[:, :, -count:], mask[..., -count:, :]
+            own = None if own is None else own[..., -count:, :]
             modulation = None if modulation is None else tuple(one[-count:] for one in modulation)
         attended = attend(q, k, v, mask, own, self.memory_gate)
         if modulation is None:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from scd_robot.nn.memory import room_for
 
-__all__ = ["KVCache"]
+__all__ = ["KVCache", "KeysValues"]
+
+KeysValues = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -124,10 +126,10 @@ class KVCache:
             torch.cat([cache.position for cache in caches]),
         )
 
-    def keys_and_values(self, layer: int) -> tuple[Tensor, Tensor]:
-        """What a layer holds, each (B, N, W * P, Dh): views."""
-        store = self.keys_values[layer]
-        return store[:, 0].flatten(2, 3), store[:, 1].flatten(2, 3)
+    def held(self) -> list[KeysValues]:
+        """Keys and values of each layer, each (B, N, W * P, Dh): views."""
+        keys, values = self.keys_values.flatten(4, 5).unbind(2)
+        return list(zip(keys.unbind(), values.unbind(), strict=True))
 
     def seen_from(self, position: Tensor) -> Tensor:
         """Which of the tokens that are held are in the window of control step `position` (B,), (B, W * P) bool.
@@ -138,37 +140,42 @@ class KVCache:
         in_window = (self.slot_position >= 0) & (age < self.history_length)
         return (in_window[:, :, None] & self.token_valid).flatten(1)
 
-    def seen_before(self, token_valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What the tokens of the next control step may see before it is appended: all that is held, then each other.
+    def seen_next(self, token_valid: Tensor | None = None) -> Tensor:
+        """What the tokens of the next control step may see: of all that is held, then of each other.
 
         Args:
             token_valid: (B, P) bool, which tokens of the group are present; None = all.
 
         Returns:
-            Those in the window that are present, and those of the group itself, both (B, 1, 1, W * P + P) bool.
+            (B, 1, 1, W * P + P) bool, those in the window that are present.
         """
         earlier = self.seen_from(self.position)
-        group = earlier.new_ones(self.batch_size, self.token_valid.shape[2])
-        there = torch.cat((earlier, group if token_valid is None else token_valid), dim=1)
-        own = torch.cat((torch.zeros_like(earlier), group), dim=1)
-        return there[:, None, None], own[:, None, None]
+        group = earlier.new_ones(self.batch_size, self.token_valid.shape[2]) if token_valid is None else token_valid
+        return torch.cat((earlier, group), dim=1)[:, None, None]
+
+    def own_next(self) -> Tensor:
+        """Which of the same keys are the group's own, (B, 1, 1, W * P + P) bool."""
+        batch, window, tokens = self.token_valid.shape
+        own = torch.arange((window + 1) * tokens, device=self.position.device) >= window * tokens
+        return own.expand(batch, 1, 1, -1)
 
     def append(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], token_valid: Tensor | None = None, active: Tensor | None = None
+        self, pairs: Sequence[KeysValues], token_valid: Tensor | None = None, active: Tensor | None = None
     ) -> None:
         """One control step more. Nothing of the cache changes before, so that a step that fails leaves it as it was.
 
         Args:
-            pairs: keys and values of the step's group in each layer, each (B, N, P, Dh).
+            pairs: keys and values of the step's group in each layer, each (B, N, at least P, Dh); what is behind the
+                first P is left out.
             token_valid: (B, P) bool, which tokens of the group are present; None = all.
             active: (B,) bool; rows that are False are left exactly as they are.
         """
         batch, window, tokens = self.token_valid.shape
         rows, slot = torch.arange(batch, device=self.position.device), self.position % window
         present = torch.ones((), device=rows.device, dtype=torch.bool) if token_valid is None else token_valid
-        stamp, step = self.position, torch.ones_like(self.position)
-        new = torch.stack([one for pair in pairs for one in pair], dim=1).unflatten(1, (-1, 2))
-        new = new.to(self.keys_values.dtype)
+        stamp, step = self.position, torch.ones((), device=rows.device, dtype=torch.int64)
+        new = torch.stack([one for pair in pairs for one in pair], dim=1)[..., :tokens, :]
+        new = new.unflatten(1, (-1, 2)).to(self.keys_values.dtype)
         if active is not None:
             kept = self.keys_values[:, rows, :, :, slot]  # (B, layers, 2, N, P, Dh): what is indexed comes first
             new = torch.where(active.view(-1, *(1,) * (new.ndim - 1)), new, kept)

@@ -42,11 +42,10 @@ def take_step(
     cache: KVCache, value: float, active: torch.Tensor | None = None, token_valid: torch.Tensor | None = None
 ) -> tuple[Seen, list[Pair]]:
     """One control step of such keys and values; returns what each layer sees, its own group behind what is held."""
-    seen, new = Seen(*cache.seen_before(token_valid)), group(value)
-    held = [tuple(one.clone() for one in cache.keys_and_values(layer)) for layer in range(LAYERS)]
+    seen, new = Seen(cache.seen_next(token_valid), cache.own_next()), group(value)
     results = [
         (torch.cat((keys, own_keys), 2), torch.cat((values, own_values), 2))
-        for (keys, values), (own_keys, own_values) in zip(held, new, strict=True)
+        for (keys, values), (own_keys, own_values) in zip(cache.held(), new, strict=True)
     ]
     cache.append(new, token_valid, active)
     return seen, results
@@ -171,7 +170,7 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was() -> None:
     for step in range(W + 2):
         take_step(cache, step)
     before = cache.clone()
-    cache.seen_before(torch.zeros(BATCH, P, dtype=torch.bool))
+    cache.seen_next(torch.zeros(BATCH, P, dtype=torch.bool))
     with pytest.raises(RuntimeError):
         cache.append([(keys[..., :3], values[..., :3]) for keys, values in group(99)])
     for name in ("keys_values", "slot_position", "token_valid", "position"):
@@ -197,7 +196,6 @@ def test_a_clone_shares_nothing() -> None:
 def test_window_of_one_holds_the_present_step_only() -> None:
     cache = KVCache.create(num_layers=1, batch_size=1, num_heads=1, history_length=1, tokens_per_step=P, head_dim=WIDTH)
     for step in range(3):
-        there, own = cache.seen_before()
-        assert torch.equal(there, own)
+        assert torch.equal(cache.seen_next(), cache.own_next())
         cache.append(group(step, layers=1, batch=1, heads=1))
-        assert cache.keys_and_values(0)[0][0, 0, :, 0].tolist() == [step] * P
+        assert cache.held()[0][0][0, 0, :, 0].tolist() == [step] * P
