@@ -56,7 +56,7 @@ _EARLY_S = 1e-6  # so that a plan is there in the control step in which it is du
 # The two that do not wait: what noise does to a hand is not to be learned as a plan, so there is little of it; they are
 # pushed away instead, and no chunk reaches over a push.
 DYNAMIC = (
-    "training.max_steps=1500",
+    "training.max_steps=1800",
     "model.history_length=32",
     "training.disturbance_threshold=0.5",
     "model.chunk_length=24",
@@ -88,9 +88,9 @@ class Task:
 
 TASKS = {
     "moving-target": Task(
-        Recording("scd_memory/moving-target", 400, 0, 0.015, 0.015), DYNAMIC, num_executed=4, rest=(None, None, None)
+        Recording("scd_memory/moving-target", 400, 0, 0.015, 0.02), DYNAMIC, num_executed=4, rest=(None, None, None)
     ),
-    "tray-balance": Task(Recording("scd_memory/tray-balance", 400, 0, 0.1, 0.01), DYNAMIC, num_executed=4),
+    "tray-balance": Task(Recording("scd_memory/tray-balance", 400, 0, 0.2, 0.03), DYNAMIC, num_executed=4),
     "push-v3": Task(
         Recording("metaworld/push-v3"),
         ("training.max_steps=2000", "model.chunk_length=40", "model.max_delay_steps=16"),

@@ -73,7 +73,8 @@ class TrainingConfig:
             that waits), in units of the others'. They still are history; in validation all count alike.
         disturbance_threshold: where the executed action differs from its label by more than this in any dimension, in
             units of the action, the rest of a chunk carries no loss: it answers a disturbance that no one could
-            foresee. 0 = off.
+            foresee. What a committed prefix holds (model.max_delay_steps) is known, and answers to it are learned:
+            without disturbances in demonstrations a plan does not mend what was executed while it was made. 0 = off.
         noise_draws: (noise, flow time) draws for each of them; the encoder's cost is shared by all.
         virtual_reset_probability: share of segments whose history is cut at a random step, in all layers (variable
             history, arXiv 2606.16447).

@@ -162,11 +162,15 @@ def _action_samples(
     def flat(x: Tensor) -> Tensor:  # (B, M, ...) -> (R, ...)
         return x[:, :, None].expand(-1, -1, copies, *x.shape[2:]).flatten(0, 2)
 
+    valid = flat(valid)
     committed = (offset >= 0) & (offset < draws.delay[..., None])
-    committed = committed.flatten(0, 2) & flat(valid)
+    committed = committed.flatten(0, 2) & valid
     use_executed = committed | (offset < 0)
     data = torch.where(use_executed[..., None], flat(executed), flat(label))
-    return DecoderSamples(context, data, flat(draws.position_valid), flat(valid), committed)
+    if batch.segments.disturbed is not None:
+        unforeseen = flat(batch.segments.disturbed) & ~committed
+        valid = valid & (unforeseen.cumsum(-1) == unforeseen)  # up to the first of them
+    return DecoderSamples(context, data, flat(draws.position_valid), valid, committed)
 
 
 def loss_terms(

@@ -33,7 +33,8 @@ class Segments:
         step_valid: (B, T) bool, False past a segment's end.
         label: (B, M, L, Da) actions around each position, as the chunk has them.
         executed: (B, M, L, Da) what was really executed then.
-        action_valid: (B, M, L) bool, False outside the episode and after a disturbance in the chunk: no data.
+        action_valid: (B, M, L) bool, False outside the episode: no data.
+        disturbed: (B, M, L) bool, actions of the chunk in whose place something else was executed; None = not asked for.
         past_action: (B, T, Da) executed one control step before each, or (0, T, Da) where nobody reads it.
     """
 
@@ -43,6 +44,7 @@ class Segments:
     label: Tensor
     executed: Tensor
     action_valid: Tensor
+    disturbed: Tensor | None
     past_action: Tensor
 
 
@@ -56,7 +58,7 @@ class SegmentReader:
         chunk_length: Ta.
         reads_past_action: the action before each control step is asked for.
         transforms: of which those of chunks are done here.
-        disturbance_threshold: chunks end where executed actions deviate more from their labels; 0 = they do not.
+        disturbance_threshold: executed actions that deviate more from their labels are disturbed; 0 = none is.
     """
 
     def __init__(
@@ -96,11 +98,10 @@ class SegmentReader:
         executed = label
         if self._executed is not self._action:
             executed = take_windows(self._executed, first, length, around)
-        valid = torch.from_numpy(segments.inside(position, self._before, self._after))
+        disturbed = None
         if self._threshold:
             disturbed = (executed - label).abs().amax(dim=-1) > self._threshold
             disturbed[..., : self._before] = False
-            valid &= disturbed.cumsum(dim=-1) - disturbed.int() == 0
         if self._reads_past:
             past = gather(self._executed, segments.before(all_steps()))
         else:
@@ -117,7 +118,8 @@ class SegmentReader:
             step_valid=torch.from_numpy(segments.step_valid()),
             label=label,
             executed=executed,
-            action_valid=valid,
+            action_valid=torch.from_numpy(segments.inside(position, self._before, self._after)),
+            disturbed=disturbed,
             past_action=past,
         )
 

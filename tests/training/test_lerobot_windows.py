@@ -88,6 +88,7 @@ def test_loss_is_that_of_the_trainer(windows_module):
             label=label,
             executed=label,
             action_valid=given.action_valid[rows, index],
+            disturbed=None,
             past_action=torch.zeros(0, T, DA),
         ),
         Draws(

@@ -117,6 +117,24 @@ def test_committed_actions_are_the_executed_ones_and_carry_no_loss() -> None:
     assert count < (samples.valid & samples.counted[:, None]).sum()
 
 
+def test_chunks_end_after_what_nobody_could_foresee_and_answer_what_they_committed_to() -> None:
+    """What is executed while a plan is made is known to it, be it disturbed: what follows is its answer."""
+    experiment = tiny_experiment(model={"max_delay_steps": 3}, noise_draws=16)
+    batch = batch_of(experiment)
+    before = select_samples(*parts(experiment), batch)
+    past = experiment.model.num_past_actions
+    disturbed = torch.zeros_like(batch.segments.action_valid)
+    disturbed[..., past + 1] = True  # action 1 of every chunk
+    segments = dataclasses.replace(batch.segments, disturbed=disturbed)
+    samples = select_samples(*parts(experiment), dataclasses.replace(batch, segments=segments))
+    knows = samples.committed[:, past + 1]
+    assert 0.1 < float(knows.float().mean()) < 0.9
+    assert torch.equal(samples.committed, before.committed)
+    assert torch.equal(samples.valid[knows], before.valid[knows])
+    assert torch.equal(samples.valid[~knows, : past + 2], before.valid[~knows, : past + 2])
+    assert not samples.valid[~knows, past + 2 :].any()
+
+
 def test_half_of_the_plans_commit_to_nothing_and_the_rest_to_each_delay() -> None:
     """So that action 0 is learned as well as the others, however many delays there are."""
     experiment = tiny_experiment(model={"max_delay_steps": 3}, noise_draws=32)
