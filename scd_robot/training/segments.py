@@ -34,7 +34,7 @@ class Segments:
         label: (B, M, L, Da) actions around each position, as the chunk has them.
         executed: (B, M, L, Da) what was really executed then.
         action_valid: (B, M, L) bool, False outside the episode: no data.
-        disturbed: (B, M, L) bool, actions of the chunk in whose place something else was executed; None = not asked for.
+        disturbed: (B, M, L) bool, actions of the chunk in whose place another was executed; None = not asked for.
         past_action: (B, T, Da) executed one control step before each, or (0, T, Da) where nobody reads it.
     """
 
