@@ -90,7 +90,9 @@ TASKS = {
     "moving-target": Task(
         Recording("scd_memory/moving-target", 400, 0, 0.015, 0.02), DYNAMIC, num_executed=4, rest=(None, None, None)
     ),
-    "tray-balance": Task(Recording("scd_memory/tray-balance", 400, 0, 0.2, 0.03), DYNAMIC, num_executed=4),
+    "tray-balance": Task(
+        Recording("scd_memory/tray-balance", 400, 0, 0.05, 0.02), DYNAMIC, num_executed=4, rest=(None, None)
+    ),
     "push-v3": Task(
         Recording("metaworld/push-v3"),
         ("training.max_steps=2000", "model.chunk_length=40", "model.max_delay_steps=16"),

@@ -1,6 +1,6 @@
 """Two tasks that do not wait: acting on what was seen 200 ms ago fails in them."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -91,13 +91,12 @@ class TrayBalance(_Dynamic):
 
     `proprio` (2) are the tilts [rad], `ball` (4) its position [m] and velocity [m/s] on the tray. It gets a
     kick every 50 control steps on average, which nobody foresees: so weak that whoever plans 0.2 s ahead without an
-    error keeps it. An action moves the tilts' targets.
+    error keeps it. An action asks for tilts.
     """
 
     task: ClassVar[str] = "tray-balance"
     success: ClassVar[str] = "the ball stays within 4 cm of the middle for 60 control steps on end, and never falls off"
     action_dim: ClassVar[int] = 2
-    control: ClassVar[Literal["position", "velocity"]] = "velocity"
     reach_per_step: ClassVar[float] = 0.03  # [rad]
     hand_unit: ClassVar[str] = "rad"
     target_low: ClassVar[tuple[float, ...]] = (-0.25, -0.25)
@@ -157,4 +156,4 @@ class TrayBalance(_Dynamic):
         place, speed = self.data.qpos[2:4], self.data.qvel[2:4]
         wanted = -(self._FREQUENCY**2) * place - 2 * self._DAMPING * self._FREQUENCY * speed  # [m/s^2]
         tilt = np.array([-wanted[1], wanted[0]]) / 9.81  # about x it rolls to -y, about y to x
-        return (tilt - self.target) / self.reach_per_step
+        return self.asking_for(tilt)
