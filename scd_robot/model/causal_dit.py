@@ -30,6 +30,7 @@ from scd_robot.nn import (
     never_empty,
     take_steps,
     window_mask,
+    window_steps,
 )
 
 __all__ = ["CausalDitModel", "EntangledModel", "HistoryContext"]
@@ -45,7 +46,7 @@ class HistoryContext:
 
     Attributes:
         keys_values: per layer keys and values, each (B, N, S, Dh), which the M samples of a stream share.
-        seen: (B, M, S) bool, the history tokens in each sample's window.
+        seen: (B, M, S) bool, the history tokens in each sample's window that are there; none, where nothing is.
         own: (B, M, S) bool, those of the sample's own control step.
         position: (B, M) control step of each sample.
         features: (B, M, P, D) the last layer's tokens of that control step.
@@ -154,12 +155,16 @@ class CausalDitTransformer(FlowTransformer):
         )
         positions = torch.arange(first_position, first_position + steps, device=tokens.device)
         rotary = self.rotary(positions.repeat_interleave(group)[None], tokens.dtype)
+        local = never_empty(mask & own)
         x, pairs = tokens.flatten(1, 2), []
         for layer, (block, modulation) in enumerate(zip(self._blocks(), self.clean().blocks, strict=True)):
-            x, pair = block.history(x, modulation, rotary, mask & own if self.is_local(layer) else mask)
+            x, pair = block.history(x, modulation, rotary, local if self.is_local(layer) else mask)
             pairs.append(pair)
-        # A noisy token sees what its own group sees.
-        seen, same = (x[:, 0, group - 1 :: group].expand(batch, -1, -1) for x in (mask, mask & own))
+        # A noisy token sees what its own group sees; where nothing is there, the other noisy ones alone.
+        window = window_steps(steps, self.config.history_length, stream=stream, device=tokens.device)
+        seen = window.repeat_interleave(group, 2).expand(batch, -1, -1)
+        seen = seen if token_valid is None else seen & token_valid.flatten(1)[:, None]
+        same = seen & own[:, 0, ::group]
         features = x.view(batch, steps, group, -1)
         return HistoryContext(tuple(pairs), seen, same, positions.expand(batch, -1), features)
 
@@ -185,7 +190,7 @@ class CausalDitTransformer(FlowTransformer):
             x, pair = block.step(x, modulation, rotary, held, masks[self.is_local(layer)])
             pairs.append(pair)
         cache.append(pairs, token_valid, active)
-        seen = never_empty(cache.seen_from(position))
+        seen = cache.seen_from(position)
         own = seen & (cache.slot_position == position[:, None]).repeat_interleave(self.tokens_per_step, 1)
         return HistoryContext(tuple(cache.held()), seen[:, None], own[:, None], position[:, None], x[:, None])
 

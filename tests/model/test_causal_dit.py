@@ -10,6 +10,7 @@ from model_streams import ENTANGLED, randomised, stream_of
 from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import ConfigError
 from scd_robot.model import CausalDitModel, HistoryContext, ScdModel, build_model
+from scd_robot.nn import attention
 
 VARIANTS = {
     "per_key": {},
@@ -71,6 +72,43 @@ def test_a_reset_row_plans_from_its_new_history_alone_and_the_others_go_on() -> 
             whole = model.encode_at(torch.tensor([[t - begin]]), since)
             expected = model.plan(whole, noise=noise[row : row + 1]).actions
             torch.testing.assert_close(plans[row : row + 1], expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("local_layers", [0, 2, 3])
+@torch.no_grad()
+def test_what_is_absent_is_not_seen_for_want_of_anything_else(local_layers: int, monkeypatch) -> None:
+    """Plans of windows in which nothing is there come from their noise alone, and no softmax is over nothing."""
+    real = attention.scaled_dot_product_attention
+
+    def looked_at(*given: torch.Tensor, attn_mask: torch.Tensor) -> torch.Tensor:
+        sees = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+        assert sees.any(-1).all()
+        return real(*given, attn_mask=attn_mask)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", looked_at)
+    config = dataclasses.replace(ENTANGLED, local_layers=local_layers, history_length=3)
+    model, steps, generator = randomised(config), 20, torch.Generator().manual_seed(2)
+    observation, _ = stream_of(config, 2, steps, torch.float64)
+    present = {key: torch.rand(2, steps, generator=generator) < 0.4 for key in observation}
+    stream = (torch.arange(steps) >= torch.tensor([[6], [13]])).long()
+    noise = torch.randn(2, 4, 2, dtype=torch.float64)
+    whole = model.encode_at(torch.arange(steps).expand(2, -1), observation, present=present, stream=stream)
+    full = model.plan(whole, noise=noise.repeat_interleave(steps, 0)).actions.unflatten(0, (2, steps))
+    blind = ~whole.seen.any(-1)
+    assert 3 < blind.sum() < steps
+    cache = model.new_cache(2)
+    for t in range(steps):
+        cache.reset(stream[:, t] != stream[:, max(0, t - 1)])
+        now, there = ({key: value[:, t] for key, value in given.items()} for given in (observation, present))
+        plans = model.plan(model.encode_step(now, cache, present=there), noise=noise).actions
+        torch.testing.assert_close(plans, full[:, t], atol=1e-10, rtol=0)
+    other = model.encode_at(
+        torch.arange(steps).expand(2, -1), {key: value + 1 for key, value in observation.items()}, present=present
+    )
+    again = model.plan(other, noise=noise.repeat_interleave(steps, 0)).actions.unflatten(0, (2, steps))
+    blind &= ~other.seen.any(-1)
+    assert blind.any()
+    torch.testing.assert_close(again[blind], full[blind], atol=1e-10, rtol=0)
 
 
 @torch.no_grad()
