@@ -3,7 +3,7 @@
     encoder  <- layers of the entangled model; for history tokens at flow time 1, for context slots at 0, so that their
                 modulation is two sets of constants
     slots    <- embedded action queries at high noise: the mean of the noise at the positions of the chunk
-    decoder  <- layers of the entangled model as they are, with their embedding, flow time and head
+    decoder  <- layers of the entangled model as they are, with their embedding, flow time, step length and head
 
 After the post-training of Bai et al., arXiv 2602.10095: layers are copied, an encoder and a decoder may have
 some in common, and the encoder is fed the current frame at high noise. Here that frame is the action chunk.
@@ -121,8 +121,9 @@ def separate(source: CausalDitModel, config: ScdConfig, encoder: Sequence[int], 
     state["tokenizer.type_embedding"] = torch.cat((source.tokenizer.type_embedding, _queries(source, config)))
     for place, layer in enumerate(encoder):
         state |= _under(f"encoder.blocks.{place}", _encoder_layer(blocks[layer], clean[layer], noise[layer]))
-    for name in ("embed", "flow_time", "head_modulation", "head"):
-        state |= _under(f"decoder.{name}", getattr(old, name).state_dict())
+    for name in ("embed", "flow_time", "step_length", "head_modulation", "head"):
+        if (part := getattr(old, name)) is not None:
+            state |= _under(f"decoder.{name}", part.state_dict())
     for place, layer in enumerate(decoder):
         state |= _under(f"decoder.blocks.{place}", blocks[layer].state_dict())
     state["decoder.position"] = old.position

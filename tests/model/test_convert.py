@@ -63,6 +63,14 @@ def test_slots_begin_as_action_queries_and_decoder_layers_are_copies() -> None:
         assert torch.equal(model.decoder.state_dict()[name], source.decoder.state_dict()[name])
 
 
+@torch.no_grad()
+def test_a_decoder_that_is_told_where_its_steps_end_still_is() -> None:
+    source, model = converted(step_end_input=True)
+    found, expected = model.decoder.step_length.state_dict(), source.decoder.step_length.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize(
     ("text", "layers"),
     [("0:5", (0, 1, 2, 3, 4)), ("first:1,last:1", (0, 5)), ("0, 3,5", (0, 3, 5)), ("last:2", (4, 5)), ("2:3", (2,))],
