@@ -55,7 +55,8 @@ class FlowTimeEmbedding(nn.Module):
     def __init__(self, width: int, num_frequencies: int = 64, scale: float = 1000.0) -> None:
         super().__init__()
         exponents = torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies
-        self.register_buffer("frequencies", scale * 10_000.0**-exponents, persistent=False)
+        frequencies = (scale * 10_000.0**-exponents).float()  # not every accelerator holds float64
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, flow_time: Tensor) -> Tensor:

@@ -254,3 +254,11 @@ def test_wrong_noise_and_prefix_are_refused() -> None:
 def test_impossible_architectures_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("architecture", ["separable", "entangled"])
+def test_nothing_of_a_model_is_in_float64(architecture: str) -> None:
+    """Which not every accelerator can hold."""
+    changes = {"num_context_tokens": 1, "context_corruption": 0.0, "step_end_input": True}
+    model = build_model(dataclasses.replace(CONFIG, architecture=architecture, **changes))
+    assert {tensor.dtype for tensor in (*model.parameters(), *model.buffers())} <= {torch.float32, torch.int64}
