@@ -227,15 +227,15 @@ class ChunkPolicy(ObservingPolicy):
         rows = self._observed(call)
         chosen = np.arange(rows.batch_size) if chosen is None else chosen
         position = rows.position[chosen]
+        if not position.all():
+            waiting = chosen[position == 0].tolist()
+            raise ConfigError(f"{call}() needs an observation of rows {waiting} first, which were just reset")
         late = chosen[(position - 1) % self.architecture.history_stride != 0]
         if len(late):
             raise ConfigError(
                 f"{call}() of rows {late.tolist()} is due only in control steps in which the encoder runs, every "
                 f"{self.architecture.history_stride} (history_stride)"
             )
-        if not position.all():
-            waiting = chosen[position == 0].tolist()
-            raise ConfigError(f"{call}() needs an observation of rows {waiting} first, which were just reset")
         return rows
 
 

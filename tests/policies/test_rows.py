@@ -46,15 +46,16 @@ def test_a_reset_row_knows_nothing_of_its_old_episode(scd_policy, stream) -> Non
         torch.testing.assert_close(old[1], new[1], atol=1e-6, rtol=0)
 
 
-def test_a_plan_for_a_row_that_has_not_observed_since_its_reset_is_refused(scd_policy, stream) -> None:
-    policy = scd_policy()
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_plan_for_a_row_that_has_not_observed_since_its_reset_is_refused(scd_policy, stream, stride) -> None:
+    policy = scd_policy({"history_stride": stride}, num_executed=2)
     first, second = stream(2, 2)
     policy.observe(first)
     policy.reset(rows=[1])
     with pytest.raises(ConfigError, match=r"observation of rows \[1\] first"):
         policy.plan()
     policy.observe(second)
-    assert policy.plan().shape == (2, 4, 2)
+    assert policy.plan(rows=[1]).shape == (1, 4, 2)
 
 
 def test_rows_may_be_given_as_a_mask(scd_policy, stream) -> None:
