@@ -1,9 +1,8 @@
-"""How many actions are consumed while a plan is made, and what that leaves of a chunk.
+"""How many control steps pass while a plan is made, and what that leaves of a chunk.
 
 Names of arXiv 2506.07339: H = chunk_length, s = num_executed, d = delay_steps; d <= s <= H - d.
 """
 
-import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -41,18 +40,18 @@ class DelayConfig:
 
 
 class DelayEstimator:
-    """A quantile over a window of delays, in actions that were really consumed."""
+    """A quantile over a window of delays, in control steps that really passed."""
 
     def __init__(self, config: DelayConfig) -> None:
         self._config = config
         self._seen = 0
         self._window: deque[int] = deque(maxlen=config.window)
 
-    def add(self, consumed: float) -> None:
-        """Notes how many actions were consumed between a plan's request and its arrival."""
+    def add(self, steps: int) -> None:
+        """Notes how many control steps passed between a plan's request and its arrival."""
         self._seen += 1
         if self._seen > self._config.warm_up:
-            self._window.append(math.ceil(consumed - 1e-9))
+            self._window.append(steps)
 
     @property
     def delay_steps(self) -> int:

@@ -91,11 +91,6 @@ class ChunkExecutor:
         """Forgets all chunks."""
         self._running = []
 
-    @property
-    def has_actions(self) -> bool:
-        """Whether there is a target for the next control step."""
-        return any(one.at <= len(one.chunk) - 1 for one in self._running)
-
     def accept(self, chunk: ActionArray, consumed: float) -> bool:
         """Follows a new chunk from now on.
 

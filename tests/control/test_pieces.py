@@ -72,7 +72,7 @@ class TestDelay:
 
     def test_it_is_the_quantile_of_the_window_rounded_up(self):
         estimator = DelayEstimator(DelayConfig(window=10, quantile=0.9, warm_up=0))
-        for delay in (1, 1, 1, 1, 1, 1, 1, 1, 4.5, 8):
+        for delay in (1, 1, 1, 1, 1, 1, 1, 1, 5, 8):
             estimator.add(delay)
         assert estimator.delay_steps == 8  # the next larger of those seen: 0.9 of the way is between the last two
         assert DelayEstimator(DelayConfig()).delay_steps == 1
