@@ -179,6 +179,7 @@ def _factor(update: int, updates: int) -> float:
 def _normalise(model: Autoencoder, pictures: Tensor, noise: float) -> None:
     """Lets latents have mean 0 and variance 1; less in a channel that tells nothing, varying less than the noise."""
     some = pictures[:: max(1, len(pictures) // _IN_STATISTICS)]
-    latents = torch.cat([model.raw_latents(block.to(model.mean.device)) for block in some.split(_BLOCK)]).double()
+    blocks = (model.raw_latents(block.to(model.mean.device)).cpu() for block in some.split(_BLOCK))
+    latents = torch.cat(list(blocks)).double()  # which not every accelerator has
     model.mean.copy_(latents.mean(dim=(0, 1, 2)))
     model.scale.copy_(latents.std(dim=(0, 1, 2), correction=0).clamp(min=max(noise, 1e-3)))
