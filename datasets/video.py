@@ -4,6 +4,7 @@ Shapes: N rows, T rows of one episode, H W C an image.
 """
 
 import contextlib
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ __all__ = ["PIXEL_FORMATS", "VideoRows", "VideoSegment", "decode_image", "encode
 
 PIXEL_FORMATS = {1: "gray", 3: "rgb24", 4: "rgba"}  # FFmpeg's names of uint8 images with C channels
 
+_SAME_RATE = 0.05  # share by which a file's frames per second may miss those of the rows before that is told
 _SLACK_S = 1e-3  # by which a frame may miss its row, beyond half a control step
 _KEY_SPACING_S = 1.0  # between key frames, until two of them were seen
 _MAX_BACK_S = 10.0  # gone back for another start where decoding fails
@@ -126,12 +128,17 @@ class VideoRows(LazyArray):
     def _no_frame(self, segment: VideoSegment, row: int, found: "_Timed | None", decoder: "_Decoder") -> str:
         time = segment.times[row]
         where = f"{segment.name}, step {row}, needs a frame at {time:.4f} s of {segment.path}"
+        fps, rate = 0.5 / self._half_step, float(decoder.stream.average_rate or 0)
+        differs = rate > 0 and not math.isclose(rate, fps, rel_tol=_SAME_RATE)
+        rates = f", which has {rate:.4g} frames per second where the rows have {fps:.4g}" if differs else ""
+        where += rates
         if decoder.last is not None and decoder.last < time:
-            there = round((decoder.last - segment.begin) * 0.5 / self._half_step) + 1
-            if there >= len(segment.times):
+            there = round((decoder.last - segment.begin) * fps) + 1
+            if there >= len(segment.times) or rates:
+                each = "" if rates else ", although it has one for each row"
                 return (
-                    f"{where}, but its last frame is at {decoder.last:.4f} s, although it has one for each row "
-                    f"(allowed are {self._tolerance_s:.4f} s): mend the time stamps or the frames per second, raise "
+                    f"{where}, but its last frame is at {decoder.last:.4f} s{each} (allowed are "
+                    f"{self._tolerance_s:.4f} s): mend the time stamps or the frames per second, raise "
                     "--frame-tolerance, leave the episode out with --drop, or this camera with --keys"
                 )
             return (

@@ -204,6 +204,16 @@ class TestRefuses:
             with pytest.raises(DatasetError, match=r"episode 4, step 3\d, .*a.mp4.*expected 33 frames, found 30"):
                 rows[wanted]
 
+    @pytest.mark.parametrize(("fps", "row"), [(3 * FPS, 15), (FPS / 2, 1)])
+    def test_a_video_of_another_rate_is_not_called_shorter(self, tmp_path, fps, row):
+        encode_video(tmp_path / "a.mp4", pictures(30), fps)
+        rows = rows_of(tmp_path / "a.mp4", count=30)
+        rows.check()
+        with pytest.raises(
+            DatasetError, match=rf"has {fps:.4g} frames per second where the rows have {FPS}, but .*mend"
+        ):
+            rows[row]
+
     def test_a_video_of_which_the_end_is_lost(self, tmp_path):
         """The header, in front, still tells of all frames."""
         path = write(tmp_path / "a.mp4", pictures(30), options={"g": "5"}, container={"movflags": "faststart"})
