@@ -52,9 +52,13 @@ class FrameConfig:
         """Rows and columns of patches of pictures (H, W, C).
 
         Raises:
-            ConfigError: they cannot be cut so.
+            ConfigError: they cannot be cut so, or have a channel that is not shown.
         """
         height, width = shape[:2]
+        if shape[2] == 4:
+            raise ConfigError(
+                f"frames are grey or of three colours, {self.camera!r} has 4 channels: record picture[..., :3]"
+            )
         if height % self.patch_size or width % self.patch_size:
             raise ConfigError(
                 f"frames.patch_size {self.patch_size} must divide the sides of {self.camera!r}, {height} x {width}; "

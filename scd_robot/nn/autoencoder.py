@@ -54,8 +54,13 @@ class AutoencoderConfig:
         return int(2 ** len(self.channels))
 
     def check_shape(self, key: str, shape: tuple[int, ...]) -> None:
-        """Raises ConfigError where pictures (H, W, C) have no whole number of places."""
+        """Raises ConfigError where pictures (H, W, C) have no whole number of places, or a fourth channel."""
         height, width = shape[:2]
+        if shape[2] == 4:
+            raise ConfigError(
+                f"an autoencoder takes grey pictures or those of three colours, {key!r} has 4 channels: record "
+                "picture[..., :3]"
+            )
         if height % self.factor or width % self.factor:
             size = [max(self.factor, round(side / self.factor) * self.factor) for side in (height, width)]
             raise ConfigError(

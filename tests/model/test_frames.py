@@ -146,6 +146,7 @@ def test_guidance_leads_away_from_a_corrupted_context() -> None:
         ({"observation_shapes": {"eye": SHAPE, "a": (3,)}}, "its camera 'eye' and nothing else"),
         ({"observation_shapes": {"wrist": SHAPE}}, "its camera 'eye' and nothing else"),
         ({"observation_shapes": {"eye": (5,)}}, "its camera 'eye' and nothing else"),
+        ({"observation_shapes": {"eye": (*SHAPE[:2], 4)}}, r"'eye' has 4 channels: record picture\[..., :3\]"),
         ({"frames": FrameConfig("eye", 5)}, "patch_size 5 must divide the sides of 'eye', 16 x 16"),
         (
             {"frames": dataclasses.replace(LATENT, patch_size=32)},

@@ -56,11 +56,13 @@ def test_latents_are_normalised_by_the_statistics_and_back() -> None:
     assert (model.decode(model.encode(pictures)).int() - decoded.int()).abs().max() <= 1
 
 
-def test_sizes_without_a_whole_number_of_places_are_refused_with_the_transform_that_helps() -> None:
+def test_sizes_without_a_whole_number_of_places_and_alpha_are_refused_with_what_helps() -> None:
     config = AutoencoderConfig((8, 8, 8), 4)
     config.check_shape("eye", (96, 240, 3))
     with pytest.raises(ConfigError, match=r'multiples of 8, \'eye\' has 100 x 3: .*"key": "eye".*"size": \[96, 8\]'):
         config.check_shape("eye", (100, 3, 3))
+    with pytest.raises(ConfigError, match=r"'eye' has 4 channels: record picture\[..., :3\]"):
+        config.check_shape("eye", (96, 240, 4))
     for wrong in ({"channels": ()}, {"channels": (8, 0)}, {"latent_channels": 0}):
         with pytest.raises(ConfigError, match="must be"):
             AutoencoderConfig(**wrong)
