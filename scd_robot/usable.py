@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from scd_robot.types import ArraySpec
 
-__all__ = ["is_picture", "is_there", "missing", "problem_of", "problem_with"]
+__all__ = ["as_bytes", "is_picture", "is_there", "missing", "problem_of", "problem_with"]
 
 
 def is_picture(spec: ArraySpec) -> bool:
@@ -112,10 +112,19 @@ def _no_picture(array: NDArray[Any], shape: tuple[int, ...], batched: bool) -> s
     found = array.shape if batched else (1, *array.shape)
     if found[1:] != shape or len(found) != 4:
         return sentence + (_batch_hint(array.shape, shape, batched) or _shape_hint(found, shape, batched))
-    if array.dtype.kind == "f":
-        mend = "np.round(255 * picture)" if array.size and np.nanmax(array) <= 1 else "np.round(picture)"
-        return f"{sentence}: give {mend}.astype(np.uint8)"
-    return f"{sentence}: convert what is of 0 to 255 with astype(np.uint8)"
+    return sentence + as_bytes(array, "give")
+
+
+def as_bytes(pictures: NDArray[Any], verb: str) -> str:
+    """Which range pictures have that are not uint8, and what to `verb` in their place."""
+    known = pictures[np.isfinite(pictures)] if pictures.dtype.kind in "iuf" else pictures[:0]
+    if not known.size:
+        return f": {verb} np.round(picture).astype(np.uint8) of what is of 0 to 255"
+    low, high = known.min(), known.max()
+    for least, most, whole in ((0, 1, "255 * picture"), (-1, 1, "127.5 * (picture + 1)"), (0, 255, "picture")):
+        if least <= low and high <= most:
+            return f" of {least} to {most}: {verb} np.round({whole}).astype(np.uint8)"
+    return f" of {low:g} to {high:g}: bring pictures to 0 to 255, then {verb} np.round(picture).astype(np.uint8)"
 
 
 def _batch_hint(found: tuple[int, ...], shape: tuple[int, ...], batched: bool) -> str:

@@ -3,6 +3,7 @@
 Shapes: N episodes, Tc control steps that the model sees, Tf frames that it imagines, H W C picture.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,11 @@ from scd_robot.analysis.frame_networks import FEWEST_CLIPS, FEWEST_FRAMES, ClipF
 from scd_robot.analysis.frame_sheet import write_sheet, write_side_by_side
 from scd_robot.config import to_json
 from scd_robot.datasets import EpisodeDataset
-from scd_robot.datasets.lazy import RowArray
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
 from scd_robot.nn import room_for
 from scd_robot.output import write_json
 from scd_robot.policies import Imagination
+from scd_robot.usable import as_bytes
 
 __all__ = ["Imagined", "check_recording", "describe", "format_errors", "imagine_episodes", "write_imagined"]
 
@@ -101,7 +102,7 @@ def check_recording(imagination: Imagination, data: EpisodeDataset) -> None:
 
     Raises:
         UnknownNameError: there is no such camera; the message has those there are.
-        ShapeError: its pictures have another size, number of channels or type; or actions another width.
+        ShapeError: its pictures have another size, number of channels or type; or actions another width or rate.
     """
     trained, recording, key = imagination.transforms.recorded, data.spec, imagination.source
     cameras = {k: spec for k, spec in recording.observation.items() if len(spec.shape) == 3}
@@ -110,8 +111,8 @@ def check_recording(imagination: Imagination, data: EpisodeDataset) -> None:
     expected, found = trained.observation[key], cameras[key]
     if found.dtype != expected.dtype:
         raise ShapeError(
-            f"pictures {key!r} must be {expected.dtype} of 0 to 255, the recording has {found.dtype} of "
-            f"{_range_hint(data.arrays[key])}.astype(np.uint8)"
+            f"pictures {key!r} must be {expected.dtype} of 0 to 255, the recording has {found.dtype}"
+            f"{as_bytes(np.asarray(data.arrays[key][0]), 'record')}"
         )
     if found.shape != expected.shape:
         raise ShapeError(
@@ -121,6 +122,12 @@ def check_recording(imagination: Imagination, data: EpisodeDataset) -> None:
     if recording.action_dim != trained.action_dim:
         raise ShapeError(
             f"actions must be of width {trained.action_dim} as in training, the recording's are {recording.action_dim}"
+        )
+    if not math.isclose(recording.control_dt, trained.control_dt, rel_tol=1e-3):
+        raise ShapeError(
+            f"a control step must be of {trained.control_dt:g} s as in training, the recording's are of "
+            f"{recording.control_dt:g} s; take recordings of this rate, or say it with --control-dt where the file "
+            "does not tell"
         )
 
 
@@ -251,12 +258,6 @@ def _length(data: EpisodeDataset, episodes: Sequence[int], context: int, length:
             f"them context, and after them there are neither actions nor pictures to compare with; got {length}"
         )
     return steps - context if length is None else length
-
-
-def _range_hint(array: RowArray) -> str:
-    """The range of floating-point pictures, told from the first, and what makes bytes of them."""
-    first = np.asarray(array[0])
-    return "0 to 1: record np.round(255 * picture)" if first.max() <= 1 else "0 to 255: record np.round(picture)"
 
 
 def _shape_hint(found: tuple[int, ...], expected: tuple[int, ...]) -> str:

@@ -98,6 +98,16 @@ def test_untrained_weights_are_far_off_and_the_recording_decides_what_moves() ->
             ShapeError,
             r"has float32 of 0 to 255: record np.round\(",
         ),
+        (
+            without("eye", DATA.arrays["eye"] / np.float32(127.5) - 1),
+            ShapeError,
+            r"has float32 of -1 to 1: record np.round\(127.5 \* \(picture \+ 1\)\)",
+        ),
+        (
+            replace(DATA, spec=replace(DATA.spec, control_dt=2 * DATA.spec.control_dt)),
+            ShapeError,
+            r"must be of \S+ s as in training, the recording's are of \S+ s; .*--control-dt",
+        ),
     ],
 )
 def test_recordings_of_another_kind_are_refused(data: EpisodeDataset, error: type, told: str) -> None:

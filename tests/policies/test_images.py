@@ -84,9 +84,17 @@ GOOD = stream(2, 1)[0]["eye"]
 @pytest.mark.parametrize(
     ("eye", "told"),
     [
-        (GOOD / 255.0, r"uint8 of 0 to 255, got \(2, 16, 24, 3\) float64: give np.round\(255 \* picture\).astype"),
-        (GOOD.astype(np.float32), r"got \(2, 16, 24, 3\) float32: give np.round\(picture\).astype\(np.uint8\)"),
-        (GOOD.astype(np.int64), r"int64: convert what is of 0 to 255 with astype\(np.uint8\)"),
+        (
+            GOOD / 255.0,
+            r"uint8 of 0 to 255, got \(2, 16, 24, 3\) float64 of 0 to 1: give np.round\(255 \* picture\).astype",
+        ),
+        (GOOD / 127.5 - 1, r"float64 of -1 to 1: give np.round\(127.5 \* \(picture \+ 1\)\).astype\(np.uint8\)"),
+        (
+            GOOD.astype(np.float32),
+            r"got \(2, 16, 24, 3\) float32 of 0 to 255: give np.round\(picture\).astype\(np.uint8\)",
+        ),
+        (GOOD.astype(np.uint16) * 257, r"uint16 of \d+ to 65535: bring pictures to 0 to 255, then give np.round\("),
+        (GOOD.astype(np.int64), r"int64 of 0 to 255: give np.round\(picture\).astype\(np.uint8\)"),
         ((GOOD > 99).astype(np.uint8), "nothing but 0 and 1 in row 0: a picture of 0 to 1 was converted to uint8"),
         (np.concatenate((GOOD[:1], 0 * GOOD[1:])), "is 0 everywhere in row 1: the camera gave no picture"),
         (np.moveaxis(GOOD, -1, 1), r"channels come last; give np.moveaxis\(picture, 1, -1\)"),
