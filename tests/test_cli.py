@@ -211,6 +211,20 @@ def test_interruption_exits_130(install_verb: InstallVerb) -> None:
     assert main(["train"]) == 130
 
 
+def test_progress_in_a_file_is_a_few_plain_lines() -> None:
+    program = (
+        "import sys, types; from scd_robot.cli.main import VERBS, Verb, main\n"
+        "def count(): from tqdm import tqdm; list(tqdm(range(1000), 'counting')); tqdm(desc='endless').close()\n"
+        "sys.modules['verb'] = types.SimpleNamespace(function=count); VERBS['train'] = Verb('verb', 'function', '')\n"
+        "main(['train'])"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stderr.decode()
+    assert "\u2588" not in told
+    first, last = (line for line in told.split("\n") if "counting" in line)
+    assert (first.count("/1000"), last.count("1000/1000")) == (1, 1)
+    assert "\r" not in first.strip() + last.strip()
+
+
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     program = subprocess.Popen(
         [sys.executable, "-c", "from scd_robot.cli.main import main; raise SystemExit(main(['--help']))"],

@@ -7,14 +7,16 @@ verb's module is imported, so that `scd --help` answers at once.
 
 import errno
 import importlib
+import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import scd_robot
-from scd_robot.errors import ScdRobotError, UnknownNameError
+from scd_robot.errors import ConfigError, ScdRobotError, UnknownNameError
 
 __all__ = ["VERBS", "Verb", "main"]
 
@@ -43,6 +45,13 @@ exit codes:
   2    bad usage or input (one sentence says what); from 'scd eval' and 'scd sweep': an evaluation failed, or had
        no valid episode
   130  interrupted (143: terminated)"""
+
+# Bars into a file or a pipe (tqdm reads these where it is imported): plain lines, and few of them.
+PROGRESS_IN_FILES = {
+    "TQDM_BAR_FORMAT": "{l_bar}{r_bar}\n",
+    "TQDM_MININTERVAL": "30",
+    "TQDM_MAXINTERVAL": "30",
+}
 
 # What to do about the operating system's refusals; any other OSError is taken for a bug.
 FILE_HINTS = {
@@ -122,6 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verbose:
         arguments.pop(0)
     set_up_logging(verbose)
+    if not sys.stderr.isatty():
+        for name, value in PROGRESS_IN_FILES.items():
+            os.environ.setdefault(name, value)
     try:
         code = dispatch(arguments)
         sys.stdout.flush()
@@ -174,6 +186,7 @@ def run_verb(name: str, arguments: Sequence[str]) -> int:
 
     Raises:
         UnknownNameError: there is no such verb.
+        ConfigError: settings stand outside of --set.
     """
     if name not in VERBS:
         raise UnknownNameError("verb", name, VERBS)
@@ -182,6 +195,9 @@ def run_verb(name: str, arguments: Sequence[str]) -> int:
     from scd_robot.cli.options import CONFIG, readable
 
     function = getattr(importlib.import_module(VERBS[name].module), VERBS[name].function)
+    loose = [argument for argument in arguments if re.match(r"(model|policy|training|transforms)\.[\w.]+=", argument)]
+    if loose and "settings" in inspect.signature(function).parameters and "--set" not in arguments:
+        raise ConfigError(f"settings stand after --set; write: --set {' '.join(loose)}")
     try:
         code = tyro.cli(readable(function), prog=f"scd {name}", args=list(arguments), config=CONFIG)
     except SystemExit as stop:  # tyro has shown the help (0) or what is wrong with the options (2)
