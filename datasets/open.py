@@ -16,6 +16,7 @@ from scd_robot.errors import DatasetError, UnknownNameError
 __all__ = ["FORMATS", "Format", "detect_format", "open_dataset"]
 
 _MOST_LOOKED_AT, _MOST_NAMED = 1000, 4  # files in a folder that is no dataset, to find some in it
+_MOST_ABOVE = 4  # folders, from videos/chunk-000/CAMERA/episode_000000.mp4 to the dataset
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,14 @@ def detect_format(path: Path | str) -> str:
             return name
     if inside := _datasets_inside(Path(path)):
         raise DatasetError(f"{path} is a folder with datasets in it, not one itself; give one of them: {inside}")
+    for folder in Path(path).absolute().parents[:_MOST_ABOVE]:
+        if _is_lerobot(str(folder)):
+            raise DatasetError(f"{path} is a part of a LeRobot dataset, not one itself; give its folder: {folder}")
     known_ones = "; ".join(known.description for known in FORMATS.values())
-    raise DatasetError(f"{path} is not a dataset in a known format; expected one of: {known_ones}")
+    raise DatasetError(
+        f"{path} is not a dataset in a known format; expected one of: {known_ones}. Write what is in another one with "
+        "scd_robot.datasets.ZarrWriter (docs/data.md)"
+    )
 
 
 def _datasets_inside(folder: Path) -> str:

@@ -369,6 +369,8 @@ def with_settings(experiment: ExperimentConfig, settings: Sequence[str]) -> Expe
         *parents, last = path.split(".")
         node: Any = tree
         for name in [*parents, last]:
+            if name not in tree and not parents:
+                raise UnknownNameError("setting", name, _paths(tree))
             if not isinstance(node, dict) or name not in node:
                 raise UnknownNameError(f"setting {path!r}: field", name, node if isinstance(node, dict) else ())
             parent, node = node, node[name]
@@ -380,6 +382,15 @@ def with_settings(experiment: ExperimentConfig, settings: Sequence[str]) -> Expe
             )
         parent[last] = _parse(text, node, path)
     return from_json(ExperimentConfig, tree, "experiment")
+
+
+def _paths(tree: Mapping[str, Any]) -> list[str]:
+    """What --set takes: "training.max_steps", ..."""
+    return [
+        path
+        for name, node in tree.items()
+        for path in ([f"{name}.{below}" for below in _paths(node)] if isinstance(node, dict) else [name])
+    ]
 
 
 def _parse(text: str, old: Any, path: str) -> Any:

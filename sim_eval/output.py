@@ -44,7 +44,9 @@ def check_output_folder(out: Path, overwrite: bool) -> None:
         if out.exists() and not out.is_dir():
             raise OutputError(f"the output folder {out} is a file; choose another folder")
         if out.is_dir() and any(out.iterdir()) and not overwrite:
-            raise OutputError(f"the output folder {out} is not empty; choose another one, or allow overwriting")
+            raise OutputError(
+                f"the output folder {out} is not empty; choose another one, or allow overwriting (--overwrite)"
+            )
     except OSError as error:
         raise OutputError(f"cannot look into the output folder {out}: {error.strerror or error}") from error
 

@@ -102,6 +102,7 @@ class TestUnknownNames:
         [
             ("training.learning_rat=1", "did you mean 'learning_rate'"),
             ("trainin.learning_rate=1", "did you mean 'training'"),
+            ("max_steps=3", "unknown setting 'max_steps'; did you mean 'training.max_steps'"),
             ("model.observation_shapes.gaol=2", "did you mean 'goal'"),
             ("training.learning_rate.peak=1", "no valid names here"),
             ("training.max_steps=many", "must be a whole number, got 'many'"),
@@ -119,6 +120,13 @@ class TestUnknownNames:
     def test_setting(self, setting: str, told: str, store: Path, tmp_path: Path, refused: Refused) -> None:
         arguments = ["train", "metaworld_state", "--dataset", store, "--out", tmp_path / "run", "--set", setting]
         refused(arguments, told, unchanged=[tmp_path])
+
+    @pytest.mark.parametrize("before", ["--dataset", "--out"])
+    def test_a_setting_outside_of_set(self, store: Path, tmp_path: Path, refused: Refused, before: str) -> None:
+        given = {"--dataset": [store], "--out": [tmp_path / "run"]}
+        given[before].append("training.max_steps=3")
+        arguments = ["train", "metaworld_state", *(each for option in given for each in (option, *given[option]))]
+        refused(arguments, "settings stand after --set; write: --set training.max_steps=3", unchanged=[tmp_path])
 
     def test_observation_key(self, store: Path, refused: Refused) -> None:
         refused(["data", "info", store, "--keys", "gaol"], "unknown key", "'goal'", unchanged=[store])

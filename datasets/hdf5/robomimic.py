@@ -111,7 +111,8 @@ def _observations(demos: Demos, all_alike: bool) -> dict[str, dict[str, h5py.Dat
         if number > 0 and different and all_alike:
             raise DatasetError(
                 f"observations of the demonstrations of {demos.path} differ: of {demos.named(demo)} and those "
-                f"before it not all have {', '.join(sorted(different))}; leave it out, or choose keys that all have"
+                f"before it not all have {', '.join(sorted(different))}; leave it out with --drop, or choose keys that "
+                "all have with --keys"
             )
         for key, dataset in datasets.items():
             found.setdefault(key, {})[demo] = dataset

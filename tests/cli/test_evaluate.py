@@ -29,7 +29,7 @@ def test_a_curve_never_mixes_with_what_is_in_its_folder(arguments, tmp_path, ref
     assert main([*arguments, *out, "--latency-ms", *earlier]) == 0
     (tmp_path / "out" / "notes.txt").write_text("mine")
     later = [*arguments, *out, "--latency-ms", "100", "200"]
-    refused(later, "out is not empty", "allow overwriting", unchanged=[tmp_path])
+    refused(later, "out is not empty", "allow overwriting (--overwrite)", unchanged=[tmp_path])
     assert main([*later, "--overwrite"]) == 0
     curve = json.loads((tmp_path / "out" / "latency.json").read_text())["curve"]
     assert [point["latency_ms"] for point in curve] == [100, 200]

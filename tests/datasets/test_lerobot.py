@@ -292,6 +292,11 @@ class TestVersions:
         assert detect_format(dataset) == "lerobot"
         assert open_dataset(dataset).num_episodes == 4
 
+    def test_a_part_tells_the_folder_of_the_whole(self, dataset):
+        for part in (dataset / "data", next(dataset.rglob("*.parquet")), next(dataset.rglob("*.mp4"))):
+            with pytest.raises(DatasetError, match=f"a part of a LeRobot dataset.*; give its folder: {dataset}$"):
+                open_dataset(part)
+
     def test_numbers_are_those_that_were_written(self, dataset):
         opened = read(dataset)
         assert opened.episode_lengths.tolist() == list(LENGTHS)

@@ -366,7 +366,10 @@ class TestMasks:
         with edit() as data:
             del data["demo_2/obs/pos"]
             data.file["mask/good"] = ["demo_0", "demo_10"]
-        with pytest.raises(DatasetError, match=r"of 'demo_2' \(episode 1\) and those before it not all have pos"):
+        with pytest.raises(
+            DatasetError,
+            match=r"of 'demo_2' \(episode 1\) and those before it not all have pos; leave it out with --drop",
+        ):
             open_dataset(path)
         with pytest.raises(DatasetError, match=r"'obs/pos' of demonstration 'demo_2' \(episode 1\) .* is missing"):
             open_dataset(path, keys=["pos"], drop=["0"])

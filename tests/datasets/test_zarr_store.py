@@ -457,7 +457,7 @@ class TestReaderRefuses:
     def test_a_folder_or_file_of_another_kind(self, tmp_path):
         (tmp_path / "a.bin").write_bytes(b"HDF")
         for path in (tmp_path, tmp_path / "a.bin"):
-            with pytest.raises(DatasetError, match="not a dataset in a known format"):
+            with pytest.raises(DatasetError, match=r"not a dataset in a known format.*scd_robot\.datasets\.ZarrWriter"):
                 open_dataset(path)
 
     def test_a_folder_with_datasets_in_it(self, store, tmp_path):
