@@ -18,7 +18,7 @@ from scd_robot.datasets import ACTION, PRESENT, EpisodeDataset
 from scd_robot.errors import CheckpointError, ConfigError, DatasetError, ShapeError
 from scd_robot.model import ScdConfig
 from scd_robot.nn import HUB, OR_HUB, find_weights, import_timm
-from scd_robot.normalization import Mode, Normalizer, compute_statistics
+from scd_robot.normalization import FieldStatistics, Mode, Normalizer, compute_statistics
 from scd_robot.training.autoencoder_file import SavedAutoencoder, read_autoencoder
 from scd_robot.training.callbacks import RESUME_FILE
 from scd_robot.training.config import ExperimentConfig
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _SAMPLED_ROWS = 4096  # of each array enter the fingerprint, fewer where they are large
 _SAMPLED_BYTES = 1 << 26
 _CHECKED_PICTURES = 16
+_FAR = 10.0  # times the other range
 _CHUNKS_IN_STATISTICS = 1 << 15
 
 
@@ -90,24 +91,51 @@ def begin(
         return _resumed(out, experiment, origin)
     weights = None if coded is None else coded.weights
     if source is not None and init_statistics == "checkpoint":
+        _warn_of_other_units(source.normalizer, _statistics(data, experiment))
         return Start(0, source.normalizer, origin, source, weights)
     return Start(0, fit_normalizer(data, experiment), origin, source, weights)
 
 
 def fit_normalizer(data: EpisodeDataset, experiment: ExperimentConfig) -> Normalizer:
     """Statistics of the training episodes; held-out ones do not enter them."""
-    rows = EpisodeDataModule(data, experiment).statistics_rows()
     modes: dict[str, Mode] = dict.fromkeys(experiment.model.vector_keys, experiment.training.observation_normalization)
-    modes["action"] = experiment.training.action_normalization
-    statistics = {
-        key: compute_statistics(data.arrays[key][_rows_present(data, key, rows)], key) for key in modes if key != ACTION
-    }
-    statistics[ACTION] = compute_statistics(_chunk_actions(data, experiment, np.flatnonzero(rows)), ACTION)
+    modes[ACTION] = experiment.training.action_normalization
+    statistics = _statistics(data, experiment)
     for key, mode in modes.items():
         constant = np.flatnonzero(statistics[key].center_and_half(mode)[1] == 0)
         if len(constant):
             logger.info("%r is constant in dimensions %s: always 0 for the model", key, constant.tolist())
     return Normalizer(statistics, modes)
+
+
+def _statistics(data: EpisodeDataset, experiment: ExperimentConfig) -> dict[str, FieldStatistics]:
+    """Of the training episodes, by the model's vectors; the actions' are the last."""
+    rows = EpisodeDataModule(data, experiment).statistics_rows()
+    statistics = {
+        key: compute_statistics(data.arrays[key][_rows_present(data, key, rows)], key)
+        for key in experiment.model.vector_keys
+    }
+    return statistics | {ACTION: compute_statistics(_chunk_actions(data, experiment, np.flatnonzero(rows)), ACTION)}
+
+
+def _warn_of_other_units(kept: Normalizer, found: dict[str, FieldStatistics]) -> None:
+    """Says, once per key, where a dataset's range is another one by far than a checkpoint's statistics have."""
+    for key, new in found.items():
+        old = kept.statistics[key]
+        before, now = np.subtract(old.maximum, old.minimum), np.subtract(new.maximum, new.minimum)
+        far = (now > _FAR * before) | (before > _FAR * now)
+        both_move = (old.center_and_half("min_max")[1] > 0) & (new.center_and_half("min_max")[1] > 0)
+        for dim in np.flatnonzero(far & both_move)[:1]:
+            logger.warning(
+                "%r, dimension %d, is %.6g to %.6g in the dataset, but %.6g to %.6g in what the checkpoint was trained "
+                "on, whose statistics are kept: are the units the same? If not, use --init-statistics dataset",
+                key,
+                dim,
+                new.minimum[dim],
+                new.maximum[dim],
+                old.minimum[dim],
+                old.maximum[dim],
+            )
 
 
 def _rows_present(data: EpisodeDataset, key: str, rows: NDArray[np.bool_]) -> NDArray[np.bool_]:

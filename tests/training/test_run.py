@@ -164,13 +164,14 @@ def test_statistics_leave_held_out_episodes_alone(tmp_path: Path) -> None:
     assert_same(weights(tmp_path / "run"), weights(tmp_path / "other"))
 
 
-def test_fine_tuning_keeps_or_renews_statistics_as_told(tmp_path: Path) -> None:
+def test_fine_tuning_keeps_or_renews_statistics_as_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(tmp_path / "old")
     old = read_checkpoint(tmp_path / "old")
     data = tiny_data()
-    data.arrays["position"] *= 3
+    data.arrays["position"] *= 57
     for statistics in ("checkpoint", "dataset"):
         out = tmp_path / statistics
+        caplog.clear()
         train(
             data,
             tiny_experiment(3, learning_rate=1e-12),
@@ -183,6 +184,8 @@ def test_fine_tuning_keeps_or_renews_statistics_as_told(tmp_path: Path) -> None:
         new = read_checkpoint(out)
         same = new.normalizer.to_json()["position"] == old.normalizer.to_json()["position"]
         assert same == (statistics == "checkpoint")
+        far = [record.getMessage() for record in caplog.records if "units" in record.getMessage()]
+        assert [message.startswith("'position', dimension 0, is ") for message in far] == [True] * same
         for name, value in new.weights.items():
             torch.testing.assert_close(value, old.weights[name], atol=1e-6, rtol=1e-4)
     with pytest.raises(ConfigError, match="init-statistics"):
