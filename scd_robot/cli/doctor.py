@@ -108,7 +108,7 @@ def doctor(*, env_python: str | None = None, json: Path | None = None) -> int:
         return _elsewhere(env_python, json)
     backends = ("egl", "osmesa")
     checks = []
-    with tqdm(total=len(_PACKAGES) + len(backends), unit="check", leave=False, disable=str(json) == "-") as bar:
+    with tqdm(total=len(_PACKAGES) + len(backends), unit="check", leave=False, disable=str(json) == "-" or None) as bar:
         for package in _PACKAGES:
             bar.set_description(package.name)
             checks.append(_try_package(package))

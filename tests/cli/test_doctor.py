@@ -36,9 +36,10 @@ def quick(monkeypatch):
 def test_exit_code_and_advice(quick, capsys, packages, code, told):
     quick(*packages)
     assert main(["doctor"]) == code
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert told in out
     assert "ok      numpy               found" in out
+    assert err == ""  # no bar, where nobody sees one move
 
 
 def test_advice_is_not_given_twice_nor_needlessly(quick, tmp_path):
