@@ -149,7 +149,7 @@ def train_autoencoder(
                     f"the autoencoder's loss became {loss.item()} at update {update}; take a smaller learning rate "
                     f"than {training.learning_rate}"
                 )
-            bar.set_postfix_str(f"PSNR {10 * math.log10(4 / max(error.item(), 1e-9)):.1f} dB")
+            bar.set_postfix_str(f"PSNR {10 * math.log10(4 / max(error.item(), 1e-9)):.1f} dB", refresh=False)
     _normalise(model, pictures, training.noise)
     return model.requires_grad_(False).eval()
 
