@@ -54,7 +54,7 @@ ARMS: dict[str, Strategy] = {
 AIM_LOSS = 0.05  # of success, the trained arm at the longest delay
 _EARLY_S = 1e-6  # so that a plan is there in the control step in which it is due, whatever the clock's rounding
 # The two that do not wait: what noise does to a hand is not to be learned as a plan, so there is little of it; they are
-# pushed away instead, and no chunk reaches over a push.
+# pushed away instead, and no chunk reaches over a push but one in the actions that it was committed to.
 DYNAMIC = (
     "training.max_steps=1800",
     "model.history_length=32",
