@@ -42,13 +42,15 @@ class Recording:
     seed: int = 0
     action_noise: float = 0.1
     disturbances: float = 0.0
+    noise_correlation: float = 0.0
 
     @property
     def name(self) -> str:
         """As the name of a file."""
         environment = re.sub(r"[^A-Za-z0-9.-]+", "_", self.environment)
         disturbed = f"_disturbed{self.disturbances:g}" if self.disturbances else ""
-        return f"{environment}_{self.episodes}_noise{self.action_noise:g}{disturbed}_seed{self.seed}"
+        lasting = f"_correlation{self.noise_correlation:g}" if self.noise_correlation else ""
+        return f"{environment}_{self.episodes}_noise{self.action_noise:g}{lasting}{disturbed}_seed{self.seed}"
 
 
 @dataclass(frozen=True)

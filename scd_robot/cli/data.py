@@ -22,6 +22,7 @@ def record(
     steps_after_success: int = 10,
     disturbances: float = 0.0,
     keep_positions: bool = False,
+    noise_correlation: float = 0.0,
     workers: int | None = None,
     overwrite: bool = False,
     json: Path | None = None,
@@ -46,6 +47,9 @@ def record(
             executed in the place of the expert's, whose labels then show how to mend that (0.02 for tasks of memory).
         keep_positions: keep where the hand and other things were, in arrays "position.NAME" beside the observations:
             no policy sees them; imagined pictures are judged by them.
+        noise_correlation: of the noise in a control step with that one before, 0 to less than 1. A policy's own errors
+            last: 0.9 makes noise that lasts for about ten steps, for policies whose plans take time
+            (docs/training.md).
         workers: simulator processes; by default one per CPU, fewer for few episodes.
         overwrite: replace a store that exists at OUT, once the new one is complete.
         json: write the summary to this file too ("-": standard output).
@@ -64,6 +68,7 @@ def record(
         steps_after_success=steps_after_success,
         disturbances=disturbances,
         keep_positions=keep_positions,
+        noise_correlation=noise_correlation,
         workers=workers,
         overwrite=overwrite,
     )

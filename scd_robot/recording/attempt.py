@@ -33,6 +33,7 @@ class RecordingConfig:
         disturbances: probability that a disturbance begins in a control step: for 3 to 8 steps one random action is
             executed in the place of the expert's.
         keep_positions: keep where the hand and other things were, too, which no policy sees.
+        noise_correlation: of the noise in a control step with that one before; 0 = each step has its own.
     """
 
     environment: str
@@ -41,12 +42,15 @@ class RecordingConfig:
     steps_after_success: int = 10
     disturbances: float = 0.0
     keep_positions: bool = False
+    noise_correlation: float = 0.0
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed must be 0 or more, got {self.seed}")
         if not 0 <= self.action_noise < np.inf:
             raise ConfigError(f"action_noise must be a finite number of 0 or more, got {self.action_noise}")
+        if not 0 <= self.noise_correlation < 1:
+            raise ConfigError(f"noise_correlation must be at least 0 and less than 1, got {self.noise_correlation}")
         if not 0 <= self.disturbances < 1:
             raise ConfigError(f"disturbances must be a probability of less than 1, got {self.disturbances}")
         if self.steps_after_success < 0:
@@ -75,8 +79,10 @@ def run_attempt(environment: Environment, config: RecordingConfig, index: int) -
 
     At each control step are kept: the observation, the expert's action as the label, and what was executed, which is
     the label plus noise, clipped. The noise takes the robot off the expert's path, where the labels show the way back
-    (Laskey et al., "DART: noise injection for robust imitation learning", 2017). Disturbances undo what was done
-    before: a policy that sees its history cannot go by the time that has passed, but has to look what it has achieved.
+    (Laskey et al., "DART: noise injection for robust imitation learning", 2017). A policy's own errors last for longer
+    than a control step, and so does noise with a correlation (a first-order autoregression). Disturbances undo what was
+    done before: a policy that sees its history cannot go by the time that has passed, but has to look what it has
+    achieved.
     """
     start_seed = derive_seed(RECORDING, config.seed, index)
     noise, disturbance = (keyed_rng(RECORDING, config.seed, index, key) for key in (_NOISE, _DISTURBANCE))
@@ -103,10 +109,15 @@ def _run(
     observation = checked_observation(environment.reset(start_seed), environment.spec)
     last_step: int | None = None  # known from the first success on
     left = 0  # control steps of the running disturbance
+    kept = config.noise_correlation
+    added = config.action_noise * np.sqrt(1 - kept**2)  # so that its deviation stays what it is
+    deviation: NDArray[np.float64] | None = None
     while last_step is None or len(rows) <= last_step:
         positions = _positions(environment) if config.keep_positions else {}
         label = environment.expert_action()
-        wanted = label + config.action_noise * noise.standard_normal(label.shape)
+        drawn = noise.standard_normal(label.shape)
+        deviation = config.action_noise * drawn if deviation is None else kept * deviation + added * drawn
+        wanted = label + deviation
         if left == 0 and disturbance.random() < config.disturbances:
             left = int(disturbance.integers(*_DISTURBED_STEPS, endpoint=True))
             pushed = disturbance.uniform(environment.spec.action_low, environment.spec.action_high)

@@ -36,6 +36,7 @@ def record_demonstrations(
     steps_after_success: int = 10,
     disturbances: float = 0.0,
     keep_positions: bool = False,
+    noise_correlation: float = 0.0,
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -55,13 +56,14 @@ def record_demonstrations(
         disturbances: probability that in a control step a disturbance begins, see `RecordingConfig`.
         keep_positions: keep where the hand and other things were in arrays "position.NAME" (N, 3) [m], which are no
             observations.
+        noise_correlation: of the noise in a control step with that one before, see `RecordingConfig`.
         workers: processes; None = one per CPU, but no more than pay.
         overwrite: replace a store at `out`.
         progress: show a progress bar.
 
     Returns:
         environment, episodes, attempts, failures, steps, mean_length [steps], seconds, path, seed, action_noise,
-        disturbances; plain JSON types.
+        noise_correlation, disturbances; plain JSON types.
 
     Raises:
         ConfigError: a number is out of range, or the environment has no expert, or no positions to keep.
@@ -77,7 +79,9 @@ def record_demonstrations(
         workers = max(1, min(available_cpus(), episodes // _EPISODES_PER_WORKER))
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
-    config = RecordingConfig(environment, seed, action_noise, steps_after_success, disturbances, keep_positions)
+    config = RecordingConfig(
+        environment, seed, action_noise, steps_after_success, disturbances, keep_positions, noise_correlation
+    )
     limit = 10 * episodes + 20
     attempts = crashes = 0
     with contextlib.closing(make_environment(environment)) as simulator:
@@ -126,6 +130,7 @@ def record_demonstrations(
         "path": str(out),
         "seed": seed,
         "action_noise": action_noise,
+        "noise_correlation": noise_correlation,
         "disturbances": disturbances,
     }
 
@@ -160,6 +165,7 @@ def _metadata(spec: EnvironmentSpec, config: RecordingConfig) -> dict[str, Any]:
         "success": spec.success,
         "seed": config.seed,
         "action_noise": config.action_noise,
+        "noise_correlation": config.noise_correlation,
         "disturbances": config.disturbances,
         "steps_after_success": config.steps_after_success,
         "versions": versions,

@@ -154,16 +154,31 @@ def test_where_an_environment_has_no_positions_none_can_be_kept(toy, tmp_path):
     assert not (tmp_path / "a.zarr").exists()
 
 
+class Endless(ToyEnvironment):
+    def __init__(self, success_after):
+        self.success_after = success_after
+
+    def step(self, action):
+        result = super().step(action)
+        return dataclasses.replace(result, success=self.steps > self.success_after, truncated=False)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+def test_noise_is_as_large_as_asked_for_whatever_its_correlation(correlation):
+    config = RecordingConfig("toy", steps_after_success=4000, action_noise=0.02, noise_correlation=correlation)
+    index = next(i for i, seed in enumerate(start_seeds(100)) if seed % 3 != 0)
+    episode = run_attempt(Endless(0), config, index).episode
+    assert episode["executed_action"].max() < 1  # nothing is clipped
+    noise = (episode["executed_action"] - episode["action"])[:, 0]
+    assert noise.std() == pytest.approx(0.02, rel=0.2)
+    assert np.corrcoef(noise[1:], noise[:-1])[0, 1] == pytest.approx(correlation, abs=0.05)
+
+
 def test_disturbances_replace_whole_stretches_of_the_expert():
     config = RecordingConfig("toy", steps_after_success=60, disturbances=0.3)
 
-    class Endless(ToyEnvironment):
-        def step(self, action):
-            result = super().step(action)
-            return dataclasses.replace(result, success=self.steps > 60, truncated=False)
-
     index = next(i for i, seed in enumerate(start_seeds(100)) if seed % 3 != 0)
-    episode = run_attempt(Endless(), config, index).episode
+    episode = run_attempt(Endless(60), config, index).episode
     replaced = (episode["executed_action"] != episode["action"]).any(axis=1)
     assert 0.3 < replaced.mean() < 0.95
     changes = np.flatnonzero((np.diff(episode["executed_action"], axis=0) != 0).any(axis=1))
@@ -171,7 +186,7 @@ def test_disturbances_replace_whole_stretches_of_the_expert():
     assert len(stretches) > 3
     assert stretches.min() >= 3
     assert stretches.max() <= 8
-    plain = run_attempt(Endless(), dataclasses.replace(config, disturbances=0.0), index).episode
+    plain = run_attempt(Endless(60), dataclasses.replace(config, disturbances=0.0), index).episode
     np.testing.assert_array_equal(plain["executed_action"], plain["action"])
 
 
@@ -221,6 +236,7 @@ def test_a_simulator_that_always_crashes_is_given_up_early(tmp_path, monkeypatch
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
         ({"action_noise": float("nan")}, "action_noise must be a finite number"),
+        ({"noise_correlation": 1.0}, "noise_correlation must be at least 0 and less than 1, got 1.0"),
         ({"disturbances": 1.0}, "disturbances must be a probability"),
         ({"steps_after_success": -1}, "steps_after_success must be 0 or more"),
     ],
