@@ -93,7 +93,8 @@ def evaluate_on_cluster(
             shard = task.options(num_cpus=1, max_retries=_ATTEMPTS - 1).remote(shared, episodes, scd_robot.__version__)
             places[shard] = number, episodes
     try:
-        with tqdm(total=sum(job.episodes for job in jobs), unit="episode", disable=not progress) as bar:
+        total = sum(job.episodes for job in jobs)
+        with tqdm(total=total, desc="evaluating", unit="episode", disable=not progress) as bar:
             while places:
                 ready, _ = ray.wait(list(places), num_returns=1)
                 number, episodes = places.pop(ready[0])

@@ -36,7 +36,7 @@ class EpisodeObserver:
         from tqdm import tqdm
 
         self._log = log
-        self._bar = tqdm(total=episodes, unit="episode", disable=not progress, dynamic_ncols=True)
+        self._bar = tqdm(total=episodes, desc="evaluating", unit="episode", disable=not progress, dynamic_ncols=True)
         self._counts = {"successes": 0, "failures": 0, "invalid": 0}
 
     def __call__(self, record: EpisodeRecord) -> None:

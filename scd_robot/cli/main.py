@@ -48,7 +48,7 @@ exit codes:
 
 # Bars into a file or a pipe (tqdm reads these where it is imported): plain lines, and few of them.
 PROGRESS_IN_FILES = {
-    "TQDM_BAR_FORMAT": "{l_bar}{r_bar}\n",
+    "TQDM_BAR_FORMAT": "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n",
     "TQDM_MININTERVAL": "30",
     "TQDM_MAXINTERVAL": "30",
 }
