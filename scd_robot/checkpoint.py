@@ -49,7 +49,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 8
+SCHEMA = 9
 _FORMAT = "scd_robot checkpoint"
 _JSON_FILES = ("config", "dataset", "normalization", "origin", "metrics")
 PUBLISHED_FILES = ("manifest.json", "model.safetensors", *(f"{name}.json" for name in _JSON_FILES))
@@ -278,6 +278,8 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         config = {**config, "training": {**cached, "self_forcing": forcing, **config["training"]}}
     if schema < 8:
         config = {**config, "model": {"context_in_history": True, "encoder_modulation": False, **config["model"]}}
+    if schema < 9:
+        config = {**config, "transforms": {"select": [], **config["transforms"]}}
     return config
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from scd_robot.errors import ConfigError
 from scd_robot.rotations import RotationName
 
-__all__ = ["ChunkKind", "ChunkPart", "GripperStep", "ImageStep", "RotationStep", "TransformConfig"]
+__all__ = ["ChunkKind", "ChunkPart", "GripperStep", "ImageStep", "RotationStep", "SelectStep", "TransformConfig"]
 
 ChunkKind = Literal["absolute", "relative", "delta", "velocity"]
 
@@ -75,13 +75,33 @@ class ImageStep:
 
 
 @dataclass(frozen=True)
+class SelectStep:
+    """The model sees some numbers of a vector only: joints without their velocities, say.
+
+    Attributes:
+        key: observation key (after renaming).
+        indices: of the numbers that stay, in the order the model has them, counted after the steps before.
+    """
+
+    key: str
+    indices: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.indices or min(self.indices) < 0 or len(set(self.indices)) != len(self.indices):
+            raise ConfigError(
+                f"select of {self.key!r} needs the indices of the numbers that stay, each once and 0 or more; got "
+                f"{list(self.indices)}"
+            )
+
+
+@dataclass(frozen=True)
 class ChunkPart:
     """Numbers of the action that are targets of numbers of the observed state, in the same units.
 
     Attributes:
         action_start: first of them in the action, after rotation and gripper steps.
         key: observation key (after renaming) that holds the state.
-        key_start: first of them there.
+        key_start: first of them there, as the model has it.
         count: how many.
         rotation: they are one rotation as rot6d in both; relative is then a rotation as well.
     """
@@ -110,6 +130,7 @@ class TransformConfig:
         images: on images.
         rotations: on observations and actions.
         grippers: on observations and actions.
+        select: the numbers of observed vectors that the model sees.
         chunk: how the actions of a chunk are expressed: "absolute" as recorded; "relative" to the state at the chunk's
             first control step; "delta" to the action before, the first one to that state; "velocity" is delta divided
             by `control_dt`.
@@ -126,6 +147,7 @@ class TransformConfig:
     images: tuple[ImageStep, ...] = ()
     rotations: tuple[RotationStep, ...] = ()
     grippers: tuple[GripperStep, ...] = ()
+    select: tuple[SelectStep, ...] = ()
     chunk: ChunkKind = "absolute"
     chunk_parts: tuple[ChunkPart, ...] = ()
     tasks: dict[str, tuple[float, ...]] = field(default_factory=dict)

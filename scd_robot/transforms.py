@@ -1,8 +1,9 @@
 """Changes between what was recorded and what the model sees, each with its inverse. They are part of a checkpoint.
 
 Order: keys are renamed and chosen, small arrays flattened, images cropped and resized, rotations converted, grippers
-mapped; then actions are expressed relative to the present state, chunk by chunk; then everything is normalised. The
-policy undoes the steps on actions in reverse, so that a robot gets actions as they were recorded.
+mapped, numbers of vectors selected; then actions are expressed relative to the present state, chunk by chunk; then
+everything is normalised. The policy undoes the steps on actions in reverse, so that a robot gets actions as they were
+recorded.
 
 Two observations are not of a control step but of its episode: the vector of its task, and what it is to lead to.
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
 from scd_robot.resizing import crop_and_resize
 from scd_robot.rotations import ROTATION_WIDTHS, RotationName, convert_rotation, matrix_of, rotation_from_matrix
-from scd_robot.transform_config import ChunkPart, GripperStep, ImageStep, RotationStep, TransformConfig
+from scd_robot.transform_config import ChunkPart, GripperStep, ImageStep, RotationStep, SelectStep, TransformConfig
 from scd_robot.types import ArraySpec, DatasetSpec
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "GripperStep",
     "ImageStep",
     "RotationStep",
+    "SelectStep",
     "TransformConfig",
     "Transforms",
     "relative_chunk",
@@ -83,12 +85,14 @@ class Transforms:
         goals = {GOAL + names[key]: recorded.observation[names[key]] for key in config.goals}
         self.recorded = recorded = replace(recorded, observation={**recorded.observation, **goals})
         used = [*config.flatten, *(step.key for step in config.images), *(step.key for step in config.rotations)]
-        used += [*(step.key for step in config.grippers), *(part.key for part in config.chunk_parts)]
+        used += [*(step.key for step in (*config.grippers, *config.select, *config.chunk_parts))]
         for key in used:
             if key not in self._sources and key != ACTION:
                 raise UnknownNameError("key of a transform", key, [*self._sources, ACTION])
         if ACTION in config.flatten:
             raise ConfigError("flatten takes observation keys; actions are vectors already")
+        if ACTION in (step.key for step in config.select):
+            raise ConfigError("select takes observation keys: a robot needs all the numbers of an action")
         specs = {key: recorded.observation[source] for key, source in self._sources.items()}
         observation = {key: self._spec_after(self._step_key(key), spec) for key, spec in specs.items()}
         if config.tasks:
@@ -152,6 +156,9 @@ class Transforms:
         for gripper in self.config.grippers:
             if gripper.key == key:
                 x = _map_number(x, gripper.index, (gripper.closed, gripper.open), (-1.0, 1.0))
+        for select in self.config.select:
+            if select.key == key:
+                x = x[..., list(select.indices)]
         return x
 
     def _step_key(self, key: str) -> str:
@@ -203,6 +210,10 @@ class Transforms:
         for gripper in self.config.grippers:
             if gripper.key == key:
                 _check_range(f"the gripper of {key!r}", shape, gripper.index, 1)
+        for select in self.config.select:
+            if select.key == key:
+                _check_range(f"select of {key!r}", shape, max(select.indices), 1)
+                shape = (len(select.indices),)
         return replace(spec, shape=shape)
 
     def _check_parts(self) -> None:

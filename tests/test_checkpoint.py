@@ -270,7 +270,7 @@ def test_new_fields_come_with_a_new_schema(tiny_run) -> None:
         )
 
     fields = [n for n in names(read_checkpoint(tiny_run).config) if "observation_shapes" not in n]
-    assert (SCHEMA, hashlib.sha256(" ".join(fields).encode()).hexdigest()[:12]) == (8, "780efa47eb1d"), fields
+    assert (SCHEMA, hashlib.sha256(" ".join(fields).encode()).hexdigest()[:12]) == (9, "d24f2deaead4"), fields
 
 
 def test_who_may_read_a_checkpoint_may_read_its_weights(tiny_run) -> None:

@@ -49,6 +49,6 @@ def test_every_part_of_the_model_matters_to_these_actions(part):
 
 
 def test_they_are_small():
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 250_000
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 300_000
     weights = load_file(FOLDER / "schema_1" / "checkpoint" / "model.safetensors")
     assert any(name.endswith("gate") for name in weights)

@@ -12,6 +12,7 @@ from scd_robot.transforms import (
     GripperStep,
     ImageStep,
     RotationStep,
+    SelectStep,
     TransformConfig,
     Transforms,
 )
@@ -87,6 +88,30 @@ def test_chunks_relative_to_the_present_state(kind, expected):
     np.testing.assert_allclose(transforms.undo_chunk(np.array(expected), state), actions)
 
 
+def test_selected_numbers_are_those_the_model_and_chunks_count():
+    config = TransformConfig(
+        rotations=(RotationStep("pose", 3, "quat_xyzw"),),
+        select=(SelectStep("pose", (9, 2)), SelectStep("object", (1,))),
+        chunk="relative",
+        chunk_parts=(ChunkPart(4, "pose", 1, 1),),
+    )
+    transforms = Transforms(config, SPEC)
+    assert transforms.spec.observation["pose"] == ArraySpec((2,))
+    assert transforms.spec.observation["object"] == ArraySpec((1,))
+    seen = np.array([[1, 2, 3, 0, 0, 0, 1, 0.5], [1, 2, 4, 0, 0, 0, 1, 0.6]])
+    state = {"pose": transforms.convert("pose", seen)}
+    np.testing.assert_allclose(state["pose"], [[0.5, 3], [0.6, 4]])
+    actions = np.arange(2 * 3 * 7.0).reshape(2, 3, 7)
+    chunk = transforms.chunk(actions, state)
+    np.testing.assert_allclose(chunk[..., 4], actions[..., 4] - [[3], [4]])
+    np.testing.assert_allclose(transforms.undo_chunk(chunk, state), actions)
+    assert {key: x.shape for key, x in transforms.stand_in().items()} == {
+        "pose": (8,),
+        "object": (3,),
+        "camera": (6, 8, 3),
+    }
+
+
 @pytest.mark.parametrize("kind", ["relative", "delta", "velocity"])
 def test_rotations_of_a_chunk_are_relative_as_rotations(kind):
     config = TransformConfig(chunk=kind, chunk_parts=(ChunkPart(0, "pose", 0, 6, rotation=True),))
@@ -137,6 +162,7 @@ def test_configuration_survives_json():
         images=(ImageStep("b", (1, 2), (3, 4)),),
         rotations=(RotationStep("b", 1, "matrix"),),
         grippers=(GripperStep("b", 0, 0.0, 1.0),),
+        select=(SelectStep("b", (2, 0)),),
         chunk="delta",
         chunk_parts=(ChunkPart(0, "b", 1, 6, True),),
     )
@@ -155,6 +181,11 @@ def test_configuration_survives_json():
         (lambda: TransformConfig(rotations=(RotationStep("hand", 0, "matrix"),)), UnknownNameError, "'hand'"),
         (lambda: TransformConfig(grippers=(GripperStep("action", 7, 0, 1),)), ShapeError, "1 numbers from 7 on"),
         (lambda: TransformConfig(grippers=(GripperStep("action", 6, 1, 1),)), ConfigError, "for closed and for open"),
+        (lambda: TransformConfig(select=(SelectStep("pose", (0, 8)),)), ShapeError, "1 numbers from 8 on"),
+        (lambda: TransformConfig(select=(SelectStep("camera", (0,)),)), ShapeError, r"shape \(6, 8, 3\)"),
+        (lambda: TransformConfig(select=(SelectStep("action", (0,)),)), ConfigError, "all the numbers of an action"),
+        (lambda: TransformConfig(select=(SelectStep("pose", (0, 0)),)), ConfigError, r"each once .* \[0, 0\]"),
+        (lambda: TransformConfig(select=(SelectStep("pose", ()),)), ConfigError, "each once"),
         (lambda: TransformConfig(images=(ImageStep("pose", (2, 2)),)), ShapeError, "not \\(H, W, C\\)"),
         (lambda: TransformConfig(images=(ImageStep("camera", (7, 7)),)), ShapeError, "crop of \\(7, 7\\) does not fit"),
         (lambda: TransformConfig(images=(ImageStep("camera", (7,)),)), ConfigError, "height and width"),

@@ -58,7 +58,7 @@ def train(
         out: folder of the run.
         read: what to read of the datasets.
         transforms: JSON file with what to do between the recording and the model: rename, images, rotations, grippers,
-            chunk (docs/data.md); by default the preset's.
+            select, chunk (docs/data.md); by default the preset's.
         tasks: tell the model the task of each episode: "one-hot", or a JSON file {"task in words": [numbers], ...} with
             embeddings of the words. Words are those of a LeRobot dataset; where a recording has none, the name of its
             environment.

@@ -3,8 +3,9 @@
     git archive COMMIT | tar -x -C OLD && cd OLD && PYTHONPATH=. python .../tests/earlier_schemas/write.py OUT
 
 The folders beside this file were made so at 456e006 (schema 1), 70f173f (2), a615475 (3), a422549 (4), a0684d3 (5),
-08f998f (6) and 8bff2f5 (7), the last commits before the next schema; only `write.py` is newer. That of schema 8, the
-present one, is made again whenever a field changes before it is published. `tests/test_earlier_schemas.py` reads them.
+08f998f (6), 8bff2f5 (7) and be8ffc8 (8), the last commits before the next schema; only `write.py` is newer. That of
+schema 9, the present one, is made again whenever a field changes before it is published.
+`tests/test_earlier_schemas.py` reads them.
 """
 
 import json
