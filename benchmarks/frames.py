@@ -4,6 +4,7 @@
     python benchmarks/frames.py --only times        time per frame alone: nothing is trained, weights are random
     python benchmarks/frames.py --report            the tables of what is done
     python benchmarks/frames.py --pusht pusht_cchi_v7_replay.zarr        people's episodes of PushT instead
+    python benchmarks/frames.py --only quality --arms separable self_forced        does training on own frames help?
 
 Both are the preset frames_64. Frames are judged on a recording of its own (seed 1; of PushT, episodes that were held
 out): the models see the first 16 frames of an episode and imagine the next 64 from the actions that were executed.
@@ -23,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,6 +57,7 @@ ARMS = {
     "separable": (),
     "entangled": ("model.architecture=entangled", "model.context_corruption=0", "model.num_context_tokens=1"),
 }
+MORE_ARMS = {"self_forced": ("training.self_forcing.probability=0.5", "training.self_forcing.frames=8")}
 ENVIRONMENT = "scd_memory/place-back:delay=10,observation=image"
 CAMERA = "image"
 CONTEXT, AHEAD = 16, 64  # frames
@@ -97,7 +99,7 @@ def moving_things(data: EpisodeDataset) -> dict[str, np.ndarray]:
 
 
 def judge(out: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Records, trains both arms, and tells how their frames are."""
+    """Records, trains the arms, and tells how their frames are."""
     if options.pusht is None:
         environment = options.env
         known = record(out, "train", environment, options.demonstrations, seed=0)
@@ -107,20 +109,24 @@ def judge(out: Path, options: argparse.Namespace) -> dict[str, Any]:
         data = pusht(options.pusht)
         known, unknown = map(data.select, split_episodes(data.num_episodes, options.episodes / data.num_episodes))
     episodes, rows = long_enough(unknown, options.ahead)
-    trained = {arm: train_arm(out, arm, known, options) for arm in ARMS}
+    trained = {arm: train_arm(out, arm, known, options) for arm in options.arms}
     owner = np.repeat(np.arange(known.num_episodes), known.episode_lengths)
     probe = train_probe(np.asarray(known.arrays[CAMERA][:]), moving_things(known), owner)
     positions = {name: unknown.arrays[POSITION + name][:][rows] for name in probe.widths}
     found, places = {}, {}
-    for arm in ARMS:
+    for arm in options.arms:
         model = load_imagination(out / arm, num_denoising_steps=STEPS)
         seen = found[arm] = imagine_episodes(model, unknown, episodes, CONTEXT, options.ahead)
         frames = (seen.recorded, seen.imagined, seen.last_context)
         places[arm] = probe_errors(probe, positions, *frames, episodes=seen.errors.episodes)
         write_imagined(seen, out / arm / "imagined", 1 / unknown.spec.control_dt, describe(seen, model))
 
-    def difference(values: Callable[[str], np.ndarray]) -> dict[str, Any]:
-        return curve(values("separable") - values("entangled"), np.array(episodes))
+    def beside(arm: str) -> dict[str, Any]:
+        ours, theirs = found["separable"].errors.imagined, found[arm].errors.imagined
+        differences = {name: getattr(ours, name) - getattr(theirs, name) for name in QUALITY}
+        ours, theirs = places["separable"].imagined, places[arm].imagined
+        differences |= {f"{thing} [cm]": ours[thing] - theirs[thing] for thing in positions}
+        return {name: curve(values, np.array(episodes)) for name, values in differences.items()}
 
     return {
         "environment": environment,
@@ -130,10 +136,7 @@ def judge(out: Path, options: argparse.Namespace) -> dict[str, Any]:
         "training": trained,
         "frames": {arm: seen.errors.to_json() for arm, seen in found.items()},
         "positions": {arm: errors.to_json() for arm, errors in places.items()},
-        "separable_less_entangled": {
-            name: difference(lambda arm, name=name: getattr(found[arm].errors.imagined, name)) for name in QUALITY
-        }
-        | {f"{thing} [cm]": difference(lambda arm, thing=thing: places[arm].imagined[thing]) for thing in positions},
+        **{f"separable_less_{arm}": beside(arm) for arm in options.arms if arm != "separable"},
     }
 
 
@@ -184,7 +187,8 @@ def record(out: Path, name: str, environment: str, episodes: int, seed: int) -> 
 def train_arm(out: Path, arm: str, data: EpisodeDataset, options: argparse.Namespace) -> dict[str, Any]:
     """Trains an arm, or continues, or looks up what was told of it."""
     summary = out / arm / "training.json"
-    settings = [*ARMS[arm], *options.set, f"training.max_steps={options.max_steps}", f"training.seed={options.seed}"]
+    settings = [*(ARMS | MORE_ARMS)[arm], *options.set]
+    settings += [f"training.max_steps={options.max_steps}", f"training.seed={options.seed}"]
     if summary.is_file():
         told = dict(read_json(summary))
         if told["settings"] != settings:
@@ -283,29 +287,32 @@ def quality_report(found: Mapping[str, Any]) -> str:
     """Tables of `judge`."""
     ahead = sorted({frame for frame in TOLD if frame <= found["ahead"]} | {found["ahead"]})
     example = found["frames"]["separable"]
+    others = [arm for arm in found["frames"] if arm != "separable"]
     lines = [
         f"{found['environment']}: {example['pieces']} episodes, {found['context']} frames seen, {found['ahead']} "
         f"imagined; a control step is {1e3 * found['control_dt']:g} ms. Mean and 95 % interval over episodes.\n",
         _head("", *(f"+{frame}" for frame in ahead), "drift per frame"),
     ]
     for name, (title, digits) in QUALITY.items():
-        rows = {arm: (found["frames"][arm][name], "imagined") for arm in ARMS}
+        rows = {arm: (found["frames"][arm][name], "imagined") for arm in found["frames"]}
         rows["last frame repeated"] = (example[name], "copied")
         for arm, (entry, which) in rows.items():
             drift = _cell(entry["drift"][which]["per_frame"], entry["drift"][which]["interval"], digits + 1)
             lines.append(_row(f"{title}: {arm}", *_cells(entry[which], ahead, digits), drift))
-        difference = found["separable_less_entangled"][name]
-        lines.append(_row(f"{title}: separable - entangled", *_cells(difference, ahead, digits), ""))
+        for arm in others:
+            difference = found[f"separable_less_{arm}"][name]
+            lines.append(_row(f"{title}: separable - {arm}", *_cells(difference, ahead, digits), ""))
     lines += ["", _head("distance from where it was [cm]", *(f"+{frame}" for frame in ahead))]
     for thing, seen in found["positions"]["separable"]["positions"].items():
-        for arm in ARMS:
+        for arm in found["positions"]:
             entry = found["positions"][arm]["positions"][thing]["imagined"]
             lines.append(_row(f"{thing}: {arm}", *_cells(entry, ahead, 1)))
         lines.append(_row(f"{thing}: last frame repeated", *_cells(seen["copied"], ahead, 1)))
         lines.append(_row(f"{thing}: recorded frames (the probe's own error)", *_cells(seen["recorded"], ahead, 1)))
         lines.append(_row(f"{thing}: the mean position, without looking", *_cells(seen["guessed"], ahead, 1)))
-        difference = found["separable_less_entangled"][f"{thing} [cm]"]
-        lines.append(_row(f"{thing}: separable - entangled", *_cells(difference, ahead, 1)))
+        for arm in others:
+            difference = found[f"separable_less_{arm}"][f"{thing} [cm]"]
+            lines.append(_row(f"{thing}: separable - {arm}", *_cells(difference, ahead, 1)))
     lines += ["", _head("training", "updates", "parameters", "CPU s", "held-out metrics")]
     for arm, told in found["training"].items():
         cpu = "not known" if told["cpu_s"] is None else f"{told['cpu_s']:.0f}"
@@ -384,7 +391,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the trainings")
     parser.add_argument("--threads", type=int, default=1, help="of the trainings; times are always of one")
     parser.add_argument("--rounds", type=int, default=50, help="turns of every configuration that is timed")
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="more settings for both arms")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="more settings for all arms")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=[*ARMS, *MORE_ARMS],
+        default=list(ARMS),
+        help="of the quality, separable among them (default %(default)s)",
+    )
     options = parser.parse_args()
     path = options.out / "frames.json"
     try:

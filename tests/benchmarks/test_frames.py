@@ -43,11 +43,11 @@ def test_episodes_that_are_all_too_short_are_told(data):
         benchmark.long_enough(data, 9)
 
 
-def test_tables_show_both_arms_beside_the_last_frame_repeated():
+def test_tables_show_every_arm_beside_the_last_frame_repeated():
     recorded = np.random.default_rng(0).integers(0, 200, (2, AHEAD, 16, 16, 3), np.uint8)
     errors = {
         arm: frame_errors(recorded, recorded + np.uint8(off), recorded[:, 0])
-        for arm, off in (("separable", 5), ("entangled", 10))
+        for arm, off in (("separable", 5), ("entangled", 10), ("self_forced", 20))
     }
     distance = np.array([[1.0] * AHEAD, [3.0] * AHEAD])
     place = curve(distance, np.arange(2))
@@ -60,11 +60,13 @@ def test_tables_show_both_arms_beside_the_last_frame_repeated():
         },
         "frames": {arm: error.to_json() for arm, error in errors.items()},
         "positions": {arm: {"positions": {"hand": entry}} for arm in errors},
-        "separable_less_entangled": dict.fromkeys(names, place),
+        **{f"separable_less_{arm}": dict.fromkeys(names, place) for arm in ("entangled", "self_forced")},
     }  # fmt: skip
     text = benchmark.quality_report(json.loads(json.dumps(found)))
     assert "| PSNR of all pixels [dB]: separable | 34.15 [34.15, 34.15] |" in text
     assert "| PSNR of all pixels [dB]: entangled | 28.13 [28.13, 28.13] |" in text
+    assert "| PSNR of all pixels [dB]: self_forced | 22.11 [22.11, 22.11] |" in text
+    assert "| SSIM of moving pixels: separable - self_forced | 2.000 [1.000, 3.000] |" in text
     assert "| hand: last frame repeated | 2.0 [1.0, 3.0] |" in text
     assert "PSNR of moving pixels [dB]: last frame repeated" in text
     assert "| separable | 7 | 1,234 | not known | val/loss 0.5 |" in text
