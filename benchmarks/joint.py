@@ -54,7 +54,7 @@ TASKS = {
     ),
     "button": Task(Recording("metaworld/button-press-topdown-v3:observation=image,camera=corner4"), EVERY_STEP),
 }
-BUDGETS = {"cue": 300, "button": 1000}  # optimiser steps; --pilot finds where 60 to 90 % succeed
+BUDGETS = {"cue": 200, "button": 1000}  # optimiser steps; --pilot finds where 60 to 90 % succeed
 PILOT_BUDGETS = (100, 200, 300, 500, 1000)
 WEIGHTS = ("0", "1", "10")
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
