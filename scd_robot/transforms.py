@@ -85,7 +85,8 @@ class Transforms:
         goals = {GOAL + names[key]: recorded.observation[names[key]] for key in config.goals}
         self.recorded = recorded = replace(recorded, observation={**recorded.observation, **goals})
         used = [*config.flatten, *(step.key for step in config.images), *(step.key for step in config.rotations)]
-        used += [*(step.key for step in (*config.grippers, *config.select, *config.chunk_parts))]
+        used += [*(step.key for step in config.grippers), *(step.key for step in config.select)]
+        used += [part.key for part in config.chunk_parts]
         for key in used:
             if key not in self._sources and key != ACTION:
                 raise UnknownNameError("key of a transform", key, [*self._sources, ACTION])

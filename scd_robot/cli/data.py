@@ -23,6 +23,8 @@ def record(
     disturbances: float = 0.0,
     keep_positions: bool = False,
     noise_correlation: float = 0.0,
+    policy: Path | None = None,
+    delay_steps: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
     json: Path | None = None,
@@ -32,6 +34,9 @@ def record(
     Failed attempts are dropped and counted. The store depends on the environment, the number of episodes, the seed and
     the noise only: any number of processes writes the same bytes. If the recording is interrupted, the finished
     episodes stay readable.
+
+    With --policy it is a trained policy that acts, and the expert only says what it would do: demonstrations of the
+    states that the policy gets itself into (DAgger). Failed attempts are kept then.
 
     Args:
         env: an environment with an expert: metaworld/TASK, scd_memory/TASK, or MODULE:CALLABLE of your own; options
@@ -50,6 +55,9 @@ def record(
         noise_correlation: of the noise in a control step with that one before, 0 to less than 1. A policy's own errors
             last: 0.9 makes noise that lasts for about ten steps, for policies whose plans take time
             (docs/training.md).
+        policy: checkpoint, run, or folder that 'scd export' wrote, of the policy that acts in the expert's place; train
+            on the result beside the first demonstrations.
+        delay_steps: with --policy, the most control steps that its plans take; each attempt draws from 0 to this.
         workers: simulator processes; by default one per CPU, fewer for few episodes.
         overwrite: replace a store that exists at OUT, once the new one is complete.
         json: write the summary to this file too ("-": standard output).
@@ -59,6 +67,12 @@ def record(
 
     if json is not None:
         check_target(json)
+    acting, told = None, None
+    if policy is not None:
+        from scd_robot.cli.policy_source import read_trained
+
+        trained = read_trained(policy, "cpu")
+        acting, told = trained.make(environment=env), trained.identity_in(env)
     summary = record_demonstrations(
         env,
         episodes,
@@ -69,16 +83,19 @@ def record(
         disturbances=disturbances,
         keep_positions=keep_positions,
         noise_correlation=noise_correlation,
+        policy=acting,
+        delay_steps=delay_steps,
+        told=told,
         workers=workers,
         overwrite=overwrite,
     )
     if json is not None:
         write_json(json, summary)
     if str(json) != "-":
+        failed = "failed attempts dropped" if policy is None else "of which failed"
         print(
             f"{summary['path']}: {summary['episodes']} episodes, {summary['steps']} steps "
-            f"(mean length {summary['mean_length']:.1f}), {summary['failures']} failed attempts dropped, "
-            f"{summary['seconds']:.1f} s"
+            f"(mean length {summary['mean_length']:.1f}), {summary['failures']} {failed}, {summary['seconds']:.1f} s"
         )
 
 

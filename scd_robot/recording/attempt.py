@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from scd_robot.datasets.schema import POSITION
 from scd_robot.errors import ConfigError, ScdRobotError, SimulatorError
+from scd_robot.recording.acting import ActingPolicy, Planner
 from scd_robot.seeding import RECORDING, derive_seed, keyed_rng
 from scd_robot.sim_eval.messages import checked_observation, checked_result
 from scd_robot.types import Environment
@@ -17,7 +18,7 @@ __all__ = ["Attempt", "RecordingConfig", "run_attempt"]
 
 logger = logging.getLogger(__name__)
 
-_NOISE, _DISTURBANCE = 1, 2  # keep their keys apart from that of the start state
+_NOISE, _DISTURBANCE, _DELAY = 1, 2, 3  # keep their keys apart from that of the start state
 _DISTURBED_STEPS = (3, 8)  # control steps of a disturbance, both included
 
 
@@ -34,6 +35,7 @@ class RecordingConfig:
             executed in the place of the expert's.
         keep_positions: keep where the hand and other things were, too, which no policy sees.
         noise_correlation: of the noise in a control step with that one before; 0 = each step has its own.
+        delay_steps: where a policy acts, the most control steps that its plans take; each attempt draws from 0 to this.
     """
 
     environment: str
@@ -43,6 +45,7 @@ class RecordingConfig:
     disturbances: float = 0.0
     keep_positions: bool = False
     noise_correlation: float = 0.0
+    delay_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -64,18 +67,22 @@ class Attempt:
     Attributes:
         index: its number.
         start_seed: the environment was reset with.
-        episode: arrays (T, ...) as they are stored; None where the attempt failed.
+        episode: arrays (T, ...) as they are stored; None where the attempt of an expert failed.
+        success: whether it succeeded.
         crash: what the simulator said, where it crashed.
     """
 
     index: int
     start_seed: int
     episode: dict[str, NDArray[Any]] | None
+    success: bool = False
     crash: str | None = None
 
 
-def run_attempt(environment: Environment, config: RecordingConfig, index: int) -> Attempt:
-    """Lets the expert try from the start state number `index`.
+def run_attempt(
+    environment: Environment, config: RecordingConfig, index: int, policy: Planner | None = None
+) -> Attempt:
+    """Lets the expert try from the start state number `index`, or the policy where there is one.
 
     At each control step are kept: the observation, the expert's action as the label, and what was executed, which is
     the label plus noise, clipped. The noise takes the robot off the expert's path, where the labels show the way back
@@ -86,8 +93,13 @@ def run_attempt(environment: Environment, config: RecordingConfig, index: int) -
     """
     start_seed = derive_seed(RECORDING, config.seed, index)
     noise, disturbance = (keyed_rng(RECORDING, config.seed, index, key) for key in (_NOISE, _DISTURBANCE))
+    acting = None
+    if policy is not None:
+        delay = keyed_rng(RECORDING, config.seed, index, _DELAY).integers(config.delay_steps, endpoint=True)
+        acting = ActingPolicy(policy, int(delay))
+        acting.reset(index)
     try:
-        episode = _run(environment, config, start_seed, noise, disturbance)
+        episode, success = _run(environment, config, start_seed, noise, disturbance, acting)
     except SimulatorError as error:
         return Attempt(index, start_seed, None, crash=str(error))
     except (ScdRobotError, MemoryError):
@@ -95,7 +107,7 @@ def run_attempt(environment: Environment, config: RecordingConfig, index: int) -
     except Exception as error:  # a simulator may raise anything, and then is tried again from another start state
         logger.debug("attempt %d", index, exc_info=True)
         return Attempt(index, start_seed, None, crash=f"{type(error).__name__}: {error}")
-    return Attempt(index, start_seed, episode)
+    return Attempt(index, start_seed, episode, success)
 
 
 def _run(
@@ -104,7 +116,8 @@ def _run(
     start_seed: int,
     noise: np.random.Generator,
     disturbance: np.random.Generator,
-) -> dict[str, NDArray[Any]] | None:
+    acting: ActingPolicy | None,
+) -> tuple[dict[str, NDArray[Any]] | None, bool]:
     rows: list[dict[str, NDArray[Any]]] = []
     observation = checked_observation(environment.reset(start_seed), environment.spec)
     last_step: int | None = None  # known from the first success on
@@ -117,7 +130,8 @@ def _run(
         label = environment.expert_action()
         drawn = noise.standard_normal(label.shape)
         deviation = config.action_noise * drawn if deviation is None else kept * deviation + added * drawn
-        wanted = label + deviation
+        executed = rows[-1]["executed_action"] if rows else None
+        wanted = (label if acting is None else acting.act(observation, executed)) + deviation
         if left == 0 and disturbance.random() < config.disturbances:
             left = int(disturbance.integers(*_DISTURBED_STEPS, endpoint=True))
             pushed = disturbance.uniform(environment.spec.action_low, environment.spec.action_high)
@@ -130,9 +144,10 @@ def _run(
             last_step = len(rows) - 1 + config.steps_after_success
         if result.terminated or result.truncated:
             break
-    if last_step is None or len(rows) < 2:
-        return None
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    success = last_step is not None
+    if len(rows) < 2 or not (success or acting):
+        return None, success
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}, success
 
 
 def _positions(environment: Environment) -> dict[str, NDArray[np.float32]]:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tqdm import tqdm
 import scd_robot
 from scd_robot.datasets.zarr.writer import ZarrWriter
 from scd_robot.errors import ConfigError, SimulatorError
+from scd_robot.recording.acting import ActingPolicy, Planner
 from scd_robot.recording.attempt import RecordingConfig
 from scd_robot.recording.workers import available_cpus, run_attempts
 from scd_robot.seeding import RECORDING, derive_seed
@@ -37,11 +39,17 @@ def record_demonstrations(
     disturbances: float = 0.0,
     keep_positions: bool = False,
     noise_correlation: float = 0.0,
+    policy: Planner | None = None,
+    delay_steps: int = 0,
+    told: Mapping[str, Any] | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Records the expert's first `episodes` successes into a Zarr store.
+
+    With a policy it is the policy that acts, in every attempt from the first one on, whether it succeeds or not; the
+    labels remain the expert's (DAgger, see `acting`). Which ones succeeded, "success" of the episodes tells.
 
     Attempt i starts from a state that is a function of (seed, i), and failures are dropped and counted: the store is
     the same, bit by bit, for any number of workers.
@@ -57,16 +65,21 @@ def record_demonstrations(
         keep_positions: keep where the hand and other things were in arrays "position.NAME" (N, 3) [m], which are no
             observations.
         noise_correlation: of the noise in a control step with that one before, see `RecordingConfig`.
-        workers: processes; None = one per CPU, but no more than pay.
+        policy: that acts in the expert's place, of this environment's observations and actions; None = the expert.
+        delay_steps: the most control steps that its plans take, in which it carries out what it has committed to; each
+            attempt draws from 0 to this.
+        told: of the policy, kept in the store's attributes.
+        workers: processes; None = one per CPU, but no more than pay; a policy acts in this one.
         overwrite: replace a store at `out`.
         progress: show a progress bar.
 
     Returns:
-        environment, episodes, attempts, failures, steps, mean_length [steps], seconds, path, seed, action_noise,
-        noise_correlation, disturbances; plain JSON types.
+        environment, episodes, attempts, successes, failures, steps, mean_length [steps], seconds, path, seed,
+        action_noise, noise_correlation, disturbances; plain JSON types.
 
     Raises:
-        ConfigError: a number is out of range, or the environment has no expert, or no positions to keep.
+        ConfigError: a number is out of range, or the environment has no expert, or no positions to keep; a delay
+            without a policy, or more than its chunks allow.
         UnknownNameError, MissingDependencyError: the environment cannot be made.
         SimulatorError: the expert fails far too often (10 attempts per episode and 20 more), the simulator crashes in
             10 attempts in a row, or a process died.
@@ -75,24 +88,38 @@ def record_demonstrations(
     start = time.perf_counter()
     if episodes < 1:
         raise ConfigError(f"episodes must be at least 1, got {episodes}")
+    if policy is None and (delay_steps or told):
+        raise ConfigError("delay_steps are of a policy's plans; name the policy that acts, or leave them out")
+    if policy is not None:
+        if workers not in (None, 1):
+            raise ConfigError(f"a policy acts in one process, got {workers} workers; leave them out")
+        workers = 1
+        ActingPolicy(policy, delay_steps)
     if workers is None:
         workers = max(1, min(available_cpus(), episodes // _EPISODES_PER_WORKER))
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
     config = RecordingConfig(
-        environment, seed, action_noise, steps_after_success, disturbances, keep_positions, noise_correlation
+        environment,
+        seed,
+        action_noise,
+        steps_after_success,
+        disturbances,
+        keep_positions,
+        noise_correlation,
+        delay_steps,
     )
     limit = 10 * episodes + 20
-    attempts = crashes = 0
+    attempts = crashes = successes = 0
     with contextlib.closing(make_environment(environment)) as simulator:
         spec = simulator.spec
         _check_expert(simulator, seed)
         if keep_positions and not hasattr(type(simulator), "positions"):
             raise ConfigError(f"{spec.name} does not tell where things are; record it without keep_positions")
         with (
-            ZarrWriter(out, _dataset_spec(spec), _metadata(spec, config), overwrite) as writer,
+            ZarrWriter(out, _dataset_spec(spec), _metadata(spec, config, policy, told), overwrite) as writer,
             tqdm(total=episodes, desc=f"recording {spec.name}", unit="episode", disable=not progress) as bar,
-            contextlib.closing(run_attempts(simulator, config, limit, workers)) as results,
+            contextlib.closing(run_attempts(simulator, config, limit, workers, policy)) as results,
         ):
             for attempt in results:
                 attempts += 1
@@ -105,13 +132,14 @@ def record_demonstrations(
                         f"{writer.num_episodes} episodes were recorded"
                     )
                 if attempt.episode is not None:
-                    told = {"seed": attempt.start_seed, "attempt": attempt.index, "success": 1}  # others are dropped
-                    writer.append(attempt.episode, told)
+                    about = {"seed": attempt.start_seed, "attempt": attempt.index, "success": int(attempt.success)}
+                    writer.append(attempt.episode, about)
                     bar.update()
-                bar.set_postfix(failures=attempts - writer.num_episodes, refresh=False)
+                successes += attempt.success
+                bar.set_postfix(failures=attempts - successes, refresh=False)
                 if writer.num_episodes == episodes:
                     break
-            failures = attempts - writer.num_episodes
+            failures = attempts - successes
             writer.update_metadata({"attempts": attempts, "failures": failures})
             if writer.num_episodes < episodes:
                 raise SimulatorError(
@@ -123,6 +151,7 @@ def record_demonstrations(
         "environment": spec.name,
         "episodes": writer.num_episodes,
         "attempts": attempts,
+        "successes": successes,
         "failures": failures,
         "steps": writer.num_steps,
         "mean_length": writer.num_steps / writer.num_episodes,
@@ -154,7 +183,9 @@ def _dataset_spec(spec: EnvironmentSpec) -> DatasetSpec:
     )
 
 
-def _metadata(spec: EnvironmentSpec, config: RecordingConfig) -> dict[str, Any]:
+def _metadata(
+    spec: EnvironmentSpec, config: RecordingConfig, policy: Planner | None, told: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """What makes the recording repeatable; nothing that differs between two runs of it."""
     versions = {"scd_robot": scd_robot.__version__}
     for package in ("metaworld", "mujoco", "numpy"):
@@ -169,4 +200,5 @@ def _metadata(spec: EnvironmentSpec, config: RecordingConfig) -> dict[str, Any]:
         "disturbances": config.disturbances,
         "steps_after_success": config.steps_after_success,
         "versions": versions,
+        **({} if policy is None else {"policy": dict(told or {}), "delay_steps": config.delay_steps}),
     }

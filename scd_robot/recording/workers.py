@@ -11,6 +11,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from scd_robot.errors import ScdRobotError, SimulatorError
+from scd_robot.recording.acting import Planner
 from scd_robot.recording.attempt import Attempt, RecordingConfig, run_attempt
 from scd_robot.sim_eval.registry import make_environment
 from scd_robot.types import Environment
@@ -27,7 +28,7 @@ def available_cpus() -> int:
 
 
 def run_attempts(
-    environment: Environment, config: RecordingConfig, limit: int, workers: int
+    environment: Environment, config: RecordingConfig, limit: int, workers: int, policy: Planner | None = None
 ) -> Generator[Attempt, None, None]:
     """Yields the attempts 0, 1, ... up to `limit`; close the generator to end the processes earlier.
 
@@ -36,13 +37,14 @@ def run_attempts(
         config: of the recording.
         limit: number of attempts.
         workers: number of processes.
+        policy: that acts, in this process: `workers` is 1; None = the expert does.
 
     Raises:
         SimulatorError: a process could not start its simulator, or died.
     """
     if workers == 1:
         for index in range(limit):
-            yield run_attempt(environment, config, index)
+            yield run_attempt(environment, config, index, policy)
         return
     pool = _start(config, workers)
     try:
