@@ -5,6 +5,10 @@ goes on while a plan is made, and the plan is there so many ms after it was aske
 task run the same checkpoint, which was trained with committed prefixes (`max_delay_steps`), from the same start states,
 and ask for a plan after the same number of actions, which is no less than the delay.
 
+Policies of the two tasks that do not wait act themselves after that training, with plans that take 0 to 8 control
+steps, and learn from what the expert would have done (DAgger), round by round: in demonstrations the actions that are
+executed while a plan is made are also a sign of what the expert saw meanwhile, and a model takes them for it.
+
     synchronous       stands still while a plan is made
     naive             goes on with the running chunk, and jumps to the new one when it is there
     ensemble          plans as often as it can, and takes the mean of all chunks
@@ -15,6 +19,10 @@ and ask for a plan after the same number of actions, which is no less than the d
     python benchmarks/delay.py                                  trains and measures everything: hours
     python benchmarks/delay.py --only push-v3 --arms trained    one task, one arm
 """
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import logging
@@ -30,16 +38,22 @@ from common import Job, Recording, benchmark_parser, run_benchmark
 from job import code_version, describe_machine, read_json
 from reporting import PairedCounts, arms_table, pair, percent, provenance, start_state_line, success_counts
 
+from scd_robot.checkpoint import list_checkpoints, read_step
 from scd_robot.control import ControlLoop, DelayConfig, ExecutionConfig, LoopConfig, RecorderConfig, VirtualClock
 from scd_robot.control.executor import Strategy
 from scd_robot.control.planner import VirtualPlanner
+from scd_robot.datasets import open_dataset
+from scd_robot.datasets.combine import mix_datasets
 from scd_robot.output import write_json
+from scd_robot.presets import resolve, with_settings
+from scd_robot.recording import record_demonstrations
 from scd_robot.seeding import EVALUATION, derive_seed
 from scd_robot.sim_eval import make_environment
 from scd_robot.sim_eval.metrics import wilson_interval
 from scd_robot.sim_eval.motion import motion_quality
 from scd_robot.sim_eval.simulated_robot import limits_of
 from scd_robot.sim_eval.virtual_robot import VirtualRobot
+from scd_robot.training import train
 from scd_robot.types import Environment
 
 DELAYS_MS = (0, 25, 50, 100, 200)
@@ -62,6 +76,9 @@ DYNAMIC = (
     "model.chunk_length=24",
     "model.max_delay_steps=8",
 )
+ROUNDS, ATTEMPTS, DELAY_STEPS = 2, 200, 8  # of corrections
+# A chunk ends behind an action that was this far from its label: what follows answers the policy's error.
+CORRECTING = ("training.max_steps=1000", "training.disturbance_threshold=0.2")
 
 
 @dataclass(frozen=True)
@@ -72,12 +89,14 @@ class Task:
         recording: of the environment that it is about.
         settings: of the training.
         num_executed: actions between plans, as long as the delay is no longer.
+        rounds: of corrections after the training.
         rest: see `Limits`; None = all commands are increments.
     """
 
     recording: Recording
     settings: tuple[str, ...]
     num_executed: int
+    rounds: int = 0
     rest: tuple[float | None, ...] | None = None
 
     @property
@@ -88,11 +107,9 @@ class Task:
 
 TASKS = {
     "moving-target": Task(
-        Recording("scd_memory/moving-target", 400, 0, 0.015, 0.02), DYNAMIC, num_executed=4, rest=(None, None, None)
+        Recording("scd_memory/moving-target", 400, 0, 0.015, 0.02), DYNAMIC, 4, ROUNDS, (None, None, None)
     ),
-    "tray-balance": Task(
-        Recording("scd_memory/tray-balance", 400, 0, 0.05, 0.02), DYNAMIC, num_executed=4, rest=(None, None)
-    ),
+    "tray-balance": Task(Recording("scd_memory/tray-balance", 400, 0, 0.05, 0.02), DYNAMIC, 4, ROUNDS, (None, None)),
     "push-v3": Task(
         Recording("metaworld/push-v3"),
         ("training.max_steps=2000", "model.chunk_length=40", "model.max_delay_steps=16"),
@@ -153,6 +170,34 @@ def run_episode(
     }
 
 
+def corrected(out: Path, name: str) -> Path:
+    """The task's run after its rounds of corrections, of which those that are done are not repeated."""
+    import torch
+
+    from scd_robot.policies import load_policy
+
+    torch.set_num_threads(1)
+    task, run = TASKS[name], out / "work" / name / "run"
+    parts = [open_dataset(out / "recordings" / f"{task.recording.name}.zarr")]
+    for count in range(1, task.rounds + 1):
+        folder = out / "corrections" / f"{name}_{count}"
+        store, summary, following = folder / "recording.zarr", folder / "recording.json", folder / "run"
+        if not summary.is_file():  # without it a store is the rest of a recording that was killed
+            acting = {"policy": load_policy(run), "delay_steps": DELAY_STEPS}
+            found = record_demonstrations(task.environment, ATTEMPTS, store, seed=count, overwrite=True, **acting)
+            write_json(summary, found)
+        parts.append(open_dataset(store))
+        data = mix_datasets(parts, [count, *[1] * count], [str(number) for number in range(count + 1)])
+        settings = [*task.settings, f"policy.num_executed={task.num_executed}", *CORRECTING, f"training.seed={count}"]
+        experiment = with_settings(resolve("metaworld_state", data.spec), settings)
+        done = list_checkpoints(following)
+        if not done or read_step(done[-1]) < experiment.training.max_steps:
+            begins = {"resume": True} if done else {"init": run, "init_statistics": "checkpoint"}
+            train(data, experiment, following, accelerator="cpu", **begins)
+        run = following
+    return run
+
+
 def measure(out: Path, results: Results, arms: Sequence[str], delays_ms: Sequence[int], episodes: int) -> None:
     """Runs what is not measured yet of the tasks that are trained; OUT/delays/TASK_ARM_MSms.json holds a cell each."""
     from scd_robot.policies import load_policy
@@ -161,7 +206,7 @@ def measure(out: Path, results: Results, arms: Sequence[str], delays_ms: Sequenc
     for name, result in results.items():
         if result["status"] != "done":
             continue
-        task, policy = TASKS[name], load_policy(out / "work" / name / "run")
+        task, policy = TASKS[name], load_policy(corrected(out, name))
         environment = make_environment(task.environment)
         for arm in arms:
             for delay_ms in delays_ms:
@@ -178,6 +223,7 @@ def measure(out: Path, results: Results, arms: Sequence[str], delays_ms: Sequenc
                     **{key: result[key] for key in ("schema", "versions", "training")},
                     "name": path.stem,
                     "status": "done",
+                    "corrections": _corrections(out, name),
                     "evaluation": {"env": task.environment, "episodes_detail": [*known, *found]},
                     "machine": describe_machine(),
                     "code": code_version(),
@@ -188,6 +234,12 @@ def measure(out: Path, results: Results, arms: Sequence[str], delays_ms: Sequenc
                 minutes = (time.monotonic() - started) / 60
                 successes, valid = success_counts(cell)
                 print(f"{path.stem}: {successes}/{valid} successes, {minutes:.1f} min", flush=True)
+
+
+def _corrections(out: Path, task: str) -> list[dict[str, Any]]:
+    """What the recordings of each round told."""
+    rounds = range(1, TASKS[task].rounds + 1)
+    return [read_json(out / "corrections" / f"{task}_{count}" / "recording.json") for count in rounds]
 
 
 def _cell_path(out: Path, task: str, arm: str, delay_ms: int) -> Path:
@@ -207,6 +259,7 @@ def make_report(out: Path, results: Results) -> str:
     for name in TASKS:
         parts += [
             f"### {name}",
+            *_told_of_corrections(cells, name),
             _table(cells, name, _success),
             "Jerk, root mean square over an episode, mean over episodes, in the hand's unit / s^3:",
             _table(cells, name, _jerk),
@@ -216,6 +269,15 @@ def make_report(out: Path, results: Results) -> str:
         ]
     named = {cell["name"]: cell for cell in cells.values()}
     return "\n\n".join([*parts, start_state_line(named.values()), provenance(named)])
+
+
+def _told_of_corrections(cells: Mapping[tuple[str, str, int], Any], name: str) -> list[str]:
+    rounds = next((cell.get("corrections", []) for (task, *_), cell in cells.items() if task == name), [])
+    return [
+        f"Corrections, round {count}: {found['episodes']} attempts of the policy, {found['steps']} control steps, "
+        f"{found['successes']} successes"
+        for count, found in enumerate(rounds, 1)
+    ]
 
 
 def _table(cells: Mapping[tuple[str, str, int], Any], name: str, show: Any) -> str:

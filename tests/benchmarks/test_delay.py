@@ -37,6 +37,8 @@ def test_the_report_compares_each_arm_with_itself_without_delay(tmp_path) -> Non
 
     for arm, ms, successes in (("trained", 0, 20), ("trained", 200, 19), ("naive", 0, 20), ("naive", 200, 10)):
         write_json(delay._cell_path(tmp_path, "push-v3", arm, ms), cell(f"{arm}_{ms}", successes))
+    corrections = [{"episodes": 200, "steps": 12345, "successes": 42}]
+    write_json(delay._cell_path(tmp_path, "tray-balance", "naive", 0), cell("n", 3) | {"corrections": corrections})
     report = delay.make_report(tmp_path, {})
     push = report.split("### push-v3")[1]
     rows = [line for line in push.splitlines() if line.startswith("| trained")]
@@ -46,4 +48,6 @@ def test_the_report_compares_each_arm_with_itself_without_delay(tmp_path) -> Non
     assert "trained, 200 ms: -5.0" in push
     assert "aim at most -5: reached" in push
     assert "| naive |  | - | - | - | -50.0 [" in push
+    corrected = "Corrections, round 1: 200 attempts of the policy, 12345 control steps, 42 successes"
+    assert corrected in report.split("### tray-balance")[1].split("###")[0]
     assert "not measured yet" in report.split("### moving-target")[1].split("###")[0]
