@@ -76,7 +76,7 @@ DYNAMIC = (
     "model.chunk_length=24",
     "model.max_delay_steps=8",
 )
-ROUNDS, ATTEMPTS, DELAY_STEPS = 2, 200, 8  # of corrections
+ROUNDS, ATTEMPTS, DELAY_STEPS = 4, 200, 8  # of corrections
 # A chunk ends behind an action that was this far from its label: what follows answers the policy's error.
 CORRECTING = ("training.max_steps=1000", "training.disturbance_threshold=0.2")
 
