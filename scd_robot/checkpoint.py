@@ -280,6 +280,8 @@ def _with_later_fields(config: dict[str, Any], schema: int) -> dict[str, Any]:
         config = {**config, "model": {"context_in_history": True, "encoder_modulation": False, **config["model"]}}
     if schema < 9:
         config = {**config, "transforms": {"select": [], **config["transforms"]}}
+    if schema < 9 and "training" in config:
+        config = {**config, "training": {"sparse_history_probability": 0.0, **config["training"]}}
     return config
 
 

@@ -37,7 +37,8 @@ class Draws:
     """Random quantities of a batch.
 
     Attributes:
-        stream: (B, T) int64, 0 before the virtual reset and 1 from it on; 1 more after a roll-out.
+        stream: (B, T) int64, 0 before the virtual reset and 1 from it on; 1 more after a roll-out; -1 in steps that a
+            sparse history leaves out. A step sees those of its own value.
         position: (B, M) int64 encoder steps whose chunks are denoised.
         position_valid: (B, M) bool, False where a segment has fewer eligible steps than M.
         flow_time: (B, M, S).
@@ -181,12 +182,15 @@ class SegmentDataset(Dataset[TrainingBatch]):
             if cut < training.virtual_reset_probability and not self._validation:
                 stream[i, at:] = 1
             first = max(0, min(training.burn_in // model.history_stride, last - 1)) if begins_inside[i] else 0
+            eligible = np.arange(first, last)
+            if training.sparse_history_probability and not self._validation:
+                eligible = self._sparse(stream[i], eligible, rng)
             if self._idle is None:
-                eligible = first + rng.permutation(last - first)[:positions]
+                eligible = rng.permutation(eligible)[:positions]
             else:
-                idle = self._idle[segments.start[i] + model.history_stride * np.arange(first, last)]
-                chances = rng.random(last - first) ** np.where(idle, 1 / training.idle_weight, 1.0)
-                eligible = first + np.argsort(-chances)[:positions]
+                idle = self._idle[segments.start[i] + model.history_stride * eligible]
+                chances = rng.random(len(eligible)) ** np.where(idle, 1 / training.idle_weight, 1.0)
+                eligible = eligible[np.argsort(-chances)[:positions]]
             position[i, : len(eligible)], position_valid[i, : len(eligible)] = eligible, True
             if training.objective == "mip":
                 flow_time[i] = sample_mip_time((positions, copies), rng)
@@ -211,6 +215,17 @@ class SegmentDataset(Dataset[TrainingBatch]):
         drawn = (stream, position, position_valid, flow_time, noise, corruption, past_noise, delay)
         fields: list[Any] = [torch.from_numpy(x) for x in (*drawn, end_time, shift, colour)]
         return Draws(*fields)
+
+    def _sparse(
+        self, stream: NDArray[np.int64], eligible: NDArray[np.int64], rng: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """Leaves steps out of a segment's `stream` (T,), if it is one of those; which of the `eligible` are left."""
+        every = self._experiment.policy.num_executed // self._experiment.model.history_stride
+        drawn, phase = rng.random(), rng.integers(min(every, len(eligible)))
+        if drawn >= self._experiment.training.sparse_history_probability:
+            return eligible
+        stream[(np.arange(len(stream)) - eligible[phase]) % every != 0] = -1
+        return eligible[phase::every]
 
     def _draw_frames(self, draws: Draws, keys: list[tuple[int, int, int, int]]) -> Draws:
         """What a frame decoder beside actions is trained with; the other draws are as without it."""

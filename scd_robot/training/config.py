@@ -78,6 +78,9 @@ class TrainingConfig:
         noise_draws: (noise, flow time) draws for each of them; the encoder's cost is shared by all.
         virtual_reset_probability: share of segments whose history is cut at a random step, in all layers (variable
             history, arXiv 2606.16447).
+        sparse_history_probability: share of segments whose history holds every `policy.num_executed`-th control step
+            only: those that a client tells of which sends one observation per plan (docs/serving.md). Plans are learned
+            in these steps then.
         flow_time: distribution of the flow time.
         learning_rate: peak, of the encoder.
         decoder_learning_rate_factor: the decoder's peak in units of it.
@@ -115,6 +118,7 @@ class TrainingConfig:
     disturbance_threshold: float = 0.0
     noise_draws: int = 1
     virtual_reset_probability: float = 0.2
+    sparse_history_probability: float = 0.0
     flow_time: FlowTimeConfig = field(default_factory=FlowTimeConfig)
     learning_rate: float = 1e-3
     decoder_learning_rate_factor: float = 2.0
@@ -155,7 +159,8 @@ class TrainingConfig:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 < self.idle_weight <= 1:
             raise ConfigError(f"idle_weight must be in (0, 1], got {self.idle_weight}")
-        for name in ("virtual_reset_probability", "ema_decay", "final_learning_rate"):
+        shares = ("virtual_reset_probability", "sparse_history_probability", "ema_decay", "final_learning_rate")
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.seed >= 2**32:
@@ -214,6 +219,11 @@ class ExperimentConfig:
             raise ConfigError(
                 "training.self_forcing is for models that decode frames alone (scd train frames_64): what else a "
                 f"policy observes cannot be imagined; this is {beside}, set training.self_forcing.probability=0"
+            )
+        if self.training.sparse_history_probability and self.model.decodes_frames:
+            raise ConfigError(
+                "training.sparse_history_probability is for policies, which clients ask for plans; this model decodes "
+                "frames: set it to 0"
             )
         self._check_cache()
         usual, averages = OBJECTIVES[objective].solver, objective in _AVERAGES

@@ -155,7 +155,8 @@ def _action_samples(
     executed = normalizer.normalize("action", batch.segments.executed)
     label = normalizer.normalize("action", batch.segments.label)
     # A history that begins at a virtual reset, or inside an episode, knows no actions from before.
-    begins = torch.where(draws.stream.gather(1, draws.position) > 0, (draws.stream == 0).sum(1, keepdim=True), 0)
+    own = draws.stream.gather(1, draws.position)
+    begins = (draws.stream[:, None] == own[..., None]).int().argmax(-1)
     known = config.history_stride * (draws.position - begins)[:, :, None] + offset >= 0
     valid = batch.segments.action_valid & ((offset >= 0) | known)
 

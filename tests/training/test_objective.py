@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from frame_models import frame_experiment
 from tiny import LENGTHS, tiny_data, tiny_experiment
 
+from scd_robot.errors import ConfigError
 from scd_robot.model import ScdModel
 from scd_robot.normalization import Normalizer, compute_statistics
 from scd_robot.training.batches import SegmentDataset, TrainingBatch
@@ -99,6 +101,51 @@ def test_a_virtual_reset_equals_a_new_stream() -> None:
         executed = batch.segments.past_action[b : b + 1, reset:length]
         alone = model.encode(observation, executed)
         torch.testing.assert_close(context[b : b + 1, reset:length], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("resets", [0.0, 1.0])
+@torch.no_grad()
+def test_a_sparse_history_is_that_of_a_client_that_sends_one_observation_per_plan(resets: float) -> None:
+    """Two actions of a plan are executed: every second control step is observed, and the one between only passes."""
+    settings = {"virtual_reset_probability": resets, "sparse_history_probability": 1.0}
+    experiment = tiny_experiment(model={"past_action_input": "none"}, **settings)
+    model, normalizer = parts(experiment)
+    phases = set()
+    for step in range(3):
+        batch = batch_of(experiment, step)
+        context, draws = encode_batch(model, normalizer, batch), batch.draws
+        for b in range(4):
+            observed = draws.stream[b] >= 0
+            first = int(observed.int().argmax())
+            phases.add(first)
+            assert (observed == (torch.arange(len(observed)) % 2 == first)).all()
+            assert observed[draws.position[b, draws.position_valid[b]]].all()
+            assert draws.position_valid[b].any()
+            cache = model.new_cache(1)
+            for t in range(int(batch.segments.step_valid[b].sum())):
+                if t and draws.stream[b, t] == 1 and not (draws.stream[b, :t] == 1).any():
+                    cache.reset()
+                if not observed[t]:
+                    cache.position += 1
+                    continue
+                seen = {key: value[b : b + 1, t] for key, value in batch.segments.observation.items()}
+                torch.testing.assert_close(context[b : b + 1, t], model.encode_step(seen, cache), atol=1e-5, rtol=0)
+    assert phases == {0, 1}
+
+
+def test_sparse_histories_are_as_many_as_asked_for_and_never_of_held_out_segments() -> None:
+    experiment = tiny_experiment(sparse_history_probability=0.5)
+    found = [bool((row < 0).any()) for step in range(50) for row in batch_of(experiment, step).draws.stream]
+    assert 0.4 < np.mean(found) < 0.6
+    held_out = SegmentDataset(DATA, experiment, ALL, validation=True)
+    assert all((held_out[step].draws.stream >= 0).all() for step in range(len(held_out)))
+
+
+def test_sparse_histories_are_refused_for_models_of_frames_and_as_shares_beyond_one() -> None:
+    with pytest.raises(ConfigError, match=r"sparse_history_probability must be in \[0, 1\]"):
+        tiny_experiment(sparse_history_probability=1.5)
+    with pytest.raises(ConfigError, match="is for policies, which clients ask for plans"):
+        frame_experiment(1, sparse_history_probability=0.5)
 
 
 def test_committed_actions_are_the_executed_ones_and_carry_no_loss() -> None:
