@@ -16,14 +16,22 @@ from scd_robot.analysis.frame_metrics import FrameErrors, curve, frame_errors
 from scd_robot.analysis.frame_networks import FEWEST_CLIPS, FEWEST_FRAMES, ClipFeatures, Lpips, frechet_distance
 from scd_robot.analysis.frame_sheet import write_sheet, write_side_by_side
 from scd_robot.config import to_json
-from scd_robot.datasets import EpisodeDataset
+from scd_robot.datasets import PRESENT, EpisodeDataset
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
 from scd_robot.nn import room_for
 from scd_robot.output import write_json
 from scd_robot.policies import Imagination
 from scd_robot.usable import as_bytes
 
-__all__ = ["Imagined", "check_recording", "describe", "format_errors", "imagine_episodes", "write_imagined"]
+__all__ = [
+    "Imagined",
+    "check_gaps",
+    "check_recording",
+    "describe",
+    "format_errors",
+    "imagine_episodes",
+    "write_imagined",
+]
 
 Frames = NDArray[np.uint8]
 
@@ -76,7 +84,8 @@ def imagine_episodes(
         fvd_weights: file of I3D's weights, to tell FVD; None = it is not told.
 
     Raises:
-        ConfigError: no such episode, or one that is too short; too few episodes or frames for FVD; no room for them.
+        ConfigError: no such episode, one that is too short, or one without some of the pictures; too few episodes or
+            frames for FVD; no room for them.
         ShapeError, UnknownNameError: the recording is not one for this model, see `check_recording`; its pictures are
             too small for LPIPS.
         CheckpointError: no such weights, or they are of another network.
@@ -128,6 +137,23 @@ def check_recording(imagination: Imagination, data: EpisodeDataset) -> None:
             f"a control step must be of {trained.control_dt:g} s as in training, the recording's are of "
             f"{recording.control_dt:g} s; take recordings of this rate, or say it with --control-dt where the file "
             "does not tell"
+        )
+
+
+def check_gaps(data: EpisodeDataset, camera: str, episode: int, steps: int) -> None:
+    """Raises ConfigError where a picture is marked as absent (`present.KEY`) in the first control steps of an episode.
+
+    What lies in its place, such as the picture before it, would be read as seen, and be judged by.
+    """
+    if PRESENT + camera not in data.arrays:
+        return
+    start = data.rows(episode).start
+    absent = np.flatnonzero(np.asarray(data.arrays[PRESENT + camera][start : start + steps]) == 0)
+    if len(absent):
+        raise ConfigError(
+            f"episode {episode} has no picture {camera!r} in {len(absent)} of {steps} control steps, first in step "
+            f"{absent[0]} ({PRESENT}{camera} is 0 there), and frames need one in each: choose other episodes or fewer "
+            "control steps, or record at the camera's rate"
         )
 
 
@@ -187,6 +213,8 @@ def _read(
     Recorded frames, which may be much larger, are read one episode after the other.
     """
     executed, steps = np.asarray(data.executed()), context + length
+    for episode in episodes:
+        check_gaps(data, imagination.source, episode, steps)
     array = data.arrays[imagination.source]
     bytes_each = array.nbytes // len(array)
     told = (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.analysis.imagination import check_recording
+from scd_robot.analysis.imagination import check_gaps, check_recording
 from scd_robot.datasets import EpisodeDataset
 from scd_robot.datasets.plots import new_figure, png, require_matplotlib, show_frame, style
 from scd_robot.errors import ConfigError
@@ -94,7 +94,7 @@ def calibrate_surprise(
         quantile: see `calibrate`.
 
     Raises:
-        ConfigError: too few, no such episode, or none of two control steps.
+        ConfigError: too few, no such episode, one of a single control step, or without some of the pictures.
         ShapeError, UnknownNameError: see `check_recording`.
     """
     check_recording(imagination, data)
@@ -164,6 +164,7 @@ def _recorded(imagination: Imagination, data: EpisodeDataset, episode: int) -> t
     if not 0 <= episode < data.num_episodes:
         raise ConfigError(f"there is no episode {episode}: the recording has {data.num_episodes}, from 0 on")
     rows = data.rows(episode)
+    check_gaps(data, imagination.source, episode, rows.stop - rows.start)
     frames = np.asarray(data.arrays[imagination.source][rows.start : rows.stop])
     if len(frames) < 2:
         raise ConfigError(f"episode {episode} has 1 control step; a frame is predicted from those before it")

@@ -9,9 +9,10 @@ import torch
 from frame_models import ARCHITECTURES, SHAPE, frame_config, frame_experiment, moving_square
 
 from scd_robot.analysis.imagination import check_recording, imagine_episodes
+from scd_robot.analysis.surprise import calibrate_surprise
 from scd_robot.checkpoint import read_checkpoint
 from scd_robot.cli.main import main
-from scd_robot.datasets import EpisodeDataset
+from scd_robot.datasets import PRESENT, EpisodeDataset
 from scd_robot.datasets.convert import write_zarr
 from scd_robot.errors import CheckpointError, ConfigError, ShapeError, UnknownNameError
 from scd_robot.model import build_model
@@ -142,6 +143,18 @@ def test_alpha_and_grey_are_named() -> None:
 def test_episodes_that_are_too_short_or_not_there_are_refused(options: dict, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         imagine_episodes(untrained(), DATA, **{"episodes": [0], **options})
+
+
+def test_what_lies_in_the_place_of_an_absent_picture_is_not_taken_for_one() -> None:
+    there = np.ones(DATA.num_steps, bool)
+    there[[24 + 9, 24 + 12]] = False  # of episode 1
+    data = replace(DATA, arrays={**DATA.arrays, PRESENT + "eye": there})
+    told = r"episode 1 has no picture 'eye' in 1 of 10 control steps, first in step 9 \(present.eye is 0 there\)"
+    with pytest.raises(ConfigError, match=told):
+        imagine_episodes(untrained(), data, [0, 1], context=6, length=4)
+    assert imagine_episodes(untrained(), data, [0, 1], context=6, length=3).episodes == [0, 1]
+    with pytest.raises(ConfigError, match="episode 1 has no picture 'eye' in 2 of 24 control steps"):
+        calibrate_surprise(untrained(), data, [0, 1, 2])
 
 
 def test_recorded_frames_that_do_not_fit_into_memory_are_told_with_their_sum(monkeypatch) -> None:
