@@ -166,11 +166,14 @@ def test_rows_that_do_not_take_a_step_see_what_they_saw_whatever_stands_in_their
     assert caches[0][2].tolist() == [3 * window, window]
 
 
-def test_keys_that_are_absent_in_a_step_are_absent_in_the_graph() -> None:
-    policy = small_policy({"observation_tokens": "per_key"})
+@pytest.mark.parametrize(
+    ("make", "key"), [(lambda: small_policy({"observation_tokens": "per_key"}), "goal"), (picture, "eye")]
+)
+def test_keys_that_are_absent_in_a_step_are_absent_in_the_graph(make, key: str) -> None:
+    policy = make()
     exported, observations = eager_export(policy), drawn_observations(policy, 1)
     for step, observation in enumerate(observations):
-        seen = {key: value for key, value in observation.items() if key != "goal" or step % 3}
+        seen = {**observation, key: observation[key] if step % 3 else None}
         for one in (policy, exported):
             one.observe(seen)
         np.testing.assert_allclose(exported.context, policy.context.numpy(), atol=1e-5)
