@@ -31,7 +31,7 @@ from scd_robot.policies.scd import ScdPolicy
 from scd_robot.presets import image
 from scd_robot.types import ArraySpec, DatasetSpec
 
-CAMERAS, TOKENS, HISTORIES = (1, 2, 4), (1, 4, 16), (16, 256)
+CAMERAS, TOKENS, HISTORIES = (1, 2, 4), (1, 4, 16), (16, 64, 256)
 SIZES = (64, 96, 224)
 VECTOR = 7
 
