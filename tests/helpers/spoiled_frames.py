@@ -21,6 +21,7 @@ def valid_frames(rng: np.random.Generator) -> list[bytes]:
         {**seen, "scd/observe_only": True, "scd/executed": actions},
         {**seen, "scd/prefix": actions, "scd/snapshot": "a"},
         {**seen, "scd/restore": "a"},
+        {**seen, "scd/running": actions, "scd/delay_steps": 1, "scd/max_gain": 2.0},
         {**seen, "endpoint": "infer", "session_id": "b", "reset": False},
         {"endpoint": "reset"},
         {**seen, "position": np.float64(1.0)},
