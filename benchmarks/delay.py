@@ -44,6 +44,7 @@ from scd_robot.control.executor import Strategy
 from scd_robot.control.planner import VirtualPlanner
 from scd_robot.datasets import open_dataset
 from scd_robot.datasets.combine import mix_datasets
+from scd_robot.errors import ConfigError
 from scd_robot.output import write_json
 from scd_robot.presets import resolve, with_settings
 from scd_robot.recording import record_demonstrations
@@ -76,7 +77,7 @@ DYNAMIC = (
     "model.chunk_length=24",
     "model.max_delay_steps=8",
 )
-ROUNDS, ATTEMPTS, DELAY_STEPS = 4, 200, 8  # of corrections
+ROUNDS, ATTEMPTS, DELAY_STEPS = 2, 200, 8  # of corrections
 # A chunk ends behind an action that was this far from its label: what follows answers the policy's error.
 CORRECTING = ("training.max_steps=1000", "training.disturbance_threshold=0.2")
 
@@ -89,14 +90,14 @@ class Task:
         recording: of the environment that it is about.
         settings: of the training.
         num_executed: actions between plans, as long as the delay is no longer.
-        rounds: of corrections after the training.
+        is_corrected: whether rounds of corrections follow the training.
         rest: see `Limits`; None = all commands are increments.
     """
 
     recording: Recording
     settings: tuple[str, ...]
     num_executed: int
-    rounds: int = 0
+    is_corrected: bool = False
     rest: tuple[float | None, ...] | None = None
 
     @property
@@ -107,9 +108,9 @@ class Task:
 
 TASKS = {
     "moving-target": Task(
-        Recording("scd_memory/moving-target", 400, 0, 0.015, 0.02), DYNAMIC, 4, ROUNDS, (None, None, None)
+        Recording("scd_memory/moving-target", 400, 0, 0.015, 0.02), DYNAMIC, 4, True, (None, None, None)
     ),
-    "tray-balance": Task(Recording("scd_memory/tray-balance", 400, 0, 0.05, 0.02), DYNAMIC, 4, ROUNDS, (None, None)),
+    "tray-balance": Task(Recording("scd_memory/tray-balance", 400, 0, 0.05, 0.02), DYNAMIC, 4, True, (None, None)),
     "push-v3": Task(
         Recording("metaworld/push-v3"),
         ("training.max_steps=2000", "model.chunk_length=40", "model.max_delay_steps=16"),
@@ -170,8 +171,8 @@ def run_episode(
     }
 
 
-def corrected(out: Path, name: str) -> Path:
-    """The task's run after its rounds of corrections, of which those that are done are not repeated."""
+def corrected(out: Path, name: str, rounds: int) -> Path:
+    """The task's run after so many rounds of corrections, of which those that are done are not repeated."""
     import torch
 
     from scd_robot.policies import load_policy
@@ -179,7 +180,7 @@ def corrected(out: Path, name: str) -> Path:
     torch.set_num_threads(1)
     task, run = TASKS[name], out / "work" / name / "run"
     parts = [open_dataset(out / "recordings" / f"{task.recording.name}.zarr")]
-    for count in range(1, task.rounds + 1):
+    for count in range(1, rounds + 1):
         folder = out / "corrections" / f"{name}_{count}"
         store, summary, following = folder / "recording.zarr", folder / "recording.json", folder / "run"
         if not summary.is_file():  # without it a store is the rest of a recording that was killed
@@ -198,7 +199,9 @@ def corrected(out: Path, name: str) -> Path:
     return run
 
 
-def measure(out: Path, results: Results, arms: Sequence[str], delays_ms: Sequence[int], episodes: int) -> None:
+def measure(
+    out: Path, results: Results, arms: Sequence[str], delays_ms: Sequence[int], episodes: int, rounds: int
+) -> None:
     """Runs what is not measured yet of the tasks that are trained; OUT/delays/TASK_ARM_MSms.json holds a cell each."""
     from scd_robot.policies import load_policy
 
@@ -206,12 +209,13 @@ def measure(out: Path, results: Results, arms: Sequence[str], delays_ms: Sequenc
     for name, result in results.items():
         if result["status"] != "done":
             continue
-        task, policy = TASKS[name], load_policy(corrected(out, name))
+        task, count = TASKS[name], rounds if TASKS[name].is_corrected else 0
+        policy, corrections = load_policy(corrected(out, name, count)), _corrections(out, name, count)
         environment = make_environment(task.environment)
         for arm in arms:
             for delay_ms in delays_ms:
                 path = _cell_path(out, name, arm, delay_ms)
-                known = read_json(path)["evaluation"]["episodes_detail"] if path.is_file() else []
+                known = _known_episodes(path, corrections)
                 started = time.monotonic()
                 found = [
                     run_episode(policy, environment, task, ARMS[arm], delay_ms, index)
@@ -223,7 +227,7 @@ def measure(out: Path, results: Results, arms: Sequence[str], delays_ms: Sequenc
                     **{key: result[key] for key in ("schema", "versions", "training")},
                     "name": path.stem,
                     "status": "done",
-                    "corrections": _corrections(out, name),
+                    "corrections": corrections,
                     "evaluation": {"env": task.environment, "episodes_detail": [*known, *found]},
                     "machine": describe_machine(),
                     "code": code_version(),
@@ -236,10 +240,22 @@ def measure(out: Path, results: Results, arms: Sequence[str], delays_ms: Sequenc
                 print(f"{path.stem}: {successes}/{valid} successes, {minutes:.1f} min", flush=True)
 
 
-def _corrections(out: Path, task: str) -> list[dict[str, Any]]:
+def _corrections(out: Path, task: str, rounds: int) -> list[dict[str, Any]]:
     """What the recordings of each round told."""
-    rounds = range(1, TASKS[task].rounds + 1)
-    return [read_json(out / "corrections" / f"{task}_{count}" / "recording.json") for count in rounds]
+    numbers = range(1, rounds + 1)
+    return [read_json(out / "corrections" / f"{task}_{count}" / "recording.json") for count in numbers]
+
+
+def _known_episodes(path: Path, corrections: Sequence[Any]) -> list[dict[str, Any]]:
+    """Those of a cell that was measured in part, after the same rounds of corrections."""
+    if not path.is_file():
+        return []
+    cell = read_json(path)
+    if (found := len(cell.get("corrections", []))) != len(corrections):
+        raise ConfigError(
+            f"{path} is of a policy after {found} rounds of corrections, not {len(corrections)}; choose another --out"
+        )
+    return list(cell["evaluation"]["episodes_detail"])
 
 
 def _cell_path(out: Path, task: str, arm: str, delay_ms: int) -> Path:
@@ -321,13 +337,14 @@ def main() -> int:
     parser = benchmark_parser(__doc__ or "", "delay")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="measure these only")
     parser.add_argument("--cell-episodes", type=int, default=100, help="per arm and delay (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of corrections (default %(default)s)")
     parser.add_argument("--delays", nargs="+", type=int, choices=DELAYS_MS, default=list(DELAYS_MS), metavar="MS")
     options: argparse.Namespace = parser.parse_args()
 
     def finish(results: Results) -> str:
         if not options.report:
             wanted = {name: result for name, result in results.items() if not options.only or name in options.only}
-            measure(options.out, wanted, options.arms, options.delays, options.cell_episodes)
+            measure(options.out, wanted, options.arms, options.delays, options.cell_episodes, options.rounds)
         return make_report(options.out, results)
 
     return run_benchmark(options, make_jobs(), finish)

@@ -6,6 +6,7 @@ import pytest
 from benchmark_jobs import load, result
 
 from scd_robot.control.delay import split_chunk
+from scd_robot.errors import ConfigError
 from scd_robot.presets import resolve, with_settings
 from scd_robot.sim_eval import make_environment
 from scd_robot.types import DatasetSpec
@@ -51,3 +52,14 @@ def test_the_report_compares_each_arm_with_itself_without_delay(tmp_path) -> Non
     corrected = "Corrections, round 1: 200 attempts of the policy, 12345 control steps, 42 successes"
     assert corrected in report.split("### tray-balance")[1].split("###")[0]
     assert "not measured yet" in report.split("### moving-target")[1].split("###")[0]
+
+
+def test_cells_of_other_rounds_of_corrections_are_not_continued(tmp_path) -> None:
+    from scd_robot.output import write_json
+
+    path = delay._cell_path(tmp_path, "tray-balance", "naive", 0)
+    assert delay._known_episodes(path, []) == []
+    write_json(path, cell("naive", 3) | {"corrections": [{}, {}]})
+    assert len(delay._known_episodes(path, [{}, {}])) == 20
+    with pytest.raises(ConfigError, match="after 2 rounds of corrections, not 0; choose another --out"):
+        delay._known_episodes(path, [])
