@@ -400,6 +400,8 @@ def main() -> int:
         help="of the quality, separable among them (default %(default)s)",
     )
     options = parser.parse_args()
+    if "separable" not in options.arms:
+        parser.error("--arms must name separable, which the others stand beside")
     path = options.out / "frames.json"
     try:
         parts = dict(read_json(path)["parts"]) if path.is_file() else {}

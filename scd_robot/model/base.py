@@ -65,7 +65,7 @@ class HistoryModel(Denoiser[ContextT]):
             past_action: (B, T, Da) executed one step before, where the configuration reads it.
             past_action_valid: (B, T) bool; None = all but step 0 of each stream.
             present: (B, T) bool by key, for keys absent in some steps.
-            stream: (B, T) int; history is forgotten where it changes.
+            stream: (B, T) int; history is forgotten where it rises. -1 = a step that no step of another number sees.
             first_position: control-step index of step 0 of the stream.
         """
         tokens, valid = self._tokenize(observation, past_action, past_action_valid, present, stream)
@@ -147,7 +147,8 @@ class HistoryModel(Denoiser[ContextT]):
             past_action_valid = torch.ones(past_action.shape[:2], dtype=torch.bool, device=past_action.device)
             past_action_valid[:, 0] = False
             if stream is not None:
-                past_action_valid[:, 1:] = stream[:, 1:] == stream[:, :-1]
+                newest = stream.cummax(dim=1).values  # over steps that are left out, which are -1
+                past_action_valid[:, 1:] = stream[:, 1:] == newest[:, :-1]
         tokens, valid = self.tokenizer(observation, past_action, past_action_valid, present)
         return tokens, valid
 

@@ -10,32 +10,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from scd_robot.control.interfaces import EncodingPolicy
 from scd_robot.errors import ConfigError
-from scd_robot.types import ActionArray, Observation, PolicySpec
+from scd_robot.types import ActionArray
 
-__all__ = ["ActingPolicy", "Planner"]
+__all__ = ["ActingPolicy", "ChunkingPolicy"]
 
 
-class Planner(Protocol):
+class ChunkingPolicy(EncodingPolicy, Protocol):
     """A policy that plans in chunks, as those of checkpoints do."""
-
-    spec: PolicySpec
-
-    @property
-    def may_plan(self) -> bool:
-        """Whether `plan` is possible after the last observation."""
-        ...
-
-    @property
-    def max_prefix(self) -> int:
-        """Most actions that a plan can commit to."""
-        ...
-
-    def reset(self, rows: None = None, episodes: list[int] | None = None) -> None:
-        """Begins an episode."""
-
-    def observe(self, observation: Observation, executed_action: ActionArray | None = None) -> None:
-        """Takes in a control step."""
 
     def plan(self, prefix: None = None, delay_steps: int = 0) -> ActionArray:
         """(1, Ta, Da) actions from now on, the first `delay_steps` of which are those of the plan before."""
@@ -56,7 +39,7 @@ class ActingPolicy:
         ConfigError: it cannot commit to so many actions, or its chunks are too short for that.
     """
 
-    def __init__(self, policy: Planner, delay_steps: int) -> None:
+    def __init__(self, policy: ChunkingPolicy, delay_steps: int) -> None:
         spec = policy.spec
         self._every = max(spec.num_executed, delay_steps)
         most = min(policy.max_prefix, spec.chunk_length - self._every)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from scd_robot.datasets.schema import POSITION
 from scd_robot.errors import ConfigError, ScdRobotError, SimulatorError
-from scd_robot.recording.acting import ActingPolicy, Planner
+from scd_robot.recording.acting import ActingPolicy, ChunkingPolicy
 from scd_robot.seeding import RECORDING, derive_seed, keyed_rng
 from scd_robot.sim_eval.messages import checked_observation, checked_result
 from scd_robot.types import Environment
@@ -80,7 +80,7 @@ class Attempt:
 
 
 def run_attempt(
-    environment: Environment, config: RecordingConfig, index: int, policy: Planner | None = None
+    environment: Environment, config: RecordingConfig, index: int, policy: ChunkingPolicy | None = None
 ) -> Attempt:
     """Lets the expert try from the start state number `index`, or the policy where there is one.
 

@@ -13,10 +13,11 @@ from tqdm import tqdm
 import scd_robot
 from scd_robot.datasets.zarr.writer import ZarrWriter
 from scd_robot.errors import ConfigError, SimulatorError
-from scd_robot.recording.acting import ActingPolicy, Planner
+from scd_robot.recording.acting import ActingPolicy, ChunkingPolicy
 from scd_robot.recording.attempt import RecordingConfig
 from scd_robot.recording.workers import available_cpus, run_attempts
 from scd_robot.seeding import RECORDING, derive_seed
+from scd_robot.sim_eval.policy_adapter import check_policy_spec
 from scd_robot.sim_eval.registry import make_environment
 from scd_robot.types import DatasetSpec, Environment, EnvironmentSpec
 
@@ -39,7 +40,7 @@ def record_demonstrations(
     disturbances: float = 0.0,
     keep_positions: bool = False,
     noise_correlation: float = 0.0,
-    policy: Planner | None = None,
+    policy: ChunkingPolicy | None = None,
     delay_steps: int = 0,
     told: Mapping[str, Any] | None = None,
     workers: int | None = None,
@@ -79,7 +80,8 @@ def record_demonstrations(
 
     Raises:
         ConfigError: a number is out of range, or the environment has no expert, or no positions to keep; a delay
-            without a policy, or more than its chunks allow.
+            without a policy, or more than its chunks allow; a policy whose actions are of another kind.
+        ShapeError: the policy is one for another environment.
         UnknownNameError, MissingDependencyError: the environment cannot be made.
         SimulatorError: the expert fails far too often (10 attempts per episode and 20 more), the simulator crashes in
             10 attempts in a row, or a process died.
@@ -113,6 +115,7 @@ def record_demonstrations(
     attempts = crashes = successes = 0
     with contextlib.closing(make_environment(environment)) as simulator:
         spec = simulator.spec
+        check_policy_spec(policy, spec)
         _check_expert(simulator, seed)
         if keep_positions and not hasattr(type(simulator), "positions"):
             raise ConfigError(f"{spec.name} does not tell where things are; record it without keep_positions")
@@ -184,7 +187,7 @@ def _dataset_spec(spec: EnvironmentSpec) -> DatasetSpec:
 
 
 def _metadata(
-    spec: EnvironmentSpec, config: RecordingConfig, policy: Planner | None, told: Mapping[str, Any] | None
+    spec: EnvironmentSpec, config: RecordingConfig, policy: ChunkingPolicy | None, told: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What makes the recording repeatable; nothing that differs between two runs of it."""
     versions = {"scd_robot": scd_robot.__version__}

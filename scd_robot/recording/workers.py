@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from scd_robot.errors import ScdRobotError, SimulatorError
-from scd_robot.recording.acting import Planner
+from scd_robot.recording.acting import ChunkingPolicy
 from scd_robot.recording.attempt import Attempt, RecordingConfig, run_attempt
 from scd_robot.sim_eval.registry import make_environment
 from scd_robot.types import Environment
@@ -28,7 +28,7 @@ def available_cpus() -> int:
 
 
 def run_attempts(
-    environment: Environment, config: RecordingConfig, limit: int, workers: int, policy: Planner | None = None
+    environment: Environment, config: RecordingConfig, limit: int, workers: int, policy: ChunkingPolicy | None = None
 ) -> Generator[Attempt, None, None]:
     """Yields the attempts 0, 1, ... up to `limit`; close the generator to end the processes earlier.
 

@@ -1,12 +1,13 @@
 """Recordings in which a policy acts and the expert labels."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from scd_robot.datasets.open import open_dataset
-from scd_robot.errors import ConfigError
+from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.recording import record_demonstrations
 from scd_robot.recording.acting import ActingPolicy
 from scd_robot.recording.attempt import RecordingConfig, run_attempt
@@ -44,7 +45,8 @@ class Planner:
     max_prefix = 6
     stride = 1
 
-    def __init__(self):
+    def __init__(self, **spec):
+        self.spec = dataclasses.replace(self.spec, **spec)
         self.episodes, self.planned, self.told = [], [], []
 
     def reset(self, rows=None, episodes=None):
@@ -156,10 +158,11 @@ def test_delays_are_drawn_for_each_attempt(monkeypatch):
         ({"delay_steps": 2}, "delay_steps are of a policy's plans"),
         ({"policy": Planner(), "workers": 2}, "acts in one process, got 2 workers"),
         ({"policy": Planner(), "delay_steps": 20}, "delay_steps must be from 0"),
+        ({"policy": Planner(control_dt=0.05)}, "trained for a control step of 0.05 s, environment 'line' steps 0.1 s"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(monkeypatch, tmp_path, options, message):
     monkeypatch.setattr("scd_robot.recording.record.make_environment", lambda name: Line())
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, ShapeError), match=message):
         record_demonstrations("line", 1, tmp_path / "a.zarr", progress=False, **options)
     assert list(tmp_path.iterdir()) == []

@@ -103,12 +103,18 @@ def test_a_virtual_reset_equals_a_new_stream() -> None:
         torch.testing.assert_close(context[b : b + 1, reset:length], alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("past_input", ["none", "full"])
 @pytest.mark.parametrize("resets", [0.0, 1.0])
 @torch.no_grad()
-def test_a_sparse_history_is_that_of_a_client_that_sends_one_observation_per_plan(resets: float) -> None:
-    """Two actions of a plan are executed: every second control step is observed, and the one between only passes."""
+def test_a_sparse_history_is_that_of_a_client_that_sends_one_observation_per_plan(
+    resets: float, past_input: str
+) -> None:
+    """Two actions of a plan are executed: every second control step is observed, and the one between only passes.
+
+    What was executed there is known, as a server takes it from its plan.
+    """
     settings = {"virtual_reset_probability": resets, "sparse_history_probability": 1.0}
-    experiment = tiny_experiment(model={"past_action_input": "none"}, **settings)
+    experiment = tiny_experiment(model={"past_action_input": past_input}, **settings)
     model, normalizer = parts(experiment)
     phases = set()
     for step in range(3):
@@ -121,15 +127,21 @@ def test_a_sparse_history_is_that_of_a_client_that_sends_one_observation_per_pla
             assert (observed == (torch.arange(len(observed)) % 2 == first)).all()
             assert observed[draws.position[b, draws.position_valid[b]]].all()
             assert draws.position_valid[b].any()
-            cache = model.new_cache(1)
+            cache, begun = model.new_cache(1), False
+            past = normalizer.normalize("action", batch.segments.past_action)
             for t in range(int(batch.segments.step_valid[b].sum())):
                 if t and draws.stream[b, t] == 1 and not (draws.stream[b, :t] == 1).any():
                     cache.reset()
+                    begun = False
                 if not observed[t]:
                     cache.position += 1
                     continue
                 seen = {key: value[b : b + 1, t] for key, value in batch.segments.observation.items()}
-                torch.testing.assert_close(context[b : b + 1, t], model.encode_step(seen, cache), atol=1e-5, rtol=0)
+                told = {} if past_input == "none" else {"past_action": past[b : b + 1, t]}
+                told |= {"past_action_valid": torch.tensor([begun])} if told else {}
+                step_context = model.encode_step(seen, cache, **told)
+                torch.testing.assert_close(context[b : b + 1, t], step_context, atol=1e-5, rtol=0)
+                begun = True
     assert phases == {0, 1}
 
 
