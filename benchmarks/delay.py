@@ -77,7 +77,7 @@ DYNAMIC = (
     "model.chunk_length=24",
     "model.max_delay_steps=8",
 )
-ROUNDS, ATTEMPTS, DELAY_STEPS = 2, 200, 8  # of corrections
+ROUNDS, ATTEMPTS, MAX_DELAY_STEPS = 2, 200, 8  # of corrections
 # A chunk ends behind an action that was this far from its label: what follows answers the policy's error.
 CORRECTING = ("training.max_steps=1000", "training.disturbance_threshold=0.2")
 
@@ -184,7 +184,7 @@ def corrected(out: Path, name: str, rounds: int) -> Path:
         folder = out / "corrections" / f"{name}_{count}"
         store, summary, following = folder / "recording.zarr", folder / "recording.json", folder / "run"
         if not summary.is_file():  # without it a store is the rest of a recording that was killed
-            acting = {"policy": load_policy(run), "delay_steps": DELAY_STEPS}
+            acting = {"policy": load_policy(run), "max_delay_steps": MAX_DELAY_STEPS}
             found = record_demonstrations(task.environment, ATTEMPTS, store, seed=count, overwrite=True, **acting)
             write_json(summary, found)
         parts.append(open_dataset(store))

@@ -24,7 +24,7 @@ def record(
     keep_positions: bool = False,
     noise_correlation: float = 0.0,
     policy: Path | None = None,
-    delay_steps: int = 0,
+    max_delay_steps: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
     json: Path | None = None,
@@ -53,11 +53,10 @@ def record(
         keep_positions: keep where the hand and other things were, in arrays "position.NAME" beside the observations:
             no policy sees them; imagined pictures are judged by them.
         noise_correlation: of the noise in a control step with that one before, 0 to less than 1. A policy's own errors
-            last: 0.9 makes noise that lasts for about ten steps, for policies whose plans take time
-            (docs/training.md).
+            last; 0.9 makes noise that lasts for about ten steps.
         policy: checkpoint, run, or folder that 'scd export' wrote, of the policy that acts in the expert's place; train
             on the result beside the first demonstrations.
-        delay_steps: with --policy, the most control steps that its plans take; each attempt draws from 0 to this.
+        max_delay_steps: with --policy, the most control steps that its plans take; each attempt draws from 0 to this.
         workers: simulator processes; by default one per CPU, fewer for few episodes.
         overwrite: replace a store that exists at OUT, once the new one is complete.
         json: write the summary to this file too ("-": standard output).
@@ -84,7 +83,7 @@ def record(
         keep_positions=keep_positions,
         noise_correlation=noise_correlation,
         policy=acting,
-        delay_steps=delay_steps,
+        max_delay_steps=max_delay_steps,
         told=told,
         workers=workers,
         overwrite=overwrite,

@@ -35,7 +35,8 @@ class RecordingConfig:
             executed in the place of the expert's.
         keep_positions: keep where the hand and other things were, too, which no policy sees.
         noise_correlation: of the noise in a control step with that one before; 0 = each step has its own.
-        delay_steps: where a policy acts, the most control steps that its plans take; each attempt draws from 0 to this.
+        max_delay_steps: where a policy acts, the most control steps that its plans take; each attempt draws from 0 to
+            this.
     """
 
     environment: str
@@ -45,7 +46,7 @@ class RecordingConfig:
     disturbances: float = 0.0
     keep_positions: bool = False
     noise_correlation: float = 0.0
-    delay_steps: int = 0
+    max_delay_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -95,7 +96,7 @@ def run_attempt(
     noise, disturbance = (keyed_rng(RECORDING, config.seed, index, key) for key in (_NOISE, _DISTURBANCE))
     acting = None
     if policy is not None:
-        delay = keyed_rng(RECORDING, config.seed, index, _DELAY).integers(config.delay_steps, endpoint=True)
+        delay = keyed_rng(RECORDING, config.seed, index, _DELAY).integers(config.max_delay_steps, endpoint=True)
         acting = ActingPolicy(policy, int(delay))
         acting.reset(index)
     try:

@@ -41,7 +41,7 @@ def record_demonstrations(
     keep_positions: bool = False,
     noise_correlation: float = 0.0,
     policy: ChunkingPolicy | None = None,
-    delay_steps: int = 0,
+    max_delay_steps: int = 0,
     told: Mapping[str, Any] | None = None,
     workers: int | None = None,
     overwrite: bool = False,
@@ -67,8 +67,8 @@ def record_demonstrations(
             observations.
         noise_correlation: of the noise in a control step with that one before, see `RecordingConfig`.
         policy: that acts in the expert's place, of this environment's observations and actions; None = the expert.
-        delay_steps: the most control steps that its plans take, in which it carries out what it has committed to; each
-            attempt draws from 0 to this.
+        max_delay_steps: the most control steps that its plans take, in which it carries out what it has committed to;
+            each attempt draws from 0 to this.
         told: of the policy, kept in the store's attributes.
         workers: processes; None = one per CPU, but no more than pay; a policy acts in this one.
         overwrite: replace a store at `out`.
@@ -90,13 +90,13 @@ def record_demonstrations(
     start = time.perf_counter()
     if episodes < 1:
         raise ConfigError(f"episodes must be at least 1, got {episodes}")
-    if policy is None and (delay_steps or told):
-        raise ConfigError("delay_steps are of a policy's plans; name the policy that acts, or leave them out")
+    if policy is None and (max_delay_steps or told):
+        raise ConfigError("max_delay_steps is of a policy's plans; name the policy that acts, or leave it out")
     if policy is not None:
         if workers not in (None, 1):
             raise ConfigError(f"a policy acts in one process, got {workers} workers; leave them out")
         workers = 1
-        ActingPolicy(policy, delay_steps)
+        ActingPolicy(policy, max_delay_steps)
     if workers is None:
         workers = max(1, min(available_cpus(), episodes // _EPISODES_PER_WORKER))
     if workers < 1:
@@ -109,7 +109,7 @@ def record_demonstrations(
         disturbances,
         keep_positions,
         noise_correlation,
-        delay_steps,
+        max_delay_steps,
     )
     limit = 10 * episodes + 20
     attempts = crashes = successes = 0
@@ -203,5 +203,5 @@ def _metadata(
         "disturbances": config.disturbances,
         "steps_after_success": config.steps_after_success,
         "versions": versions,
-        **({} if policy is None else {"policy": dict(told or {}), "delay_steps": config.delay_steps}),
+        **({} if policy is None else {"policy": dict(told or {}), "max_delay_steps": config.max_delay_steps}),
     }

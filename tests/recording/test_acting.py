@@ -128,7 +128,7 @@ def test_failed_attempts_of_a_policy_are_kept_and_marked(monkeypatch, tmp_path):
     monkeypatch.setattr("scd_robot.recording.record.make_environment", lambda name: Line())
     out, planner = tmp_path / "a.zarr", Planner()
     summary = record_demonstrations(
-        "line", 8, out, policy=planner, delay_steps=4, told={"weights_sha256": "abc"}, progress=False
+        "line", 8, out, policy=planner, max_delay_steps=4, told={"weights_sha256": "abc"}, progress=False
     )
     data = open_dataset(out)
     succeeded = data.episode_info["success"][:].tolist()
@@ -138,7 +138,7 @@ def test_failed_attempts_of_a_policy_are_kept_and_marked(monkeypatch, tmp_path):
     assert summary["failures"] == 8 - sum(succeeded)
     attributes = json.loads((out / ".zattrs").read_text())["scd_robot"]
     assert attributes["metadata"]["policy"] == {"weights_sha256": "abc"}
-    assert attributes["metadata"]["delay_steps"] == 4
+    assert attributes["metadata"]["max_delay_steps"] == 4
 
 
 def test_delays_are_drawn_for_each_attempt(monkeypatch):
@@ -148,16 +148,16 @@ def test_delays_are_drawn_for_each_attempt(monkeypatch):
         lambda policy, delay: seen.append(delay) or ActingPolicy(policy, delay),
     )
     for index in range(40):
-        run_attempt(Line(), RecordingConfig("line", delay_steps=3), index, Planner())
+        run_attempt(Line(), RecordingConfig("line", max_delay_steps=3), index, Planner())
     assert set(seen) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"delay_steps": 2}, "delay_steps are of a policy's plans"),
+        ({"max_delay_steps": 2}, "max_delay_steps is of a policy's plans"),
         ({"policy": Planner(), "workers": 2}, "acts in one process, got 2 workers"),
-        ({"policy": Planner(), "delay_steps": 20}, "delay_steps must be from 0"),
+        ({"policy": Planner(), "max_delay_steps": 20}, "delay_steps must be from 0"),
         ({"policy": Planner(control_dt=0.05)}, "trained for a control step of 0.05 s, environment 'line' steps 0.1 s"),
     ],
 )
