@@ -171,26 +171,26 @@ def run_episode(
     }
 
 
-def corrected(out: Path, name: str, rounds: int) -> Path:
-    """The task's run after so many rounds of corrections, of which those that are done are not repeated."""
+def corrected(out: Path, job: Job, rounds: int) -> Path:
+    """The job's run after so many rounds of corrections, of which those that are done are not repeated."""
     import torch
 
     from scd_robot.policies import load_policy
 
     torch.set_num_threads(1)
-    task, run = TASKS[name], out / "work" / name / "run"
-    parts = [open_dataset(out / "recordings" / f"{task.recording.name}.zarr")]
+    assert isinstance(job.recording, Recording)
+    run, parts = out / "work" / job.name / "run", [open_dataset(out / "recordings" / f"{job.recording.name}.zarr")]
     for count in range(1, rounds + 1):
-        folder = out / "corrections" / f"{name}_{count}"
+        folder = out / "corrections" / f"{job.name}_{count}"
         store, summary, following = folder / "recording.zarr", folder / "recording.json", folder / "run"
         if not summary.is_file():  # without it a store is the rest of a recording that was killed
             acting = {"policy": load_policy(run), "max_delay_steps": MAX_DELAY_STEPS}
-            found = record_demonstrations(task.environment, ATTEMPTS, store, seed=count, overwrite=True, **acting)
+            found = record_demonstrations(job.environment, ATTEMPTS, store, seed=count, overwrite=True, **acting)
             write_json(summary, found)
         parts.append(open_dataset(store))
         data = mix_datasets(parts, [count, *[1] * count], [str(number) for number in range(count + 1)])
-        settings = [*task.settings, f"policy.num_executed={task.num_executed}", *CORRECTING, f"training.seed={count}"]
-        experiment = with_settings(resolve("metaworld_state", data.spec), settings)
+        settings = [*job.settings, *CORRECTING, f"training.seed={count}"]
+        experiment = with_settings(resolve(job.preset, data.spec), settings)
         done = list_checkpoints(following)
         if not done or read_step(done[-1]) < experiment.training.max_steps:
             begins = {"resume": True} if done else {"init": run, "init_statistics": "checkpoint"}
@@ -210,7 +210,8 @@ def measure(
         if result["status"] != "done":
             continue
         task, count = TASKS[name], rounds if TASKS[name].is_corrected else 0
-        policy, corrections = load_policy(corrected(out, name, count)), _corrections(out, name, count)
+        policy = load_policy(corrected(out, Job.from_json(result["job"]), count))
+        corrections = _corrections(out, name, count)
         environment = make_environment(task.environment)
         for arm in arms:
             for delay_ms in delays_ms:

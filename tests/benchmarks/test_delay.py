@@ -63,3 +63,21 @@ def test_cells_of_other_rounds_of_corrections_are_not_continued(tmp_path) -> Non
     assert len(delay._known_episodes(path, [{}, {}])) == 20
     with pytest.raises(ConfigError, match="after 2 rounds of corrections, not 0; choose another --out"):
         delay._known_episodes(path, [])
+
+
+@pytest.mark.slow
+@pytest.mark.sim
+def test_a_policy_is_corrected_and_then_measured(monkeypatch, tmp_path, capsys) -> None:
+    short = ["training.warmup_steps=1", "training.validate_every=3", "training.max_steps=3"]
+    monkeypatch.setattr(delay, "ATTEMPTS", 2)
+    monkeypatch.setattr(delay, "CORRECTING", short)
+    options = (
+        "--only tray-balance --arms trained --delays 0 --cell-episodes 1 --episodes 1 --demonstrations 4 --rounds 1"
+    )
+    arguments = ["delay.py", "--out", str(tmp_path), *options.split(), "--parallel", "1", "--set", *short]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert delay.main() == 0
+    assert "Corrections, round 1: 2 attempts of the policy" in capsys.readouterr().out
+    assert (tmp_path / "corrections" / "tray-balance_1" / "run" / "checkpoints" / "step_00000003").is_dir()
+    assert delay.main() == 0  # nothing is done twice
+    assert "training" not in capsys.readouterr().err
