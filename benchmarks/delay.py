@@ -28,7 +28,8 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,6 @@ def measure(
     """Runs what is not measured yet of the tasks that are trained; OUT/delays/TASK_ARM_MSms.json holds a cell each."""
     from scd_robot.policies import load_policy
 
-    logging.getLogger("scd_robot.control").setLevel(logging.ERROR)  # a late plan is what is looked for
     for name, result in results.items():
         if result["status"] != "done":
             continue
@@ -218,10 +218,11 @@ def measure(
                 path = _cell_path(out, name, arm, delay_ms)
                 known = _known_episodes(path, corrections)
                 started = time.monotonic()
-                found = [
-                    run_episode(policy, environment, task, ARMS[arm], delay_ms, index)
-                    for index in range(len(known), episodes)
-                ]
+                with without_warnings("scd_robot.control"):  # a late plan is what is looked for
+                    found = [
+                        run_episode(policy, environment, task, ARMS[arm], delay_ms, index)
+                        for index in range(len(known), episodes)
+                    ]
                 if not found:
                     continue
                 cell = {
@@ -239,6 +240,18 @@ def measure(
                 minutes = (time.monotonic() - started) / 60
                 successes, valid = success_counts(cell)
                 print(f"{path.stem}: {successes}/{valid} successes, {minutes:.1f} min", flush=True)
+
+
+@contextmanager
+def without_warnings(name: str) -> Iterator[None]:
+    """A logger and those below it tell errors only."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _corrections(out: Path, task: str, rounds: int) -> list[dict[str, Any]]:

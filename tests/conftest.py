@@ -1,8 +1,9 @@
 """What tests share: a tiny trained run, recorded data, and skips for what this machine cannot run."""
 
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,19 @@ TINY_SETTINGS = (
     "policy.num_executed=2",
     "policy.sampler.num_denoising_steps=2",
 )
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Fails a test that leaves warnings silenced: later tests of the process look for them."""
+    yield
+    ours = [logging.getLogger(name) for name in sorted(logging.root.manager.loggerDict) if name.startswith("scd_robot")]
+    silent = [logger.name for logger in ours if not logger.isEnabledFor(logging.WARNING)]
+    logging.disable(logging.NOTSET)
+    for logger in ours:
+        if logger.level > logging.WARNING:
+            logger.setLevel(logging.NOTSET)
+    assert not silent, f"no warnings any more from {silent}"
 
 
 # With --dist loadfile, the tests of a parameter are kept together in these files, not those of the file.
