@@ -13,11 +13,13 @@ import contextlib
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from websockets.sync.client import connect
 
 from scd_robot.control import ControlLoop, LoopConfig, MonotonicClock, RecorderConfig, WatchdogConfig
 from scd_robot.control.inspection import InspectedRobot
 from scd_robot.control.recorder import read_record
 from scd_robot.serve import RemoteStream
+from scd_robot.serve.wire import pack
 
 __all__ = ["REAL", "REAL_DT", "REAL_STEPS", "Server", "policy_with_random_weights", "run_real"]
 
@@ -111,6 +115,55 @@ class Server:
         self._process.kill()
         self._process.wait()
 
+    def is_left(self, patience_s: float = 10.0) -> bool:
+        """Whether its metrics tell, within a while, that no connection is open any more."""
+        until = time.monotonic() + patience_s
+        while time.monotonic() < until:
+            with urllib.request.urlopen(f"http{self.address.removeprefix('ws')}/metrics", timeout=60.0) as answer:
+                if b"\nscd_connections 0\n" in answer.read():
+                    return True
+            time.sleep(0.1)
+        return False
+
+
+class Deserters:
+    """Clients of a server, one after another, that ask for a plan and are gone while it is made.
+
+    Attributes:
+        gone: so many.
+    """
+
+    def __init__(self, address: str) -> None:
+        from latency import observation
+
+        self._request = pack({key: value[0] for key, value in observation(np.random.default_rng(0)).items()})
+        self._address, self._over, self.gone = address, threading.Event(), 0
+        self._thread = threading.Thread(target=self._run)
+
+    def start(self) -> None:
+        """The first one comes."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No more of them."""
+        self._over.set()
+
+    def join(self) -> None:
+        """Waits for the last one."""
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            client = connect(self._address, compression=None)
+            client.recv()
+            client.send(self._request)
+            time.sleep(0.002)  # a plan takes longer
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.socket.shutdown(socket.SHUT_RD)  # wakes the client's own thread, so that
+            client.socket.close()  # the server is told by a reset, as by a process that was killed
+            self.gone += 1
+
 
 def policy_with_random_weights() -> Any:
     """Of the default size, in slow motion."""
@@ -144,6 +197,7 @@ REAL: dict[str, tuple[str | None, Any, int, str | None, bool]] = {
     "full disk": ("disk", {"plan_from": fail}, 10, "recorder_error", False),
     "server killed and started again": ("server killed", None, 10, "encoder_error", False),
     "server that hangs": ("server hangs", None, 40, "encoder_error", False),
+    "clients gone in the middle of a plan": ("server deserted", None, 60, None, False),
 }
 
 
@@ -156,6 +210,7 @@ class Stage:
         self._at, self._robot, self._policy, self._kill, self._server = at, robot, policy, kill, server
         self._unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
         self._count = 0
+        self.deserters = Deserters(server.address) if self._where == "server deserted" else None
 
     def __call__(self) -> bool:
         """Never stops the loop."""
@@ -169,7 +224,9 @@ class Stage:
         return False
 
     def end(self) -> None:
-        """The disk has room again."""
+        """The disk has room again, and no client leaves any more."""
+        if self.deserters is not None:
+            self.deserters.stop()
         resource.setrlimit(resource.RLIMIT_FSIZE, self._unlimited)
 
     def _break(self) -> None:
@@ -181,10 +238,14 @@ class Stage:
             threading.Thread(target=self._server.kill).start()
         elif self._where == "server hangs":
             self._server.signal(signal.SIGSTOP)
+        elif self._where == "server deserted":
+            self.deserters.start()
         if self._breaks:
             (self._robot if self._where == "robot" else self._policy).breaks = self._breaks
 
     def _mend(self) -> None:
+        if self.deserters is not None:
+            self.deserters.stop()
         self._robot.breaks = {}
         if isinstance(self._policy, Broken):
             self._policy.breaks = {}
@@ -236,19 +297,24 @@ def run_real(name: str, episode: int) -> dict[str, Any]:
             report = loop.run(steps, stage)
         finally:
             stage.end()
+        gone, kept = 0, True
+        if server is not None and stage.deserters is not None:
+            stage.deserters.join()
+            gone, kept = stage.deserters.gone, server.is_left()
         recorded: Counter[str] = Counter()
         for record in sorted(records.iterdir()) if records.exists() else []:
             recorded |= Counter(read_record(record)[1]["faults"])
     missing = Counter(report.faults) - recorded
     ended_early = report.steps < steps
-    told = expected is None or bool(report.faults.get(expected))
+    told = bool(gone) if name.startswith("clients") else expected is None or bool(report.faults.get(expected))
     return {
-        "fine": not port.violations and not missing and ended_early == ends and told,
+        "fine": not port.violations and not missing and ended_early == ends and told and kept,
         "commands": port.commands,
         "unsafe": port.violations[:5],
         "faults": report.faults,
         "unrecorded": dict(missing),
         "ended_early": ended_early,
+        "clients_gone": gone,
         "plans": report.plans,
         "pacing": report.pacing,
         "times_ms": report.times_ms,

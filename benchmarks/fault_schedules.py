@@ -36,7 +36,7 @@ STEPS = 100
 
 def settings(seed: int) -> dict[str, Any]:
     """What schedules are made of; results of others are not counted together."""
-    return {"seed": seed, "steps": STEPS, "kinds": [*KINDS, *LINK_KINDS]}
+    return {"seed": seed, "steps": STEPS, "kinds": [*KINDS, *LINK_KINDS], "strategies": [*get_args(Strategy)]}
 
 
 def random_limits(rng: np.random.Generator) -> Limits:
@@ -48,8 +48,8 @@ def random_limits(rng: np.random.Generator) -> Limits:
     return Limits((-1.0, -1.0), (1.0, 1.0), velocity, acceleration, rest, box)
 
 
-def random_config(rng: np.random.Generator, folder: Path, remote: bool) -> LoopConfig:
-    """Any strategy and any reactions; a server's plans are not guided."""
+def random_config(rng: np.random.Generator, folder: Path) -> LoopConfig:
+    """Any strategy and any reactions."""
 
     def one_of(*choices: Any) -> Any:
         return choices[rng.integers(len(choices))]
@@ -64,10 +64,8 @@ def random_config(rng: np.random.Generator, folder: Path, remote: bool) -> LoopC
         robot_error=one_of("hold", "hold", "hold", "stop"),
         give_up_s=one_of(1.0, 10.0),
     )
-    strategies = [name for name in get_args(Strategy) if not (remote and name.startswith("guided"))]
-    execution = ExecutionConfig(
-        one_of(*strategies), one_of(None, 1, 4, 12, 16), delay=DelayConfig(window=10, warm_up=1)
-    )
+    delay = DelayConfig(window=10, warm_up=1)
+    execution = ExecutionConfig(one_of(*get_args(Strategy)), one_of(None, 1, 4, 12, 16), delay=delay)
     guard = StartGuard(one_of(None, (0.1, 0.1)), one_of("blend", "blend", "blend", "refuse"), one_of(0.3, 1.0))
     recorder = RecorderConfig(folder, least_apart_s=2.0)
     return LoopConfig(int(rng.integers(1, 5)), execution, watchdog, guard, recorder)
@@ -98,7 +96,7 @@ def run_schedule(number: int, seed: int) -> tuple[list[Incident], Rehearsal, Seq
     with tempfile.TemporaryDirectory() as folder:
         done = rehearse(
             script,
-            random_config(rng, Path(folder), remote),
+            random_config(rng, Path(folder)),
             random_limits(rng),
             steps=STEPS,
             seed=number,

@@ -40,7 +40,11 @@ class DelayConfig:
 
 
 class DelayEstimator:
-    """A quantile over a window of delays, in control steps that really passed."""
+    """A quantile over a window of delays, in control steps that really passed.
+
+    Not in actions that were consumed, by which a plan is joined to what runs (`ChunkExecutor.accept`): where plans are
+    so late that actions run out, or are played slowly, those are fewer, and a guess from them would stay too short.
+    """
 
     def __init__(self, config: DelayConfig) -> None:
         self._config = config
