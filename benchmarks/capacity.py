@@ -1,7 +1,8 @@
-"""How many robots does one core serve within their deadlines?
+"""How many robots does one core, or one GPU, serve within their deadlines?
 
     python benchmarks/capacity.py                          1, 2, 4, ... robots at 20 Hz, until deadlines are missed
     python benchmarks/capacity.py --hz 50 --seconds 30 --robots 8 16
+    python benchmarks/capacity.py --device cuda            the model on a GPU, the rest of the server on one core
 
 A server (`scd serve`'s, the preset metaworld_state with random weights, one thread) runs in a process of its own on one
 core. The robots are asynchronous clients in this process, on the other cores. Each sends every observation by its own
@@ -53,13 +54,13 @@ class Counts:
     missed: int = 0
 
 
-def serve(pipe: Connection, core: int, history: int, nfe: int) -> None:
+def serve(pipe: Connection, core: int, history: int, nfe: int, device: str) -> None:
     """The server's process; sends its address, and its CPU time whenever it is asked."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     from scd_robot.serve.server import PolicyServer, ServerConfig, running_server
 
-    policy = make_policy(history, nfe)
+    policy = make_policy(history, nfe, device)
     with running_server(policy, ServerConfig(port=0, max_connections=1024)) as server:
         assert isinstance(server, PolicyServer)
         pipe.send(server.address)
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each number of robots (default %(default)s)")
     parser.add_argument("--history", type=int, default=64, help="control steps (default %(default)s)")
     parser.add_argument("--nfe", type=int, default=8, help="denoising steps (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="of the model, such as cuda (default %(default)s)")
     parser.add_argument("--out", type=result_file, default="runs/benchmarks/capacity.json")
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
@@ -117,7 +119,9 @@ def main() -> None:
         sys.exit("capacity.py needs two cores: one for the server, one for the robots")
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    server = context.Process(target=serve, args=(there, cores[0], options.history, options.nfe), daemon=True)
+    server = context.Process(
+        target=serve, args=(there, cores[0], options.history, options.nfe, options.device), daemon=True
+    )
     server.start()
     os.sched_setaffinity(0, set(cores[1:]))
     address = here.recv()
@@ -154,14 +158,17 @@ def main() -> None:
             break
     here.send(False)
     served = [row["robots"] for row in rows if row["late"] <= MOST_LATE * row["requests"]]
-    print(f"\n- served within deadlines (at most {MOST_LATE:.1%} late): {max(served, default=0)} robots on one core")
+    print(
+        f"\n- served within deadlines (at most {MOST_LATE:.1%} late): {max(served, default=0)} robots on one core"
+        + ("" if options.device == "cpu" else f" and {options.device}")
+    )
     document = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         "code": code_version(),
         "machine": describe_machine(),
         "torch": torch.__version__,
-        "settings": {"hz": options.hz, "seconds": options.seconds, "history": options.history, "nfe": options.nfe},
+        "settings": {name: getattr(options, name) for name in ("hz", "seconds", "history", "nfe", "device")},
         "rows": rows,
         "served": max(served, default=0),
     }

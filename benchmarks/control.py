@@ -3,6 +3,7 @@
     python benchmarks/control.py                          10,000 ticks of every arm, and runs/benchmarks/control.json
     python benchmarks/control.py --ticks 200              quicker, wider spread
     python benchmarks/control.py --pace 10                each arm drives a loop of 100 Hz for ten minutes
+    python benchmarks/control.py --device cuda            eager, and compiled with CUDA graphs, on a GPU
 
 float32, one thread, batch 1, NFE 8, the preset metaworld_state with random weights, through `observe` and `plan` with
 numpy in and out: checks and copies are included. All arms see the same observations in turns whose order is drawn, so
@@ -24,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import contextlib
+import copy
 import datetime
 import importlib.metadata
 import importlib.util
@@ -69,26 +71,37 @@ def told_on_stderr(what: str) -> Iterator[None]:
 
 
 class CompiledRuntime:
-    """The graphs' modules behind torch.compile."""
+    """The graphs' modules behind torch.compile; on a GPU as CUDA graphs.
 
-    def __init__(self, policy: ScdPolicy) -> None:
-        self.made = make_graphs(policy, 1)
-        self._calls = {name: torch.compile(made[0], dynamic=False) for name, made in self.made.items()}
-        for name, (_, names, example, _) in self.made.items():  # now, and not in the middle of what is measured
+    Args:
+        made: by `make_graphs`, on the CPU; moved.
+        device: where they are computed.
+    """
+
+    def __init__(self, made: Mapping[str, Any], device: str = "cpu") -> None:
+        self._made, self._device = made, torch.device(device)
+        mode = None if self._device.type == "cpu" else "reduce-overhead"
+        self._calls = {
+            name: torch.compile(module.to(self._device), dynamic=False, mode=mode)
+            for name, (module, *_) in made.items()
+        }
+        for name, (_, names, example, _) in made.items():  # now, and not in the middle of what is measured
             inputs = {key: value.numpy() for key, value in zip(names, example, strict=True)}
             with told_on_stderr(f"compiling {name}"):
                 self.run(name, inputs)
 
     def run(self, graph: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
-        _, names, _, outputs = self.made[graph]
+        _, names, _, outputs = self._made[graph]
         with torch.no_grad():
-            found = self._calls[graph](*(torch.from_numpy(inputs[name]) for name in names))
+            found = self._calls[graph](*(torch.from_numpy(inputs[name]).to(self._device) for name in names))
         tensors = found if isinstance(found, tuple) else (found,)
-        return {name: tensor.numpy() for name, tensor in zip(outputs, tensors, strict=True)}
+        return {name: tensor.cpu().numpy() for name, tensor in zip(outputs, tensors, strict=True)}
 
 
-def make_arms(names: tuple[str, ...], history: int, folder: Path) -> tuple[dict[str, ChunkPolicy], dict[str, str]]:
+def make_arms(
+    names: tuple[str, ...], history: int, folder: Path, device: str = "cpu"
+) -> tuple[dict[str, ChunkPolicy], dict[str, str]]:
     """The policy of each arm, and why arms are left out."""
     torch.manual_seed(0)  # before the weights are drawn: what `--keep` holds is compared with them again
     eager = make_policy(history, STEPS)
@@ -98,9 +111,11 @@ def make_arms(names: tuple[str, ...], history: int, folder: Path) -> tuple[dict[
     compiler = "" if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler"
     tools = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     reasons = {"compiled": compiler, "aoti": compiler, "onnx": f"no {', '.join(tools)}" if tools else ""}
+    if torch.device(device).type != "cpu":
+        reasons |= dict.fromkeys(("onnx", "aoti"), "exports are for the CPU")
     makers: dict[str, Callable[[], ChunkPolicy]] = {
-        "eager": lambda: eager,
-        "compiled": lambda: _compiled(eager),
+        "eager": lambda: _copied(eager, device),
+        "compiled": lambda: _compiled(eager, device),
         "onnx": lambda: _exported(eager, "onnx", folder / "onnx"),
         "aoti": lambda: _exported(eager, "aoti", folder / "aoti"),
     }
@@ -113,9 +128,17 @@ def make_arms(names: tuple[str, ...], history: int, folder: Path) -> tuple[dict[
     return arms, left_out
 
 
-def _compiled(policy: ScdPolicy) -> ExportedPolicy:
-    runtime = CompiledRuntime(policy)
-    return ExportedPolicy(runtime, manifest_of(policy, runtime.made, "aoti", 1), "compiled")
+def _copied(policy: ScdPolicy, device: str) -> ScdPolicy:
+    """With weights of its own, there."""
+    dataset = policy.transforms.dataset
+    return type(policy)(copy.deepcopy(policy.model), policy.normalizer, dataset, policy.config, device)
+
+
+def _compiled(policy: ScdPolicy, device: str) -> ExportedPolicy:
+    policy = _copied(policy, "cpu")
+    made = make_graphs(policy, 1)
+    manifest = manifest_of(policy, made, "aoti", 1)
+    return ExportedPolicy(CompiledRuntime(made, device), manifest, "compiled")
 
 
 def _exported(policy: ScdPolicy, kind: Any, folder: Path) -> ExportedPolicy:
@@ -247,6 +270,7 @@ def main() -> int:
     parser.add_argument("--ticks", type=int, default=10_000, help="turns of every arm; 0 = none")
     parser.add_argument("--history", type=int, default=128, help="control steps that each encoder layer attends to")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--device", default="cpu", help="of the arms, such as cuda (default %(default)s)")
     parser.add_argument("--pace", type=float, default=0.0, metavar="MINUTES", help="of a loop of 100 Hz, for each arm")
     parser.add_argument("--out", type=result_file, default="runs/benchmarks/control.json")
     parser.add_argument(
@@ -258,15 +282,16 @@ def main() -> int:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(options.keep.resolve() / "inductor"))
     with tempfile.TemporaryDirectory() as folder:
         exports = exports_folder(options.keep, options.history) or Path(folder)
-        arms, left_out = make_arms(tuple(options.arms), options.history, exports)
+        arms, left_out = make_arms(tuple(options.arms), options.history, exports, options.device)
         observe = partial(observation, np.random.default_rng(0))
-        difference, machine = worst_difference(arms, observe), measure_machine()
+        difference, machine = worst_difference(arms, observe), measure_machine(options.device)
         floors = floor_ms(make_policy(options.history, STEPS).model.config, STEPS, machine)
         floors["planning tick"] = floors["encoder step"] + floors["plan"]
         print(
             f"load average at the start: {load:.2f}; torch {torch.__version__}; history {options.history}, NFE {STEPS}"
         )
-        print(f"one thread: {machine['gflops']:.0f} GFLOP/s, {machine['gb_per_s']:.1f} GB/s; times in ms\n")
+        where = "one thread" if options.device == "cpu" else options.device
+        print(f"{where}: {machine['gflops']:.0f} GFLOP/s, {machine['gb_per_s']:.1f} GB/s; times in ms\n")
         rows = summary(take_turns(arms, observe, options.ticks), floors) if options.ticks else {}
         show(rows)
         paced = {name: pace(policy, observe, options.pace) for name, policy in arms.items() if options.pace}
@@ -284,7 +309,7 @@ def main() -> int:
             "date": datetime.date.today().isoformat(),
             "command": " ".join(["python", *sys.argv]),
             "code": code_version(),
-            "machine": {**machine, **describe_machine(), "load_1min_at_start": load},
+            "machine": {**machine, **describe_machine(), "device": options.device, "load_1min_at_start": load},
             "versions": versions,
             "history": options.history,
             "num_denoising_steps": STEPS,

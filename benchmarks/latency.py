@@ -45,7 +45,7 @@ DATASET = DatasetSpec(
 )
 
 
-def make_policy(history: int, denoising_steps: int, **model: Any) -> ScdPolicy:
+def make_policy(history: int, denoising_steps: int, device: str = "cpu", **model: Any) -> ScdPolicy:
     """The preset metaworld_state with another window and number of denoising steps; `model` replaces more fields."""
     experiment = metaworld_state(DATASET)
     widths = {key: spec.shape[0] for key, spec in DATASET.observation.items()} | {"action": DATASET.action_dim}
@@ -60,7 +60,7 @@ def make_policy(history: int, denoising_steps: int, **model: Any) -> ScdPolicy:
     )
     architecture = replace(experiment.model, history_length=history, **model)
     kind = policy_class(policy_type(architecture.architecture))
-    return cast(ScdPolicy, kind(build_model(architecture), normalizer, DATASET, config))
+    return cast(ScdPolicy, kind(build_model(architecture), normalizer, DATASET, config, device))
 
 
 def observation(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -85,14 +85,17 @@ def elapsed(rounds: int, history: int = 64, late: int = 10_000) -> dict[str, lis
     return times
 
 
-def measure_machine() -> dict[str, float]:
-    """Single-thread GFLOP/s of a large float32 product, and GB/s of reading arrays, the best of several sizes."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    flops = max(2 * 1024**3 / timed(lambda: a @ b) / 1e6 for _ in range(12))
+def measure_machine(device: str = "cpu") -> dict[str, float]:
+    """GFLOP/s of a large float32 product, and GB/s of reading arrays, the best of several sizes; of one CPU thread."""
+    on_cpu = torch.device(device).type == "cpu"
+    size, counts = (1024, (2**18, 2**20, 2**22, 2**26)) if on_cpu else (8192, (2**26, 2**28))  # 1 MB to 1 GB
+    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    flops = max(2 * size**3 / timed(lambda: (a @ b)[0, 0].item()) / 1e6 for _ in range(12))
     bandwidth = 0.0
-    for count in (2**18, 2**20, 2**22, 2**26):  # 1 MB to 256 MB
-        array = torch.zeros(count)
-        bandwidth = max(bandwidth, *(4 * count / timed(lambda array=array: array.sum()) / 1e6 for _ in range(20)))
+    for count in counts:
+        array = torch.zeros(count, device=device)
+        times = (timed(lambda array=array: array.sum().item()) for _ in range(20))
+        bandwidth = max(bandwidth, *(4 * count / ms / 1e6 for ms in times))
     return {"gflops": flops, "gb_per_s": bandwidth}
 
 
