@@ -97,6 +97,7 @@ lerobot: $(VENV)-lerobot/.made $(VENV)/.dev  ## let LeRobot read a dataset of ou
 	$(VENV)-lerobot/bin/python tests/lerobot_env/check_rivals.py build/lerobot/dataset build/lerobot/dataset.hdf5
 	$(VENV)-lerobot/bin/python tests/lerobot_env/check_policy.py build/lerobot/dataset
 	$(VENV)-lerobot/bin/python tests/lerobot_env/check_robot.py
+	$(VENV)-lerobot/bin/python tests/lerobot_env/check_record.py
 	$(VENV)-lerobot/bin/python tests/lerobot_env/check_vision.py
 
 rivals: $(VENV)-lerobot/.made  ## make the environment of benchmarks/outside, the same (1.7 GB on disk)
