@@ -41,10 +41,10 @@ class Follower(Arm):
 
     config_class = FollowerConfig
     name = "check_follower"
-    cameras = {"front": None}  # counted by `lerobot-record`
 
     def __init__(self, config):
         super().__init__(config)
+        self.cameras = {"front": None}  # counted by `lerobot-record`
         self.fake.size = (48, 64, 3)
 
     def connect(self, calibrate=True):
@@ -74,7 +74,10 @@ class Leader(Teleoperator):
     config_class = LeaderConfig
     name = "check_leader"
     is_connected = is_calibrated = False
-    feedback_features = {}
+
+    @property
+    def feedback_features(self):
+        return {}
 
     @property
     def action_features(self):
@@ -124,10 +127,10 @@ def replayed(folder):
     before, after = make_pre_post_processors(policy.config, pretrained_path=folder)
     policy.reset()
     torch.manual_seed(SEED)
-    found = []
+    found, how = [], (policy, torch.device("cpu"), before, after, False, "circle", "check_follower")
     for state, picture in SEEN:
         seen = {"observation.state": np.array(state, np.float32), "observation.images.front": picture}
-        found.append(predict_action(seen, policy, torch.device("cpu"), before, after, False, "circle", "check_follower"))
+        found.append(predict_action(seen, *how))
     return torch.cat(found).numpy()
 
 
