@@ -5,9 +5,11 @@ goes on while a plan is made, and the plan is there so many ms after it was aske
 task run the same checkpoint, which was trained with committed prefixes (`max_delay_steps`), from the same start states,
 and ask for a plan after the same number of actions, which is no less than the delay.
 
-Policies of the two tasks that do not wait act themselves after that training, with plans that take 0 to 8 control
-steps, and learn from what the expert would have done (DAgger), round by round: in demonstrations the actions that are
-executed while a plan is made are also a sign of what the expert saw meanwhile, and a model takes them for it.
+In the two tasks that do not wait chance pushes the ball, and a chunk that is drawn holds the answers to pushes that
+are drawn with it. Their policies act with two denoising steps, which is nearly the mean of all that may come
+(`--nfe`). That of tray-balance also acts itself after its training, with plans that take 0 to 8 control steps, and
+learns from what the expert would have done (DAgger), round by round: in demonstrations the actions that are executed
+while a plan is made are also a sign of what the expert saw meanwhile, and a model takes them for it.
 
     synchronous       stands still while a plan is made
     naive             goes on with the running chunk, and jumps to the new one when it is there
@@ -78,7 +80,7 @@ DYNAMIC = (
     "model.chunk_length=24",
     "model.max_delay_steps=8",
 )
-ROUNDS, ATTEMPTS, MAX_DELAY_STEPS = 2, 200, 8  # of corrections
+ATTEMPTS, MAX_DELAY_STEPS = 200, 8  # of a round of corrections
 # A chunk ends behind an action that was this far from its label: what follows answers the policy's error.
 CORRECTING = ("training.max_steps=1000", "training.disturbance_threshold=0.2")
 
@@ -91,14 +93,16 @@ class Task:
         recording: of the environment that it is about.
         settings: of the training.
         num_executed: actions between plans, as long as the delay is no longer.
-        is_corrected: whether rounds of corrections follow the training.
+        rounds: of corrections that follow the training.
+        num_denoising_steps: of plans; None = as trained.
         rest: see `Limits`; None = all commands are increments.
     """
 
     recording: Recording
     settings: tuple[str, ...]
     num_executed: int
-    is_corrected: bool = False
+    rounds: int = 0
+    num_denoising_steps: int | None = None
     rest: tuple[float | None, ...] | None = None
 
     @property
@@ -109,9 +113,9 @@ class Task:
 
 TASKS = {
     "moving-target": Task(
-        Recording("scd_memory/moving-target", 400, 0, 0.015, 0.02), DYNAMIC, 4, True, (None, None, None)
+        Recording("scd_memory/moving-target", 400, 0, 0.015, 0.02), DYNAMIC, 4, 0, 2, (None, None, None)
     ),
-    "tray-balance": Task(Recording("scd_memory/tray-balance", 400, 0, 0.05, 0.02), DYNAMIC, 4, True, (None, None)),
+    "tray-balance": Task(Recording("scd_memory/tray-balance", 400, 0, 0.05, 0.02), DYNAMIC, 4, 4, 2, (None, None)),
     "push-v3": Task(
         Recording("metaworld/push-v3"),
         ("training.max_steps=2000", "model.chunk_length=40", "model.max_delay_steps=16"),
@@ -153,7 +157,9 @@ def run_episode(
     clock = VirtualClock()
     robot = VirtualRobot(environment, derive_seed(EVALUATION, index), clock)
     delay_steps = max(1, int(np.ceil(delay_s / spec.control_dt - 1e-9)))
-    execution = ExecutionConfig(strategy, task.num_executed, delay=DelayConfig(warm_up=0, initial=delay_steps))
+    gain = min(ExecutionConfig.max_gain, policy.config.sampler.num_denoising_steps)  # which no more may be used
+    delay = DelayConfig(warm_up=0, initial=delay_steps)
+    execution = ExecutionConfig(strategy, task.num_executed, gain, delay=delay)
     config = LoopConfig(execution=execution, recorder=RecorderConfig(seconds=1.0))
     pinned = PinnedPolicy(policy, index)
     planner = VirtualPlanner(pinned, clock, lambda: max(0.0, delay_s - _EARLY_S))
@@ -201,22 +207,42 @@ def corrected(out: Path, job: Job, rounds: int) -> Path:
 
 
 def measure(
-    out: Path, results: Results, arms: Sequence[str], delays_ms: Sequence[int], episodes: int, rounds: int
+    out: Path,
+    results: Results,
+    arms: Sequence[str],
+    delays_ms: Sequence[int],
+    episodes: int,
+    rounds: int | None = None,
+    nfe: int | None = None,
 ) -> None:
-    """Runs what is not measured yet of the tasks that are trained; OUT/delays/TASK_ARM_MSms.json holds a cell each."""
+    """Runs what is not measured yet of the tasks that are trained; OUT/delays/TASK_ARM_MSms.json holds a cell each.
+
+    Args:
+        out: folder of the benchmark.
+        results: of the trainings.
+        arms: by name.
+        delays_ms: of a plan.
+        episodes: of a cell.
+        rounds: of corrections; None = the task's.
+        nfe: denoising steps of a plan; None = the task's.
+    """
     from scd_robot.policies import load_policy
 
     for name, result in results.items():
         if result["status"] != "done":
             continue
-        task, count = TASKS[name], rounds if TASKS[name].is_corrected else 0
-        policy = load_policy(corrected(out, Job.from_json(result["job"]), count))
-        corrections = _corrections(out, name, count)
+        task = TASKS[name]
+        count, steps = task.rounds if rounds is None else rounds, nfe or task.num_denoising_steps
+        policy = load_policy(corrected(out, Job.from_json(result["job"]), count), num_denoising_steps=steps)
+        about = {
+            "corrections": _corrections(out, name, count),
+            "num_denoising_steps": policy.config.sampler.num_denoising_steps,
+        }
         environment = make_environment(task.environment)
         for arm in arms:
             for delay_ms in delays_ms:
                 path = _cell_path(out, name, arm, delay_ms)
-                known = _known_episodes(path, corrections)
+                known = _known_episodes(path, about)
                 started = time.monotonic()
                 with without_warnings("scd_robot.control"):  # a late plan is what is looked for
                     found = [
@@ -229,7 +255,7 @@ def measure(
                     **{key: result[key] for key in ("schema", "versions", "training")},
                     "name": path.stem,
                     "status": "done",
-                    "corrections": corrections,
+                    **about,
                     "evaluation": {"env": task.environment, "episodes_detail": [*known, *found]},
                     "machine": describe_machine(),
                     "code": code_version(),
@@ -260,15 +286,14 @@ def _corrections(out: Path, task: str, rounds: int) -> list[dict[str, Any]]:
     return [read_json(out / "corrections" / f"{task}_{count}" / "recording.json") for count in numbers]
 
 
-def _known_episodes(path: Path, corrections: Sequence[Any]) -> list[dict[str, Any]]:
-    """Those of a cell that was measured in part, after the same rounds of corrections."""
+def _known_episodes(path: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those of a cell that was measured in part, of the same policy."""
     if not path.is_file():
         return []
     cell = read_json(path)
-    if (found := len(cell.get("corrections", []))) != len(corrections):
-        raise ConfigError(
-            f"{path} is of a policy after {found} rounds of corrections, not {len(corrections)}; choose another --out"
-        )
+    for name, value in about.items():
+        if cell.get(name) != value:
+            raise ConfigError(f"{path} is of other {name}; choose another --out")
     return list(cell["evaluation"]["episodes_detail"])
 
 
@@ -289,7 +314,7 @@ def make_report(out: Path, results: Results) -> str:
     for name in TASKS:
         parts += [
             f"### {name}",
-            *_told_of_corrections(cells, name),
+            *_told_of_policy(cells, name),
             _table(cells, name, _success),
             "Jerk, root mean square over an episode, mean over episodes, in the hand's unit / s^3:",
             _table(cells, name, _jerk),
@@ -301,9 +326,10 @@ def make_report(out: Path, results: Results) -> str:
     return "\n\n".join([*parts, start_state_line(named.values()), provenance(named)])
 
 
-def _told_of_corrections(cells: Mapping[tuple[str, str, int], Any], name: str) -> list[str]:
+def _told_of_policy(cells: Mapping[tuple[str, str, int], Any], name: str) -> list[str]:
+    steps = {cell.get("num_denoising_steps") for (task, *_), cell in cells.items() if task == name} - {None}
     rounds = next((cell.get("corrections", []) for (task, *_), cell in cells.items() if task == name), [])
-    return [
+    return [f"Denoising steps: {', '.join(map(str, sorted(steps)))}"] * bool(steps) + [
         f"Corrections, round {count}: {found['episodes']} attempts of the policy, {found['steps']} control steps, "
         f"{found['successes']} successes"
         for count, found in enumerate(rounds, 1)
@@ -351,14 +377,16 @@ def main() -> int:
     parser = benchmark_parser(__doc__ or "", "delay")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="measure these only")
     parser.add_argument("--cell-episodes", type=int, default=100, help="per arm and delay (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of corrections (default %(default)s)")
+    parser.add_argument("--rounds", type=int, help="of corrections (default: 4 for tray-balance, 0 for the others)")
+    parser.add_argument("--nfe", type=int, help="denoising steps (default: 2 where chance pushes, else as trained)")
     parser.add_argument("--delays", nargs="+", type=int, choices=DELAYS_MS, default=list(DELAYS_MS), metavar="MS")
     options: argparse.Namespace = parser.parse_args()
 
     def finish(results: Results) -> str:
         if not options.report:
             wanted = {name: result for name, result in results.items() if not options.only or name in options.only}
-            measure(options.out, wanted, options.arms, options.delays, options.cell_episodes, options.rounds)
+            cells = options.arms, options.delays, options.cell_episodes
+            measure(options.out, wanted, *cells, options.rounds, options.nfe)
         return make_report(options.out, results)
 
     return run_benchmark(options, make_jobs(), finish)

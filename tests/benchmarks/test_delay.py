@@ -39,7 +39,8 @@ def test_the_report_compares_each_arm_with_itself_without_delay(tmp_path) -> Non
     for arm, ms, successes in (("trained", 0, 20), ("trained", 200, 19), ("naive", 0, 20), ("naive", 200, 10)):
         write_json(delay._cell_path(tmp_path, "push-v3", arm, ms), cell(f"{arm}_{ms}", successes))
     corrections = [{"episodes": 200, "steps": 12345, "successes": 42}]
-    write_json(delay._cell_path(tmp_path, "tray-balance", "naive", 0), cell("n", 3) | {"corrections": corrections})
+    about = {"corrections": corrections, "num_denoising_steps": 2}
+    write_json(delay._cell_path(tmp_path, "tray-balance", "naive", 0), cell("n", 3) | about)
     report = delay.make_report(tmp_path, {})
     push = report.split("### push-v3")[1]
     rows = [line for line in push.splitlines() if line.startswith("| trained")]
@@ -49,20 +50,23 @@ def test_the_report_compares_each_arm_with_itself_without_delay(tmp_path) -> Non
     assert "trained, 200 ms: -5.0" in push
     assert "aim at most -5: reached" in push
     assert "| naive |  | - | - | - | -50.0 [" in push
+    assert "Denoising steps: 2" in report.split("### tray-balance")[1].split("###")[0]
     corrected = "Corrections, round 1: 200 attempts of the policy, 12345 control steps, 42 successes"
     assert corrected in report.split("### tray-balance")[1].split("###")[0]
     assert "not measured yet" in report.split("### moving-target")[1].split("###")[0]
 
 
-def test_cells_of_other_rounds_of_corrections_are_not_continued(tmp_path) -> None:
+@pytest.mark.parametrize("other", [{"corrections": []}, {"num_denoising_steps": 8}])
+def test_cells_of_another_policy_are_not_continued(tmp_path, other) -> None:
     from scd_robot.output import write_json
 
+    about = {"corrections": [{}, {}], "num_denoising_steps": 2}
     path = delay._cell_path(tmp_path, "tray-balance", "naive", 0)
-    assert delay._known_episodes(path, []) == []
-    write_json(path, cell("naive", 3) | {"corrections": [{}, {}]})
-    assert len(delay._known_episodes(path, [{}, {}])) == 20
-    with pytest.raises(ConfigError, match="after 2 rounds of corrections, not 0; choose another --out"):
-        delay._known_episodes(path, [])
+    assert delay._known_episodes(path, about) == []
+    write_json(path, cell("naive", 3) | about)
+    assert len(delay._known_episodes(path, about)) == 20
+    with pytest.raises(ConfigError, match=f"of other {next(iter(other))}; choose another --out"):
+        delay._known_episodes(path, about | other)
 
 
 @pytest.mark.slow
