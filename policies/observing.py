@@ -21,7 +21,7 @@ from scd_robot.types import ActionArray, DatasetSpec, Observation, PolicySpec
 
 __all__ = ["ObservingPolicy", "Settings"]
 
-_MOST_TIMINGS = 100_000  # a robot that runs for days and never asks for them must not run out of memory
+_MOST_TIMINGS = 10_000  # a robot that runs for days and never asks for them must not run out of memory
 
 
 class Settings(Protocol):
