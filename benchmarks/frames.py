@@ -14,7 +14,9 @@ differences are paired. They cover the choice of episodes, not the seed of the t
 Times are of the wall clock, one thread, batch 1, a window full of history, 16 denoising steps: one picture and action
 into the history, and the next frame denoised. All configurations take turns within each round; ratios are of medians,
 with 5 to 95 % of the single rounds'. Beside the wall clock stands the CPU time of the process, which other load on the
-machine lengthens less. Recordings and trainings that are done are not repeated, and one that was cut off continues.
+machine lengthens less. The floor is the time that the products of matrices and the attention of the same frame take at
+the GFLOP/s of a large float32 product; slopes are of a line through the medians by history. Recordings and trainings
+that are done are not repeated, and one that was cut off continues.
 """
 
 import os
@@ -33,7 +35,8 @@ from typing import Any
 import numpy as np
 import torch
 from job import code_version, describe_machine, read_json
-from latency import percentiles, ratio_of, timed
+from latency import measure_machine, percentiles, ratio_of, timed
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from scd_robot.analysis.frame_metrics import curve
 from scd_robot.analysis.imagination import describe, imagine_episodes, write_imagined
@@ -243,12 +246,27 @@ class Stream:
         )
         self.model.frames(tokens, known)
 
+    def operations(self) -> int:
+        """Multiplications and additions of a frame, in products of matrices and in attention."""
+
+        def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+            return int(sdpa_flop_count(query, key, value))  # of shapes
+
+        unknown = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # to the counter
+        with FlopCounterMode(display=False, custom_mapping={unknown: attention}) as counter:
+            self.read()
+            self.denoise()
+        count: int = counter.get_total_flops()
+        return count
+
 
 @torch.inference_mode()
 def time_frames(rounds: int, histories: Sequence[int] = HISTORIES) -> dict[str, Any]:
     """Milliseconds by arm and history, and ratios of the arms, in turns."""
     load = os.getloadavg()[0]
+    machine = measure_machine()
     streams = {(arm, history): Stream(arm, history) for history in histories for arm in ARMS}
+    floors = {key: stream.operations() / (1e6 * machine["gflops"]) for key, stream in streams.items()}
     times: dict[tuple[str, int], dict[str, list[float]]] = {}
     for index in range(rounds + rounds // 10):
         if index == rounds // 10:  # the first tenth warms up
@@ -259,6 +277,7 @@ def time_frames(rounds: int, histories: Sequence[int] = HISTORIES) -> dict[str, 
             cpu = 1e3 * (time.process_time() - started)
             for name, value in (("read", read), ("denoise", denoise), ("frame", read + denoise), ("cpu", cpu)):
                 times.get(key, {}).get(name, []).append(value)
+    medians = {arm: [float(np.median(times[arm, w]["frame"])) for w in histories] for arm in ARMS}
     frame, cpu_time = ({key: found[name] for key, found in times.items()} for name in ("frame", "cpu"))
     first, last = min(histories), max(histories)
     return {
@@ -277,7 +296,21 @@ def time_frames(rounds: int, histories: Sequence[int] = HISTORIES) -> dict[str, 
             str(w): ratio_of(cpu_time["separable", w], cpu_time["entangled", w]) for w in histories
         },
         "cpu_growth": {arm: ratio_of(cpu_time[arm, last], cpu_time[arm, first]) for arm in ARMS},
+        "gflops": machine["gflops"],
+        "floor_ms": {arm: {str(w): floors[arm, w] for w in histories} for arm in ARMS},
+        "slope_us": {
+            arm: {
+                "measured": slope_us(histories, medians[arm]),
+                "floor": slope_us(histories, [floors[arm, w] for w in histories]),
+            }
+            for arm in ARMS
+        },
     }
+
+
+def slope_us(histories: Sequence[int], ms: Sequence[float]) -> float:
+    """Microseconds by which a frame takes longer per control step of history, of the least-squares line."""
+    return 1e3 * float(np.polyfit(histories, ms, 1)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -324,7 +357,7 @@ def quality_report(found: Mapping[str, Any]) -> str:
 def times_report(found: Mapping[str, Any]) -> str:
     """Tables of `time_frames`."""
     names = ("history", "arm", "picture and action into the history", "denoising", "frame", "separable / entangled")
-    names += ("CPU of a frame, p50", "separable / entangled, CPU")
+    names += ("CPU of a frame, p50", "separable / entangled, CPU", "floor", "frame / floor")
     lines = [
         f"{found['denoising_steps']} denoising steps, {found['threads']} thread(s), load average at the start "
         f"{found['load_1min_at_start']:.2f}; ms, p50 / p99\n",
@@ -336,7 +369,8 @@ def times_report(found: Mapping[str, Any]) -> str:
             cells = [f"{entry[n]['p50']:.1f} / {entry[n]['p99']:.1f}" for n in ("read", "denoise", "frame")]
             cells += [_ratio(beside) if arm == "separable" else "", f"{entry['cpu']['p50']:.1f}"]
             cells += [_ratio(found["cpu_separable_over_entangled"][history]) if arm == "separable" else ""]
-            lines.append(_row(history, arm, *cells))
+            floor = found["floor_ms"][arm][history]
+            lines.append(_row(history, arm, *cells, f"{floor:.2f}", f"{entry['frame']['p50'] / floor:.1f}"))
     histories = list(found["separable_over_entangled"])
     lines.append("")
     for arm, growth in found["growth"].items():
@@ -344,6 +378,9 @@ def times_report(found: Mapping[str, Any]) -> str:
             f"- {arm}: a frame with a history of {histories[-1]} over {histories[0]}: {_ratio(growth)}, CPU "
             f"{_ratio(found['cpu_growth'][arm])}"
         )
+    for arm, slope in found["slope_us"].items():
+        told = f"{slope['measured']:.1f} us per control step of history, of the floor {slope['floor']:.1f}"
+        lines.append(f"- {arm}, slope: {told} (at {found['gflops']:.0f} GFLOP/s)")
     lines.append("- parameters: " + ", ".join(f"{arm} {count:,}" for arm, count in found["parameters"].items()))
     return "\n".join(lines)
 

@@ -76,7 +76,11 @@ def test_times_are_of_both_arms_in_turns():
     found = benchmark.time_frames(rounds=2, histories=(2, 4))
     text = benchmark.times_report(json.loads(json.dumps(found)))
     assert set(found["separable_over_entangled"]) == {"2", "4"}
+    ours, theirs = (found["slope_us"][arm]["floor"] for arm in ("separable", "entangled"))
+    assert 0 < ours < theirs / 8, "history costs something once per frame, the rival at 16 denoising steps"
+    assert f"of the floor {ours:.1f}" in text
     for arm in benchmark.ARMS:
+        assert found["floor_ms"][arm]["2"] < found["floor_ms"][arm]["4"]
         entry = found["ms"][arm]["4"]
         assert 0 < entry["read"]["p50"] < entry["frame"]["p50"]
     assert "| 4 | entangled |" in text
@@ -104,3 +108,7 @@ def test_of_pusht_the_places_of_hand_block_and_foot_are_known(tmp_path):
     stem = data.arrays["position.foot"] - data.arrays["position.block"]
     np.testing.assert_allclose(stem, [[0, 0.1, 0], [-0.1, 0, 0], [0, -0.1, 0], [0, 0.1, 0]], atol=1e-6)
     assert set(benchmark.moving_things(data)) == {"foot"}
+
+
+def test_the_slope_is_that_of_a_line():
+    assert benchmark.slope_us((8, 16, 64), (1.8, 2.6, 7.4)) == pytest.approx(100)
