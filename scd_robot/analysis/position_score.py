@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from scd_robot.analysis.imagination import check_recording
 from scd_robot.analysis.position_probe import PositionProbe, ProbeConfig, train_probe
-from scd_robot.datasets import POSITION, open_dataset
+from scd_robot.datasets import POSITION, PRESENT, open_dataset
 from scd_robot.errors import ConfigError, UnknownNameError
 from scd_robot.policies import Imagination
 from scd_robot.types import ActionArray
@@ -26,7 +26,8 @@ __all__ = ["NearTo"]
 class NearTo:
     """Negative distance [m] of a thing from another one, or from a place, in the last imagined frame.
 
-    Both are looked for by a probe, which is trained on recorded pictures (about ten CPU seconds at 64 x 64).
+    Both are looked for by a probe, trained on recorded pictures (about ten CPU seconds at 64 x 64), but on none that is
+    marked as absent.
 
     Args:
         imagination: whose frames these are.
@@ -62,7 +63,12 @@ class NearTo:
         if not isinstance(goal, str) and np.shape(goal) != positions[thing].shape[1:]:
             raise ConfigError(f"goal must be {positions[thing].shape[1]} coordinates [m] or a name, got {goal}")
         owner = np.repeat(np.arange(data.num_episodes), data.episode_lengths)
-        pictures = imagination.pictures(np.asarray(data.arrays[imagination.source][:])[:, None])[:, 0]
+        pictures = np.asarray(data.arrays[imagination.source][:])
+        if data.has_gaps(imagination.source):
+            there = np.asarray(data.arrays[PRESENT + imagination.source][:], bool)
+            pictures, owner = pictures[there], owner[there]
+            positions = {name: values[there] for name, values in positions.items()}
+        pictures = imagination.pictures(pictures[:, None])[:, 0]
         self.probe: PositionProbe = train_probe(pictures, positions, owner, ProbeConfig(updates=updates))
 
     def __call__(self, frames: NDArray[np.uint8], chunks: ActionArray) -> NDArray[np.float64]:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from frame_models import ARCHITECTURES, SHAPE, frame_config, frame_experiment, moving_square
 
+from scd_robot.analysis import position_score
 from scd_robot.analysis.imagination import check_recording, imagine_episodes
 from scd_robot.analysis.surprise import calibrate_surprise
 from scd_robot.checkpoint import read_checkpoint
 from scd_robot.cli.main import main
-from scd_robot.datasets import PRESENT, EpisodeDataset
+from scd_robot.datasets import POSITION, PRESENT, EpisodeDataset
 from scd_robot.datasets.convert import write_zarr
 from scd_robot.errors import CheckpointError, ConfigError, ShapeError, UnknownNameError
 from scd_robot.model import build_model
@@ -155,6 +156,23 @@ def test_what_lies_in_the_place_of_an_absent_picture_is_not_taken_for_one() -> N
     assert imagine_episodes(untrained(), data, [0, 1], context=6, length=3).episodes == [0, 1]
     with pytest.raises(ConfigError, match="episode 1 has no picture 'eye' in 2 of 24 control steps"):
         calibrate_surprise(untrained(), data, [0, 1, 2])
+
+
+def test_a_score_by_position_learns_nothing_from_absent_pictures(tmp_path, monkeypatch) -> None:
+    there = np.ones(DATA.num_steps, bool)
+    there[[3, 24 + 9]] = False
+    eye = DATA.arrays["eye"].copy()
+    eye[~there] = 0
+    places = np.arange(2 * DATA.num_steps, dtype=np.float32).reshape(-1, 2)
+    arrays = {**DATA.arrays, "eye": eye, PRESENT + "eye": there, POSITION + "square": places}
+    write_zarr(replace(DATA, arrays=arrays), tmp_path / "gaps.zarr")
+    given = []
+    monkeypatch.setattr(position_score, "train_probe", lambda *arguments: given.append(arguments))
+    position_score.NearTo(untrained(), str(tmp_path / "gaps.zarr"), "square", [0.0, 0.0])
+    ((pictures, positions, owner, _),) = given
+    np.testing.assert_array_equal(pictures, DATA.arrays["eye"][there])
+    np.testing.assert_array_equal(positions["square"], places[there])
+    np.testing.assert_array_equal(owner, np.repeat(np.arange(DATA.num_episodes), DATA.episode_lengths)[there])
 
 
 def test_recorded_frames_that_do_not_fit_into_memory_are_told_with_their_sum(monkeypatch) -> None:
