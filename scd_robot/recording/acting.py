@@ -35,6 +35,9 @@ class ActingPolicy:
         policy: of the environment's observations and actions.
         delay_steps: that a plan takes.
 
+    Attributes:
+        error: what the policy raised; None = nothing.
+
     Raises:
         ConfigError: it cannot commit to so many actions, or its chunks are too short for that.
     """
@@ -51,6 +54,7 @@ class ActingPolicy:
         self._policy, self._delay = policy, delay_steps
         self._chunk: ActionArray | None = None
         self._at = 0
+        self.error: Exception | None = None
 
     def reset(self, episode: int) -> None:
         """Begins an episode, whose number keys the policy's noise."""
@@ -59,6 +63,13 @@ class ActingPolicy:
 
     def act(self, observation: dict[str, Any], executed_action: ActionArray | None) -> ActionArray:
         """(Da,) the action of this control step; `executed_action` (Da,) is what was done in the one before."""
+        try:
+            return self._act(observation, executed_action)
+        except Exception as error:
+            self.error = error
+            raise
+
+    def _act(self, observation: dict[str, Any], executed_action: ActionArray | None) -> ActionArray:
         before = None if executed_action is None else executed_action[None]
         self._policy.observe({key: np.asarray(x)[None] for key, x in observation.items()}, before)
         if self._chunk is None:

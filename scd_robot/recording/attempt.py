@@ -91,6 +91,8 @@ def run_attempt(
     than a control step, and so does noise with a correlation (a first-order autoregression). Disturbances undo what was
     done before: a policy that sees its history cannot go by the time that has passed, but has to look what it has
     achieved.
+
+    What a simulator raises is told in the attempt; what the policy raises is raised.
     """
     start_seed = derive_seed(RECORDING, config.seed, index)
     noise, disturbance = (keyed_rng(RECORDING, config.seed, index, key) for key in (_NOISE, _DISTURBANCE))
@@ -106,6 +108,8 @@ def run_attempt(
     except (ScdRobotError, MemoryError):
         raise
     except Exception as error:  # a simulator may raise anything, and then is tried again from another start state
+        if acting is not None and acting.error is error:
+            raise
         logger.debug("attempt %d", index, exc_info=True)
         return Attempt(index, start_seed, None, crash=f"{type(error).__name__}: {error}")
     return Attempt(index, start_seed, episode, success)

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import scd_robot
 from scd_robot.datasets.zarr.writer import ZarrWriter
 from scd_robot.errors import ConfigError, SimulatorError
 from scd_robot.recording.acting import ActingPolicy, ChunkingPolicy
-from scd_robot.recording.attempt import RecordingConfig
+from scd_robot.recording.attempt import Attempt, RecordingConfig
 from scd_robot.recording.workers import available_cpus, run_attempts
 from scd_robot.seeding import RECORDING, derive_seed
 from scd_robot.sim_eval.policy_adapter import check_policy_spec
@@ -81,7 +81,7 @@ def record_demonstrations(
     Raises:
         ConfigError: a number is out of range, or the environment has no expert, or no positions to keep; a delay
             without a policy, or more than its chunks allow; a policy whose actions are of another kind.
-        ShapeError: the policy is one for another environment.
+        ShapeError: the policy is one for another environment. Whatever else it raises is raised, too.
         UnknownNameError, MissingDependencyError: the environment cannot be made.
         SimulatorError: the expert fails far too often (10 attempts per episode and 20 more), the simulator crashes in
             10 attempts in a row, or a process died.
@@ -93,14 +93,8 @@ def record_demonstrations(
     if policy is None and (max_delay_steps or told):
         raise ConfigError("max_delay_steps is of a policy's plans; name the policy that acts, or leave it out")
     if policy is not None:
-        if workers not in (None, 1):
-            raise ConfigError(f"a policy acts in one process, got {workers} workers; leave them out")
-        workers = 1
         ActingPolicy(policy, max_delay_steps)
-    if workers is None:
-        workers = max(1, min(available_cpus(), episodes // _EPISODES_PER_WORKER))
-    if workers < 1:
-        raise ConfigError(f"workers must be at least 1, got {workers}")
+    workers = _num_workers(workers, episodes, policy)
     config = RecordingConfig(
         environment,
         seed,
@@ -111,39 +105,20 @@ def record_demonstrations(
         noise_correlation,
         max_delay_steps,
     )
-    limit = 10 * episodes + 20
-    attempts = crashes = successes = 0
     with contextlib.closing(make_environment(environment)) as simulator:
         spec = simulator.spec
         check_policy_spec(policy, spec)
         _check_expert(simulator, seed)
         if keep_positions and not hasattr(type(simulator), "positions"):
             raise ConfigError(f"{spec.name} does not tell where things are; record it without keep_positions")
+        limit = 10 * episodes + 20
         with (
             ZarrWriter(out, _dataset_spec(spec), _metadata(spec, config, policy, told), overwrite) as writer,
             tqdm(total=episodes, desc=f"recording {spec.name}", unit="episode", disable=not progress) as bar,
             contextlib.closing(run_attempts(simulator, config, limit, workers, policy)) as results,
         ):
-            for attempt in results:
-                attempts += 1
-                if attempt.crash is not None:
-                    logger.warning("attempt %d was dropped: %s", attempt.index, attempt.crash)
-                crashes = 0 if attempt.crash is None else crashes + 1
-                if crashes == _CRASHES_IN_A_ROW:
-                    raise SimulatorError(
-                        f"{spec.name} crashed in {crashes} attempts in a row, the last with: {attempt.crash}; "
-                        f"{writer.num_episodes} episodes were recorded"
-                    )
-                if attempt.episode is not None:
-                    about = {"seed": attempt.start_seed, "attempt": attempt.index, "success": int(attempt.success)}
-                    writer.append(attempt.episode, about)
-                    bar.update()
-                successes += attempt.success
-                bar.set_postfix(failures=attempts - successes, refresh=False)
-                if writer.num_episodes == episodes:
-                    break
-            failures = attempts - successes
-            writer.update_metadata({"attempts": attempts, "failures": failures})
+            attempts, successes = _write(results, writer, bar)
+            writer.update_metadata({"attempts": attempts, "failures": attempts - successes})
             if writer.num_episodes < episodes:
                 raise SimulatorError(
                     f"the expert of {spec.name} succeeded in {writer.num_episodes} of {attempts} attempts, {episodes} "
@@ -155,7 +130,7 @@ def record_demonstrations(
         "episodes": writer.num_episodes,
         "attempts": attempts,
         "successes": successes,
-        "failures": failures,
+        "failures": attempts - successes,
         "steps": writer.num_steps,
         "mean_length": writer.num_steps / writer.num_episodes,
         "seconds": time.perf_counter() - start,
@@ -165,6 +140,43 @@ def record_demonstrations(
         "noise_correlation": noise_correlation,
         "disturbances": disturbances,
     }
+
+
+def _num_workers(workers: int | None, episodes: int, policy: ChunkingPolicy | None) -> int:
+    """How many processes there are to be."""
+    if policy is not None and workers not in (None, 1):
+        raise ConfigError(f"a policy acts in one process, got {workers} workers; leave them out")
+    if policy is not None:
+        return 1
+    if workers is None:
+        return max(1, min(available_cpus(), episodes // _EPISODES_PER_WORKER))
+    if workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {workers}")
+    return workers
+
+
+def _write(results: Iterable[Attempt], writer: ZarrWriter, bar: Any) -> tuple[int, int]:
+    """Writes episodes until the bar's total is there or no attempt is left; how many were made, and succeeded."""
+    attempts = crashes = successes = 0
+    for attempt in results:
+        attempts += 1
+        if attempt.crash is not None:
+            logger.warning("attempt %d was dropped: %s", attempt.index, attempt.crash)
+        crashes = 0 if attempt.crash is None else crashes + 1
+        if crashes == _CRASHES_IN_A_ROW:
+            raise SimulatorError(
+                f"{writer.spec.source} crashed in {crashes} attempts in a row, the last with: {attempt.crash}; "
+                f"{writer.num_episodes} episodes were recorded"
+            )
+        if attempt.episode is not None:
+            about = {"seed": attempt.start_seed, "attempt": attempt.index, "success": int(attempt.success)}
+            writer.append(attempt.episode, about)
+            bar.update()
+        successes += attempt.success
+        bar.set_postfix(failures=attempts - successes, refresh=False)
+        if writer.num_episodes == bar.total:
+            break
+    return attempts, successes
 
 
 def _check_expert(environment: Environment, seed: int) -> None:

@@ -166,3 +166,16 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(monkeyp
     with pytest.raises((ConfigError, ShapeError), match=message):
         record_demonstrations("line", 1, tmp_path / "a.zarr", progress=False, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_policy_raises_is_no_crash_of_the_simulator(monkeypatch, tmp_path):
+    class Breaks(Planner):
+        def plan(self, *args, **options):
+            raise RuntimeError("out of memory on the GPU")
+
+    monkeypatch.setattr("scd_robot.recording.record.make_environment", lambda name: Line())
+    with pytest.raises(RuntimeError, match="out of memory on the GPU"):
+        record_demonstrations("line", 1, tmp_path / "a.zarr", policy=Breaks(), progress=False)
+    monkeypatch.setattr(Line, "step", lambda self, action: 1 / 0)
+    crashed = run_attempt(Line(), RecordingConfig("line"), 0, Planner())
+    assert crashed.crash == "ZeroDivisionError: division by zero"
