@@ -18,6 +18,7 @@ from scd_robot.errors import ConfigError, DatasetError, UnknownNameError
 from scd_robot.model import FrameConfig, ScdConfig
 from scd_robot.nn import AutoencoderConfig, ImageConfig
 from scd_robot.policies.scd import ScdPolicyConfig
+from scd_robot.resizing import told_resizing
 from scd_robot.training.augmentation import AugmentationConfig
 from scd_robot.training.config import ExperimentConfig, Objective, TrainingConfig
 from scd_robot.transforms import ChunkPart, TransformConfig, Transforms
@@ -293,10 +294,7 @@ def _only_camera(dataset: DatasetSpec, preset: str) -> tuple[str, tuple[int, ...
 
 def _resize(camera: str, shape: Sequence[int], size: Sequence[int]) -> str:
     """What to do about pictures of another size."""
-    return (
-        f"{camera!r} has {shape[0]} x {shape[1]}: resize them with --transforms, "
-        f'{{"images": [{{"key": "{camera}", "crop": [], "size": {list(size)}}}]}}'
-    )
+    return f"{camera!r} has {shape[0]} x {shape[1]}: {told_resizing(camera, size)}"
 
 
 PRESETS: dict[str, Callable[[DatasetSpec], ExperimentConfig]] = {

@@ -7,13 +7,15 @@ Shapes: (..., H, W, C) pictures.
 """
 
 import functools
+import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["crop_and_resize", "resize"]
+__all__ = ["crop_and_resize", "resize", "told_resizing"]
 
 _MOST_BITS = 22
 
@@ -70,3 +72,9 @@ def _taps(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.int32
     while bits < _MOST_BITS and 0.5 + weight.max() * 2 ** (bits + 1) < 2**15:  # weights are 16 bits wide
         bits += 1
     return np.minimum(index, source - 1).T, np.floor(weight * 2**bits + 0.5).astype(np.int32).T, bits
+
+
+def told_resizing(key: str, size: Sequence[int]) -> str:
+    """What a message says that is to be done, for a shell: pictures of an observation made H x W."""
+    transforms = {"images": [{"key": key, "crop": [], "size": list(size)}]}
+    return f"resize them with --transforms '{json.dumps(transforms)}'"

@@ -23,7 +23,7 @@ def train(
     weights: list[float] | None = None,
     out: Path,
     read: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions(),  # noqa: B008 - frozen
-    transforms: Path | None = None,
+    transforms: str | None = None,
     tasks: str | None = None,
     goals: tuple[str, ...] = (),
     max_steps: int | None = None,
@@ -57,8 +57,8 @@ def train(
         weights: with several datasets, the share of control steps that each supplies, in any unit; by default by size.
         out: folder of the run.
         read: what to read of the datasets.
-        transforms: JSON file with what to do between the recording and the model: rename, images, rotations, grippers,
-            select, chunk (docs/data.md); by default the preset's.
+        transforms: what to do between the recording and the model, as JSON or a file that holds it: rename, images,
+            rotations, grippers, select, chunk (docs/data.md); by default the preset's.
         tasks: tell the model the task of each episode: "one-hot", or a JSON file {"task in words": [numbers], ...} with
             embeddings of the words. Words are those of a LeRobot dataset; where a recording has none, the name of its
             environment.
@@ -153,22 +153,24 @@ def open_datasets(paths: list[str], weights: list[float] | None, read: ReadOptio
     return join_datasets(datasets, paths) if weights is None else mix_datasets(datasets, weights, paths)
 
 
-def read_transforms(path: Path | None) -> Any:
-    """A `TransformConfig`, of which the file may leave out fields; None without a file."""
+def read_transforms(given: str | None) -> Any:
+    """A `TransformConfig` of JSON, or of a file that holds it; fields may be left out. None without."""
     import json
 
     from scd_robot.config import from_json, to_json
     from scd_robot.errors import ConfigError
     from scd_robot.transforms import TransformConfig
 
-    if path is None:
+    if given is None:
         return None
+    inline = given.lstrip().startswith("{")
+    told = "--transforms" if inline else given
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(given if inline else Path(given).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the transforms {path}: {error}") from error
+        raise ConfigError(f"cannot read the transforms {given}: {error}") from error
     defaults = to_json(TransformConfig())
-    return from_json(TransformConfig, {**defaults, **given} if isinstance(given, dict) else given, str(path))
+    return from_json(TransformConfig, {**defaults, **found} if isinstance(found, dict) else found, told)
 
 
 def _told(experiment: Any, data: Any, tasks: str | None, goals: tuple[str, ...]) -> Any:

@@ -21,7 +21,7 @@ def train_autoencoder(
     camera: str | None = None,
     out: Path,
     read: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions(),  # noqa: B008 - frozen
-    transforms: Path | None = None,
+    transforms: str | None = None,
     updates: int = 3000,
     latent_channels: int = 8,
     channels: tuple[int, ...] = (16, 32, 64),
@@ -47,7 +47,7 @@ def train_autoencoder(
         camera: key of the pictures, after the transforms; by default the only one.
         out: folder for the autoencoder.
         read: what to read of the datasets.
-        transforms: JSON file with what to do between the recording and the model, as for 'scd train': sides must be
+        transforms: what to do between the recording and the model, as for 'scd train' JSON or a file: sides must be
             multiples of 8 (with three layers), and of 16 for frames_latent.
         updates: of the optimiser; more are sharper.
         latent_channels: numbers that each place (8 x 8 pixels, with three layers) becomes; more keep more, and more

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
 from scd_robot.errors import ConfigError
+from scd_robot.resizing import told_resizing
 
 __all__ = ["Autoencoder", "AutoencoderConfig"]
 
@@ -65,8 +66,7 @@ class AutoencoderConfig:
             size = [max(self.factor, round(side / self.factor) * self.factor) for side in (height, width)]
             raise ConfigError(
                 f"an autoencoder of {len(self.channels)} layers takes pictures whose sides are multiples of "
-                f"{self.factor}, {key!r} has {height} x {width}: resize them with --transforms, "
-                f'{{"images": [{{"key": "{key}", "crop": [], "size": {size}}}]}}'
+                f"{self.factor}, {key!r} has {height} x {width}: {told_resizing(key, size)}"
             )
 
 

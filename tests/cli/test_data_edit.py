@@ -173,8 +173,9 @@ def test_training_takes_several_datasets_and_transforms(tmp_path, tiny_store, ti
 )
 def test_transforms_that_cannot_be_are_refused(tmp_path, tiny_store, tiny_train_options, refused, text, told):
     (tmp_path / "t.json").write_text(text)
-    options = ["--dataset", tiny_store, "--out", tmp_path / "run", "--transforms", tmp_path / "t.json"]
-    refused(["train", "metaworld_state", *options, *tiny_train_options], told, unchanged=[tmp_path])
+    for given in (tmp_path / "t.json", *([text] if text.startswith("{") else [])):  # a file, or the words themselves
+        options = ["--dataset", tiny_store, "--out", tmp_path / "run", "--transforms", given]
+        refused(["train", "metaworld_state", *options, *tiny_train_options], told, unchanged=[tmp_path])
 
 
 @pytest.mark.parametrize("target", ["s3://bucket/b.zarr", "s3://bucket/b.hdf5"])
