@@ -14,7 +14,7 @@ import threading
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,7 @@ class FlightRecorder:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             self._save(job)
+            del job  # a minute of arrays, which would be kept until the next fault
 
     def _save(self, job: _Job) -> None:
         problem = None
@@ -202,7 +203,7 @@ class FlightRecorder:
             known = isinstance(error, OSError | OutputError)
             logger.error("no flight record %s: %s", job.target, error, exc_info=None if known else error)
             problem = str(error) or type(error).__name__
-        self._done.put((job, problem))
+        self._done.put((replace(job, arrays={}, document={}), problem))
 
 
 def write_record(target: Path, arrays: Arrays, document: Mapping[str, Any]) -> None:
