@@ -9,9 +9,11 @@ Shapes: Da action width.
 import contextlib
 import multiprocessing
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,7 +27,7 @@ from scd_robot.types import Environment, EnvironmentSpec
 
 __all__ = ["SimulatedRobot", "limits_of"]
 
-_CREDIT = 4  # samples that may be on their way: the simulator never waits for a reader
+_CREDIT = 4  # samples that may be on their way
 _STARTUP_TIMEOUT_S = 180.0
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -151,6 +153,41 @@ def _rest_of(spec: EnvironmentSpec) -> tuple[float | None, ...]:
     return (None if spec.action_kind == "absolute" else 0.0,) * spec.action_dim
 
 
+class _Outbox:
+    """Sends the newest sample from a thread: pictures fill a pipe, and the simulator never waits for a reader."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._changed = connection, threading.Condition()
+        self._newest: bytes | None = None
+        self._credit = _CREDIT
+        self.sending = threading.Lock()
+        threading.Thread(target=self._run, name="samples", daemon=True).start()
+
+    def put(self, sample: Mapping[str, Any]) -> None:
+        """Takes the place of one that was not sent yet."""
+        message = bytes(ForkingPickler.dumps(("sample", sample)))  # now: a simulator may write into its arrays
+        with self._changed:
+            self._newest = message
+            self._changed.notify()
+
+    def more(self) -> None:
+        """One was read."""
+        with self._changed:
+            self._credit += 1
+            self._changed.notify()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):  # the loop's process is gone, which the simulator sees by itself
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._newest is not None and self._credit > 0)
+                    message, self._newest = self._newest, None
+                    self._credit -= 1
+                assert message is not None
+                with self.sending:
+                    self._connection.send_bytes(message)
+
+
 def _live(
     connection: Connection,
     source: EnvironmentSource,
@@ -160,21 +197,24 @@ def _live(
 ) -> None:
     """The process: a control step whenever its time has come."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the loop ends it
+    outbox = _Outbox(connection)
     try:
         environment = load_environment(source)
         with contextlib.closing(environment):
             observation = environment.reset(seed)
             connection.send(("spec", environment.spec))
-            _step_by_the_clock(connection, environment, observation, rest, control_dt or environment.spec.control_dt)
+            dt = control_dt or environment.spec.control_dt
+            _step_by_the_clock(connection, outbox, environment, observation, rest, dt)
     except (BrokenPipeError, EOFError, ConnectionResetError):  # the loop's process is gone
         return
     except Exception as error:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), outbox.sending:
             connection.send(("crash", f"{type(error).__name__}: {error}"))
 
 
 def _step_by_the_clock(
     connection: Connection,
+    outbox: _Outbox,
     environment: Environment,
     observation: Mapping[str, Any],
     rest: tuple[float | None, ...] | None,
@@ -184,22 +224,20 @@ def _step_by_the_clock(
     still = np.array([np.nan if x is None else x for x in at_rest], np.float32)
     pose_of = getattr(environment, "standstill", lambda: None)
     command: np.ndarray[Any, Any] | None = None  # None before the first one: the simulator's time stands
-    executed, steps, finished, success, credit = None, 0, False, False, _CREDIT
+    executed, steps, finished, success = None, 0, False, False
     due = time.monotonic()
     while True:
-        if credit > 0:
-            told = {"observation": observation, "stamp_s": time.monotonic(), "executed": executed, "steps": steps}
-            pose = pose_of()
-            told["pose"] = None if pose is None else np.array(pose, np.float64)
-            connection.send(("sample", {**told, "finished": finished, "success": success}))
-            credit -= 1
+        told = {"observation": observation, "stamp_s": time.monotonic(), "executed": executed, "steps": steps}
+        pose = pose_of()
+        told["pose"] = None if pose is None else np.array(pose, np.float64)
+        outbox.put({**told, "finished": finished, "success": success})
         due = max(due + control_dt, time.monotonic())
         while connection.poll(max(0.0, due - time.monotonic())):
             kind, value = connection.recv()
             if kind == "close":
                 return
             if kind == "more":
-                credit += 1
+                outbox.more()
             elif kind == "command":
                 command = value
             elif command is not None:  # hold

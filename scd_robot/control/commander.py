@@ -6,6 +6,7 @@ of a sample that is newer than that.
 Shapes: Da action width.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ class Commander:
         self._limiter = Limiter(limits, servo_dt)
         self._owed_s: float | None = None  # since when hold() has failed
         self._distrusted_s = -np.inf  # samples up to then do not tell where the robot is
-        self._sent_s = -np.inf
+        self._sent_s = self._alive_s = -np.inf
         self.anchored = False
         self.command: Command | None = None
 
@@ -61,6 +62,10 @@ class Commander:
     def still(self) -> bool:
         """Whether the last command left the robot standing."""
         return self._limiter.still
+
+    def silent_for(self, seconds: float) -> bool:
+        """Whether none was sent for longer than that [s] where some were due: nobody knows where the robot is now."""
+        return self.anchored and self._clock.now() - self._alive_s > seconds
 
     @property
     def owes_hold(self) -> bool:
@@ -85,7 +90,7 @@ class Commander:
             self._journal.condition("bad_pose", True, str(error))
             return
         self._journal.condition("bad_pose", False)
-        self.anchored = True
+        self.anchored, self._alive_s = True, self._clock.now()
 
     def release(self) -> None:
         """Lets the robot hold by its own means; commands begin again from where it is then."""
@@ -129,7 +134,7 @@ class Commander:
             self.command = None
             return False
         finally:  # not before it: this thread may have waited for the processor until the robot had it
-            self._sent_s = self._clock.now()
+            self._sent_s = self._alive_s = self._clock.now()
         self.command = command
         return True
 
@@ -140,11 +145,13 @@ class Commander:
 
     def ahead(self, goals: Sequence[Command]) -> list[Command]:
         """What will have been sent at the end of each control step with these goals."""
-        targets, start = [], self._limiter.last
+        limiter, ends = copy.copy(self._limiter), []
         for goal in goals:
-            targets += [self.between(start, goal, part) for part in range(self._servo_steps)]
-            start = goal
-        return self._limiter.preview(targets)[self._servo_steps - 1 :: self._servo_steps]
+            start = limiter.last  # limits may have kept it from the goal before
+            for part in range(self._servo_steps):
+                command = limiter.step(self.between(start, goal, part))
+            ends.append(command)
+        return ends
 
     def fitting(self, value: Any) -> Command | None:
         """What a robot tells, if it is as wide as a command."""

@@ -117,6 +117,7 @@ class LeRobotRobot:
         self._failed_at: TracebackType | None = None
         self._place: tuple[Command, float] | None = None  # the last finite pose, and when it was read
         self._executed: ActionArray | None = None
+        self._sent: Command | None = None
         self._thread: threading.Thread | None = None
 
     def connect(self) -> None:
@@ -126,6 +127,8 @@ class LeRobotRobot:
             ConfigError: it is not calibrated, or tells numbers of other units than the data's.
             ShapeError: it does not tell what its features promise.
         """
+        self._wanted = self._closed = False
+        self._place = self._executed = self._sent = None
         if not self._device.is_connected:
             self._device.connect(calibrate=False)
         try:
@@ -166,18 +169,18 @@ class LeRobotRobot:
         if not self._bus.acquire(timeout=2 * self._patience_s):
             raise TimeoutError("the command was not sent: get_observation() has not come back")
         try:
-            self._executed = None
+            self._executed, self._sent = None, np.array(command)
             told = self._device.send_action(self._names.named(command))
             self._executed = self._as_sent(told)
         finally:
             self._bus.release()
 
     def hold(self) -> None:
-        """Commands the present position.
+        """Commands the present position, and rest where commands name none.
 
         Raises:
-            TimeoutError: it was not read in the last two control steps: an old one would be a jump back. The motors are
-                left to themselves, and stay at what was commanded last.
+            TimeoutError: the position was not read in the last two control steps: an old one would be a jump back.
+                Motors are told to stay at what they were commanded last, and what is a velocity to rest.
         """
         cause: Exception | None = None
         try:
@@ -185,7 +188,13 @@ class LeRobotRobot:
         except Exception as error:
             cause = error
         age = float("inf") if self._place is None else self._clock.now() - self._place[1]
+        rest = np.array([np.nan if value is None else value for value in self._rest or (None,)], np.float64)
+        if np.isfinite(rest).all():
+            self.send(rest)
+            return
         if self._place is None or age > self._present_s:
+            if self._sent is not None and np.isfinite(rest).any():
+                self.send(np.where(np.isnan(rest), self._sent, rest))
             raise TimeoutError(f"cannot hold the present position, which was read {age:.3f} s ago") from cause
         self.send(self._place[0])
 

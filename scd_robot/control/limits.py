@@ -8,7 +8,6 @@ that it holds again; so there always is a next command, and standing still is ne
 Shapes: Da action width.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -176,11 +175,6 @@ class Limiter:
     def last(self) -> Command:
         """(Da,) the last command, or the pose it started from."""
         return np.array(self._last)
-
-    def preview(self, targets: Sequence[Command]) -> list[Command]:
-        """The commands that these targets would give, without giving them."""
-        ahead = copy.copy(self)
-        return [ahead.step(target) for target in targets]
 
     @property
     def _rests(self) -> bool:

@@ -79,6 +79,7 @@ class ControlLoop:
         self._requests: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._intent: Literal["run", "pause", "stop"] = "run"
         self._followed = False  # a plan of this epoch was followed
+        self._gap_told = False  # the standstill that the next control step will see as missed ones
         self._approach: Approach | None = None  # while blending into a plan
         self._goal: Command | None = None
         self._from: Command = np.zeros(spec.action_dim)
@@ -151,10 +152,12 @@ class ControlLoop:
             late_s: how late it is.
         """
         self._obey()
-        if gap > self._config.watchdog.max_gap_steps and self._intent == "run":
+        if gap > self._config.watchdog.max_gap_steps and self._intent == "run" and not self._gap_told:
             self._journal.fault("clock_gap", f"{gap} control steps were missed")
-            self._new_epoch()
+            self._release()
+        self._gap_told = False
         self._look()
+        self._mind_silence()
         self._collect_plan()
         if self._commander.owes_hold:
             self._release()
@@ -172,6 +175,9 @@ class ControlLoop:
 
     def _servo_step(self, part: int) -> None:
         """One command out, if it is known where the robot is."""
+        self._mind_silence()
+        if self._commander.anchored and self._goal is None and self._commander.still and self._is_stale:
+            self._release()  # it may be moved while nobody sees it; what it was sent last would take it back
         if self._commander.anchored:
             target = None
             if self._goal is not None:
@@ -187,6 +193,17 @@ class ControlLoop:
             if not self._commander.anchored and (not self._commander.owes_hold or hopeless):
                 self._journal.enter("paused" if self._intent == "pause" else "stopped")
                 self._holding_since = None
+
+    def _mind_silence(self) -> None:
+        """After a standstill of the loop nobody knows where the robot is: it holds, and commands begin anew."""
+        if self._commander.silent_for((self._config.watchdog.max_gap_steps + 1) * self._control_dt):
+            self._journal.fault("clock_gap", "no command was sent for too long: the loop stood still")
+            self._gap_told, self._goal = True, None
+            self._release()
+
+    @property
+    def _is_stale(self) -> bool:
+        return "stale_observation" in self._journal.active
 
     def _obey(self) -> None:
         """What other threads asked for."""
@@ -327,7 +344,9 @@ class ControlLoop:
             return None
         goal = self._planning.executor.take(rate)
         if goal is None:
-            if self._followed and not self._blind and not self._planning.rests:
+            if self._blind:  # no plan was asked for, so that none is late; the next one is a new start
+                self._followed = False
+            elif self._followed and not self._planning.rests:
                 self._journal.condition("plan_late", True, "all actions are used up")
                 if self._config.watchdog.late_plan == "stop":
                     self._intent = "stop"

@@ -129,6 +129,7 @@ class RosRobot:
         self._numbers: dict[str, _Number] = {}
         self._pictures: dict[str, _Picture] = {}
         self._bad: ShapeError | None = None
+        self._sent: Command | None = None
         self._node: RosNode | None = None
 
     def connect(self, timeout_s: float = 10.0) -> None:
@@ -144,7 +145,7 @@ class RosRobot:
             ConfigError: joints in other units than the data's.
         """
         with self._came:  # what came to an earlier node is too old
-            self._numbers, self._pictures, self._bad = {}, {}, None
+            self._numbers, self._pictures, self._bad, self._sent = {}, {}, None, None
         self._node = self._start()
         try:
             with self._came:
@@ -190,19 +191,26 @@ class RosRobot:
         node = self._running()
         if not node.publisher.get_subscription_count():
             raise ConnectionError(f"nobody listens to {self._topics.command}: is the controller active?")
+        self._sent = np.array(command)
         node.publisher.publish(self._message(self._names.named(command), node.messages))
 
     def hold(self) -> None:
-        """Commands the present position.
+        """Commands the present position, and rest where commands name none.
 
         Raises:
             ConnectionError: the node has ended, or nobody listens.
             TimeoutError: joint states did not tell it in the last two control steps: an old one would be a jump back.
-                The controller is left to itself, and stays at what was commanded last.
+                Joints are told to stay at what they were commanded last, and what is a velocity to rest.
         """
         self._running()
         with self._came:
-            self._check_numbers(self._pose_names, self._clock.now(), PRESENT_STEPS * self._spec.control_dt)
+            try:
+                self._check_numbers(self._pose_names, self._clock.now(), PRESENT_STEPS * self._spec.control_dt)
+            except (TimeoutError, ShapeError):
+                rest = np.array([np.nan if value is None else value for value in self._rest or (None,)], np.float64)
+                if self._sent is not None and np.isfinite(rest).any():
+                    self.send(np.where(np.isnan(rest), self._sent, rest))
+                raise
             values = {name: self._numbers[name].value for name in self._pose_names}
         self.send(self._names.pose(values, self._rest))
 

@@ -23,6 +23,10 @@ _UNTRAINED = (
     "with the committed actions, but may go on from them with a jump, which the limits make smooth; train it with "
     "model.max_delay_steps, or choose another strategy (docs/control.md, Strategies)"
 )
+_REPEATED = (
+    "the policy's actions are changes (action_kind delta), and each is sent in all %d servo steps of a control step: "
+    "the robot must take it as the change of the whole control step, told again, and not add it up"
+)
 State = Literal["starting", "running", "slow", "holding", "paused", "stopped"]
 
 
@@ -31,7 +35,8 @@ class LoopConfig:
     """Settings of a control loop.
 
     Attributes:
-        servo_steps: commands per control step, interpolated.
+        servo_steps: commands per control step: on the way to a place, and a velocity or change of the whole control
+            step again and again.
         execution: how chunks are carried out.
         watchdog: what is done about faults.
         start: guard of the first action.
@@ -121,6 +126,8 @@ def check_settings(limits: Limits, config: LoopConfig, spec: PolicySpec) -> None
         raise ConfigError(f"frozen_keys {sorted(unknown)} are no observations of the policy; it has {sorted(keys)}")
     if config.execution.strategy == "prefix" and spec.max_delay_steps == 0:
         logger.warning("%s", _UNTRAINED)
+    if config.servo_steps > 1 and spec.action_kind == "delta":
+        logger.warning("%s", _REPEATED % config.servo_steps)
 
 
 def _check_rest(limits: Limits, spec: PolicySpec) -> None:

@@ -124,7 +124,8 @@ class WatchdogConfig:
         plan_error: reaction to a plan that failed; "retry" goes on with the running chunk and asks again.
         changed_policy: reaction to a server with other weights than before; "hold" begins anew with a plan of them.
         robot_error: reaction to a failed send; "hold" lets the robot hold and begins anew from its pose.
-        max_gap_steps: control steps that may be missed at once; after more the history is begun anew.
+        max_gap_steps: control steps that may be missed at once; after more the robot holds, and history and commands
+            are begun anew, from where it is then.
         slow_rate: see above.
         give_up_s: seconds of holding without a break after which it stops.
     """

@@ -1,5 +1,6 @@
 """Robots of LeRobot under the loop: names, units, time, faults, and what arrives at the motors."""
 
+import contextlib
 import json
 import math
 
@@ -156,7 +157,30 @@ def test_an_action_whose_place_nobody_tells_is_refused_unless_it_is_a_velocity(c
     assert device.sent == [{"gripper.pos": 0, "shoulder_pan.pos": 10, "elbow_flex.pos": -20}]
 
 
+@pytest.mark.parametrize("rest", [(0.0, 0.0, 0.0), (0.0, None, None)])
+def test_velocities_rest_when_the_robot_is_to_hold_and_nobody_knows_where_it_is(device, clock, rest):
+    with make(device, clock, rest=rest) as robot:
+        robot.send(np.array([31.0, 11.0, -21.0]))
+        device.spoil = lambda values: 1 / 0
+        clock.advance(1.0)
+        held = contextlib.nullcontext() if None not in rest else pytest.raises(TimeoutError, match="cannot hold")
+        with held:
+            robot.hold()
+    places = {"shoulder_pan.pos": 0, "elbow_flex.pos": 0} if None not in rest else {}
+    assert device.sent[-1] == {"gripper.pos": 0, "shoulder_pan.pos": 11, "elbow_flex.pos": -21} | places
+
+
 class TestConnecting:
+    def test_it_can_be_connected_again(self, device, clock):
+        robot = make(device, clock)
+        for run in range(2):
+            with robot:
+                device.positions["gripper"] = 30.0 + run
+                wait = [robot.observe() for _ in range(3)]
+                robot.send(np.array([31.0, 11.0, -21.0]))
+            assert wait[-1].observation[STATE][1] == 30.0 + run
+        assert device.calls == [("connect", False), "disconnect"] * 2
+
     def test_it_never_asks_for_a_calibration_and_lets_go_of_one_that_has_none(self, clock):
         device = FakeLeRobot(calibrated=False)
         with pytest.raises(ConfigError, match="lerobot-calibrate"):
@@ -301,12 +325,21 @@ class TestLoop:
     @pytest.mark.parametrize(
         ("spoil", "faults"),
         [
-            (lambda values: values.pop("elbow_flex.pos"), {"robot_observe", "stale_observation"}),
-            (lambda values: values.update({"gripper.pos": "28 %"}), {"robot_observe", "stale_observation"}),
-            (lambda values: values.update({"gripper.pos": float("nan")}), {"bad_observation", "stale_observation"}),
+            (lambda values: values.pop("elbow_flex.pos"), {"robot_observe", "stale_observation", "robot_hold"}),
+            (
+                lambda values: values.update({"gripper.pos": "28 %"}),
+                {"robot_observe", "stale_observation", "robot_hold"},
+            ),
+            (
+                lambda values: values.update({"gripper.pos": float("nan")}),
+                {"bad_observation", "stale_observation", "robot_hold"},
+            ),
             (lambda values: values.update(front=values["front"][:4]), {"bad_observation", "stale_observation"}),
-            (lambda values: values.update(front=values["front"] / 255), {"robot_observe", "stale_observation"}),
-            (lambda values: 1 / 0, {"robot_observe", "stale_observation"}),
+            (
+                lambda values: values.update(front=values["front"] / 255),
+                {"robot_observe", "stale_observation", "robot_hold"},
+            ),
+            (lambda values: 1 / 0, {"robot_observe", "stale_observation", "robot_hold"}),
         ],
         ids=["missing motor", "no number", "NaN", "camera size", "camera dtype", "exception"],
     )

@@ -81,15 +81,6 @@ def test_the_hand_stays_in_its_workspace_also_while_braking():
     assert max(hands) > 0.45, "it goes near the border"
 
 
-def test_preview_tells_what_will_be_sent_and_changes_nothing():
-    limiter = Limiter(limits(), DT)
-    limiter.start(np.array([0.0]))
-    limiter.step(np.array([1.0]))
-    goals = [np.array([x]) for x in (1.0, -1.0, 0.3)]
-    ahead = limiter.preview(goals)
-    np.testing.assert_array_equal(ahead, [limiter.step(goal) for goal in goals])
-
-
 @pytest.mark.parametrize("pose", [None, np.array([np.nan]), np.array([2.1]), np.zeros(2)])
 def test_a_pose_from_which_no_command_is_within_limits_is_refused(pose):
     with pytest.raises(ActionError, match="robot"):

@@ -658,3 +658,123 @@ def test_a_delay_that_is_longer_than_what_was_trained_is_told(trained, faults, c
 def test_settings_that_do_not_fit_the_policy_are_refused(config, limits, told):
     with pytest.raises(ConfigError, match=told):
         Scene(LoopConfig(**config), limits=limits)
+
+
+SLOW = Limits((-10.0, -10.0), (10.0, 10.0), (1.0, 1.0), (5.0, 5.0), (None, None))
+
+
+def jumps(scene, after):
+    """Largest distance of a command from where the robot was when it came, in control steps from `after` on."""
+    seen, send, far = [], scene.robot.send, []
+
+    def watched(command):
+        if scene.clock.now() / DT >= after:
+            seen.append(scene.clock.now() / DT)
+            far.append(np.abs(command - scene.robot.pose).max())
+        send(command)
+
+    scene.robot.send = watched
+    return far
+
+
+@pytest.mark.parametrize("where", ["between two control steps", "in observe()", "in the encoder"])
+def test_after_a_standstill_of_the_loop_commands_begin_where_the_robot_is_then(where):
+    scene, calls = Scene(limits=SLOW, goal=(3.0, 3.0)), []
+
+    def stall():
+        scene.clock.advance(2.0)
+        scene.robot.pose = np.array([-2.0, -2.0])  # the robot's own watchdog let it go
+
+    def stalls(method):
+        def called(*arguments):
+            calls.append(method)
+            if len(calls) == 25:
+                stall()
+            return method(*arguments)
+
+        return called
+
+    if where == "between two control steps":
+        scene.at[25] = stall
+    elif where == "in observe()":
+        scene.robot.observe = stalls(scene.robot.observe)
+    else:
+        scene.policy.observe = stalls(scene.policy.observe)
+    far = jumps(scene, after=30)
+    report = scene.run(60)
+    assert report.faults == {"clock_gap": 1}
+    assert len(far) > 20
+    assert max(far) <= 0.05 + 1e-9, "a command's velocity from where it is"
+    assert scene.robot.held >= 3, "at the start, after the standstill, and at the end"
+
+
+def test_nothing_is_sent_to_a_robot_that_is_not_seen_and_commands_begin_where_it_is_seen_next():
+    scene = Scene(LoopConfig(watchdog=WatchdogConfig(give_up_s=60.0)), limits=SLOW, goal=(3.0, 3.0))
+    observe, frozen = scene.robot.observe, []
+
+    def lost():
+        sample = observe()
+        frozen.append(sample)
+        scene.robot.observe = lambda: sample
+
+    def back():
+        scene.robot.pose = np.array([-2.0, -2.0])
+        scene.robot.observe = observe
+
+    scene.at |= {25: lost, 85: back}
+    far = jumps(scene, after=80)
+    report = scene.run(120)
+    assert report.faults == {"stale_observation": 1}
+    times = np.array([row[0] for row in scene.sent])
+    assert not ((times > 50) & (times < 85)).any(), "it has braked and holds by its own means"
+    assert len(far) > 20
+    assert max(far) <= 0.05 + 1e-9
+
+
+@pytest.mark.parametrize("servo_steps", [1, 3])
+@pytest.mark.parametrize("acceleration", [4.0, np.inf])
+def test_committed_actions_are_those_that_are_sent_whatever_limits_and_servo_steps(servo_steps, acceleration):
+    limits = Limits((-2.0,) * 2, (2.0,) * 2, (1.0,) * 2, (acceleration,) * 2, (None,) * 2)
+    config = LoopConfig(servo_steps=servo_steps, execution=ExecutionConfig("prefix", num_executed=6))
+    scene, rng, given = Scene(config, limits=limits, plan_steps=3.2), np.random.default_rng(0), []
+    plan_from = scene.policy.plan_from
+
+    def plan(snapshot, prefix=None, running=None):
+        given.append((round(scene.clock.now() / DT), prefix))
+        scene.policy.goal = rng.uniform(-1, 1, 2)
+        return plan_from(snapshot, prefix, running)
+
+    scene.policy.plan_from = plan
+    scene.run(200)
+    ends = {int(time + 1e-3): place for time, *place in scene.sent}  # the last one of each control step
+    committed = [
+        (ends[step + i], action)
+        for step, prefix in given
+        if prefix is not None
+        for i, action in enumerate(prefix[0, :4])  # what is sent until the plan is there
+        if step + i < 199  # then it brakes
+    ]
+    assert len(committed) > 60
+    np.testing.assert_allclose(*map(np.array, zip(*committed, strict=True)), atol=1e-6)
+
+
+def test_a_plan_that_nobody_asked_for_while_nothing_was_seen_is_not_late():
+    watchdog = WatchdogConfig(stale_observation="slow", late_plan="stop", give_up_s=60.0)
+    scene = Scene(LoopConfig(watchdog=watchdog), limits=SLOW, goal=(3.0, 3.0))
+    observe = scene.robot.observe
+
+    def lost():
+        sample = observe()
+        scene.robot.observe = lambda: sample
+
+    scene.at |= {10: lost, 60: lambda: setattr(scene.robot, "observe", observe)}
+    report = scene.run(100)
+    assert report.faults == {"stale_observation": 1}
+    assert report.steps >= 100
+
+
+def test_changes_in_servo_steps_are_told_of(caplog):
+    changes = replace(SPEC, action_kind="delta")
+    rest = Limits.of_box((-1.0, -1.0), (1.0, 1.0), rest=(0.0, 0.0))
+    Scene(LoopConfig(servo_steps=4), limits=rest, spec=changes)
+    assert "not add it up" in caplog.text

@@ -284,6 +284,14 @@ class TestCommands:
             scene.robot.hold()
         assert scene.arm.commands == [START]
 
+    def test_what_is_a_velocity_rests_where_nobody_knows_the_place_of_the_others(self, monkeypatch):
+        with Scene(monkeypatch, ARRAY, rest=(0.0, None, None)) as scene:
+            scene.robot.send(np.array([0.05, 0.4, -0.1]))
+            scene.clock.advance(2.5 * DT)
+            with pytest.raises(TimeoutError, match="has come on /joint_states for"):
+                scene.robot.hold()
+        assert scene.arm.commands[-1] == {"gripper": 0.0, "shoulder": 0.4, "elbow": -0.1}
+
     def test_nobody_who_listens_is_a_failure(self, scene):
         del scene.ros.listeners["/controller"]
         with pytest.raises(ConnectionError, match="nobody listens to /controller"):
@@ -325,10 +333,10 @@ class TestLoop:
     @pytest.mark.parametrize(
         ("spoil", "faults"),
         [
-            (_without("arm", "gripper", "camera"), {"robot_observe", "stale_observation"}),
-            (_without("gripper"), {"robot_observe", "stale_observation"}),
+            (_without("arm", "gripper", "camera"), {"robot_observe", "stale_observation", "robot_hold"}),
+            (_without("gripper"), {"robot_observe", "stale_observation", "robot_hold"}),
             (_without("camera"), {"robot_observe", "stale_observation"}),
-            (_nan, {"bad_observation", "stale_observation"}),
+            (_nan, {"bad_observation", "stale_observation", "robot_hold"}),
             (_small, {"bad_observation", "stale_observation"}),
         ],
         ids=["silence", "a joint's silence", "a camera's silence", "NaN", "camera size"],

@@ -4,6 +4,7 @@ import functools
 import os
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,6 +71,41 @@ def test_a_reader_that_does_not_come_does_not_hold_it_up(toy):
             robot.observe()
         assert robot.finished
         assert robot.steps == 10
+
+
+def make_filmed(max_steps=100_000):
+    """The point, and a picture as cameras send them."""
+    import toy_environment
+
+    class Filmed(toy_environment.PointEnvironment):
+        def __init__(self):
+            super().__init__(max_steps=max_steps)
+            picture = {"picture": ArraySpec((480, 640, 3), "uint8")}
+            self.spec = replace(self.spec, observation={**self.spec.observation, **picture})
+
+        def reset(self, seed):
+            return {**super().reset(seed), "picture": np.full((480, 640, 3), 7, np.uint8)}
+
+        def step(self, action):
+            result = super().step(action)
+            seen = {**result.observation, "picture": np.full((480, 640, 3), 7, np.uint8)}
+            return replace(result, observation=seen)
+
+    return Filmed()
+
+
+def test_large_pictures_do_not_hold_it_up_either(toy):
+    with SimulatedRobot(make_filmed, 3, control_dt=0.02) as robot:
+        robot.send(np.zeros(2))
+        robot.observe()
+        before, seen = robot.steps, set()
+        time.sleep(2.0)  # the loop is away
+        deadline = time.monotonic() + 30
+        while robot.steps < before + 20 and time.monotonic() < deadline:
+            robot.observe()
+            seen.add(robot.steps)
+        assert robot.steps >= before + 20
+        assert len(seen) <= 8, "but for those that were on their way, steps were made while nobody looked"
 
 
 def test_the_loop_brings_the_simulated_robot_to_its_goal(toy):
