@@ -3,10 +3,11 @@
 Shapes: B rows, Da action width, K context tokens, D width.
 """
 
+import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -252,6 +253,15 @@ class ObservingPolicy(ABC):
         if self._context is None:
             raise ConfigError("there is no context before the first observation: call observe(observation)")
         return self._context
+
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Within it observations are made up: none is compared with what was trained on."""
+        watching, self._far = self._far, FarInputs({})
+        try:
+            yield
+        finally:
+            self._far = watching
 
     def drain_timings(self) -> dict[str, list[float]]:
         """Wall times [ms] of encoder steps and plans since the last call, and how many rows each plan was for.

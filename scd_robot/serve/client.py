@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from scd_robot.errors import PolicyChangedError
+from scd_robot.errors import ConfigError, PolicyChangedError
 from scd_robot.serve.endpoint import (
     ClientConnection,
     ConnectionClosed,
@@ -70,7 +70,7 @@ class PolicyClient:
         self._timeouts = connect_timeout_s, answer_timeout_s
         self._stack = contextlib.ExitStack()
         self._connection: ClientConnection | None = None
-        self._begun = False
+        self._begun = self._waiting = False
         self.metadata: dict[str, Any] = {}
         self._connect()
 
@@ -141,6 +141,9 @@ class PolicyClient:
         message = pack({**(observation or {}), **chosen})
         self._loses_nothing = bool(options.get("reset")) or not self._begun
         self._message = message
+        if self._waiting:  # nobody received the last answer, which must not be taken for that of this message
+            self.close()
+        self._waiting = True
         try:
             if self._connection is None:
                 raise ConnectionError
@@ -150,6 +153,8 @@ class PolicyClient:
 
     def receive(self) -> dict[str, Any]:
         """The second half of `infer`."""
+        if not self._waiting:
+            raise ConfigError("receive() is for the answer of a message: call send() before it")
         try:
             answer = self._next_message()
         except ConnectionClosed:
@@ -170,7 +175,7 @@ class PolicyClient:
 
     def close(self) -> None:
         """Ends the connection; may be called twice."""
-        self._connection = None
+        self._connection, self._waiting = None, False
         self._stack.close()
 
     def __enter__(self) -> "PolicyClient":
@@ -190,6 +195,7 @@ class PolicyClient:
                 "go on with the next observation, which begins a new history"
             )
         assert self._connection is not None
+        self._waiting = True
         try:
             self._connection.send(self._message)
         except ConnectionClosed as error:
@@ -233,4 +239,10 @@ class PolicyClient:
         except TimeoutError as error:
             self.close()  # a late answer must not be taken for that of the next request
             raise ServerUnreachableError(f"{self.address} did not answer within {answer_timeout_s:g} s") from error
+        except ConnectionClosed:
+            raise
+        except BaseException:  # Ctrl-C, say
+            self.close()
+            raise
+        self._waiting = False
         return read_answer(self.address, answer)

@@ -22,7 +22,7 @@ from scd_robot.serve.wire import MessageError, unpack
 from scd_robot.types import ArraySpec, PolicySpec, RunningChunk
 
 try:
-    from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+    from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidMessage, InvalidStatus, InvalidURI
     from websockets.sync.client import ClientConnection, connect
 except ModuleNotFoundError as error:
     raise MissingDependencyError(
@@ -86,7 +86,7 @@ class Endpoint:
 
         Raises:
             ServerUnreachableError: it does not let us in; another attempt would be of no use.
-            OSError: nobody answers.
+            OSError: nobody answers, or somebody who says that the server is not there now, or full.
         """
         try:
             return connect(
@@ -98,6 +98,16 @@ class Endpoint:
                 close_timeout=1.0,
                 max_size=self.max_frame_bytes,
             )
+        except InvalidStatus as error:
+            words = (error.response.body or b"").decode(errors="replace").strip()[:300]
+            told = f"{error}{words and ': '}{words}"
+            if error.response.status_code >= 500:
+                raise ConnectionError(told) from error
+            asks = error.response.status_code == 401
+            hint = "; give api_key=... (scd eval: the variable SCD_API_KEY)" if asks else ""
+            raise ServerUnreachableError(f"{self.address} does not let us in: {told}{hint}") from error
+        except InvalidMessage as error:  # a forwarder, behind which nobody listens
+            raise ConnectionError(str(error)) from error
         except (InvalidHandshake, InvalidURI, ssl.SSLError) as error:
             raise ServerUnreachableError(f"{self.address} does not let us in: {error}") from error
 

@@ -102,6 +102,11 @@ class Engine:
         if self.steps_per_plan < 1:
             raise ConfigError(f"steps_per_plan must be at least 1, got {self.steps_per_plan}")
         self._stride = policy.architecture.history_stride
+        if self.steps_per_plan % self._stride:
+            raise ConfigError(
+                f"steps_per_plan {self.steps_per_plan} must be a multiple of {self._stride}: the policy's "
+                "history_stride, since it plans in every so many control steps only"
+            )
         self._next_episode = 0
         self._prompt_resets = prompt_resets
         self._warned: set[str] = set()
@@ -116,7 +121,9 @@ class Engine:
     def warm_up(self) -> None:
         """Plans once from nothing in particular, so that the first request is not the slow one."""
         task = next(iter(self.policy.spec.tasks), None)
-        result = self.run([(Session(), Request(observation=self.policy.transforms.stand_in(), prompt=task))])[0]
+        request = Request(observation=self.policy.transforms.stand_in(), prompt=task)
+        with self.policy.unwatched():
+            result = self.run([(Session(), request)])[0]
         if isinstance(result, Exception):
             raise result
         self._next_episode = 0

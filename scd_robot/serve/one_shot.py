@@ -4,6 +4,7 @@ For scripts, and for policies that need no history: each request begins one, whi
 of its own, since the websockets library takes no request bodies, and threads of its own, which never compute.
 """
 
+import contextlib
 import json
 import logging
 import socket
@@ -29,6 +30,7 @@ INTERNAL = "internal error; the server's log says more"
 _JSON, _MSGPACK = "application/json", ("application/msgpack", "application/x-msgpack")
 _LARGEST_JSON = 2 * 2**20  # bytes: as lists they are many times larger in memory
 _LONGEST_READ_S = 10.0
+_BLOCK = 1 << 16  # bytes
 
 
 class OneShotServer(ThreadingHTTPServer):
@@ -108,27 +110,36 @@ class _Handler(BaseHTTPRequestHandler):
         self._too_late.daemon = True
         self._too_late.start()
         if self.server.tls is not None:
-            self.request = self.server.tls.wrap_socket(self.request, server_side=True)
+            try:
+                self.request = self.server.tls.wrap_socket(self.request, server_side=True)
+            except BaseException:
+                self._too_late.cancel()
+                raise
         super().setup()
 
     def finish(self) -> None:
         """The end of the connection."""
         self._too_late.cancel()
+        del self._too_late  # it holds this handler, which holds the socket
         super().finish()
+        if self.server.tls is not None:  # socketserver closes the one that was wrapped
+            with contextlib.suppress(OSError):
+                self.request.shutdown(socket.SHUT_RDWR)
+            self.request.close()
 
     def do_POST(self) -> None:
         """Reads, asks, answers."""
         self.close_connection = True
         if self.path.partition("?")[0] != "/act":
-            return self._say(HTTPStatus.NOT_FOUND, "there is only POST /act here\n")
+            return self._refuse(HTTPStatus.NOT_FOUND, "there is only POST /act here\n")
         if self.headers.get("Origin") is not None:
-            return self._say(HTTPStatus.FORBIDDEN, "no page of another site may drive a robot\n")
+            return self._refuse(HTTPStatus.FORBIDDEN, "no page of another site may drive a robot\n")
         if not self.server.may_enter(self.headers.get_all("Authorization") or []):
-            return self._say(HTTPStatus.UNAUTHORIZED, NO_KEY)
+            return self._refuse(HTTPStatus.UNAUTHORIZED, NO_KEY)
         kind = self.headers.get_content_type()
         if kind != _JSON and kind not in _MSGPACK:
             told = f"Content-Type must be {_JSON} or {_MSGPACK[0]}, got {kind!r:.80}\n"
-            return self._say(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, told)
+            return self._refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, told)
         length, largest = self._length(), self.server.max_bytes
         if length is None:
             return self._say(HTTPStatus.LENGTH_REQUIRED, "send the header Content-Length\n")
@@ -137,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
         if length > largest:
             hint = "; send msgpack, or allow more" if kind == _JSON else ""
             told = f"a request of this kind may have {largest} bytes, this one has {length}{hint}\n"
-            return self._say(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, told)
+            return self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, told)
         body = self.rfile.read(length)
         self._too_late.cancel()
         return self._answer(body, kind) if len(body) == length else None
@@ -164,6 +175,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._say(HTTPStatus.METHOD_NOT_ALLOWED, "there is only POST /act here\n", Allow="POST")
         else:
             self._say(HTTPStatus(code), f"{message or HTTPStatus(code).phrase}\n")
+
+    def _refuse(self, status: HTTPStatus, text: str) -> None:
+        """Says it before the body was read, and lets the body go by: else the client is told of a broken pipe only."""
+        self._say(status, text)
+        left = min(self._length() or 0, max(self.server.max_bytes, _LARGEST_JSON))
+        while left > 0 and (block := self.rfile.read(min(left, _BLOCK))):
+            left -= len(block)
 
     def _say(self, status: HTTPStatus, text: str, **more: str) -> None:
         self._send(status, text.encode(errors="replace"), "text/plain; charset=utf-8", **more)

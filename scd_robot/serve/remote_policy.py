@@ -44,7 +44,11 @@ class RemotePolicy:
         first.weights_sha256 = first.weights_sha256 or weights_of(first.metadata)
         self._options = (address, {**options, "weights_sha256": first.weights_sha256})
         self._clients = [first]
-        served = Served.of(address, first.metadata)
+        try:
+            served = Served.of(address, first.metadata)
+        except BaseException:
+            first.close()
+            raise
         self._served, self._names, self.spec = served, served.keys, served.spec
         self.task: str | None = None
         self.provenance = served.provenance
@@ -147,7 +151,8 @@ class RemotePolicy:
             for client in self._clients[rows:]:
                 client.close()
             self._clients = self._clients[:rows]
-            self._clients += [PolicyClient(address, **options) for _ in range(rows - len(self._clients))]
+            while len(self._clients) < rows:  # one by one: those that were made are closed where another cannot be
+                self._clients.append(PolicyClient(address, **options))
             numbers = self._episodes
             self._new = {row: {"reset": True, "episode": numbers and numbers[row]} for row in range(rows)}
             self._age, self._step = np.zeros(rows, np.int64), np.zeros(rows, np.int64)

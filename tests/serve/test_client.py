@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import ssl
 import subprocess
 import sys
@@ -195,6 +196,13 @@ def test_tls_is_spoken_with_a_certificate_of_ones_own(tmp_path, start, connect, 
     context = ssl.create_default_context(cafile=certificate)
     with urllib.request.urlopen(request, timeout=60, context=context) as answer:
         assert unpack(answer.read())["actions"].shape == (4, 2)
+    host, port = server.http_address.removeprefix("https://").split(":")
+    with context.wrap_socket(socket.create_connection((host, int(port)), timeout=60), server_hostname=host) as client:
+        client.sendall(b"POST /elsewhere HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
+        told = b""
+        while block := client.recv(4000):  # until the server ends the connection, as it says
+            told += block
+    assert b" 404 " in told
     with pytest.raises(ServerUnreachableError, match="does not let us in"):
         connect(server)
     with pytest.raises(ConfigError, match="cannot use the certificate"):
@@ -277,3 +285,77 @@ def test_evaluate_takes_a_remote_policy(start, point):
     ):
         evaluate(policy, point, 1, num_envs=1, num_videos=0, progress=False)
     assert "control step of 0.1 s" in str(error.value)  # its specification is that of the policy behind the server
+
+
+def test_an_answer_that_nobody_waited_for_is_not_taken_for_the_next_one(start, connect, stream, monkeypatch):
+    """Ctrl-C during `infer`, and a program that goes on."""
+    client, observations = connect(start(small_policy())), stream(4)
+    expected = connect(start(small_policy()))
+    connection = client._connection
+
+    def interrupted(timeout=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(connection, "recv", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        client.infer(observations[0], reset=True, episode=0)
+    for index in (1, 2):
+        found = client.infer(observations[index], reset=True, episode=index)["actions"]
+        wanted = expected.infer(observations[index], reset=True, episode=index)["actions"]
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    client.send(observations[0], reset=True, episode=0)
+    found = client.infer(observations[3], reset=True, episode=3)["actions"]
+    np.testing.assert_allclose(found, expected.infer(observations[3], reset=True, episode=3)["actions"], atol=1e-5)
+    with pytest.raises(ConfigError, match="call send"):
+        client.receive()
+
+
+def test_a_refused_request_leaves_the_history_as_it_was(start, connect, stream):
+    client, observations = connect(start()), stream(3)
+    client.infer(observations[0], reset=True, step=0)
+    with pytest.raises(RequestRefusedError):
+        client.infer({"position": observations[1]["position"]}, step=1)
+    assert client.infer(observations[2], step=1)["scd/step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "tries", "told"),
+    [
+        (503, True, "connections are taken"),
+        (502, True, "502"),
+        (None, True, "did not receive"),
+        (401, False, "Key"),
+    ],
+)
+def test_a_server_that_is_full_or_behind_a_proxy_is_tried_again(status, tries, told):
+    body = {503: b"all connections are taken; try again later", 401: b"send the header Api-Key KEY"}.get(status, b"")
+    attempts = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    attempts.append(0)
+                    with connection:
+                        if status is not None:
+                            connection.recv(4000)
+                            head = f"HTTP/1.1 {status} No\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+                            connection.sendall(head.encode() + body)
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(ServerUnreachableError, match=told):
+            PolicyClient(f"ws://127.0.0.1:{listening.getsockname()[1]}", connect_timeout_s=1.0)
+    assert (len(attempts) > 1) == tries
+
+
+def test_connections_that_cannot_be_made_for_all_rows_leave_none_behind(start):
+    server = start(max_connections=3)
+    seen = {"position": np.zeros((5, 2), np.float32), "goal": np.ones((5, 2), np.float32)}
+    with contextlib.closing(RemotePolicy(server.address, connect_timeout_s=0.5)) as policy:
+        policy.reset()
+        with pytest.raises(ServerUnreachableError, match="all connections are taken"):
+            policy.act(seen)
+        policy.reset()
+        two = {key: value[:2] for key, value in seen.items()}
+        assert policy.act(two).shape == (2, 2)

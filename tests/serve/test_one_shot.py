@@ -236,3 +236,9 @@ def test_a_bug_of_ours_is_told_without_its_traceback(begin, stream, monkeypatch)
 
 def test_without_the_option_nothing_listens(start):
     assert start().http_address == ""
+
+
+def test_what_is_refused_before_it_is_read_is_told_all_the_same(begin):
+    server = begin()
+    status, told = post(server, b"x" * 3 * 2**20)
+    assert (status, "send msgpack" in told) == (413, True), told

@@ -17,6 +17,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect as connect_raw
 
 from scd_robot.errors import ActionError, ConfigError, ShapeError
+from scd_robot.policies.inputs import FarInputs
 from scd_robot.serve import PolicyClient, RemotePolicy, RequestRefusedError, ServerUnreachableError
 from scd_robot.serve.engine import Engine, Session
 from scd_robot.serve.observations import ObservationReader
@@ -594,3 +595,17 @@ def test_a_client_that_is_gone_leaves_the_others_alone(start, connect, stream):
         client.send(observation)
         client.close()
         assert good.infer(observation)["actions"].shape == (4, 2)
+
+
+def test_warming_up_accuses_no_sensor_and_leaves_the_watch_as_it_was(start, caplog):
+    policy = small_policy()
+    policy._far = FarInputs({"position": ([1.0, 1.0], [1.1, 1.1])})  # 0 is more than ten times its width away
+    start(policy)
+    assert "broken sensor" not in caplog.text
+    assert set(policy._far._limits) == {"position"}
+
+
+def test_steps_per_plan_that_the_policy_cannot_plan_in_are_refused():
+    policy = small_policy({"history_stride": 2}, num_executed=2)
+    with pytest.raises(ConfigError, match="steps_per_plan 3 must be a multiple of 2"):
+        Engine(policy, steps_per_plan=3)
