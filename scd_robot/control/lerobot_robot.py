@@ -182,19 +182,19 @@ class LeRobotRobot:
             TimeoutError: the position was not read in the last two control steps: an old one would be a jump back.
                 Motors are told to stay at what they were commanded last, and what is a velocity to rest.
         """
+        resting = self._names.resting(self._sent, self._rest)
+        if resting is not None and None not in (self._rest or ()):  # which needs no reading
+            self.send(resting)
+            return
         cause: Exception | None = None
         try:
             self.observe()
         except Exception as error:
             cause = error
         age = float("inf") if self._place is None else self._clock.now() - self._place[1]
-        rest = np.array([np.nan if value is None else value for value in self._rest or (None,)], np.float64)
-        if np.isfinite(rest).all():
-            self.send(rest)
-            return
         if self._place is None or age > self._present_s:
-            if self._sent is not None and np.isfinite(rest).any():
-                self.send(np.where(np.isnan(rest), self._sent, rest))
+            if resting is not None:
+                self.send(resting)
             raise TimeoutError(f"cannot hold the present position, which was read {age:.3f} s ago") from cause
         self.send(self._place[0])
 

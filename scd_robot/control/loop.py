@@ -157,7 +157,6 @@ class ControlLoop:
             self._release()
         self._gap_told = False
         self._look()
-        self._mind_silence()
         self._collect_plan()
         if self._commander.owes_hold:
             self._release()

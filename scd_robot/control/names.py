@@ -142,6 +142,22 @@ class NameMap:
         pairs = zip(self.action, still, strict=True)
         return np.array([_number(values, name, "its pose") if at is None else at for name, at in pairs], np.float64)
 
+    def resting(self, last: Command | None, rest: Rest | None) -> Command | None:
+        """(Da,) what is safe to send where nobody knows the pose: rest where commands name no place, else the last one.
+
+        Args:
+            last: (Da,) the last command; None = there was none.
+            rest: None = all commands name places.
+
+        Returns:
+            None where all commands name places, or some do and there was none before.
+        """
+        still = rest or (None,) * len(self.action)
+        if all(at is None for at in still) or (last is None and None in still):
+            return None
+        before = still if last is None else last
+        return np.array([was if at is None else at for was, at in zip(before, still, strict=True)], np.float64)
+
     def named(self, command: Command) -> dict[str, float]:
         """A command (Da,) by names."""
         return dict(zip(self.action, map(float, command), strict=True))

@@ -207,9 +207,9 @@ class RosRobot:
             try:
                 self._check_numbers(self._pose_names, self._clock.now(), PRESENT_STEPS * self._spec.control_dt)
             except (TimeoutError, ShapeError):
-                rest = np.array([np.nan if value is None else value for value in self._rest or (None,)], np.float64)
-                if self._sent is not None and np.isfinite(rest).any():
-                    self.send(np.where(np.isnan(rest), self._sent, rest))
+                resting = self._names.resting(self._sent, self._rest)
+                if resting is not None:
+                    self.send(resting)
                 raise
             values = {name: self._numbers[name].value for name in self._pose_names}
         self.send(self._names.pose(values, self._rest))
