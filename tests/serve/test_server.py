@@ -599,7 +599,7 @@ def test_a_client_that_is_gone_leaves_the_others_alone(start, connect, stream):
 
 def test_warming_up_accuses_no_sensor_and_leaves_the_watch_as_it_was(start, caplog):
     policy = small_policy()
-    policy._far = FarInputs({"position": ([1.0, 1.0], [1.1, 1.1])})  # 0 is more than ten times its width away
+    policy._far = FarInputs({"position": ([1.0, 1.0], [1.05, 1.05])})  # 0 is more than ten times its width away
     start(policy)
     assert "broken sensor" not in caplog.text
     assert set(policy._far._limits) == {"position"}
