@@ -76,16 +76,19 @@ def align_streams(
     end = min(float(stream.time_s[-1]) for stream in streams.values())
     if end < begin:
         raise DatasetError(f"the streams {', '.join(streams)} have no time in common")
-    count = int(np.floor((end - begin) / control_dt + 1e-9)) + 1
-    time = np.asarray(begin + control_dt * np.arange(count), np.float64)
-    arrays: dict[str, NDArray[Any]] = {"timestamp": time - begin}
+    # Times of equal samples differ by their rounding, which on a clock of this century is a quarter of a microsecond.
+    tolerance = max(1e-6 * control_dt, 4 * float(np.spacing(max(abs(begin), abs(end)))))
+    count = int(np.floor((end - begin + tolerance) / control_dt)) + 1
+    elapsed = np.asarray(control_dt * np.arange(count), np.float64)
+    time = begin + elapsed
+    arrays: dict[str, NDArray[Any]] = {"timestamp": elapsed}
     for key, stream in streams.items():
         if stream.mode == "linear":
             arrays[key] = _interpolate(time, stream)
             continue
-        index = latest_before(np.asarray(stream.time_s), time + 1e-9 * control_dt)
+        index = latest_before(np.asarray(stream.time_s), time + tolerance)
         arrays[key] = stream.values[index]
-        there = time - stream.time_s[index] <= stream.max_age_s
+        there = time - stream.time_s[index] <= stream.max_age_s + tolerance
         if key in mark_new:
             there &= np.diff(index, prepend=-1) > 0
         if key in mark_new or np.isfinite(stream.max_age_s):

@@ -57,13 +57,16 @@ def episode_success(dataset: EpisodeDataset) -> NDArray[np.bool_]:
     """
     if "success" in dataset.episode_info:
         return np.asarray(dataset.episode_info["success"] > 0)
-    starts = np.concatenate(([0], dataset.episode_ends[:-1]))
+    lengths = dataset.episode_lengths
+    starts = (dataset.episode_ends - lengths)[lengths > 0]
     for key, reached in ((REWARD, 1.0), (DONE, 0.5)):
         if key in dataset.arrays:
             values = np.asarray(dataset.arrays[key][:], np.float64).reshape(dataset.num_steps, -1).max(axis=1)
             only_ends = np.array_equal(np.flatnonzero(values >= reached), dataset.episode_ends - 1)
             if key == REWARD or not only_ends:
-                return np.asarray(np.maximum.reduceat(values, starts) >= reached)
+                success = np.zeros(dataset.num_episodes, bool)  # an empty one has not succeeded
+                success[lengths > 0] = np.maximum.reduceat(values, starts) >= reached
+                return success
     raise DatasetError(
         f"{dataset.spec.source} says nothing about success: no note on its episodes, no reward, and no done but at "
         "their ends"

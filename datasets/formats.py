@@ -13,6 +13,7 @@ from scd_robot.errors import ConfigError, DatasetError
 __all__ = ["ReadOptions", "choose", "kept_episodes", "measured_control_dt", "parse_episodes"]
 
 _LONGEST_DT = 2.0  # [s] between control steps; what is more is in other units
+_WHOLE_RATE = 5e-4  # relative; half as far as 30 Hz is from television's 29.97
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,16 @@ class ReadOptions:
 def measured_control_dt(times: NDArray[np.float64], ends: NDArray[np.int64]) -> float | None:
     """Seconds between control steps by the times (N,) [s] of N steps, in episodes that end at `ends` (E,), cumulative.
 
-    It is the median within episodes, to the microsecond; None where time does not pass, or too fast for seconds.
+    It is the median within episodes, and of a rate that is nearly a whole number of hertz, as times that were rounded
+    give it, the exact one; None where time does not pass, or too fast for seconds.
     """
     inner = ends[(ends > 0) & (ends < len(times))]
     steps = np.delete(np.diff(times), inner - 1)
-    median = round(float(np.median(steps)), 6) if len(steps) else 0.0
-    return median if 0 < median < _LONGEST_DT else None
+    median = float(np.median(steps)) if len(steps) else 0.0
+    if not 1e-6 < median < _LONGEST_DT:
+        return None
+    rate = round(1 / median)
+    return 1 / rate if rate and abs(rate * median - 1) < _WHOLE_RATE else round(median, 9)
 
 
 def choose(dataset: EpisodeDataset, options: ReadOptions) -> EpisodeDataset:

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from scd_robot.datasets.float32 import as_float32
 from scd_robot.datasets.lazy import MappedArray, RowArray
+from scd_robot.datasets.schema import row_blocks
 from scd_robot.errors import DatasetError
 
 __all__ = ["as_stored", "is_image"]
@@ -35,8 +36,14 @@ def as_stored(array: RowArray, name: str) -> RowArray:
     becomes float32 (N, ...), and a vector (N, 1).
 
     Raises:
-        DatasetError: rows (N, bytes) of JPEG or PNG files, which would pass for vectors.
+        DatasetError: rows (N, bytes) of JPEG or PNG files, which would pass for vectors; or the pictures of several
+            cameras in one array.
     """
+    if array.dtype == np.uint8 and len(array.shape) > 4 and array.shape[1] > 1 and max(array.shape[2:]) > _CHANNELS[-1]:
+        raise DatasetError(
+            f"{name} holds pictures {tuple(array.shape)} of several cameras in one array, which are not read; store "
+            "each camera in one of its own, uint8 (T, height, width, channel), or name other keys with --keys"
+        )
     if len(array.shape) == 3 and min(array.shape[1:]) >= _SMALLEST_SIDE:
         array = MappedArray(array, _with_channel, (*array.shape[1:], 1), array.dtype)
     if is_image(array.shape, array.dtype):
@@ -58,7 +65,14 @@ def as_stored(array: RowArray, name: str) -> RowArray:
 
 
 def _scale(array: RowArray) -> int | None:
-    """255 for images of 0 to 1, 1 for whole numbers of 0 to 255, None for others, told from some rows."""
+    """255 for images of 0 to 1, 1 for whole numbers of 0 to 255, None for others.
+
+    Whole numbers, which may be those of objects, are all looked at, others in some rows.
+    """
+    if not len(array):
+        return None
+    if array.dtype.kind in "ui":
+        return 1 if all(block.min() >= 0 and block.max() <= 255 for _, block in row_blocks(array)) else None
     rows = np.unique(np.linspace(0, len(array) - 1, min(len(array), _SAMPLED_ROWS)).astype(np.int64))
     some = np.asarray(array[rows], np.float64)
     if not np.isfinite(some).all() or some.min() < 0 or some.max() > 255:
@@ -80,8 +94,13 @@ class _ToBytes:
         scaled = images * self._scale if self._scale != 1 else images
         whole = np.round(scaled)
         # NaN fails both comparisons.
-        if not ((np.abs(scaled - whole) < 1e-2).all() and (np.abs(whole - 127.5) <= 127.5).all()):
-            raise DatasetError(f"{self._name} holds images of whole numbers in most places, but not in all; damaged")
+        fits = (np.abs(scaled - whole) < 1e-2) & (np.abs(whole - 127.5) <= 127.5)
+        if not fits.all():
+            raise DatasetError(
+                f"{self._name} holds whole numbers of 0 to 255 in some rows that were looked at"
+                f"{', divided by 255' if self._scale != 1 else ''}, but {images[~fits][0]} in others; leave it out "
+                "with --keys, or store its pictures as uint8"
+            )
         return whole.astype(np.uint8)
 
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scd_robot.datasets.images import is_image
 from scd_robot.datasets.lazy import RowArray
 from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, EpisodeDataset
-from scd_robot.errors import MissingDependencyError, OutputError
-from scd_robot.output import check_target
+from scd_robot.errors import MissingDependencyError
+from scd_robot.output import check_target, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,13 +136,7 @@ def name_of(key: str, dimension: int, shape: Sequence[int]) -> str:
 
 
 def _save(figure: "Figure", path: Path) -> Path:
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_bytes(png(figure))
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OutputError(f"cannot write '{path}': {(error.strerror or str(error)).lower()}") from error
+    write_bytes(path, png(figure))
     return path
 
 
@@ -193,7 +187,7 @@ def _traces(dataset: EpisodeDataset, key: str) -> "Figure":
         times = np.arange(len(values)) * dataset.spec.control_dt
         for dimension in range(shown):
             axes = grid[dimension // columns, dimension % columns]
-            axes.plot(times, values[:, dimension], color=colour, label=f"episode {episode}")
+            axes.plot(times, values[:, dimension], color=colour, label=f"episode {dataset.number(episode)}")
             axes.set_title(name_of(key, dimension, shape))
             axes.grid(axis="y")
     for axes in grid.flat[shown:]:
@@ -251,6 +245,6 @@ def _contact_sheet(dataset: EpisodeDataset, key: str) -> "Figure":
         for axes, step, frame in zip(line, steps, frames, strict=False):
             axes.set_visible(True)
             show_frame(axes, frame, f"{step * dataset.spec.control_dt:.1f} s")
-        line[0].set_ylabel(f"episode {episode}")
+        line[0].set_ylabel(f"episode {dataset.number(episode)}")
     figure.suptitle(f"{key} of {len(episodes)} of {dataset.num_episodes} episodes", x=0.01, ha="left", fontsize=11)
     return figure

@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from scd_robot.datasets.lazy import LazyArray
 from scd_robot.errors import DatasetError, MissingDependencyError, OutputError, ShapeError
 
-__all__ = ["PIXEL_FORMATS", "VideoRows", "VideoSegment", "decode_image", "encode_png", "encode_video"]
+__all__ = ["PIXEL_FORMATS", "VideoRows", "VideoSegment", "decode_image", "encode_png", "encode_video", "exact_rate"]
+
+_WHOLE = 5e-5  # relative; 30.0003 frames per second are 30, told by steps of whole microseconds
 
 PIXEL_FORMATS = {1: "gray", 3: "rgb24", 4: "rgba"}  # FFmpeg's names of uint8 images with C channels
 
@@ -298,10 +300,16 @@ def _errors(path: str) -> Iterator[None]:
         ) from error
 
 
+def exact_rate(fps: float) -> Fraction:
+    """The rate that a video file can say: whole where `fps` is but for rounding, else within 1e-5 frames per second."""
+    whole = Fraction(round(fps))
+    return whole if whole and abs(fps / whole - 1) < _WHOLE else Fraction(fps).limit_denominator(100_000)
+
+
 def encode_video(
     path: Path, frames: Iterable[NDArray[np.uint8]], fps: float, codec: str = "libx264", crf: int = 18, gop: int = 2
 ) -> int:
-    """Writes an mp4 file, yuv420p, the frames at exact multiples of 1 / `fps`.
+    """Writes an mp4 file, yuv420p, the frames at exact multiples of 1 / `exact_rate(fps)`.
 
     Args:
         path: of the new file; what an interruption leaves of it is the caller's to remove.
@@ -321,7 +329,7 @@ def encode_video(
     """
     if codec not in av.codecs_available:
         raise MissingDependencyError(f"this PyAV cannot encode {codec}: pip install --force-reinstall av")
-    rate = Fraction(fps).limit_denominator(1001)
+    rate = exact_rate(fps)
     count = 0
     try:
         with av.open(str(path), "w", format="mp4") as container:

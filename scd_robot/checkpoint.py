@@ -14,8 +14,6 @@ A training run keeps its checkpoints in RUN/checkpoints; wherever a checkpoint i
 well and stands for the newest one.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -32,7 +30,7 @@ from torch import Tensor
 
 from scd_robot.errors import CheckpointError, OutputError
 from scd_robot.normalization import Normalizer
-from scd_robot.output import to_plain
+from scd_robot.output import file_digest, package_versions, to_plain
 from scd_robot.types import DatasetSpec
 
 __all__ = [
@@ -72,6 +70,7 @@ class Checkpoint:
         metrics: numbers by name.
         versions: of python and packages, when it was written.
         weights_sha256: of the file of the weights; tells checkpoints apart.
+        schema: of the files as they are; `config` has the fields of the newest.
     """
 
     path: Path
@@ -85,6 +84,7 @@ class Checkpoint:
     metrics: dict[str, Any]
     versions: dict[str, str]
     weights_sha256: str
+    schema: int
 
 
 def write_checkpoint(
@@ -143,8 +143,8 @@ def write_checkpoint(
             "schema": SCHEMA,
             "policy": policy,
             "step": step,
-            "versions": _versions(),
-            "sha256": {str(p.relative_to(beside)): _sha256(p) for p in sorted(beside.rglob("*")) if p.is_file()},
+            "versions": {"python": platform.python_version(), **package_versions(_PACKAGES)},
+            "sha256": {str(p.relative_to(beside)): file_digest(p) for p in sorted(beside.rglob("*")) if p.is_file()},
         }
         (beside / "manifest.json").write_text(json.dumps(manifest, indent=1))
         _sync(beside)
@@ -230,6 +230,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             metrics=metrics,
             versions=_field(manifest, "versions", dict, folder / "manifest.json"),
             weights_sha256=manifest["sha256"]["model.safetensors"],
+            schema=manifest["schema"],
         )
     except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder} is damaged or foreign: {error}") from error
@@ -304,7 +305,7 @@ def _check_digest(folder: Path, name: str, manifest: dict[str, Any]) -> None:
     digest = _field(manifest, "sha256", dict, folder / "manifest.json").get(name)
     state = "is missing" if not file.is_file() else "is not listed in manifest.json" if digest is None else ""
     try:
-        if not state and _sha256(file) != digest:
+        if not state and file_digest(file) != digest:
             state = "was truncated or changed since it was written"
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
@@ -328,21 +329,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} holds a {type(document).__name__}, not an object; it is damaged or foreign")
     return document
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            logger.debug("%s is not installed as a distribution; its version is left out", name)
-    return versions
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -10,7 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ import numpy as np
 from scd_robot.errors import OutputError
 
 __all__ = [
+    "beside",
     "check_local",
     "check_target",
     "dataset_output",
+    "file_digest",
+    "package_versions",
     "replace_folder",
     "to_plain",
     "write_bytes",
@@ -50,13 +55,13 @@ def check_target(path: str | Path) -> None:
     if str(path) == "-":
         return
     target = Path(path)
-    beside = _beside(target)
+    attempt = beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise OutputError(f"cannot write {str(target)!r}: it is a folder; name a file")
-        beside.touch()
-        beside.unlink()
+        attempt.touch()
+        attempt.unlink()
     except OSError as error:
         raise _refused(target, error) from error
 
@@ -72,14 +77,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         OutputError: no permission, the disk is full; an earlier file of that name is left as it was.
     """
-    beside = _beside(path)
+    part = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(data)
-        beside.replace(path)
+        part.write_bytes(data)
+        part.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            beside.unlink()
+            part.unlink()
         raise _refused(path, error) from error
 
 
@@ -173,8 +178,27 @@ def replace_folder(new: Path, old: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _beside(target: Path) -> Path:
-    return target.with_name(target.name + ".part")
+def beside(target: Path) -> Path:
+    """Where to write a file before it takes its place; no name that a user gives, nor another process."""
+    return target.with_name(f".{target.name}.{os.getpid()}.part")
+
+
+def file_digest(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:  # hashlib.file_digest is not in the Python 3.10 of robots
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Of those of these distributions that are installed."""
+    versions = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _refused(target: Path, error: OSError) -> OutputError:

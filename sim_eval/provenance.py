@@ -1,6 +1,5 @@
 """What an evaluation was made with: versions, commit, machine, and the policy's checkpoint and settings."""
 
-import importlib.metadata
 import logging
 import os
 import platform
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import scd_robot
+from scd_robot.output import package_versions
 
 __all__ = ["code_version", "collect_provenance", "collect_versions", "describe_machine", "usable_cores"]
 
@@ -33,17 +33,12 @@ _PACKAGES = (
 
 def collect_versions() -> dict[str, str]:
     """Versions of Python, this package, torch if loaded, and of the simulators that are installed."""
-    versions = {
+    return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "scd_robot": scd_robot.__version__,
+        **package_versions(_PACKAGES + (("torch",) if "torch" in sys.modules else ())),
     }
-    for name in _PACKAGES + (("torch",) if "torch" in sys.modules else ()):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def collect_provenance(policy: Any) -> dict[str, Any]:

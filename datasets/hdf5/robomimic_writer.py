@@ -15,7 +15,7 @@ from tqdm import tqdm
 from scd_robot.datasets.hdf5.demos import ACTIONS, ATTRIBUTE, EXTRAS, told_control_dt
 from scd_robot.datasets.schema import ACTION, DONE, MASK, REWARD, EpisodeDataset
 from scd_robot.errors import ConfigError, OutputError
-from scd_robot.output import check_local, dataset_output, to_plain
+from scd_robot.output import beside, check_local, dataset_output, to_plain
 
 __all__ = ["write_robomimic"]
 
@@ -52,18 +52,18 @@ def write_robomimic(
     target = Path(path)
     _check_names(dataset)
     _check_target(target, overwrite)
-    beside = target.with_name(target.name + ".part")
+    part = beside(target)
     try:
         with dataset_output(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _Sink(beside, "w+") as sink:
+            with _Sink(part, "w+") as sink:
                 with h5py.File(sink, "w") as file:
                     _write(dataset, file, sink, target.name if progress else None)
                 sink.check()
-            beside.replace(target)
+            part.replace(target)
     except BaseException:
         with contextlib.suppress(OSError):
-            beside.unlink()
+            part.unlink()
         raise
     return {
         "path": str(target),

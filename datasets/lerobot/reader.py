@@ -214,7 +214,7 @@ def _tasks_in_words(
 ) -> dict[str, Sequence[str]]:
     """The task of each episode; of several in one episode all, in their order."""
     table = read_tasks(info)
-    texts = []
+    texts, several = [], []
     first = 0
     for episode in episodes:
         tasks = list(episode.tasks)
@@ -223,12 +223,21 @@ def _tasks_in_words(
             unknown = [number for number in found if number not in table]
             if unknown:
                 raise DatasetError(
-                    f"episode {episode.index} of {info.root} has the task_index {unknown[0]}, but the table of tasks "
+                    f"{episode.name} of {info.root} has the task_index {unknown[0]}, but the table of tasks "
                     f"lists {sorted(table)[:8]}; one of them is damaged"
                 )
             tasks = [table[number] for number in found]
+        if len(tasks) > 1:
+            several.append(episode.name)
         texts.append("; ".join(tasks))
         first += episode.length
+    if several:
+        shown = ", ".join(several[:5]) + (", ..." if len(several) > 5 else "")
+        logger.warning(
+            "%s: the task changes within %d episodes (%s); each counts as one of all its tasks together, in words "
+            "'first; second'",
+            info.root, len(several), shown,
+        )  # fmt: skip
     return {"task": texts} if any(texts) else {}
 
 
@@ -250,8 +259,8 @@ def _videos(
     for episode in episodes:
         times = timestamps[first : first + episode.length]
         if not np.isfinite(times).all():
-            raise DatasetError(f"episode {episode.index} of {info.root} has NaN or infinite time stamps")
-        clip, name = episode.clips[key], f"episode {episode.index}"
-        segments.append(VideoSegment(clip.path, clip.begin + times, clip.begin, clip.end, name))
+            raise DatasetError(f"{episode.name} of {info.root} has NaN or infinite time stamps")
+        clip = episode.clips[key]
+        segments.append(VideoSegment(clip.path, clip.begin + times, clip.begin, clip.end, episode.name))
         first += episode.length
     return VideoRows(segments, _pixels(info, key), info.fps, tolerance)

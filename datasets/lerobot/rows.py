@@ -35,7 +35,7 @@ def read_columns(info: Info, episodes: Sequence[Episode], names: Sequence[str]) 
         rows = sum(episode.length for episode in inside)
         with open_parquet(path, list(wanted)) as file:
             if file.metadata.num_rows != rows:
-                which = f"episode {inside[0].index}" + (f" to {inside[-1].index}" if len(inside) > 1 else "")
+                which = inside[0].name + (f" to {inside[-1].position}" if len(inside) > 1 else "")
                 raise DatasetError(
                     f"{path} has {file.metadata.num_rows} rows, but the table of episodes says {rows} for {which}; "
                     "one of them is damaged"

@@ -15,7 +15,7 @@ import math
 import re
 import string
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -127,11 +127,12 @@ class Episode:
     """A row of the table of episodes.
 
     Attributes:
-        index: its number in the dataset.
+        index: its number in LeRobot's files, which may have gaps.
         length: T.
         tasks: in words.
         data_file: path of the file with its rows.
         clips: by camera.
+        position: its number by our count, which `--only` and `--drop` take.
     """
 
     index: int
@@ -139,6 +140,12 @@ class Episode:
     tasks: tuple[str, ...]
     data_file: str
     clips: dict[str, Clip]
+    position: int = 0
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"episode {self.position}" + (f" (episode_index {self.index})" if self.index != self.position else "")
 
 
 def read_info(root: Path) -> Info:
@@ -194,13 +201,19 @@ def _feature(name: str, value: Any, path: Path) -> Feature:
         raise DatasetError(f"the shape of {what} must be a list, got {shape!r}")
     sizes = tuple(_whole(size, f"a size of {what}", 1) for size in shape) or (1,)
     if value["dtype"] in _VISUAL:
-        names = value.get("names")
-        first = str(names[0]) if isinstance(names, list) and names else ""
         if len(sizes) != 3:
             raise DatasetError(f"the shape of {what} must be (height, width, channels), got {sizes}")
-        if first.startswith("channel") or (sizes[2] > 4 and sizes[0] <= 4):
-            sizes = (*sizes[1:], sizes[0])
+        sizes = _height_width_channels(sizes, value.get("names"))
     return Feature(value["dtype"], sizes)
+
+
+def _height_width_channels(sizes: tuple[int, ...], names: object) -> tuple[int, ...]:
+    """An image's sizes in our order: by the names of its axes, or, where these do not tell, channels are the few."""
+    told = [str(name) for name in names] if isinstance(names, list) else []
+    places = [[i for i, name in enumerate(told) if name.startswith(axis)] for axis in ("height", "width", "channel")]
+    if [len(found) for found in places] == [1, 1, 1]:
+        return tuple(sizes[place] for (place,) in places)
+    return (*sizes[1:], sizes[0]) if sizes[2] > 4 and sizes[0] <= 4 else sizes
 
 
 def read_tasks(info: Info) -> dict[int, str]:
@@ -246,7 +259,7 @@ def read_episodes(info: Info, cameras: Sequence[str]) -> list[Episode]:
                 f"episode {after.index} follows episode {before.index} in the table of episodes in {where}; they must "
                 "be in order, each once"
             )
-    return episodes
+    return [replace(episode, position=position) for position, episode in enumerate(episodes)]
 
 
 def _episode_by_itself(info: Info, cameras: Sequence[str], row: dict[str, Any], where: str) -> Episode:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from scd_robot.datasets.lerobot.statistics import histogram, image_stats, joined, number_stats
 from scd_robot.datasets.lerobot.tables import import_parquet
 from scd_robot.datasets.schema import DONE, REWARD, TIMESTAMP, EpisodeDataset
-from scd_robot.datasets.video import PIXEL_FORMATS, encode_png, encode_video
+from scd_robot.datasets.video import PIXEL_FORMATS, encode_png, encode_video, exact_rate
 from scd_robot.errors import ConfigError, DatasetError, OutputError
 from scd_robot.output import check_local, dataset_output, replace_folder, write_json
 
@@ -178,8 +178,8 @@ def _tell_losses(dataset: EpisodeDataset) -> None:
 
 
 def _job(dataset: EpisodeDataset, columns: Sequence[_Column], folder: Path, shown: str | None) -> _Job:
-    rate = 1 / dataset.spec.control_dt
-    fps = round(rate) if abs(rate - round(rate)) < 1e-6 * rate else rate
+    rate = exact_rate(1 / dataset.spec.control_dt)  # one for all files: clocks that differ drift apart
+    fps = rate.numerator if rate.denominator == 1 else float(rate)
     texts = dataset.episode_text.get("task") or [""] * dataset.num_episodes
     episodes = []
     for index, task in enumerate(texts):

@@ -5,6 +5,7 @@ meta/episode_ends   (E,) cumulative
 """
 
 import logging
+import math
 
 import numpy as np
 
@@ -55,7 +56,10 @@ def open_replay_buffer(path: str, options: ReadOptions) -> EpisodeDataset:
     for key in options.keys or ():
         if key not in available:
             raise UnknownNameError(f"key of the dataset {files.address}", key, available)
-    wanted = list(options.keys) if options.keys is not None else [name for name in available if name not in parts]
+    if options.keys is not None:
+        wanted = list(options.keys)
+    else:  # but for what holds no numbers, (N, 0)
+        wanted = [name for name in available if name not in parts and 0 not in files.array(f"data/{name}").shape[1:]]
     if not wanted:
         raise DatasetError(f"{files.address} has no observations: data/ holds no array but {label}")
 
@@ -63,7 +67,9 @@ def open_replay_buffer(path: str, options: ReadOptions) -> EpisodeDataset:
         return as_stored(files.rows(f"data/{name}", count, exact=True), f"data/{name} of {files.address}")
 
     arrays = {key: stored(key) for key in wanted}
-    arrays[ACTION] = np.concatenate([np.asarray(stored(part)[:]).reshape(count, -1) for part in parts], axis=1)
+    widths = [math.prod(files.array(f"data/{part}").shape[1:]) for part in parts]
+    labels = [np.asarray(stored(part)[:]).reshape(count, width) for part, width in zip(parts, widths, strict=True)]
+    arrays[ACTION] = np.concatenate(labels, axis=1)
     arrays |= {key: np.asarray(files.rows(f"data/{name}", count, exact=True)[:]) for key, name in extras.items()}
     control_dt, note = options.control_dt, ""
     if control_dt is None and TIMESTAMP in arrays and arrays[TIMESTAMP].shape in ((count,), (count, 1)):

@@ -1,6 +1,7 @@
 """Reads the Zarr store that `ZarrWriter` writes; what lies where is told there."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from scd_robot.errors import DatasetError, UnknownNameError
 from scd_robot.types import DatasetSpec
 
 __all__ = ["StoredText", "open_store"]
+
+_PICTURE = 576  # numbers in a row (24 x 24) from which on it is not loaded with the others, whatever its dtype
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +61,8 @@ def open_store(path: Path | str, options: ReadOptions | None = None) -> EpisodeD
     arrays: dict[str, RowArray] = {}
     for key in sorted(names, key=[*spec.observation, ACTION, *names].index):
         array = files.rows(f"data/{key}", rows)
-        arrays[key] = array if array.dtype == np.uint8 and array.ndim > 2 else array[:]
+        pictures = array.ndim > 2 and (array.dtype == np.uint8 or math.prod(array.shape[1:]) >= _PICTURE)
+        arrays[key] = array if pictures else array[:]
         if arrays[key].dtype == np.float64 and key in (*spec.observation, ACTION, EXECUTED_ACTION):
             arrays[key] = as_float32(np.asarray(arrays[key]), f"data/{key} of {files.address}")  # by other programs
     meta = files.names("meta")

@@ -314,7 +314,10 @@ def _checked_text(text: Mapping[str, str], episode: str) -> dict[str, NDArray[np
         _check_name(name)
         if not isinstance(words, str):
             raise ShapeError(f"{name!r} of {episode} must be a text, got {words!r}; note numbers in `info`")
-    return {name: np.frombuffer(words.encode(), np.uint8) for name, words in text.items()}
+        if f"{name}_ends" in text:
+            raise ConfigError(f"{name + '_ends'!r} cannot be the name of a text beside {name!r}; rename it")
+    # Halves of a character, which some JSON holds, have no UTF-8: they become question marks.
+    return {name: np.frombuffer(words.encode(errors="replace"), np.uint8) for name, words in text.items()}
 
 
 def _extra_spec(key: str, values: Any) -> ArraySpec:

@@ -1,5 +1,6 @@
 """The verb `scd info`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,8 @@ import tyro
 from scd_robot.cli.policy_source import is_exported
 
 __all__ = ["describe_checkpoint", "describe_export", "info"]
+
+_COMPARED = ("context", "action", "velocity")  # in parity.json
 
 
 def info(checkpoint: Annotated[Path, tyro.conf.Positional], /, *, json: Path | None = None) -> None:
@@ -32,7 +35,7 @@ def info(checkpoint: Annotated[Path, tyro.conf.Positional], /, *, json: Path | N
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint's contents without its weights, and their sizes."""
-    from scd_robot.checkpoint import SCHEMA, read_checkpoint
+    from scd_robot.checkpoint import read_checkpoint
     from scd_robot.config import from_json
     from scd_robot.model import ScdConfig
     from scd_robot.policies import load_imagination, load_policy
@@ -47,7 +50,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         sizes[part] = sizes.get(part, 0) + tensor.numel()
     return {
         "checkpoint": str(checkpoint.path),
-        "schema": SCHEMA,
+        "schema": checkpoint.schema,
         "policy": checkpoint.policy,
         "step": checkpoint.step,
         "receptive_field": from_json(ScdConfig, checkpoint.config["model"], "model").receptive_field,
@@ -73,9 +76,19 @@ def describe_export(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path).to_json()
     try:
         parity = loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}; export the checkpoint again") from error
+        if parity is not None:
+            _ = [float(parity[name]["max"]) for name in _COMPARED], float(parity["tolerance"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file} is damaged: {error!r}; export the checkpoint again") from error
     return {"export": str(path), **manifest, "parity": parity}
+
+
+def _history(model: Mapping[str, Any]) -> str:
+    """How far back each layer looks."""
+    length, stride = model["history_length"], model["history_stride"]
+    if stride == 1:
+        return f"{length} control steps per layer"
+    return f"{(length - 1) * stride + 1} control steps per layer ({length} observations, one every {stride})"
 
 
 def _export_lines(description: dict[str, Any]) -> list[str]:
@@ -87,7 +100,7 @@ def _export_lines(description: dict[str, Any]) -> list[str]:
     plan += f", {_delays(description['architecture']['max_delay_steps'])}"
     compared = "not compared with the checkpoint"
     if parity is not None:
-        worst = (f"{name} {parity[name]['max']:.1e}" for name in ("context", "action", "velocity"))
+        worst = (f"{name} {parity[name]['max']:.1e}" for name in _COMPARED)
         compared = f"largest differences from the checkpoint: {', '.join(worst)}; tolerance {parity['tolerance']:g}"
     return [
         f"export       {description['export']}, {description['kind']}, batches of {description['batch_size']}",
@@ -97,7 +110,7 @@ def _export_lines(description: dict[str, Any]) -> list[str]:
         "observation  " + ", ".join(f"{key} {tuple(one['shape'])}" for key, one in spec["observation"].items()),
         f"action       ({spec['action_dim']},)" + (f", {kind}" if (kind := dataset["action_kind"]) else ""),
         *([] if not (tasks := spec["tasks"]) else [f"tasks        {', '.join(map(repr, tasks))}"]),
-        f"history      {spec['history_length']} control steps per layer",
+        f"history      {_history(description['architecture'])}",
         f"plan         chunk of {spec['chunk_length']}, {settings['num_executed']} executed, {plan}",
         f"parity       {compared}",
         "versions     " + ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
@@ -127,8 +140,7 @@ def _lines(description: dict[str, Any]) -> list[str]:
         "observation  " + ", ".join(f"{key} {tuple(spec['shape'])}" for key, spec in dataset["observation"].items()),
         f"action       ({dataset['action_dim']},)" + (f", {kind}" if (kind := dataset["action_kind"]) else ""),
         *([] if not (tasks := config["transforms"]["tasks"]) else [f"tasks        {', '.join(map(repr, tasks))}"]),
-        f"history      {model['history_length']} control steps per layer, "
-        f"receptive field {description['receptive_field']}",
+        f"history      {_history(model)}, receptive field {description['receptive_field']}",
         plan,
         *([frames] if beside else []),
         *([] if conversion is None else [_converted(conversion)]),

@@ -10,7 +10,6 @@
 Shapes in it have the batch size that the graphs were made for.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Literal, get_args
 
 from scd_robot.config import from_json, to_json
 from scd_robot.errors import CheckpointError, ConfigError
+from scd_robot.output import file_digest
 from scd_robot.policies.rows import Architecture
 from scd_robot.transforms import TransformConfig, Transforms
 from scd_robot.types import ArraySpec, DatasetSpec
@@ -187,7 +187,8 @@ def read_manifest(folder: str | Path) -> Manifest:
                 for key, (low, high) in document.get("ranges", {}).items()
             },
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # ConfigError is a ValueError
+        _check(manifest, document["spec"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # as ConfigError, UnknownNameError
         raise CheckpointError(
             f"{folder / 'manifest.json'} is damaged: {error!r}; export the checkpoint again"
         ) from error
@@ -200,13 +201,20 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def digest(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:  # hashlib.file_digest is not in the Python 3.10 of robots
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+def _check(manifest: Manifest, spec: Mapping[str, Any]) -> None:
+    """Raises ConfigError where parts of a manifest contradict one another, UnknownNameError or ShapeError likewise."""
+    model = manifest.architecture
+    if min(manifest.batch_size, model.action_dim, model.chunk_length, model.history_length, model.history_stride) < 1:
+        raise ConfigError("a size in 'batch_size' or 'architecture' is less than 1")
+    manifest.settings.check_fits(model)
+    derived = manifest.to_json()["spec"]
+    for name, told in spec.items():
+        if derived.get(name) != told:
+            raise ConfigError(f"'spec' has {name} = {told!r}, but by the other parts it is {derived.get(name)!r}")
+    plan = (manifest.batch_size, model.chunk_length, model.action_dim)
+    shapes = [tuple(port.shape) for port in manifest.graphs["plan"].outputs.values()]
+    if plan not in shapes or not manifest.graphs["plan"].inputs:
+        raise ConfigError(f"the graph 'plan' gives {shapes}, none of them actions {plan}")
 
 
 def _check_digest(folder: Path, name: str, digests: Mapping[str, str]) -> None:
@@ -215,7 +223,7 @@ def _check_digest(folder: Path, name: str, digests: Mapping[str, str]) -> None:
         raise CheckpointError(f"{folder / 'manifest.json'} names the file {name!r} outside of its folder")
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; take the export from its source again")
-    if digest(path) != digests.get(name):
+    if file_digest(path) != digests.get(name):
         raise CheckpointError(f"{path} was truncated or changed since it was written; take it from its source again")
 
 

@@ -3,7 +3,6 @@
 Shapes: B rows of a graph, fixed when it is made.
 """
 
-import importlib.metadata
 import logging
 import platform
 import shutil
@@ -21,11 +20,11 @@ from torch import Tensor, nn
 
 from scd_robot.errors import ConfigError, MissingDependencyError, OutputError
 from scd_robot.export.graphs import DecoderStep, EncoderStep, Plan, cache_names, new_cache
-from scd_robot.export.manifest import FORMATS, ExportedSettings, Format, Graph, Manifest, digest, is_export
+from scd_robot.export.manifest import FORMATS, ExportedSettings, Format, Graph, Manifest, is_export
 from scd_robot.export.parity import check_parity
 from scd_robot.export.policy import CACHE, NEXT, load_exported
 from scd_robot.model import ScdModel
-from scd_robot.output import replace_folder, write_json
+from scd_robot.output import file_digest, package_versions, replace_folder, write_json
 from scd_robot.policies.scd import ScdPolicy
 from scd_robot.types import ArraySpec, Observation
 
@@ -83,7 +82,7 @@ def export_policy(
             manifest = manifest_of(policy, made, kind, batch_size)
             for name, graph in manifest.graphs.items():
                 _write_graph(made[name], beside / graph.file, kind)
-            digests = {graph.file: digest(beside / graph.file) for graph in manifest.graphs.values()}
+            digests = {graph.file: file_digest(beside / graph.file) for graph in manifest.graphs.values()}
             manifest = replace(manifest, sha256=digests)
             write_json(beside / "manifest.json", manifest.to_json())
             report: dict[str, Any] = {}
@@ -147,7 +146,7 @@ def manifest_of(policy: ScdPolicy, made: Mapping[str, Made], kind: Format, batch
             for name, value in getattr(policy, "provenance", {}).items()
             if name not in ("device", "settings", "reproducible")
         },
-        versions=_versions(),
+        versions={"python": platform.python_version(), **package_versions(_PACKAGES)},
         sha256={},
         ranges={key: ends for key, ends in policy.normalizer.ranges().items() if key in keys},
     )
@@ -232,13 +231,3 @@ def _specs(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, ArraySp
         name: ArraySpec(tuple(tensor.shape), str(np.dtype(tensor.numpy().dtype)))
         for name, tensor in zip(names, tensors, strict=True)
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            logger.debug("%s is not installed as a distribution; its version is left out", name)
-    return versions

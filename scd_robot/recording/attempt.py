@@ -124,7 +124,7 @@ def _run(
     acting: ActingPolicy | None,
 ) -> tuple[dict[str, NDArray[Any]] | None, bool]:
     rows: list[dict[str, NDArray[Any]]] = []
-    observation = checked_observation(environment.reset(start_seed), environment.spec)
+    observation = _kept(environment.reset(start_seed), environment)
     last_step: int | None = None  # known from the first success on
     left = 0  # control steps of the running disturbance
     kept = config.noise_correlation
@@ -132,7 +132,7 @@ def _run(
     deviation: NDArray[np.float64] | None = None
     while last_step is None or len(rows) <= last_step:
         positions = _positions(environment) if config.keep_positions else {}
-        label = environment.expert_action()
+        label = np.array(environment.expert_action())
         drawn = noise.standard_normal(label.shape)
         deviation = config.action_noise * drawn if deviation is None else kept * deviation + added * drawn
         executed = rows[-1]["executed_action"] if rows else None
@@ -143,8 +143,8 @@ def _run(
         if left:
             left, wanted = left - 1, pushed
         result = checked_result(environment.step(wanted.astype(np.float32)), environment.spec)
-        rows.append({**observation, "action": label, "executed_action": result.executed_action, **positions})
-        observation = result.observation
+        rows.append({**observation, "action": label, "executed_action": np.array(result.executed_action), **positions})
+        observation = _kept(result.observation, environment)
         if result.success and last_step is None:
             last_step = len(rows) - 1 + config.steps_after_success
         if result.terminated or result.truncated:
@@ -155,7 +155,12 @@ def _run(
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}, success
 
 
+def _kept(observation: dict[str, NDArray[Any]], environment: Environment) -> dict[str, NDArray[Any]]:
+    """Copies of what was observed: an environment may write the next observation into the same arrays."""
+    return {key: np.array(value) for key, value in checked_observation(observation, environment.spec).items()}
+
+
 def _positions(environment: Environment) -> dict[str, NDArray[np.float32]]:
     """Where things are now, by the names of their arrays."""
     found = environment.positions  # type: ignore[attr-defined]  # `record_demonstrations` has looked
-    return {POSITION + name: np.asarray(place, np.float32) for name, place in found.items()}
+    return {POSITION + name: np.array(place, np.float32) for name, place in found.items()}

@@ -14,7 +14,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from importlib import metadata
 from statistics import mean, median
 from typing import Any, Protocol
 
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from scd_robot.datasets.schema import EpisodeDataset
 from scd_robot.errors import ConfigError, ShapeError, SimulatorError
-from scd_robot.output import to_plain
+from scd_robot.output import package_versions, to_plain
 from scd_robot.recording.robosuite_states import RobosuiteSimulator
 from scd_robot.sim_eval.metrics import wilson_interval
 from scd_robot.sim_eval.pusht import PushtEnvironment, state_difference
@@ -90,7 +89,7 @@ def replay_dataset(
             )
         for index in tqdm(range(count), desc=f"replaying in {replayer.name}", unit="episode", disable=not progress):
             details.append(_replay_episode(replayer, dataset, index, tolerance))
-        result = _summary(details) | {"tolerance": tolerance, "versions": _versions()}
+        result = _summary(details) | {"tolerance": tolerance, "versions": package_versions(_PACKAGES)}
         result |= {
             "source": dataset.spec.source,
             "environment": replayer.name,
@@ -381,11 +380,3 @@ def _recorded_with(notes: Mapping[str, Any]) -> dict[str, Any]:
     if version := notes.get("repository_version") or in_arguments:
         found[ROBOSUITE] = version
     return found
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions

@@ -86,3 +86,15 @@ def test_what_would_be_left_unheeded_is_refused(mode, max_age_s, mark_new, told)
     slow = Stream(np.array([0.0, 1.0]), np.zeros((2, 1)), mode, max_age_s)
     with pytest.raises(ConfigError, match=told):
         align_streams({"slow": slow}, 0.1, mark_new)
+
+
+@pytest.mark.parametrize("begin", [0, 1_700_000_000])
+def test_times_of_a_clock_that_began_long_ago_are_as_good(begin) -> None:
+    """Such a time is known to a quarter of a microsecond, so that equal ones differ by it."""
+    nanoseconds = begin * 10**9 + 50_000_000 * np.arange(2000)
+    stream = Stream(nanoseconds / 1e9, np.arange(2000), max_age_s=0.0)
+    arrays = align_streams({"a": stream, "b": Stream(nanoseconds / 1e9, np.arange(2000))}, 0.05, mark_new=("b",))
+    np.testing.assert_array_equal(arrays["a"], np.arange(2000))
+    np.testing.assert_allclose(arrays["timestamp"], 0.05 * np.arange(2000))
+    assert arrays["present.a"].all()
+    assert arrays["present.b"].all()

@@ -3,6 +3,7 @@ import logging
 import math
 import multiprocessing
 import pickle
+import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -611,6 +612,27 @@ class TestVideoAgainstRows:
     def test_channels_may_be_listed_first(self, dataset, names):
         edit_info(dataset, **{CAMERA: {"dtype": "video", "shape": [3, *SIZE], "names": names}})
         assert read(dataset).arrays[CAMERA].shape == (26, *SIZE, 3)
+
+    def test_width_may_be_named_before_height(self, dataset):
+        names = ["width", "height", "channels"]
+        edit_info(dataset, **{CAMERA: {"dtype": "video", "shape": [*SIZE[::-1], 3], "names": names}})
+        assert read(dataset).arrays[CAMERA][:1].shape == (1, *SIZE, 3)
+
+    def test_messages_count_as_drop_does(self, tmp_path):
+        """Where LeRobot's numbers have a gap, `--drop` still counts what is there."""
+        path = build(tmp_path / "a", "v2.1")
+        table = path / "meta" / "episodes.jsonl"
+        table.write_text("".join(line for i, line in enumerate(table.read_text().splitlines(True)) if i != 1))
+        edit_info(path, total_episodes=3, total_frames=sum(LENGTHS) - LENGTHS[1])
+        edit_rows(path, 3, timestamp=lambda values: values * np.float32("nan"))
+        with pytest.raises(DatasetError, match=r"episode 2 \(episode_index 3\) of .* has NaN"):
+            read(path)
+        assert read(path, drop=["2"]).num_episodes == 2
+
+    def test_a_task_that_changes_within_an_episode_is_told(self, dataset, caplog):
+        edit_rows(dataset, 2, task_index=lambda values: np.arange(len(values)) // 2 % 2)
+        assert read(dataset).episode_text["task"][2] == "; ".join(TASKS)
+        assert re.search(r"the task changes within \d episodes? .*episode 2", caplog.text)
 
     def test_images_of_another_size(self, dataset):
         edit_info(dataset, **{"observation.images.wrist": {"dtype": "image", "shape": [10, 8, 3]}})

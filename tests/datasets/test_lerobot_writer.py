@@ -419,3 +419,19 @@ class TestLosses:
         assert (told, type(told)) == (fps, type(fps))
         assert found.spec.control_dt == pytest.approx(control_dt, rel=1e-12)
         assert len(found.arrays["observation.images.front"][:]) == 22
+
+
+@pytest.mark.parametrize(("control_dt", "fps"), [(0.033333, 30), (1 / 29.97, 29.97), (0.4999, 1 / 0.4999)])
+def test_rows_and_frames_have_one_clock(tmp_path, control_dt, fps):
+    """Of thousands of frames each is the one of its row: clocks that differ a little drift apart."""
+    count = 1500
+    light = np.arange(2 * count) // 4 % 2 * 200
+    front = np.broadcast_to(light.astype(np.uint8)[:, None, None, None], (2 * count, 16, 16, 3))
+    arrays = {"front": front, "action": np.zeros((2 * count, 1), np.float32)}
+    spec = DatasetSpec({"front": ArraySpec((16, 16, 3), "uint8")}, 1, control_dt, "lights")
+    write_lerobot(EpisodeDataset(spec, np.array([count, 2 * count]), arrays), tmp_path / "out")
+    info = json.loads((tmp_path / "out/meta/info.json").read_text())
+    assert info["fps"] == pytest.approx(fps, rel=1e-6)
+    assert isinstance(info["fps"], int) == (fps == 30)
+    found = open_dataset(tmp_path / "out").arrays["observation.images.front"][-400:]
+    np.testing.assert_array_equal(found.mean((1, 2, 3)) > 100, light[-400:] > 0)

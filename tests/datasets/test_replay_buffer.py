@@ -212,7 +212,7 @@ def test_images_that_change_their_scale_are_refused_where_they_do(tmp_path):
     images[57, 3] += 0.5
     arrays = {"cam": images, "action": np.ones((100, 2), np.float32)}
     dataset = open_dataset(buffer(tmp_path / "a.zarr", arrays=arrays, ends=np.array([100])))
-    with pytest.raises(DatasetError, match="whole numbers in most places"):
+    with pytest.raises(DatasetError, match="holds whole numbers of 0 to 255 in some rows"):
         dataset.arrays["cam"][50:60]
 
 
@@ -432,3 +432,31 @@ class TestNumbersTooLargeForFloat32:
         buffer(tmp_path / "a.zarr", arrays=ARRAYS | {"state": np.where(np.arange(20).reshape(10, 2) == 9, 1e300, 0.0)})
         with pytest.raises(DatasetError, match=r"too large for float32.*first in episode 1 at step 0"):
             open_dataset(tmp_path / "a.zarr")
+
+
+def test_a_buffer_before_its_first_episode_is_told_as_such(tmp_path):
+    empty = {key: values[:0] for key, values in ARRAYS.items()}
+    with pytest.raises(DatasetError, match="holds no finished episode; record some first"):
+        open_dataset(buffer(tmp_path / "a.zarr", arrays=empty, ends=np.zeros(0, np.int64)))
+
+
+def test_what_holds_no_numbers_is_left_out(tmp_path):
+    arrays = {**ARRAYS, "nothing": np.zeros((10, 0))}
+    assert "nothing" not in open_dataset(buffer(tmp_path / "a.zarr", arrays=arrays)).spec.observation
+
+
+def test_numbers_of_objects_are_no_pictures_where_they_exceed_a_byte_anywhere(tmp_path):
+    """Whole numbers are looked at in all frames: what the first ones hold says little of the others."""
+    objects = np.zeros((400, 30, 30, 1), np.int32)
+    objects[33, 2, 3] = 300
+    arrays = {"objects": objects, "action": np.ones((400, 2), np.float32)}
+    dataset = open_dataset(buffer(tmp_path / "a.zarr", arrays=arrays, ends=np.array([400])))
+    assert dataset.spec.observation["objects"].dtype == "float32"
+    assert dataset.arrays["objects"][33].max() == 300
+
+
+def test_several_cameras_in_one_array_are_refused(tmp_path):
+    arrays = {"cams": RNG.integers(1, 256, (10, 2, 48, 64, 3)).astype(np.uint8), "action": ARRAYS["action"]}
+    path = buffer(tmp_path / "a.zarr", arrays=arrays)
+    with pytest.raises(DatasetError, match=r"\(10, 2, 48, 64, 3\) of several cameras in one array.* --keys"):
+        open_dataset(path)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import zarr
 
+from scd_robot.datasets.lazy import LazyArray
 from scd_robot.datasets.open import open_dataset
 from scd_robot.datasets.schema import EpisodeDataset
 from scd_robot.datasets.zarr.store import open_store
@@ -612,3 +613,26 @@ def test_check_names_an_array_of_another_length():
 def test_check_refuses_no_episodes():
     with pytest.raises(DatasetError, match="no finished episode"):
         EpisodeDataset(SPEC, np.asarray([], np.int64), {}).check()
+
+
+def test_large_rows_stay_on_disk_whatever_their_dtype(tmp_path):
+    """Depth, for example; small ones are loaded."""
+    depth = np.random.default_rng(0).random((6, 24, 24, 1)).astype(np.float32)
+    spec = DatasetSpec({"depth": ArraySpec((24, 24, 1)), "points": ArraySpec((5, 3))}, 1, 0.1, "test")
+    with ZarrWriter(tmp_path / "a.zarr", spec) as writer:
+        writer.append({"depth": depth, "points": np.zeros((6, 5, 3)), "action": np.zeros((6, 1))})
+    arrays = open_store(tmp_path / "a.zarr").arrays
+    assert isinstance(arrays["depth"], LazyArray)
+    np.testing.assert_array_equal(arrays["depth"][1:4], depth[1:4])
+    assert isinstance(arrays["points"], np.ndarray)
+
+
+def test_a_text_is_not_called_as_the_ends_of_another(tmp_path):
+    with ZarrWriter(tmp_path / "a.zarr", SPEC) as writer, pytest.raises(ConfigError, match="'a_ends' cannot be"):
+        writer.append(make_episode(3), text={"a": "x", "a_ends": "y"})
+
+
+def test_half_a_character_in_a_text_costs_no_episode(tmp_path):
+    with ZarrWriter(tmp_path / "a.zarr", SPEC) as writer:
+        writer.append(make_episode(3), text={"task": "push \ud83d now"})
+    assert open_store(tmp_path / "a.zarr").episode_text["task"][0] == "push ? now"

@@ -154,6 +154,37 @@ def test_where_an_environment_has_no_positions_none_can_be_kept(toy, tmp_path):
     assert not (tmp_path / "a.zarr").exists()
 
 
+class Reusing(ToyEnvironment):
+    """Writes what is seen and what the expert does into the same arrays, step after step."""
+
+    def __init__(self):
+        self.x, self.label, self.place = (np.zeros(1, np.float32) for _ in range(3))
+
+    @property
+    def positions(self):
+        return {"hand": self.place}
+
+    def reset(self, seed):
+        self.seed, self.steps = 2, 0
+        self.x[:] = self.place[:] = 0
+        return {"x": self.x}
+
+    def step(self, action):
+        result = super().step(action)
+        self.x[:] = self.place[:] = self.steps
+        return dataclasses.replace(result, observation={"x": self.x})
+
+    def expert_action(self):
+        self.label[:] = self.steps / 10
+        return self.label
+
+
+def test_an_environment_may_reuse_its_arrays():
+    found = run_attempt(Reusing(), RecordingConfig("toy", steps_after_success=0, keep_positions=True), 0).episode
+    assert found["x"][:, 0].tolist() == found[f"{POSITION}hand"][:, 0].tolist() == [0, 1, 2]
+    np.testing.assert_allclose(found["action"][:, 0], [0, 0.1, 0.2])
+
+
 class Endless(ToyEnvironment):
     def __init__(self, success_after):
         self.success_after = success_after
