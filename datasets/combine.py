@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scd_robot.datasets.lazy import ConcatenatedArray, LazyArray, RowArray
 from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, PRESENT, EpisodeDataset
 from scd_robot.datasets.tasks import TASK_TEXT, task_texts
 from scd_robot.errors import ConfigError, ShapeError
 
-__all__ = ["join_datasets", "mix_datasets"]
+__all__ = ["join_datasets", "mix_datasets", "shares_among"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,11 @@ def join_datasets(datasets: Sequence[EpisodeDataset], names: Sequence[str] | Non
     datasets = [_completed(data, datasets, keys) for data in datasets]
     common = [key for key in datasets[0].arrays if all(key in data.arrays for data in datasets)]
     common = [key for key in common if key in keys or key not in first.spec.observation]
-    common = [key for key in common if len({(d.arrays[key].shape[1:], d.arrays[key].dtype) for d in datasets}) == 1]
+    common = [key for key in common if _alike([data.arrays[key] for data in datasets])]
     for name, data in zip(names, datasets, strict=True):
-        dropped = sorted(set(data.arrays) - set(common))
+        notes = (*data.episode_info, *data.episode_text)
+        everywhere = [note for note in notes if all(note in (*d.episode_info, *d.episode_text) for d in datasets)]
+        dropped = sorted({*data.arrays, *notes} - {*common, *everywhere})
         if dropped:
             logger.info("%s: left out, because not all datasets have it alike: %s", name, ", ".join(dropped))
     return EpisodeDataset(
@@ -90,6 +93,7 @@ def join_datasets(datasets: Sequence[EpisodeDataset], names: Sequence[str] | Non
             for name in datasets[0].episode_text
             if all(name in data.episode_text for data in datasets)
         },
+        parts=np.repeat(np.arange(len(datasets)), [data.num_episodes for data in datasets]),
     )
 
 
@@ -115,8 +119,24 @@ def mix_datasets(
     joined = join_datasets([replace(data, weights=None) for data in datasets], names)
     parts = [np.ones(data.num_episodes) if data.weights is None else data.weights for data in datasets]
     steps = [float(part @ data.episode_lengths) for part, data in zip(parts, datasets, strict=True)]
-    factors = share / share.sum() / np.array(steps)
-    return replace(joined, weights=np.concatenate([f * part for f, part in zip(factors, parts, strict=True)]))
+    share /= share.sum()
+    factors = share / np.array(steps)
+    return replace(
+        joined,
+        weights=np.concatenate([f * part for f, part in zip(factors, parts, strict=True)]),
+        metadata={**joined.metadata, "shares": share.tolist()},
+    )
+
+
+def shares_among(data: EpisodeDataset, episodes: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    """(E,) weights with which `episodes` alone supply each dataset's share, as all of them would by their own."""
+    if data.weights is None or data.parts is None:
+        return data.weights
+    supply = data.weights * data.episode_lengths
+    chosen = np.zeros(data.num_episodes, bool)
+    chosen[episodes] = True
+    total, left = np.bincount(data.parts, supply), np.bincount(data.parts, supply * chosen)
+    return np.asarray(data.weights * np.divide(total, left, out=np.zeros_like(total), where=left > 0)[data.parts])
 
 
 def _check_same(first: EpisodeDataset, first_name: str, data: EpisodeDataset, name: str, keys: Sequence[str]) -> None:
@@ -156,6 +176,12 @@ def _completed(data: EpisodeDataset, datasets: Sequence[EpisodeDataset], keys: S
             there = arrays.get(PRESENT + key, np.ones(data.num_steps, bool))
             arrays[PRESENT + key] = np.asarray(there[:]) != 0
     return replace(data, arrays=arrays, episode_text={**data.episode_text, TASK_TEXT: task_texts(data)})
+
+
+def _alike(parts: Sequence[RowArray]) -> bool:
+    """Whether they can be joined; numbers in memory also if their dtypes differ."""
+    shapes, dtypes = {part.shape[1:] for part in parts}, {part.dtype for part in parts}
+    return len(shapes) == 1 and (len(dtypes) == 1 or not any(isinstance(part, LazyArray) for part in parts))
 
 
 def _join(parts: Sequence[RowArray]) -> RowArray:

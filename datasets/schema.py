@@ -61,6 +61,7 @@ class EpisodeDataset:
         weights: (E,) how often control steps of each episode are drawn in training, relative to those of others; None =
             all alike.
         numbers: (E,) which episodes of the recording these are, where only some of it was read; None = 0 to E - 1.
+        parts: (E,) number of the dataset that each episode comes from, where several were joined; None = all from one.
     """
 
     spec: DatasetSpec
@@ -71,6 +72,7 @@ class EpisodeDataset:
     episode_text: Mapping[str, Sequence[str]] = field(default_factory=dict)
     weights: NDArray[np.float64] | None = None
     numbers: NDArray[np.int64] | None = None
+    parts: NDArray[np.int64] | None = None
 
     @property
     def num_episodes(self) -> int:
@@ -171,6 +173,7 @@ class EpisodeDataset:
             episode_text=text,
             weights=weights,
             numbers=numbers,
+            parts=None if self.parts is None else self.parts[chosen],
         )
 
     def load(self, keys: Iterable[str] | None = None) -> "EpisodeDataset":

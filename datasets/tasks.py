@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.datasets.lazy import LazyArray, RowArray, SelectedArray
-from scd_robot.datasets.schema import EpisodeDataset
+from scd_robot.datasets.schema import PRESENT, EpisodeDataset
 from scd_robot.errors import DatasetError, UnknownNameError
 
 __all__ = ["TASK_TEXT", "goal_rows", "one_hot_tasks", "read_task_vectors", "task_rows", "task_texts"]
@@ -87,7 +87,20 @@ def task_rows(data: EpisodeDataset, vectors: TaskVectors) -> NDArray[np.float32]
 
 
 def goal_rows(data: EpisodeDataset, key: str) -> RowArray:
-    """(N, ...) what was observed under `key` in the last control step of the episode that each one belongs to."""
-    rows = np.repeat(data.episode_ends - 1, data.episode_lengths)
+    """(N, ...) what was observed under `key` last in the episode that each control step belongs to.
+
+    Raises:
+        DatasetError: it is absent in all of an episode.
+    """
+    last = data.episode_ends - 1
+    if data.has_gaps(key):
+        there = np.asarray(data.arrays[PRESENT + key][:]) != 0
+        last = np.maximum.accumulate(np.where(there, np.arange(len(there)), -1))[last]
+        if (never := np.flatnonzero(last < data.episode_ends - data.episode_lengths)).size:
+            raise DatasetError(
+                f"{key!r} is a goal, but absent in all of episode {data.number(int(never[0]))}; leave that out with "
+                "--drop"
+            )
+    rows = np.repeat(last, data.episode_lengths)
     array = data.arrays[key]
     return SelectedArray(array, rows) if isinstance(array, LazyArray) else array[rows]

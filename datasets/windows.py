@@ -119,6 +119,7 @@ class SegmentIndex:
             raise DatasetError("no episodes to take segments from")
         self._starts, self._ends, self._segment_length, self._seed = starts[chosen], ends[chosen], segment_length, seed
         counts = -(-(self._ends - self._starts) // segment_length)
+        self._counts = counts
         self._episode = np.repeat(np.arange(len(chosen)), counts)
         self._is_first = np.diff(self._episode, prepend=-1) != 0
         self._first, self._end = self._starts[self._episode], self._ends[self._episode]
@@ -151,12 +152,12 @@ class SegmentIndex:
         start, stop, first, end = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
         return SegmentBatch(start, stop, first, end, self._stride)
 
-    def ordered(self, samples: range) -> SegmentBatch:
-        """Segments in the order of the dataset, for validation; those of a long episode evenly spaced."""
-        segment = np.arange(samples.start, samples.stop)
+    def ordered(self, segments: IntArray | range) -> SegmentBatch:
+        """Segments by their numbers in the order of the dataset, for validation; an episode's are evenly spaced."""
+        segment = np.asarray(segments)
         episode = self._episode[segment]
         first, end = self._starts[episode], self._ends[episode]
-        count = np.bincount(self._episode)[episode]
+        count = self._counts[episode]
         place = segment - np.searchsorted(self._episode, episode)
         slack = np.maximum(end - first - self._segment_length, 0)
         start = first + slack * place // np.maximum(count - 1, 1)
@@ -204,16 +205,26 @@ def group_by_length(lengths: IntArray, size: int, offset: int, rng: np.random.Ge
     return np.concatenate([np.arange(first), *order, np.arange(whole, len(lengths))])
 
 
-def split_episodes(num_episodes: int, held_out: float, seed: int = 0) -> tuple[IntArray, IntArray]:
+def split_episodes(
+    num_episodes: int, held_out: float, seed: int = 0, parts: IntArray | None = None
+) -> tuple[IntArray, IntArray]:
     """Splits episodes into training and held-out numbers, each ascending.
 
     Args:
         num_episodes: E.
-        held_out: share to hold out, in [0, 1); at least one episode where it is positive and E > 1.
+        held_out: share to hold out, in [0, 1); of each part at least one episode where it is positive and there are
+            more, and never the last one.
         seed: keys the choice.
+        parts: (E,) number of the dataset that each episode comes from; None = all from one.
     """
     if not 0 <= held_out < 1:
         raise ConfigError(f"the share of held-out episodes must be in [0, 1), got {held_out}")
-    count = min(num_episodes - 1, max(1, round(held_out * num_episodes))) if held_out else 0
     order = keyed_rng(EPISODE_SPLIT, seed).permutation(num_episodes)
-    return np.sort(order[count:]), np.sort(order[:count])
+    part = np.zeros(num_episodes, np.int64) if parts is None else parts
+    kept, out = [], []
+    for number in np.unique(part):
+        inside = order[part[order] == number]
+        count = min(len(inside) - 1, max(1, round(held_out * len(inside)))) if held_out else 0
+        kept.append(inside[count:])
+        out.append(inside[:count])
+    return np.sort(np.concatenate(kept)), np.sort(np.concatenate(out))

@@ -6,6 +6,8 @@ with `dataclasses.replace`.
 
 import json
 import logging
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -238,7 +240,7 @@ def frames_64(dataset: DatasetSpec) -> ExperimentConfig:
             positions_per_segment=8,
             flow_time=FlowTimeConfig("logit_normal", mean=-2.0, std=1.2),
             ema_decay=0.999,
-            augmentation=AugmentationConfig(0, 0, 0, 0),
+            augmentation=AugmentationConfig(0.0, 0.0, 0.0, 0.0),
             validate_every=250,
             validation_segments=16,
         ),
@@ -372,13 +374,11 @@ def with_settings(experiment: ExperimentConfig, settings: Sequence[str]) -> Expe
             if not isinstance(node, dict) or name not in node:
                 raise UnknownNameError(f"setting {path!r}: field", name, node if isinstance(node, dict) else ())
             parent, node = node, node[name]
-        if node is None:
-            raise ConfigError(f"{path} takes more than one value; model.frames.autoencoder comes with --autoencoder")
-        if isinstance(node, dict):
+        if isinstance(node, dict) and node:
             raise ConfigError(
                 f"{path} is a group of settings; set one of them: {', '.join(f'{path}.{n}' for n in node)}"
             )
-        parent[last] = _parse(text, node, path)
+        parent[last] = _parse(text, _declared_type(path), path)
     return from_json(ExperimentConfig, tree, "experiment")
 
 
@@ -391,20 +391,33 @@ def _paths(tree: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _parse(text: str, old: Any, path: str) -> Any:
-    """The text as a value of the type that stands there now."""
-    if isinstance(old, str):
+def _declared_type(path: str) -> Any:
+    """The type of a field of an experiment; what may also be None counts as what it is otherwise."""
+    kind: Any = ExperimentConfig
+    for name in path.split("."):
+        kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else typing.get_type_hints(kind)[name]
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    return kind
+
+
+def _parse(text: str, kind: Any, path: str) -> Any:
+    """The text as a value of a field's type."""
+    if typing.get_origin(kind) is tuple:
+        element = typing.get_args(kind)[0]
+        return [_parse(part.strip(), element, f"each of {path}") for part in text.strip("[]() ").split(",")]
+    if kind is str or typing.get_origin(kind) is typing.Literal:
         return text
-    if isinstance(old, bool):
+    if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ConfigError(f"{path} must be true or false, got {text!r}")
         return text.lower() == "true"
-    try:
-        if isinstance(old, list):
-            number = int if all(isinstance(element, int) for element in old) else float
-            return [number(part) for part in text.strip("[]() ").split(",")]
-        return int(text) if isinstance(old, int) else float(text)
-    except ValueError as error:
+    if kind not in (int, float):
         raise ConfigError(
-            f"{path} must be {'a whole number' if isinstance(old, int) else 'a number'}, got {text!r}"
-        ) from error
+            f"{path} takes more than one value; model.frames.autoencoder comes with --autoencoder, and transforms with "
+            "--transforms, --tasks and --goals"
+        )
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} must be {'a whole number' if kind is int else 'a number'}, got {text!r}") from error

@@ -110,7 +110,7 @@ def test_latent_preset_takes_pictures_of_many_sizes_with_about_as_many_tokens() 
 
 
 def test_the_autoencoder_of_frames_is_no_single_setting() -> None:
-    with pytest.raises(ConfigError, match=r"model\.frames\.autoencoder takes more than one value.* --autoencoder"):
+    with pytest.raises(ConfigError, match=r"model\.frames\.autoencoder takes more than one value; .* --autoencoder"):
         with_settings(resolve("frames_64", CAMERA), ["model.frames.autoencoder=runs/ae"])
     latent = resolve("frames_latent", FITTING["frames_latent"][0])
     changed = with_settings(latent, ["model.frames.autoencoder.latent_channels=4"])
@@ -190,6 +190,7 @@ def test_unknown_preset_suggests_the_nearest() -> None:
         ("training.augmentation.shift=0", 0.0),
         ("model.observation_shapes.proprio=9", (9,)),
         ("policy.sampler.num_denoising_steps=4", 4),
+        ("transforms.goals=proprio,other", ("proprio", "other")),
     ],
 )
 def test_setting_becomes_a_value_of_the_field_s_type(setting: str, value: object) -> None:
@@ -222,3 +223,13 @@ def test_a_missing_or_foreign_experiment_file_is_refused(tmp_path: Path) -> None
     (tmp_path / "other.json").write_text('{"preset": "x"}')
     with pytest.raises(ConfigError, match="lacks model"):
         resolve(str(tmp_path / "other.json"), SPEC)
+
+
+def test_settings_have_their_declared_types_whatever_stands_there_now() -> None:
+    """Augmentation is off in frames_64: 0 there is no reason to take whole numbers only."""
+    changed = with_settings(resolve("frames_64", CAMERA), ["training.augmentation.shift=0.05"])
+    assert changed.training.augmentation.shift == 0.05
+    with pytest.raises(ConfigError, match=r"training\.max_steps must be a whole number, got '0\.5'"):
+        with_settings(resolve("metaworld_state", SPEC), ["training.max_steps=0.5"])
+    with pytest.raises(ConfigError, match=r"transforms\.images takes more than one value; .* --transforms"):
+        with_settings(resolve("metaworld_state", SPEC), ["transforms.images=camera"])

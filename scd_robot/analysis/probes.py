@@ -152,7 +152,8 @@ def held_out_episodes(checkpoint: Checkpoint, policy: Probed, data: EpisodeDatas
     if fingerprint(_as_seen(policy, data)) != checkpoint.origin.get("dataset"):
         return None
     training = from_json(ExperimentConfig, checkpoint.config, "config").training
-    return [int(number) for number in split_episodes(data.num_episodes, training.held_out, training.seed)[1]]
+    _, held_out = split_episodes(data.num_episodes, training.held_out, training.seed, data.parts)
+    return held_out.tolist()
 
 
 def choose_episodes(data: EpisodeDataset, known: Sequence[int] | None, most: int, least_steps: int = 1) -> list[int]:

@@ -41,13 +41,15 @@ def distill(
         objective: mean_flow and shortcut learn the average velocity over steps of any length, so that the number of
             denoising steps can still be chosen; mip learns two regressions, without noise.
         dataset: what the teacher was trained on, or more of its kind; several datasets are mixed.
-        weights: with several datasets, the share of control steps that each supplies, in any unit; by default by size.
+        weights: with several datasets, the share of control steps that each supplies, in any unit; by default every
+            segment counts once.
         out: folder of the run.
         read: what to read of the datasets.
         max_steps: optimiser steps; by default a third of the teacher's.
         train_encoder: let the encoder learn too, which costs more and is what the entangled architecture always does;
             by default the decoder alone learns, so that contexts stay what they are.
-        seed: keys every random draw; by default the teacher's.
+        seed: keys every random draw; by default the teacher's. Another one holds out other episodes, from which the
+            teacher has learned.
         settings: settings that replace the teacher's, as FIELD=VALUE: training.learning_rate=3e-4
             policy.sampler.num_denoising_steps=2.
         resume: continue the run in OUT from its newest checkpoint.

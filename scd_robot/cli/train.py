@@ -54,7 +54,8 @@ def train(
             imagines, docs/frames.md); or the config.json of a checkpoint, to run it again.
         dataset: dataset of any known format (see 'scd data info --help'), or several, which are then mixed; widths of
             observations and actions are taken from it.
-        weights: with several datasets, the share of control steps that each supplies, in any unit; by default by size.
+        weights: with several datasets, the share of control steps that each supplies, in any unit; by default every
+            segment counts once.
         out: folder of the run.
         read: what to read of the datasets.
         transforms: what to do between the recording and the model, as JSON or a file that holds it: rename, images,

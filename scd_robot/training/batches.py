@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from scd_robot.datasets import ACTION, EpisodeDataset
+from scd_robot.datasets.combine import shares_among
 from scd_robot.datasets.windows import SegmentBatch, SegmentIndex
 from scd_robot.diffusion import sample_flow_time, sample_mip_time, sample_step_end
 from scd_robot.errors import ConfigError
@@ -114,9 +115,12 @@ class SegmentDataset(Dataset[TrainingBatch]):
             episodes,
             training.seed,
             model.history_stride,
-            None if validation else data.weights,
+            None if validation else shares_among(data, episodes),
             training.batch_size if training.group_by_length else 0,
         )
+        # What validation looks at, from everywhere in the dataset.
+        shown = min(len(self._index), training.validation_segments)
+        self._shown = np.linspace(0, len(self._index) - 1, shown).astype(np.int64)
         self._idle = None
         if training.idle_weight < 1 and not validation:
             self._idle = idle_rows(np.asarray(data.arrays[ACTION]), data.episode_ends, model.chunk_length)
@@ -135,15 +139,13 @@ class SegmentDataset(Dataset[TrainingBatch]):
     def __len__(self) -> int:
         if not self._validation:
             return self._experiment.training.max_steps
-        segments = min(len(self._index), self._experiment.training.validation_segments)
-        return -(-segments // self._experiment.training.batch_size)
+        return -(-len(self._shown) // self._experiment.training.batch_size)
 
     def __getitem__(self, step: int) -> TrainingBatch:
         size, training_seed = self._experiment.training.batch_size, self._experiment.training.seed
         if self._validation:
-            last = min(len(self._index), self._experiment.training.validation_segments)
-            samples = range(step * size, min(last, (step + 1) * size))
-            segments = self._index.ordered(samples)
+            samples = range(step * size, min(len(self._shown), (step + 1) * size))
+            segments = self._index.ordered(self._shown[samples.start : samples.stop])
             keys = [(VALIDATION_DRAW, training_seed, 0, sample) for sample in samples]
         else:
             segments = self._index.batch(step, self._samples, size)

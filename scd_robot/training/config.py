@@ -225,6 +225,11 @@ class ExperimentConfig:
                 "training.sparse_history_probability is for policies, which clients ask for plans; this model decodes "
                 "frames: set it to 0"
             )
+        if objective == "mean_flow" and self.training.precision != "32-true":
+            raise ConfigError(
+                "training.objective=mean_flow learns from small differences of two predictions, of which 16 bits keep "
+                f"little: set training.precision=32-true, got {self.training.precision!r}"
+            )
         self._check_cache()
         usual, averages = OBJECTIVES[objective].solver, objective in _AVERAGES
         if averages and not self.model.step_end_input:

@@ -30,7 +30,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.data, self.experiment, self.first_step = data, experiment, first_step
         training = experiment.training
         self.train_episodes, self.held_out_episodes = split_episodes(
-            data.num_episodes, training.held_out, training.seed
+            data.num_episodes, training.held_out, training.seed, data.parts
         )
 
     def train_dataloader(self) -> DataLoader[TrainingBatch]:

@@ -101,6 +101,11 @@ def train(
         )
     if init is None and not resume:
         check_weights(experiment.model)
+        if experiment.training.trained == "decoder":
+            raise ConfigError(
+                "training.trained=decoder leaves the encoder as it is, and without --init it would be a random one: "
+                "name a checkpoint with --init (scd distill takes its teacher), or set training.trained=all"
+            )
     training = experiment.training
     if not training.cache_features:
         data = with_pictures_in_memory(data, experiment.model.image_keys, training.images_in_memory_gb)

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,10 @@ def begin(
         "source": data.spec.source,
         "init": None if source is None else {"step": source.step, "statistics": init_statistics},
     }
+    if "shares" in data.metadata:
+        origin["shares"] = data.metadata["shares"]
     if source is not None:
+        _warn_of_other_split(source, origin, experiment)
         teacher = source.config.get("training", {}).get("objective", "flow_matching")
         if teacher != experiment.training.objective:
             origin["teacher"] = {"objective": teacher, "weights_sha256": source.weights_sha256}
@@ -94,6 +98,19 @@ def begin(
         _warn_of_other_units(source.normalizer, _statistics(data, experiment))
         return Start(0, source.normalizer, origin, source, weights)
     return Start(0, fit_normalizer(data, experiment), origin, source, weights)
+
+
+def _warn_of_other_split(source: Checkpoint, origin: Mapping[str, Any], experiment: ExperimentConfig) -> None:
+    """Says where episodes that a checkpoint was trained on will count as held out."""
+    before = source.config.get("training", {})
+    split = {name: getattr(experiment.training, name) for name in ("seed", "held_out")}
+    if source.origin.get("dataset") == origin["dataset"] and any(before.get(n) != split[n] for n in split):
+        logger.warning(
+            "the checkpoint was trained on the same dataset with training.seed %s and held_out %s, which decide the "
+            "held-out episodes: with %s and %s it has learned from many that count as held out now, and errors on them "
+            "(val/...) will look too good",
+            before.get("seed"), before.get("held_out"), split["seed"], split["held_out"],
+        )  # fmt: skip
 
 
 def fit_normalizer(data: EpisodeDataset, experiment: ExperimentConfig) -> Normalizer:
@@ -159,8 +176,10 @@ def _chunk_actions(data: EpisodeDataset, experiment: ExperimentConfig, rows: NDA
 
 
 def fingerprint(data: EpisodeDataset) -> str:
-    """SHA-256 over episode ends, shapes, and evenly spaced rows of every array."""
+    """SHA-256 over episode ends, shapes, and evenly spaced rows of every array; and weights, where there are some."""
     digest = hashlib.sha256(np.asarray(data.episode_ends, np.int64).tobytes())
+    if data.weights is not None:
+        digest.update(np.asarray(data.weights, np.float64).tobytes())
     for key in sorted(data.arrays):
         array = data.arrays[key]
         row_bytes = max(1, array.nbytes // max(1, len(array)))

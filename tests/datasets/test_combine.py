@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from scd_robot.datasets.combine import join_datasets, mix_datasets
+from scd_robot.datasets.combine import join_datasets, mix_datasets, shares_among
 from scd_robot.datasets.lazy import LazyArray, MappedArray
 from scd_robot.datasets.schema import EpisodeDataset
-from scd_robot.datasets.windows import SegmentIndex
+from scd_robot.datasets.windows import SegmentIndex, split_episodes
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.types import ArraySpec, DatasetSpec
 
@@ -126,3 +126,33 @@ def test_datasets_that_do_not_fit_together_are_refused(second, error, message) -
 def test_weights_must_be_positive_numbers(weights) -> None:
     with pytest.raises(ConfigError, match="positive weights"):
         mix_datasets([dataset((3,), 1), dataset((3,), 2)], weights)
+
+
+def test_the_log_names_notes_that_are_lost_and_numbers_of_other_dtypes_are_kept(caplog) -> None:
+    first = dataset((3, 4), 1, reward=np.zeros(7, np.float64))
+    first = replace(first, episode_info={**first.episode_info, "success": np.ones(2)})
+    second = dataset((5,), 2, reward=np.ones(5, np.float32))
+    with caplog.at_level("INFO"):
+        joined = join_datasets([first, second], ["A", "B"])
+    assert "A: left out, because not all datasets have it alike: success" in caplog.text
+    assert joined.arrays["reward"].tolist() == [0] * 7 + [1] * 5
+
+
+def test_shares_are_those_of_the_episodes_that_are_trained_on() -> None:
+    mixed = mix_datasets([dataset((20,) * 20, 1), dataset((20,) * 2, 2)], [1, 1])
+    assert mixed.metadata["shares"] == [0.5, 0.5]
+    for seed in range(20):
+        train, held_out = split_episodes(mixed.num_episodes, 0.2, seed, mixed.parts)
+        assert np.bincount(mixed.parts[train]).tolist() == [16, 1]
+        assert np.bincount(mixed.parts[held_out]).tolist() == [4, 1]
+        index = SegmentIndex(mixed.episode_ends, 20, train, seed, weights=shares_among(mixed, train))
+        drawn = np.concatenate([index.batch(step, range(100), 100).start for step in range(50)])
+        assert np.mean(drawn >= 400) == pytest.approx(0.5, abs=0.03)
+    alone = dataset((20,) * 20, 1)
+    assert shares_among(alone, np.arange(3)) is None
+
+
+def test_a_single_episode_of_a_dataset_is_never_held_out() -> None:
+    mixed = join_datasets([dataset((20,) * 20, 1), dataset((20,), 2)])
+    assert all(20 in split_episodes(21, 0.05, seed, mixed.parts)[0] for seed in range(60))
+    assert mixed.select([3, 20]).parts.tolist() == [0, 1]

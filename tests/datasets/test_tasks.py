@@ -71,3 +71,17 @@ def test_vectors_of_another_form_are_refused(tmp_path, content: str, reason: str
 def test_one_task_in_words_is_nothing_to_tell_apart() -> None:
     with pytest.raises(DatasetError, match="are of one task, 'carry'"):
         one_hot_tasks(replace(tiny_data(), episode_text={"task": ["carry"] * 6}))
+
+
+def test_the_goal_is_the_last_that_was_seen_where_the_last_step_saw_nothing() -> None:
+    data = tiny_data()
+    there = np.arange(data.num_steps) % 2 == 0
+    marked = replace(data, arrays={**data.arrays, "present.position": there})
+    rows = goal_rows(marked, "position")
+    for episode in range(data.num_episodes):
+        part = data.rows(episode)
+        last = np.flatnonzero(there[part])[-1] + part.start
+        np.testing.assert_array_equal(rows[part], np.tile(data.arrays["position"][last], (LENGTHS[episode], 1)))
+    there[data.rows(2)] = False
+    with pytest.raises(DatasetError, match="absent in all of episode 2; leave that out with --drop"):
+        goal_rows(marked, "position")

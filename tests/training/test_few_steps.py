@@ -79,6 +79,7 @@ def test_one_setting_brings_what_goes_with_an_objective(objective: str) -> None:
         (["training.objective=mip", "policy.sampler.num_denoising_steps=4"], "1 or 2 denoising steps, got 4"),
         (["training.objective=mip", "policy.num_samples=2"], "all the same"),
         (["policy.sampler.solver=average"], "needs a model with step_end_input"),
+        (["training.objective=mean_flow", "training.precision=bf16-mixed"], "set training.precision=32-true"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(settings: list[str], told: str) -> None:

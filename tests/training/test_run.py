@@ -18,6 +18,7 @@ from tiny import tiny_data, tiny_experiment
 
 from scd_robot.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from scd_robot.config import to_json
+from scd_robot.datasets.combine import mix_datasets
 from scd_robot.errors import CheckpointError, ConfigError, DatasetError, OutputError, ShapeError, TrainingDivergedError
 from scd_robot.normalization import Normalizer
 from scd_robot.policies import load_policy
@@ -331,6 +332,31 @@ def test_a_run_resumes_on_its_own_data_and_statistics_only(tmp_path: Path) -> No
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
     statistics = [read_checkpoint(tmp_path / name).normalizer.to_json() for name in ("old", "whole", "run")]
     assert statistics[0] == statistics[1] == statistics[2]
+
+
+def test_a_run_resumes_with_its_own_weights_only(tmp_path: Path) -> None:
+    """How often each dataset is drawn decides the result as much as the data."""
+    options = {"accelerator": "cpu", "progress": False}
+    mixed = {share: mix_datasets([tiny_data(), tiny_data()], [1, share]) for share in (1, 3)}
+    train(mixed[1], tiny_experiment(6), tmp_path / "run", **options)
+    assert read_checkpoint(tmp_path / "run").origin["shares"] == [0.5, 0.5]
+    shutil.rmtree(list_checkpoints(tmp_path / "run")[-1])
+    with pytest.raises(CheckpointError, match="was run otherwise"):
+        train(mixed[3], tiny_experiment(6), tmp_path / "run", resume=True, **options)
+    assert train(mixed[1], tiny_experiment(6), tmp_path / "run", resume=True, **options)["steps"] == 6
+
+
+def test_a_decoder_alone_is_not_trained_beside_a_random_encoder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="without --init it would be a random one"):
+        run(tmp_path / "run", tiny_experiment(3, trained="decoder"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("seed", "told"), [(0, False), (5, True)])
+def test_another_split_of_what_a_checkpoint_knows_is_told(tmp_path: Path, caplog, seed: int, told: bool) -> None:
+    run(tmp_path / "old")
+    run(tmp_path / "new", tiny_experiment(3, seed=seed), init=tmp_path / "old", init_statistics="checkpoint")
+    assert ("learned from many that count as held out" in caplog.text) == told
 
 
 def test_logs_are_written_for_tensorboard_and_as_csv(tmp_path: Path) -> None:

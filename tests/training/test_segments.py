@@ -5,13 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_data, tiny_experiment
+from tiny import LENGTHS, tiny_data, tiny_experiment
 
 from scd_robot.datasets import PRESENT
+from scd_robot.datasets.combine import join_datasets
 from scd_robot.datasets.lazy import MappedArray
 from scd_robot.datasets.windows import SegmentIndex
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
 from scd_robot.training import train
+from scd_robot.training.batches import SegmentDataset
+from scd_robot.training.datamodule import EpisodeDataModule
 from scd_robot.training.features import replace_pictures
 from scd_robot.training.segments import SegmentReader
 from scd_robot.types import ArraySpec
@@ -155,3 +158,19 @@ def test_encoders_and_keys_that_do_not_fit_are_refused():
         replace_pictures(data, "goal", lambda x: x, progress=False)
     with pytest.raises(UnknownNameError, match="did you mean 'camera'"):
         replace_pictures(data, "camra", lambda x: x, progress=False)
+
+
+def test_validation_looks_everywhere_in_the_dataset() -> None:
+    """Not at its first episodes only: those of a second dataset come last."""
+    joined = join_datasets([tiny_data()] * 20)
+    experiment = tiny_experiment(validation_segments=10, held_out=0.5)
+    held_out = EpisodeDataModule(joined, experiment).held_out_episodes
+    batches = SegmentDataset(joined, experiment, held_out, validation=True)
+    assert len(batches) == 3
+    assert sum(len(batches[step].draws.position) for step in range(3)) == 10
+    shown = batches._index.ordered(batches._shown)
+    parts = np.searchsorted(joined.episode_ends, shown.start, side="right") // len(LENGTHS)
+    assert (np.diff(parts) >= 0).all()
+    assert parts[0] == 0
+    assert parts[-1] == 19
+    assert len(set(parts)) >= 9
