@@ -17,7 +17,15 @@ from typing import Any
 
 from scd_robot.errors import ConfigError, UnknownNameError
 
-__all__ = ["call_with_options", "describe_module", "import_dotted", "is_dotted", "parse_options", "takes"]
+__all__ = [
+    "begins_rows",
+    "call_with_options",
+    "describe_module",
+    "import_dotted",
+    "is_dotted",
+    "parse_options",
+    "takes",
+]
 
 _DOTTED_NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
@@ -116,6 +124,11 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     except ValueError:  # written in C, without a signature
         return False
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def begins_rows(policy: Any) -> bool:
+    """Whether `policy.reset` can begin episodes in some rows alone; `takes_rows` of False says it cannot."""
+    return takes(policy.reset, "rows") and bool(getattr(policy, "takes_rows", True))
 
 
 def describe_module(name: str) -> dict[str, Any]:

@@ -169,6 +169,7 @@ class Rollout:
         try:
             steps = rows[0].worker.receive_steps()
             self._take_in(rows, steps.observation)
+            _check_rewards(rows, steps.reward)
         except WorkerCrashError as error:
             return self._replace(rows[0].worker, error)
         return [row for i, row in enumerate(rows) if self._has_ended(row, steps, i)]
@@ -290,6 +291,13 @@ def _check_finite_action(action: ActionArray, row: _Row) -> None:
             f"the policy's actions must be finite, got {action.tolist()} in row {row.number} (episode {row.episode}) "
             f"at control step {len(row.actions)}; look at the policy's input normalisation and weights"
         )
+
+
+def _check_rewards(rows: Sequence[_Row], rewards: NDArray[np.float64]) -> None:
+    if not (finite := np.isfinite(rewards)).all():
+        error = WorkerCrashError("the simulator returned a reward that is NaN or infinite")
+        error.slot = rows[int(np.argmin(finite))].slot
+        raise error
 
 
 def _by_worker(rows: Sequence[_Row]) -> list[list[_Row]]:

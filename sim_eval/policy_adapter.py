@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from scd_robot.dotted import takes
+from scd_robot.dotted import begins_rows, takes
 from scd_robot.errors import ConfigError, ScdRobotError, ShapeError
 from scd_robot.types import ActionArray, ActionKind, EnvironmentSpec, Observation, PolicySpec
 
@@ -44,7 +44,7 @@ class PolicyAdapter:
         self._policy = policy
         self._takes_executed_action = takes(policy.act, "executed_action")
         self._takes_episodes = takes(policy.reset, "episodes")
-        self.takes_rows = takes(policy.reset, "rows") and getattr(policy, "takes_rows", True)
+        self.takes_rows = begins_rows(policy)
         self.act_ms: list[float] = []
         self._drain()
 

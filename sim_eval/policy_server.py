@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scd_robot.dotted import call_with_options, describe_module, import_dotted, takes
+from scd_robot.dotted import begins_rows, call_with_options, describe_module, import_dotted, takes
 from scd_robot.errors import ConfigError, ScdRobotError
 from scd_robot.types import ArraySpec, EnvironmentSpec, PolicySpec
 
@@ -122,7 +122,7 @@ class _Server:
         """What the other side must know."""
         spec = getattr(self._policy, "spec", None)
         return {
-            "takes_rows": takes(self._policy.reset, "rows"),
+            "takes_rows": begins_rows(self._policy),
             "spec": dataclasses.asdict(spec) if isinstance(spec, PolicySpec) else None,
             "provenance": self._policy.provenance,
             "name": type(self._policy).__name__,

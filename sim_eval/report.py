@@ -3,6 +3,7 @@
 Failures come first everywhere: they are what one opens a report for.
 """
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -144,12 +145,18 @@ def _episodes(result: EvaluationResult) -> str:
     return f"<h2>Episodes</h2><details class='card'{state}>{summary}<div class='scroll'>{table}</div></details>"
 
 
+def _numbers(indices: Sequence[int]) -> str:
+    """Episodes as a range, and how many of it, where not all."""
+    first, last = min(indices), max(indices)
+    return f"{first} to {last}" + ("" if last - first + 1 == len(indices) else f", {len(indices)} of them")
+
+
 def _settings(document: dict[str, Any]) -> str:
     seeds, made = document["seeds"], document["provenance"]
     settings = {
         "environment": document["env"],
         "policy": document["policy"],
-        "episodes": f"{seeds['first_episode']} to {seeds['first_episode'] + document['episodes'] - 1}",
+        "episodes": _numbers([one["index"] for one in document["episodes_detail"]]),
         "seed domain": seeds["domain"],
         "environments side by side": document["num_envs"],
         "longest episode": f"{counted(document['max_steps'], 'control step')} of {document['control_dt']:g} s",

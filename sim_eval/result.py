@@ -244,10 +244,10 @@ class EvaluationResult:
 
 
 def join_results(parts: Sequence[EvaluationResult], wall_s: float) -> EvaluationResult:
-    """One result of parts with consecutive episodes.
+    """One result of several; `num_envs` is that of the widest.
 
     Args:
-        parts: in any order.
+        parts: of different episodes, in any order; between them some may be left out.
         wall_s: of them all.
     """
     parts = sorted(parts, key=lambda part: part.first_episode)
@@ -263,13 +263,16 @@ def join_results(parts: Sequence[EvaluationResult], wall_s: float) -> Evaluation
         wall_s=wall_s,
         versions=versions,
         actions={index: actions for part in parts for index, actions in part.actions.items()},
-        plan_batch_size=_mean([part.plan_batch_size for part in parts]),
+        num_envs=max(part.num_envs for part in parts),
+        plan_batch_size=_mean_plan_batch(parts),
     )
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _mean_plan_batch(parts: Sequence[EvaluationResult]) -> float | None:
+    """Rows per plan, over all plans."""
+    known = [(p.plan_batch_size, len(p.timings_ms.get("plan", ()))) for p in parts if p.plan_batch_size is not None]
+    plans = sum(count for _, count in known)
+    return sum(size * count for size, count in known) / plans if plans else None
 
 
 def _both_versions(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:

@@ -74,7 +74,7 @@ def evaluate(
         num_envs: B; None = at most 16, depending on the cores. Changes neither start states nor outcomes.
         processes: worker processes among which the environments are divided; None = one per core (with `python`, which
             has one environment per process, one per environment).
-        max_steps: ends episodes earlier than the environment would.
+        max_steps: ends episodes earlier than the environment would; no more than its limit.
         out: folder for `result.json`, `episodes.jsonl`, `report.html` and `videos/`; None writes nothing.
         overwrite: replace an earlier evaluation in `out`; files of others stay.
         num_videos: replays to record of successes, and as many of failures.
@@ -113,7 +113,12 @@ def evaluate(
         check_policy_spec(policy, spec)
         if out is not None:
             prepare_output_folder(out)
-        limit = spec.max_steps if max_steps is None else min(max_steps, spec.max_steps)
+        limit = spec.max_steps if max_steps is None else max_steps
+        if limit > spec.max_steps:
+            raise ConfigError(
+                f"max_steps can end episodes earlier than {spec.name} does, after {spec.max_steps} control steps, not "
+                f"later; got {limit}"
+            )
         indices = range(first_episode, first_episode + episodes)
         faulty = injector(faults, spec.control_dt)
         versions = _versions(workers[0], python)

@@ -31,6 +31,8 @@ def find_evaluations(path: Path) -> list[tuple[Path, dict[str, Any]]]:
         return [found for one in sorted(glob.glob(str(path))) for found in find_evaluations(Path(one))]
     if path.is_file():
         return [(path.parent, read_evaluation(path))]
+    if (path / "comparison.json").is_file():
+        raise DatasetError(f"{path} is a comparison of several arms; name the folder of one of them in it")
     files = [path / _RESULT] if (path / _RESULT).is_file() else sorted(path.glob(f"*/{_RESULT}"))
     return [(file.parent, read_evaluation(file)) for file in files]
 

@@ -73,7 +73,7 @@ def evaluate(
         out: folder for the report; by default nothing is written.
         first_episode: index of the first episode; ranges that do not overlap have different start states.
         num_envs: environments side by side, divided among a process per core; changes neither start states nor noise.
-        max_steps: control steps after which an episode fails; by default the environment's own limit.
+        max_steps: control steps after which an episode fails; by default, and at most, the environment's own limit.
         num_denoising_steps: replaces the checkpoint's.
         num_executed: actions taken from one plan before the next; replaces the checkpoint's.
         guidance_scale: guidance by context corruption; replaces the checkpoint's (1 = off).

@@ -210,7 +210,7 @@ def refuse_checkpoint_options(source: Path, options: Mapping[str, Any]) -> None:
     from scd_robot.errors import ConfigError
 
     for name, value in options.items():
-        if value not in (None, False, 0):
+        if value is not None and value is not False:
             raise ConfigError(
                 f"--{name.replace('_', '-')} is for checkpoints; give {source} options of its own with --policy-options"
             )

@@ -17,7 +17,7 @@ def surprise(
     dataset: Path,
     episode: tuple[int, ...] = (0,),
     calibration: Path | None = None,
-    quantile: float = 0.99,
+    quantile: float | None = None,
     out: Path,
     read: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions(),  # noqa: B008 - frozen
     num_denoising_steps: int = 1,
@@ -39,7 +39,7 @@ def surprise(
         episode: numbers of those to look at, from 0 on.
         calibration: what is usual: recorded episodes that the model was not trained on, or a surprise.json of the same
             checkpoint; by default the other episodes of the dataset.
-        quantile: share of the frames of the calibration that are no alarm.
+        quantile: share of the frames of the calibration that are no alarm (default 0.99); a surprise.json has its own.
         out: folder for the results.
         read: what to read of the dataset.
         num_denoising_steps: of a prediction; one gives the expected frame.
@@ -83,15 +83,27 @@ def surprise(
 
 
 def _calibration(
-    imagination: Any, data: Any, looked_at: tuple[int, ...], source: Path | None, quantile: float, read: ReadOptions
+    imagination: Any,
+    data: Any,
+    looked_at: tuple[int, ...],
+    source: Path | None,
+    quantile: float | None,
+    read: ReadOptions,
 ) -> Any:
     from scd_robot.analysis.surprise import calibrate_surprise
     from scd_robot.datasets import open_dataset
+    from scd_robot.errors import ConfigError
     from scd_robot.policies.surprise import load_calibration
 
     if source is not None and source.suffix == ".json":
-        return load_calibration(source)
+        found = load_calibration(source)
+        if quantile not in (None, found.quantile):
+            raise ConfigError(
+                f"{source} was calibrated for --quantile {found.quantile:g}, and does not keep scores; give recorded "
+                "episodes as --calibration for another one"
+            )
+        return found
     if source is not None:
         data, looked_at = open_dataset(source, **{**vars(read), "only": None, "drop": None, "mask": None}), ()
     episodes = [number for number in range(data.num_episodes) if number not in looked_at]
-    return calibrate_surprise(imagination, data, episodes, quantile)
+    return calibrate_surprise(imagination, data, episodes, 0.99 if quantile is None else quantile)

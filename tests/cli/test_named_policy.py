@@ -61,5 +61,6 @@ def test_it_is_compared_with_an_evaluation_that_is_there(named, tmp_path):
 def test_options_for_the_other_kind_are_refused(named, tiny_run, refused):
     refused(["eval", str(tiny_run), *named, "--policy-options", "gain=1"], "are for policies by dotted name")
     refused(["eval", NAME, *named, "--num-executed", "2"], "--num-executed is for checkpoints", "--policy-options")
+    refused(["eval", NAME, *named, "--guidance-scale", "0"], "--guidance-scale is for checkpoints")
     refused(["eval", NAME, *named, "--diagnose-history", "2"], "--diagnose-history is for checkpoints")
     refused(["compare", NAME, str(tiny_run)], "is a policy to be evaluated; give --env")

@@ -41,6 +41,7 @@ def test_scores_of_an_episode_are_those_that_a_robot_would_be_told(
     assert np.ptp(entry["scores"]["everywhere"][1:]) > 0
 
     again = [*arguments, "--calibration", str(tmp_path / "out" / "surprise.json"), "--overwrite"]
+    refused([*again, "--quantile", "0.5"], "was calibrated for --quantile 0.99", at_once=False)
     refused([*again, "--num-denoising-steps", "2"], "the model is run with", at_once=False)
     assert main([*again, "--episode", "5", "--json", str(tmp_path / "again.json")]) == 0
     assert json.loads((tmp_path / "again.json").read_text())["episodes"] == [entry]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from scd_robot.sim_eval.comparison import PairedCounts, compare, format_comparis
 from scd_robot.sim_eval.comparison_report import write_comparison
 from scd_robot.sim_eval.output import read_actions
 from scd_robot.sim_eval.plots import pairs_plot
+from scd_robot.sim_eval.report import _settings
+from scd_robot.sim_eval.result import join_results
 from scd_robot.sim_eval.saved import find_evaluations
 
 
@@ -271,6 +274,8 @@ class TestCheckpoints:
         assert [folder for folder, _ in find_evaluations(out / "a")] == [out / "a"]
         assert [folder.name for folder, _ in find_evaluations(out / "b")] == ["x_seed0", "x_seed1"]
         assert not list((out / "a").glob("*/result.json"))
+        with pytest.raises(DatasetError, match="is a comparison of several arms; name the folder of one"):
+            find_evaluations(out)  # its two arms are no two trainings of one
 
     def test_arms_that_cannot_be(self, toy, runs, tmp_path, refused):
         pattern, checkpoint = runs / "x_seed*", runs / "x_seed0"
@@ -397,3 +402,21 @@ def test_no_line_goes_through_the_words_where_nothing_differs():
     assert len(across) >= 5
     baseline = float(re.search(r'y="([\d.]+)"[^>]*>no start state told them apart', svg)[1])
     assert not [y for y in across if baseline - 10 < y < baseline + 5]
+
+
+def test_a_result_of_parts_with_gaps_tells_which_episodes_and_how_many_at_once(toy) -> None:
+    options = {"num_videos": 0, "progress": False}
+    one = evaluate(toy.GoToGoal(), toy.PointEnvironment, 1, num_envs=1, **options)
+    many = evaluate(toy.GoToGoal(), toy.PointEnvironment, 8, first_episode=20, num_envs=4, **options)
+    parts = [replace(one, plan_batch_size=1.0, timings_ms={"plan": [1.0]})]
+    parts += [replace(many, plan_batch_size=4.0, timings_ms={"plan": [1.0] * 5})]
+    joined = join_results(parts, 1.0)
+    assert (joined.num_envs, joined.plan_batch_size) == (4, 3.5)
+    assert ">0 to 27, 9 of them</td>" in _settings(joined.to_json())
+    assert ">20 to 27</td>" in _settings(many.to_json())
+
+
+def test_an_environment_does_not_go_on_beyond_its_own_limit(toy) -> None:
+    with pytest.raises(ConfigError, match=r"toy/point does, after 40 control steps, not later; got 41"):
+        evaluate(toy.GoToGoal(), toy.PointEnvironment, 1, max_steps=41, progress=False)
+    assert evaluate(toy.GoToGoal(), toy.PointEnvironment, 1, max_steps=40, progress=False).max_steps == 40

@@ -57,9 +57,12 @@ def test_another_python_acts_and_is_measured_the_same():
         np.testing.assert_array_equal(actions, results[1].actions[index])
 
 
-def test_a_policy_without_rows_runs_in_one_environment_there_too():
-    result = evaluate(make("toy_policy:OneByOne", sys.executable), "toy_environment:make_point", 2, progress=False)
-    assert result.num_envs == 1
+@pytest.mark.parametrize("name", ["toy_policy:OneByOne", "toy_policy:Whole"])
+def test_a_policy_without_rows_runs_in_one_environment_there_too(name):
+    for python in (None, sys.executable):
+        assert evaluate(make(name, python), "toy_environment:make_point", 2, progress=False).num_envs == 1
+        with pytest.raises(ConfigError, match="takes no rows"):
+            evaluate(make(name, python), "toy_environment:make_point", 2, num_envs=2, progress=False)
 
 
 def test_another_python_needs_neither_this_package_nor_its_paths(tmp_path, monkeypatch):

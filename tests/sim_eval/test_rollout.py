@@ -93,7 +93,7 @@ def test_policy_without_rows_runs_in_one_environment(toy):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("fault", ["raise", "die", "hang", "nan", "blank"])
+@pytest.mark.parametrize("fault", ["raise", "die", "hang", "nan", "nan reward", "blank"])
 def test_crash_is_invalid_and_never_failed(toy, fault, processes, caplog):
     source = functools.partial(toy.PointEnvironment, faults={seed_of(1): fault})
     patience = 5.0 if fault == "hang" else 60.0  # the other environments answer within it on a busy machine too

@@ -39,6 +39,7 @@ class PointEnvironment:
         rng = np.random.default_rng(seed)
         self._seed = seed
         self._steps = 0
+        self._bonus = 0.0
         self._position = rng.uniform(-2, 2, 2)
         self._goal = rng.uniform(-2, 2, 2)
         return self._observe()
@@ -51,7 +52,7 @@ class PointEnvironment:
         self._position = self._position + 0.2 * executed
         distance = float(np.linalg.norm(self._position - self._goal))
         truncated = self._steps >= self.spec.max_steps
-        return StepResult(self._observe(), -distance, distance < 0.15, False, truncated, executed)
+        return StepResult(self._observe(), self._bonus - distance, distance < 0.15, False, truncated, executed)
 
     def state_hash(self):
         return hashlib.sha256(np.concatenate([self._position, self._goal]).tobytes()).hexdigest()
@@ -89,6 +90,8 @@ class PointEnvironment:
             raise RenderError("the frame of the camera is blank")
         elif fault == "nan":
             self._position = self._position * np.nan
+        elif fault == "nan reward":
+            self._bonus = np.nan
         else:
             raise ValueError("contact solver diverged")
 

@@ -58,3 +58,12 @@ class Sealed(OneByOne):
 
 def make_nothing():
     return {"reset": None}
+
+
+class Whole(GoToGoal):
+    """Its reset takes anything, and begins all rows anew: it says that it cannot begin some alone."""
+
+    takes_rows = False
+
+    def reset(self, **options):
+        super().reset(episodes=options["episodes"])
