@@ -266,7 +266,7 @@ class ObservingPolicy(ABC):
     def drain_timings(self) -> dict[str, list[float]]:
         """Wall times [ms] of encoder steps and plans since the last call, and how many rows each plan was for.
 
-        They are {"encoder_ms", "plan_ms", "plan_rows"}, of each the latest 100,000 at most.
+        They are {"encoder_ms", "plan_ms", "plan_rows"}, of each the latest 10,000 at most.
         """
         drained, self._timings = self._timings, _empty_timings()
         return {name: list(values) for name, values in drained.items()}

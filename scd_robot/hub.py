@@ -145,7 +145,8 @@ def model_card(checkpoint: Checkpoint, repo_id: str) -> str:
         "",
         f"- trained on: {dataset.source or 'unknown source'}, a control step every {dataset.control_dt:g} s",
         f"- action: {dataset.action_dim} numbers{kind}",
-        f"- history: {model['history_length']} control steps per encoder layer, {model['encoder_layers']} layers",
+        f"- history: {model['history_length']} observations per encoder layer, one every {model['history_stride']} "
+        f"control steps; {model['encoder_layers']} layers",
         f"- plan: {model['chunk_length']} actions, {policy['num_executed']} executed, "
         f"{sampler['num_denoising_steps']} {sampler['solver']} steps",
         "",

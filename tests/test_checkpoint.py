@@ -363,3 +363,13 @@ def test_info_tells_what_delays_a_policy_was_trained_for(capsys) -> None:
     ):
         assert main(["info", str(checkpoint)]) == 0
         assert told in capsys.readouterr().out
+
+
+def test_info_tells_the_schema_of_the_files_and_the_history_in_control_steps(tmp_path, capsys) -> None:
+    from scd_robot.cli.main import main
+
+    tests = Path(__file__).parent
+    assert main(["info", str(tests / "earlier_schemas" / "schema_3" / "checkpoint"), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["schema"] == 3
+    assert main(["info", str(tests.parent / "examples" / "checkpoints" / "cue_reach")]) == 0
+    assert "history      511 control steps per layer (256 observations, one every 2)" in capsys.readouterr().out

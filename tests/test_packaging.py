@@ -1,5 +1,6 @@
 """What is installed is what the checkout holds, under names that leave other packages alone."""
 
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 CHECKOUT = Path(__file__).parent.parent
 SETUPTOOLS = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -115,3 +118,22 @@ def test_constraints_pin_every_direct_dependency() -> None:
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     names = {need.replace("<", ">").partition(">")[0].partition("[")[0].lower().replace("_", "-") for need in wanted}
     assert names <= pinned
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
+def test_what_a_robot_needs_is_pinned_for_its_python(python: str) -> None:
+    """The runtime alone runs on Python 3.10, which newer releases of what it needs do not."""
+    project = tomllib.loads((CHECKOUT / "scd_robot_runtime" / "pyproject.toml").read_text())["project"]
+    assert SpecifierSet(project["requires-python"]).contains(f"{python}.0")
+    lines = (CHECKOUT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if "==" in line and not line.startswith("#")]
+    for need in map(Requirement, project["dependencies"]):
+        pinned = [
+            pin
+            for pin in pins
+            if pin.name == need.name and (pin.marker is None or pin.marker.evaluate({"python_version": python}))
+        ]
+        assert len(pinned) == 1, need.name
+        found = importlib.metadata.distribution(need.name)
+        if pinned[0].specifier.contains(found.version):  # of the others nothing is known here
+            assert SpecifierSet(found.metadata["Requires-Python"]).contains(f"{python}.0")

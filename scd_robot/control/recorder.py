@@ -30,6 +30,9 @@ __all__ = ["SCHEMA", "FlightRecorder", "RecorderConfig", "find_record", "read_re
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+# What every record has.
+_DOCUMENT = ("steps", "state", "plans", "faults", "events")
+_ARRAYS = ("step", "time_s", "late_ms", "age_s", "state", "command")
 _MOST_EVENTS = 5000
 _CLOSE_TIMEOUT_S = 10.0
 Arrays = Mapping[str, NDArray[Any]]
@@ -278,8 +281,13 @@ def read_record(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         raise OutputError(f"{folder} is no flight record: it has no {Path(error.filename).name}") from error
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise OutputError(f"the flight record {folder} is damaged: {error}") from error
-    if document.get("schema") != SCHEMA:
-        raise OutputError(
-            f"the flight record {folder} has schema {document.get('schema')}, this version reads {SCHEMA}"
-        )
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != SCHEMA:
+        raise OutputError(f"the flight record {folder} has schema {schema}, this version reads {SCHEMA}")
+    lacking = [repr(name) for name in _DOCUMENT if name not in document]
+    lacking += [f"the array {name!r}" for name in _ARRAYS if name not in arrays]
+    if lacking:
+        raise OutputError(f"the flight record {folder} is damaged: it lacks {', '.join(lacking)}")
+    if len(lengths := {len(array) for array in arrays.values() if array.ndim}) != 1:
+        raise OutputError(f"the flight record {folder} is damaged: its arrays have {sorted(lengths)} control steps")
     return arrays, document

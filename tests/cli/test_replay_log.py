@@ -60,3 +60,28 @@ def test_what_is_no_record_is_refused(record, tmp_path, refused):
     (newest / "record.json").write_text(json.dumps({**document, "schema": 99}))
     np.savez(newest / "steps.npz", step=np.zeros(1))
     refused(["replay-log", newest], "schema 99")
+
+
+@pytest.mark.parametrize(
+    ("document", "arrays", "told"),
+    [
+        ([], {}, "has schema None"),
+        (None, {}, "has schema None"),
+        ({"schema": 1}, {}, "it lacks 'steps', 'state'"),
+        ({"events": None}, {}, "it lacks 'events'"),
+        ({}, {"late_ms": None}, "it lacks the array 'late_ms'"),
+        ({}, {"late_ms": np.zeros(3)}, "its arrays have [3, "),
+    ],
+)
+def test_a_record_that_lacks_something_is_refused(record, refused, document, arrays, told):
+    """None takes a part away; what else is given replaces it."""
+    newest = sorted(record.iterdir())[-1]
+    whole = json.loads((newest / "record.json").read_text())
+    changed = document
+    if isinstance(document, dict) and "schema" not in document:
+        changed = {name: value for name, value in (whole | document).items() if value is not None}
+    (newest / "record.json").write_text(json.dumps(changed))
+    with np.load(newest / "steps.npz") as stored:
+        named = {name: value for name, value in (dict(stored) | arrays).items() if value is not None}
+    np.savez(newest / "steps.npz", **named)
+    refused(["replay-log", newest], told)

@@ -158,6 +158,9 @@ def test_scd_info_tells_what_it_was_made_of_and_how_good_it_is(exported, tiny_ru
     (spoiled / "plan.onnx").write_bytes(b"x")
     refused(["info", spoiled], "plan.onnx was truncated or changed")
     (spoiled / "plan.onnx").write_bytes((exported / "plan.onnx").read_bytes())
+    for text in ("{}", "[]", '{"context": 1}'):
+        (spoiled / "parity.json").write_text(text)
+        refused(["info", spoiled], "parity.json is damaged")
     (spoiled / "parity.json").unlink()
     assert main(["info", str(spoiled)]) == 0
     assert "not compared with the checkpoint" in capsys.readouterr().out
@@ -231,6 +234,19 @@ def test_the_control_loop_is_driven_by_it(exported) -> None:
         (lambda folder: (folder / "plan.onnx").unlink(), r"plan\.onnx is missing"),
         (lambda folder: edit(folder, schema=99), "has export schema 99, this version of scd_robot reads 1"),
         (lambda folder: edit(folder, settings={}), r"manifest\.json is damaged"),
+        (lambda folder: edit(folder, batch_size=0), r"manifest\.json is damaged: .* less than 1"),
+        (lambda folder: edit(folder, batch_size=2), r"manifest\.json is damaged: .* none of them actions \(2, 4, 2\)"),
+        (lambda folder: edit(folder, keys=["nope"]), r"manifest\.json is damaged: .*'spec' has observation"),
+        (
+            lambda folder: edit_part(folder, "architecture", history_stride=0),
+            r"manifest\.json is damaged: .* less than 1",
+        ),
+        (
+            lambda folder: edit_part(folder, "architecture", chunk_length=3),
+            r"manifest\.json is damaged: .*'spec' has chunk",
+        ),
+        (lambda folder: edit_part(folder, "spec", rate_hz=3), r"manifest\.json is damaged: .*'spec' has rate_hz = 3"),
+        (lambda folder: edit_part(folder, "transforms", rename={"nope": "x"}), r"manifest\.json is damaged: .*nope"),
         (lambda folder: edit(folder, kind="tflite"), "holds graphs of kind 'tflite'"),
         (lambda folder: (folder / "manifest.json").unlink(), "is not an exported policy"),
     ],
@@ -245,6 +261,10 @@ def test_a_folder_that_was_changed_is_refused(exported, tmp_path, spoil, told) -
 def edit(folder: Path, **changes: object) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_part(folder: Path, part: str, **changes: object) -> None:
+    edit(folder, **{part: json.loads((folder / "manifest.json").read_text())[part] | changes})
 
 
 def test_settings_that_are_part_of_the_graphs_are_refused(exported) -> None:
