@@ -6,7 +6,6 @@ Shapes: B rows, Da action width, K context tokens, D width.
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError, ShapeError
+from scd_robot.latest import Latest
 from scd_robot.policies.inputs import FarInputs, checked_action, model_observation, optional_keys
 from scd_robot.policies.instructions import Instructions
 from scd_robot.policies.rows import Architecture, HistoryCache, Rows
@@ -269,7 +269,7 @@ class ObservingPolicy(ABC):
         They are {"encoder_ms", "plan_ms", "plan_rows"}, of each the latest 10,000 at most.
         """
         drained, self._timings = self._timings, _empty_timings()
-        return {name: list(values) for name, values in drained.items()}
+        return {name: kept.values().tolist() for name, kept in drained.items()}
 
     def _new_rows(self, episodes: Sequence[int]) -> Rows:
         return Rows(self._new_cache(len(episodes)), episodes, self.architecture, self.spec.action_dim)
@@ -280,5 +280,5 @@ class ObservingPolicy(ABC):
         return self._rows
 
 
-def _empty_timings() -> dict[str, deque[float]]:
-    return {name: deque(maxlen=_MOST_TIMINGS) for name in ("encoder_ms", "plan_ms", "plan_rows")}
+def _empty_timings() -> dict[str, Latest]:
+    return {name: Latest(_MOST_TIMINGS) for name in ("encoder_ms", "plan_ms", "plan_rows")}

@@ -19,6 +19,7 @@ NAME = "scd_robot_runtime"
 MODULES = (
     "scd_robot/config.py",
     "scd_robot/errors.py",
+    "scd_robot/latest.py",
     "scd_robot/output.py",
     "scd_robot/py.typed",
     "scd_robot/resizing.py",

@@ -10,7 +10,7 @@ CHECKOUT = Path(__file__).parent.parent
 PACKAGE = CHECKOUT / "scd_robot"
 MAPPED = ("datasets", "policies", "sim_eval")
 
-BASE = {"errors", "types", "usable", "dotted", "seeding", "config", "output"}
+BASE = {"errors", "types", "usable", "dotted", "seeding", "config", "output", "latest"}
 NUMERICS = BASE | {"normalization", "resizing", "rotations", "transform_config", "transforms"}
 NETWORK = NUMERICS | {"nn", "diffusion", "model"}
 TRAINED = NETWORK | {"checkpoint"}
@@ -36,6 +36,7 @@ ALLOWED = {
     "seeding": {"errors"},
     "config": {"errors"},
     "output": {"errors"},
+    "latest": set(),
     "normalization": BASE,
     "resizing": BASE,
     "rotations": BASE,

@@ -4,7 +4,7 @@ Shapes: Da action width.
 """
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from scd_robot.control.planning import KEPT_TIMES, Planning
 from scd_robot.control.recorder import FlightRecorder
 from scd_robot.control.settings import LoopReport, State, percentiles
 from scd_robot.control.watchdog import FAULTS
+from scd_robot.latest import Latest
 
 __all__ = ["Journal"]
 
@@ -54,7 +55,7 @@ class Journal:
         self.active: set[str] = set()
         self._told: dict[str, _Told] = {}
         self.step, self.steps, self.commands = -1, 0, 0
-        self.encoder_ms: deque[float] = deque(maxlen=KEPT_TIMES)
+        self.encoder_ms = Latest(KEPT_TIMES)
 
     def enter(self, state: State) -> None:
         """Notes the state, where it is a new one."""

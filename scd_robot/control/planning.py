@@ -3,7 +3,7 @@
 Shapes: Da action width, d committed actions.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
@@ -12,6 +12,7 @@ from scd_robot.control.delay import DelayEstimator, Split, split_chunk
 from scd_robot.control.executor import ChunkExecutor, ExecutionConfig
 from scd_robot.control.interfaces import EncodingPolicy
 from scd_robot.control.planner import Planner, PlanRequest, PlanResult
+from scd_robot.latest import Latest
 from scd_robot.types import ActionArray, RunningChunk
 
 __all__ = ["KEPT_TIMES", "Fate", "Planning"]
@@ -53,7 +54,7 @@ class Planning:
         self.executor = ChunkExecutor(config, rest)
         self.epoch = 0
         self.counts: Counter[str] = Counter()
-        self.times_ms: deque[float] = deque(maxlen=KEPT_TIMES)
+        self.times_ms = Latest(KEPT_TIMES)
 
     @property
     def delay_steps(self) -> int:

@@ -1,7 +1,6 @@
 """Settings of a control loop, and the report of a run."""
 
 import logging
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from scd_robot.control.limits import Limits
 from scd_robot.control.recorder import RecorderConfig
 from scd_robot.control.watchdog import StartGuard, WatchdogConfig
 from scd_robot.errors import ConfigError
+from scd_robot.latest import Latest
 from scd_robot.types import PolicySpec
 
 __all__ = ["LoopConfig", "LoopReport", "State", "check_parts", "check_settings", "describe_settings", "percentiles"]
@@ -80,11 +80,12 @@ class LoopReport:
     delay_steps: int
 
 
-def percentiles(values: Collection[float]) -> dict[str, float]:
+def percentiles(latest: Latest) -> dict[str, float]:
     """p50, p95, p99 and worst; nothing of nothing."""
-    if not values:
+    values = latest.values()
+    if not len(values):
         return {}
-    p50, p95, p99, worst = (float(x) for x in np.percentile(list(values), (50, 95, 99, 100)))
+    p50, p95, p99, worst = (float(x) for x in np.percentile(values, (50, 95, 99, 100)))
     return {"p50": p50, "p95": p95, "p99": p99, "worst": worst}
 
 
