@@ -12,14 +12,14 @@ Shapes: B rows, W window in control steps, P tokens per control step, N heads, D
 Ta chunk length, k past actions, S samples, L = Ta, or k + Ta with several samples, Da action width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from scd_robot.diffusion import corrupt, guide, sample
-from scd_robot.diffusion.sampler import evaluation_times
 from scd_robot.model import Conditioning, ScdModel
 from scd_robot.nn import KVCache
 from scd_robot.nn.kv_cache import KeysValues
@@ -219,11 +219,10 @@ class Plan(nn.Module):
         self.guided, self.with_past = config.guidance_scale != 1.0, config.num_samples > 1
         one = torch.ones(1, 1)
         with torch.no_grad():
-            conditions = list(model.conditioning(config.sampler).values())
-            self._keep("committed", model.decoder.condition(one, one))
-            for index, condition in enumerate(conditions):
-                self._keep(f"time_{index}", condition)
-        self._times = {time: index for index, time in enumerate(evaluation_times(config.sampler))}
+            conditions = model.conditioning(config.sampler)
+            self._clean = _kept(model.decoder.condition(one, one))
+            self._noisy = nn.ModuleList(map(_kept, conditions.values()))
+        self._times = tuple(conditions)
 
     @property
     def inputs(self) -> list[str]:
@@ -287,7 +286,8 @@ class Plan(nn.Module):
         if config.fusion == "concat":
             tokens = torch.nn.functional.pad(committed, (config.num_context_tokens, 0), value=False)
         conditions = {
-            time: self._condition(f"time_{index}", tokens if trained else None) for time, index in self._times.items()
+            time: _conditioning(cast(nn.ModuleList, noisy), self._clean, tokens if trained else None)
+            for time, noisy in zip(self._times, self._noisy, strict=True)
         }
 
         def velocity(x: Tensor, time: float) -> Tensor:
@@ -309,21 +309,23 @@ class Plan(nn.Module):
         best = (error * given["past_known"][:, None]).sum(-1).argmin(-1)
         return actions.gather(1, best[:, None, None, None].expand(-1, -1, *actions.shape[2:]))[:, 0]
 
-    def _keep(self, name: str, condition: Conditioning) -> None:
-        """Keeps a conditioning as constants."""
-        for part, tensors in enumerate([*condition.blocks, condition.head]):
-            for index, tensor in enumerate(tensors):
-                self.register_buffer(f"{name}_{part}_{index}", tensor.detach().clone())
 
-    def _condition(self, name: str, committed: Tensor | None) -> Conditioning:
-        """A conditioning that was kept, and of the tokens for which `committed` (B, tokens) is True that of time 1."""
+def _kept(condition: Conditioning) -> nn.ModuleList:
+    """A conditioning as constants of a graph."""
+    parts = (*condition.blocks, condition.head)
+    return nn.ModuleList(nn.ParameterList(nn.Parameter(x.clone(), requires_grad=False) for x in part) for part in parts)
 
-        def part(index: int, count: int) -> tuple[Tensor, ...]:
-            kept = [getattr(self, f"{name}_{index}_{i}") for i in range(count)]
-            if committed is None:
-                return tuple(kept)
-            clean = [getattr(self, f"committed_{index}_{i}") for i in range(count)]
-            return tuple(torch.where(committed[..., None], a, b) for a, b in zip(clean, kept, strict=True))
 
-        blocks = len(self.model.decoder.blocks)
-        return Conditioning([part(index, 6) for index in range(blocks)], part(blocks, 2))
+def _tensors(kept: nn.ModuleList) -> list[tuple[Tensor, ...]]:
+    """Those of each block, and last those of the head."""
+    return [tuple(part) for part in cast(Iterable[Iterable[Tensor]], kept)]
+
+
+def _conditioning(noisy: nn.ModuleList, clean: nn.ModuleList, committed: Tensor | None) -> Conditioning:
+    """What was kept of a flow time, and for tokens where `committed` (B, tokens) is True what was kept of time 1."""
+    parts = _tensors(noisy)
+    if committed is not None:
+        where = committed[..., None]
+        pairs = zip(_tensors(clean), parts, strict=True)
+        parts = [tuple(torch.where(where, a, b) for a, b in zip(*pair, strict=True)) for pair in pairs]
+    return Conditioning(parts[:-1], parts[-1])
