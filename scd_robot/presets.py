@@ -405,7 +405,11 @@ def _parse(text: str, kind: Any, path: str) -> Any:
     """The text as a value of a field's type."""
     if typing.get_origin(kind) is tuple:
         element = typing.get_args(kind)[0]
-        return [_parse(part.strip(), element, f"each of {path}") for part in text.strip("[]() ").split(",")]
+        parts = text.strip("[]() ").split(",")
+        try:
+            return [_parse(part.strip(), element, path) for part in parts]
+        except ConfigError as error:
+            raise ConfigError(f"{error} in {text!r}" if len(parts) > 1 else str(error)) from error
     if kind is str or typing.get_origin(kind) is typing.Literal:
         return text
     if kind is bool:

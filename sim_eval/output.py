@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from scd_robot.errors import DatasetError, OutputError
-from scd_robot.output import to_plain
+from scd_robot.output import beside, to_plain
 from scd_robot.sim_eval.faults import ObservationFaults
 from scd_robot.types import ActionArray
 
@@ -98,8 +98,9 @@ def remove_comparison(out: Path) -> None:
 
 def _remove(out: Path, patterns: Sequence[str]) -> None:
     try:
-        for pattern in patterns:
-            for path in (*out.glob(pattern), *out.glob(pattern + ".part")):
+        for pattern in map(Path, patterns):
+            parts = pattern.with_name(f".{pattern.name}.*.part")  # see `scd_robot.output.beside`
+            for path in (*out.glob(str(pattern)), *out.glob(str(parts))):
                 path.unlink()
     except OSError as error:
         raise OutputError(f"cannot write to the output folder {out}: {error.strerror or error}") from error
@@ -118,12 +119,12 @@ def write_actions(out: Path, actions: Mapping[int, ActionArray]) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    beside = out / f"{_ACTIONS}.part"
+    part = beside(out / _ACTIONS)
     try:
-        save_file({str(index): np.ascontiguousarray(array) for index, array in sorted(actions.items())}, beside)
-        beside.replace(out / _ACTIONS)
+        save_file({str(index): np.ascontiguousarray(array) for index, array in sorted(actions.items())}, part)
+        part.replace(out / _ACTIONS)
     except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise OutputError(f"cannot write {out / _ACTIONS}: {error}") from error
 
 

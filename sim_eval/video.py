@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scd_robot.errors import OutputError, ScdRobotError, SimulatorError
+from scd_robot.output import beside
 from scd_robot.sim_eval.rendering import check_frame
 from scd_robot.sim_eval.result import EpisodeRecord, EvaluationResult, VideoRecord
 from scd_robot.sim_eval.workers import EnvironmentWorker
@@ -116,10 +117,10 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: Fraction) 
     import av
     from av.codec.codec import UnknownCodecError
 
-    beside = path.with_name(path.name + ".part")
+    part = beside(path)
     try:
         try:
-            with av.open(str(beside), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            with av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
                 stream = container.add_stream("libx264", rate=fps, options={"crf": "20", "preset": "veryfast"})
                 stream.pix_fmt = "yuv420p"
                 stream.height = stream.width = 0
@@ -130,9 +131,9 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: Fraction) 
                     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels[:height, :width]), format="rgb24")
                     container.mux(stream.encode(frame))
                 container.mux(stream.encode())
-            beside.replace(path)
+            part.replace(path)
         finally:
-            beside.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
     except (OSError, av.FFmpegError, UnknownCodecError) as error:
         raise OutputError(f"cannot write the video {path}: {error}") from error
 

@@ -188,6 +188,6 @@ def test_the_environment_of_the_documentation_is_one(tmp_path, monkeypatch):
         def act(self, observation):
             return np.zeros((1, 2), np.float32)
 
-    result = evaluate(Still(), "my_env:Reacher", 2, max_steps=60, progress=False)
+    result = evaluate(Still(), "my_env:Reacher", 2, progress=False)
     assert [episode.reason for episode in result.episodes_detail] == ["time limit"] * 2
     assert [episode.steps for episode in result.episodes_detail] == [50, 50]

@@ -317,7 +317,7 @@ def test_output_folder_holds_the_whole_evaluation(toy, tmp_path):
 
 def test_only_our_own_files_are_overwritten(toy, tmp_path):
     (tmp_path / "videos").mkdir()
-    ours = ("episodes.jsonl", "result.json.part", "videos/episode_00007_failure.mp4")
+    ours = ("episodes.jsonl", ".result.json.42.part", "videos/episode_00007_failure.mp4")
     for name in (*ours, "notes.txt", "videos/mine.mp4"):
         (tmp_path / name).write_text("old\n")
     with pytest.raises(OutputError, match="not empty"):
@@ -327,7 +327,7 @@ def test_only_our_own_files_are_overwritten(toy, tmp_path):
     assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "notes.txt").read_text() == "old\n"
     assert sorted(p.name for p in (tmp_path / "videos").iterdir()) == ["mine.mp4"]
-    assert not (tmp_path / "result.json.part").exists()
+    assert not (tmp_path / ".result.json.42.part").exists()
 
 
 def test_output_folder_that_is_a_file_is_refused_at_once(toy, tmp_path):
