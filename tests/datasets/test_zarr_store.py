@@ -636,3 +636,17 @@ def test_half_a_character_in_a_text_costs_no_episode(tmp_path):
     with ZarrWriter(tmp_path / "a.zarr", SPEC) as writer:
         writer.append(make_episode(3), text={"task": "push \ud83d now"})
     assert open_store(tmp_path / "a.zarr").episode_text["task"][0] == "push ? now"
+
+
+def test_depth_of_double_precision_is_read_as_any_other(tmp_path):
+    """By other programs; ours stores float32."""
+    depth = np.random.default_rng(0).random((6, 24, 24, 1))
+    spec = DatasetSpec({"depth": ArraySpec((24, 24, 1))}, 1, 0.1, "test")
+    with ZarrWriter(tmp_path / "a.zarr", spec) as writer:
+        writer.append({"depth": depth.astype(np.float32), "action": np.zeros((6, 1))})
+    group = zarr.open_group(tmp_path / "a.zarr", mode="a")
+    del group["data/depth"]
+    group.create_array("data/depth", shape=depth.shape, dtype=depth.dtype, chunks=depth.shape)[:] = depth
+    found = open_store(tmp_path / "a.zarr").arrays["depth"]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found[:], depth.astype(np.float32))
