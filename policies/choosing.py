@@ -128,10 +128,12 @@ class ChoosingPolicy:
         camera = self._stream.imagination.source
         if camera not in observation:
             raise ShapeError(f"observation {camera!r} is missing, which is imagined; got {sorted(observation)}")
-        self._stream.observe(observation[camera], self._asked if executed_action is None else executed_action)
-        assert self._stream.position is not None
-        self.scores = np.full((len(self._stream.position), self.num_candidates), np.nan)
-        self._asked = self.policy.act(observation, executed_action)
+        last = self._asked if executed_action is None else executed_action
+        seen, executed = self._stream.prepare(observation[camera], last)  # what is refused must change neither of them
+        self.policy.observe(observation, executed_action)
+        self._stream.take(seen, executed)
+        self.scores = np.full((len(seen), self.num_candidates), np.nan)
+        self._asked = self.policy.next_action()
         self.scores[~np.asarray(self.planned)] = np.nan  # of a reproducible policy, which computes more than it needs
         return self._asked
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scd_robot.errors import ActionError, ConfigError
 from scd_robot.policies.inputs import checked_action, checked_given, checked_running
 from scd_robot.policies.observing import ObservingPolicy
-from scd_robot.policies.rows import PlanInput, Rows, plan_noise
+from scd_robot.policies.rows import PlanInput, Rows, plan_noise, row_numbers
 from scd_robot.transforms import Transforms
 from scd_robot.types import ActionArray, GivenActions, Observation, RunningChunk
 
@@ -77,7 +77,7 @@ class ChunkPolicy(ObservingPolicy):
             prefix: (n, d, Da) actions already committed from the current control step on; the chunk begins with them.
             delay_steps: commit so many actions of the running chunk instead (the control steps that will pass while
                 this plan is computed). With `prefix`, its length must be this or `delay_steps` 0.
-            rows: n numbers, ascending; None = all.
+            rows: n numbers, ascending, or a mask (B,); None = all.
             running: as in `plan_from`, (n, ., Da).
 
         A model trained with max_delay_steps = 0 was never shown clean actions: it sees the committed ones noised like
@@ -87,7 +87,7 @@ class ChunkPolicy(ObservingPolicy):
             (n, Ta, Da); action 0 is for the control step last observed.
         """
         everyone = self._observed("plan").batch_size
-        chosen = np.arange(everyone) if rows is None else np.asarray(rows, np.int64)
+        chosen = np.arange(everyone) if rows is None else row_numbers(rows, everyone)
         if (np.diff(chosen) < 1).any():
             raise ConfigError(f"rows must be different numbers in ascending order, got {chosen.tolist()}")
         remembered = self._plannable("plan", chosen)
@@ -175,6 +175,13 @@ class ChunkPolicy(ObservingPolicy):
     def act(self, observation: Observation, executed_action: ActionArray | None = None) -> ActionArray:
         """Observes, plans for the rows whose plan is used up, and returns each row's next action (B, Da)."""
         self.observe(observation, executed_action)
+        return self.next_action()
+
+    def next_action(self) -> ActionArray:
+        """What `act` does after it has observed.
+
+        A plan that is due between two encoder steps, after observations without plans say, is one of the earlier one.
+        """
         rows = self._observed("act")
         self.planned = rows.age >= self.spec.num_executed
         due = np.flatnonzero(self.planned)

@@ -1,14 +1,17 @@
 """How a trained model is run as a policy, and whether what makes up a policy is of one checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from scd_robot.config import check_finite, from_json, to_json
 from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.model import ScdConfig, check_sampler
 from scd_robot.normalization import Normalizer
 from scd_robot.types import DatasetSpec
 
-__all__ = ["ScdPolicyConfig", "check_widths"]
+__all__ = ["ScdPolicyConfig", "check_widths", "with_overrides"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,12 @@ class ScdPolicyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("num_executed", "num_samples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.guidance_scale < 0:
+            raise ConfigError(f"guidance_scale must not be negative, got {self.guidance_scale}; 1 = off")
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
 
@@ -55,6 +61,25 @@ class ScdPolicyConfig:
             )
         if self.guidance_scale != 1.0 and not model.context_corruption:
             raise ConfigError("guidance_scale != 1 needs a model trained with context_corruption > 0")
+
+
+def with_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> ScdPolicyConfig:
+    """A policy's configuration as JSON, some of whose fields are replaced.
+
+    Args:
+        config: as a checkpoint has it.
+        overrides: by field, as objects or JSON, None = not replaced; and num_denoising_steps, of the sampler there is
+            then.
+
+    Raises:
+        ConfigError: there is no such field, or a value does not do.
+    """
+    given = {name: to_json(value) for name, value in overrides.items() if value is not None}
+    steps = given.pop("num_denoising_steps", None)
+    settings = {**config, **given}
+    if steps is not None:
+        settings["sampler"] = {**settings["sampler"], "num_denoising_steps": steps}
+    return from_json(ScdPolicyConfig, settings, "policy")
 
 
 def check_widths(config: ScdConfig, normalizer: Normalizer, dataset: DatasetSpec) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.policies.imagination import Imagination
 from scd_robot.policies.inputs import checked_action
+from scd_robot.policies.rows import row_numbers
 from scd_robot.policies.sampling import TorchCache, inference
 from scd_robot.seeding import LIVE_FRAMES
 from scd_robot.types import ActionArray
@@ -45,6 +46,7 @@ class FrameStream:
         self._next = 0
         self._cache: TorchCache | None = None
         self._context: Any = None
+        self._unknown_action = imagination.transforms.unknown_action()
 
     def reset(self, rows: Sequence[int] | None = None, episodes: Sequence[int] | None = None) -> None:
         """Begins new episodes; see `types.Policy.reset`. Without `episodes` they are counted on, from 0."""
@@ -53,7 +55,7 @@ class FrameStream:
             return
         if self.position is None or self._cache is None:
             raise ConfigError("reset(rows=...) before the first picture: the number of rows is not known yet")
-        chosen = np.asarray(rows, np.int64)
+        chosen = row_numbers(rows, len(self.position))
         numbers = np.arange(self._next, self._next + len(chosen)) if episodes is None else np.asarray(episodes)
         mask = np.zeros(len(self.position), bool)
         mask[chosen] = True
@@ -71,19 +73,33 @@ class FrameStream:
         Raises:
             ShapeError: see `Imagination.pictures`; another batch size than before, or no action.
         """
+        self.take(*self.prepare(frames, executed_action))
+
+    def prepare(self, frames: NDArray[Any], executed_action: ActionArray | None) -> tuple[Frames, ActionArray]:
+        """What `observe` is given, checked and as `take` reads it; changes nothing."""
         if frames is None:
             raise ShapeError(
                 f"the camera {self.imagination.source!r} gave no picture; a model of frames needs one in every control "
                 "step"
             )
         seen = self.imagination.pictures(np.asarray(frames)[:, None])[:, 0]
-        position, cache = self._begun(len(seen))
-        width = self.imagination.transforms.recorded.action_dim
+        batch, running = len(seen), None if self.position is None else len(self.position)
+        if running is None and self._first is not None and len(self._first) != batch:
+            raise ShapeError(f"reset() was given {len(self._first)} episodes, the pictures have {batch} rows")
+        if running not in (None, batch):
+            raise ShapeError(f"batch has {batch} rows, {running} are running; call reset() first")
+        begun = np.zeros(batch, bool) if self.position is None else self.position > 0
+        shape = (batch, len(self._unknown_action))
         if executed_action is None:
-            if position.any():
-                raise ShapeError(f"executed_action must be {(len(seen), width)} after the first control step, got None")
-            executed_action = np.zeros((len(seen), width), np.float32)
-        executed = checked_action("executed_action", executed_action, (len(seen), width))
+            if begun.any():
+                raise ShapeError(f"executed_action must be {shape} after the first control step, got None")
+            executed_action = np.tile(self._unknown_action, (batch, 1))
+        executed = checked_action("executed_action", executed_action, shape)
+        return seen, np.where(begun[:, None], executed, self._unknown_action)
+
+    def take(self, seen: Frames, executed: ActionArray) -> None:
+        """Reads one control step of what `prepare` gave."""
+        position, cache = self._begun(len(seen))
         with inference(self.imagination.device, len(seen)):
             picture = torch.as_tensor(seen, device=self.imagination.device)
             self._context = self.imagination.read(picture, self.imagination.normalised(executed), cache.tensors)
@@ -133,12 +149,8 @@ class FrameStream:
         """Positions and cache of so many rows, new ones where the first picture comes after a reset."""
         if self.position is None or self._cache is None:
             numbers = list(range(self._next, self._next + batch)) if self._first is None else self._first
-            if len(numbers) != batch:
-                raise ShapeError(f"reset() was given {len(numbers)} episodes, the pictures have {batch} rows")
             self._episodes = np.asarray(numbers, np.int64)
             self._next = int(self._episodes.max()) + 1
             self.position = np.zeros(batch, np.int64)
             self._cache = TorchCache(self.imagination.model.new_cache(batch))
-        if len(self.position) != batch:
-            raise ShapeError(f"batch has {batch} rows, {len(self.position)} are running; call reset() first")
         return self.position, self._cache

@@ -24,7 +24,7 @@ from scd_robot.errors import CheckpointError, ConfigError, ShapeError
 from scd_robot.model import FrameModel, HistoryContext, JointModel, ScdConfig, build_model
 from scd_robot.nn import KVCache, room_for
 from scd_robot.normalization import Normalizer
-from scd_robot.policies.config import ScdPolicyConfig, check_widths
+from scd_robot.policies.config import ScdPolicyConfig, check_widths, with_overrides
 from scd_robot.policies.inputs import checked_action, model_observation
 from scd_robot.policies.registry import FRAMES
 from scd_robot.policies.sampling import inference, ready
@@ -141,12 +141,8 @@ class Imagination:
         settings = dict(config["policy"])
         if isinstance(model, JointModel):
             model, settings = model.frame_model(), to_json(ScdPolicyConfig(num_executed=1, seed=settings["seed"]))
-        steps = overrides.pop("num_denoising_steps", None)
-        if steps is not None:
-            settings["sampler"] = {**settings["sampler"], "num_denoising_steps": steps}
-        settings.update({name: value for name, value in overrides.items() if value is not None})
         transforms = from_json(TransformConfig, config["transforms"], "transforms")
-        return cls(model, normalizer, dataset, from_json(ScdPolicyConfig, settings, "policy"), device, transforms)
+        return cls(model, normalizer, dataset, with_overrides(settings, overrides), device, transforms)
 
     @property
     def pictures_shape(self) -> tuple[int, ...]:

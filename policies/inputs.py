@@ -30,44 +30,55 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _FAR = 10.0  # times the range of the training, beyond its ends
+_OTHER = 0.01  # share of a number that never moved in training, beyond which it is another one
 
 
 class FarInputs:
     """Says in the log, once per key, where observations are far from all that was trained on.
 
     That is more than ten times their range away: degrees in the place of radians, another order, a broken sensor. The
-    plan of such an observation is no better than a guess. Numbers that never moved in training are left alone.
+    plan of such an observation is no better than a guess. So it is said where a number that never moved in training is
+    another one, of which the model sees nothing.
 
     Args:
         ranges: smallest and largest value (Do,) in training, by the model's keys.
     """
 
     def __init__(self, ranges: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
-        self._known, self._limits = ranges, {}
+        self._known = ranges
+        self._limits: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+        self._constants = dict(self._limits)
         for key, ends in ranges.items():
             low, high = (np.asarray(end, np.float64) for end in ends)
             moves = high - low > 1e-6 * np.maximum(np.maximum(np.abs(low), np.abs(high)), 1e-3)
             far = np.where(moves, _FAR * (high - low), np.inf)
             self._limits[key] = low - far, high + far
+            slack = np.where(moves, np.inf, _OTHER * np.abs(high) + 1e-6)
+            if not moves.all():
+                self._constants[key] = low - slack, high + slack
 
     def look(self, seen: Mapping[str, NDArray[Any]], present: Mapping[str, bool]) -> None:
         """Looks at what `model_observation` gave."""
-        for key, (low, high) in list(self._limits.items()):
-            far = (seen[key] < low) | (seen[key] > high)
-            if not far.any() or not present.get(key, True):
-                continue
-            del self._limits[key]
-            (row, dim), (least, most) = np.argwhere(far)[0], self._known[key]
-            logger.warning(
-                "observation %r, dimension %d, is %.6g in row %d; in training it was %.6g to %.6g: other units, "
-                "another order, a broken sensor? (told once for this observation)",
-                key,
-                dim,
-                seen[key][row, dim],
-                row,
-                least[dim],
-                most[dim],
-            )
+        for limits, words in (
+            (self._limits, "%.6g to %.6g: other units, another order, a broken sensor?"),
+            (self._constants, "always %.6g (to %.6g): the model is not shown that it is another one"),
+        ):
+            for key, (low, high) in list(limits.items()):
+                beyond = (seen[key] < low) | (seen[key] > high)
+                if not beyond.any() or not present.get(key, True):
+                    continue
+                del limits[key]
+                (row, dim), (least, most) = np.argwhere(beyond)[0], self._known[key]
+                logger.warning(
+                    f"observation %r, dimension %d, is %.6g in row %d; in training it was {words} "
+                    "(told once for this observation)",
+                    key,
+                    dim,
+                    seen[key][row, dim],
+                    row,
+                    least[dim],
+                    most[dim],
+                )
 
 
 def model_observation(

@@ -232,12 +232,17 @@ class ObservingPolicy(ABC):
         elif batch != self._rows.batch_size:
             raise ShapeError(f"batch has {batch} rows, the policy runs {self._rows.batch_size}; call reset() first")
         rows = self._rows
+        past, past_known = rows.past.copy(), rows.past_known.copy()
         rows.record_executed(executed_action)
         encodes = rows.position % self.architecture.history_stride == 0
         if encodes.any():
             started = time.perf_counter()
             state = {part.key: seen[part.key] for part in self.transforms.config.chunk_parts}
-            self._context = self._encode(rows, seen, present, encodes, state)
+            try:
+                self._context = self._encode(rows, seen, present, encodes, state)
+            except BaseException:  # this control step has not been, whoever tries it again
+                rows.past, rows.past_known = past, past_known
+                raise
             for key, value in state.items():
                 self._state[key] = np.where(encodes[:, None], value, self._state.get(key, value))
             self._timings["encoder_ms"].append(1e3 * (time.perf_counter() - started))
@@ -272,7 +277,7 @@ class ObservingPolicy(ABC):
         return {name: kept.values().tolist() for name, kept in drained.items()}
 
     def _new_rows(self, episodes: Sequence[int]) -> Rows:
-        return Rows(self._new_cache(len(episodes)), episodes, self.architecture, self.spec.action_dim)
+        return Rows(self._new_cache(len(episodes)), episodes, self.architecture, self.transforms.unknown_action())
 
     def _observed(self, call: str) -> Rows:
         if self._rows is None or self._context is None:

@@ -15,7 +15,7 @@ from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.seeding import POLICY_NOISE, keyed_rng
 from scd_robot.types import ActionArray
 
-__all__ = ["Architecture", "HistoryCache", "PlanInput", "Rows", "plan_noise"]
+__all__ = ["Architecture", "HistoryCache", "PlanInput", "Rows", "plan_noise", "row_numbers"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,12 @@ _PER_ROW = ("position", "origin", "chunk", "past", "past_known", "num_plans", "e
 class Rows:
     """State of B rows.
 
+    Args:
+        cache: an empty history of theirs.
+        episodes: (B,) numbers of their episodes.
+        architecture: of the model.
+        unknown_action: (Da,) float32 that stands where an action is not known, see `Transforms.unknown_action`.
+
     Attributes:
         cache: keys and values of the encoder.
         position: (B,) control steps observed since the row's last reset.
@@ -106,19 +112,20 @@ class Rows:
     """
 
     def __init__(
-        self, cache: HistoryCache, episodes: Sequence[int], architecture: Architecture, action_dim: int
+        self, cache: HistoryCache, episodes: Sequence[int], architecture: Architecture, unknown_action: ActionArray
     ) -> None:
-        batch, kept = len(episodes), max(1, architecture.num_past_actions)
+        batch, kept, action_dim = len(episodes), max(1, architecture.num_past_actions), len(unknown_action)
         self.cache = cache
         self.position = np.zeros(batch, np.int64)
         self.origin = np.full(batch, -1, np.int64)
         self.chunk = np.zeros((batch, architecture.chunk_length, action_dim), np.float32)
-        self.past = np.zeros((batch, kept, action_dim), np.float32)
+        self.past = np.tile(unknown_action, (batch, kept, 1))
         self.past_known = np.zeros((batch, kept), bool)
         self.num_plans = np.zeros(batch, np.int64)
         self.episode = _episode_numbers(episodes, batch)
         self.next_episode = int(self.episode.max()) + 1
         self._stride = architecture.history_stride
+        self._unknown_action = unknown_action
 
     @classmethod
     def join(cls, parts: Sequence["Rows"]) -> "Rows":
@@ -156,14 +163,7 @@ class Rows:
 
     def reset(self, rows: Sequence[int] | NDArray[np.bool_], episodes: Sequence[int] | None) -> None:
         """Begins new episodes in some rows, given as numbers or as a mask (B,)."""
-        chosen = np.asarray(rows)
-        if chosen.dtype == bool and chosen.shape == (self.batch_size,):
-            chosen = np.flatnonzero(chosen)
-        if chosen.ndim != 1 or (len(chosen) and not np.issubdtype(chosen.dtype, np.integer)):
-            raise ShapeError(f"rows must be numbers or a mask ({self.batch_size},), got {rows}")
-        chosen = chosen.astype(np.int64)
-        if len(chosen) and not (chosen.min() >= 0 and chosen.max() < self.batch_size):
-            raise ShapeError(f"rows {chosen.tolist()} are out of range for a batch of {self.batch_size}")
+        chosen = row_numbers(rows, self.batch_size)
         mask = np.zeros(self.batch_size, bool)
         mask[chosen] = True
         self.cache.reset(mask)
@@ -183,7 +183,7 @@ class Rows:
         if not len(begun):
             return
         known = np.ones(self.batch_size, bool) if executed is not None else self.age < self.chunk.shape[1]
-        last = self.current_action() if executed is None else executed
+        last = np.where(known[:, None], self.current_action() if executed is None else executed, self._unknown_action)
         for store, value in ((self.past, last), (self.past_known, known)):
             store[begun, :-1] = store[begun, 1:]
             store[begun, -1] = value[begun]
@@ -221,10 +221,27 @@ class Rows:
         return self.chunk[chosen[:, None], index]
 
     def follow(self, chosen: NDArray[np.int64], chunk: ActionArray) -> None:
-        """Sets the chunks of some rows; action 0 is for the control step last observed."""
+        """Sets the chunks of some rows; action 0 is for the control step in which the encoder last ran for them."""
         self.chunk[chosen] = chunk
-        self.origin[chosen] = self.position[chosen] - 1
+        self.origin[chosen] = (self.position[chosen] - 1) // self._stride * self._stride
         self.num_plans[chosen] += 1
+
+
+def row_numbers(rows: Sequence[int] | NDArray[np.bool_], batch: int) -> NDArray[np.int64]:
+    """(n,) numbers of rows that are given as numbers, or as a mask (B,).
+
+    Raises:
+        ShapeError: neither; a row that a batch of this size does not have.
+    """
+    chosen = np.asarray(rows)
+    if chosen.dtype == bool and chosen.shape == (batch,):
+        chosen = np.flatnonzero(chosen)
+    if chosen.ndim != 1 or (len(chosen) and not np.issubdtype(chosen.dtype, np.integer)):
+        raise ShapeError(f"rows must be numbers or a mask ({batch},), got {rows}")
+    chosen = chosen.astype(np.int64)
+    if len(chosen) and not (chosen.min() >= 0 and chosen.max() < batch):
+        raise ShapeError(f"rows {chosen.tolist()} are out of range for a batch of {batch}")
+    return chosen
 
 
 def _episode_numbers(episodes: Sequence[int], count: int) -> NDArray[np.int64]:

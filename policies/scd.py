@@ -18,7 +18,7 @@ from scd_robot.errors import CheckpointError
 from scd_robot.model import ActionModel, ScdConfig, build_model, check_guidance, greatest_gain
 from scd_robot.normalization import Normalizer
 from scd_robot.policies.chunked import ChunkPolicy
-from scd_robot.policies.config import ScdPolicyConfig, check_widths
+from scd_robot.policies.config import ScdPolicyConfig, check_widths, with_overrides
 from scd_robot.policies.planner import Planner
 from scd_robot.policies.rows import Architecture, PlanInput, Rows
 from scd_robot.policies.sampling import TorchCache, inference, ready
@@ -94,13 +94,8 @@ class ScdPolicy(ChunkPolicy):
             model.load_state_dict(dict(weights), strict=True)
         except RuntimeError as error:
             raise CheckpointError(f"the weights do not fit the configuration: {str(error).splitlines()[-1]}") from error
-        settings = dict(config["policy"])
-        steps = overrides.pop("num_denoising_steps", None)
-        if steps is not None:
-            settings["sampler"] = {**settings["sampler"], "num_denoising_steps": steps}
-        settings.update({name: value for name, value in overrides.items() if value is not None})
         transforms = from_json(TransformConfig, config["transforms"], "transforms")
-        how = from_json(ScdPolicyConfig, settings, "policy")
+        how = with_overrides(config["policy"], overrides)
         return cls(model, normalizer, dataset, how, device, transforms, reproducible, task, goal)
 
     def _new_cache(self, batch_size: int) -> TorchCache:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 from scd_robot.errors import ConfigError, nearest_names
 
-__all__ = ["from_json", "to_json"]
+__all__ = ["check_finite", "from_json", "to_json"]
 
 T = TypeVar("T")
 
@@ -24,6 +25,8 @@ def to_json(config: Any) -> Any:
         return [to_json(value) for value in config]
     if config is None or isinstance(config, bool | int | float | str):
         return config
+    if isinstance(config, numbers.Integral):  # NumPy's
+        return int(config)
     raise ConfigError(f"cannot write a {type(config).__name__} into a configuration")
 
 
@@ -35,6 +38,14 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
     """
     value: T = _read(cls, data, where or cls.__name__)
     return value
+
+
+def check_finite(config: Any) -> None:
+    """Raises ConfigError where a number of a dataclass is NaN or infinite; `from_json` lets none in either."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{field.name} must be finite, got {value}")
 
 
 def _read(kind: Any, data: Any, where: str) -> Any:

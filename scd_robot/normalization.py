@@ -103,8 +103,10 @@ class Normalizer(nn.Module):
                 raise UnknownNameError("normalisation mode", mode, MODES)
             center, half = statistics[key].center_and_half(mode)
             constant = half == 0
-            # Constant dimensions: a new value is not blown up on the way in, and held at the constant on the way out.
-            values = {"center": center, "gain": 1 / np.where(constant, 1.0, half), "half": half}
+            # Constant dimensions are 0 on the way in, whatever they are later, since nothing was learned of them; and
+            # held at the constant on the way out.
+            gain = np.divide(1.0, half, out=np.zeros_like(half), where=~constant)
+            values = {"center": center, "gain": gain, "half": half}
             for name, value in values.items():
                 buffer = torch.tensor(value, dtype=torch.float32)
                 self.register_buffer(f"{name}_{list(statistics).index(key)}", buffer, persistent=False)

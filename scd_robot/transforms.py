@@ -127,21 +127,36 @@ class Transforms:
         for key, source in self._sources.items():
             x = found[source]
             x = x.reshape(*x.shape[: x.ndim - len(self.recorded.observation[source].shape)], -1)  # the same memory
-            steps = [step for step in self.config.rotations if step.key == self._step_key(key)]
-            for count, step in enumerate(steps):
-                start = step.start
-                for earlier in reversed(steps[:count]):  # which `start` is counted after
-                    wider = ROTATION_WIDTHS[earlier.target] - ROTATION_WIDTHS[earlier.source]
-                    start -= wider if start > earlier.start else 0
-                x[..., start : start + ROTATION_WIDTHS[step.source]] = rotation_from_matrix(matrix, step.source)
+            self._set_rotations(self._step_key(key), x, matrix)
         return found
+
+    def unknown_action(self) -> Array:
+        """(Da,) float32, an action as recorded in the place of one that nobody told: zeros, rotations by nothing."""
+        action = np.zeros(self.recorded.action_dim)
+        self._set_rotations(ACTION, action, np.eye(3))
+        action = self.action(action)
+        for part in self.config.chunk_parts:
+            if part.rotation:
+                action[part.action_start : part.action_start + part.count] = rotation_from_matrix(np.eye(3), "rot6d")
+        return np.asarray(self.undo_action(action), np.float32)
+
+    def _set_rotations(self, key: str, x: Array, matrix: Array) -> None:
+        """Makes all rotations in vectors (..., n) of a key, as recorded, `matrix` (..., 3, 3)."""
+        steps = [step for step in self.config.rotations if step.key == key]
+        for count, step in enumerate(steps):
+            start = step.start
+            for earlier in reversed(steps[:count]):  # which `start` is counted after
+                wider = ROTATION_WIDTHS[earlier.target] - ROTATION_WIDTHS[earlier.source]
+                start -= wider if start > earlier.start else 0
+            x[..., start : start + ROTATION_WIDTHS[step.source]] = rotation_from_matrix(matrix, step.source)
 
     def observation(self, observation: Mapping[str, Array]) -> dict[str, Array]:
         """Observations (..., Do) or (..., H, W, C) as recorded, to those of the model."""
         return {key: self.convert(key, observation[source]) for key, source in self._sources.items()}
 
     def convert(self, key: str, x: Array) -> Array:
-        """One array (..., Do) or (..., H, W, C), `key` as the model calls it or "action"."""
+        """One array (..., Do) or (..., H, W, C), `key` as the model calls it or "action"; vectors become float."""
+        is_vector = key == ACTION or len(self.spec.observation[key].shape) == 1
         source, key = self._sources.get(key, key), self._step_key(key)
         if key in self.config.flatten:
             x = x.reshape(*x.shape[: x.ndim - len(self.recorded.observation[source].shape)], -1)
@@ -160,7 +175,7 @@ class Transforms:
         for select in self.config.select:
             if select.key == key:
                 x = x[..., list(select.indices)]
-        return x
+        return x.astype(np.float32) if is_vector and x.dtype not in (np.float32, np.float64) else x
 
     def _step_key(self, key: str) -> str:
         """What the steps call it: goals are treated like what is observed."""
@@ -215,7 +230,7 @@ class Transforms:
             if select.key == key:
                 _check_range(f"select of {key!r}", shape, max(select.indices), 1)
                 shape = (len(select.indices),)
-        return replace(spec, shape=shape)
+        return replace(spec, shape=shape, dtype="float32" if len(shape) == 1 else spec.dtype)
 
     def _check_parts(self) -> None:
         for part in self.config.chunk_parts:

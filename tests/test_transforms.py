@@ -6,7 +6,7 @@ import pytest
 from scd_robot.config import from_json, to_json
 from scd_robot.errors import ConfigError, ShapeError, UnknownNameError
 from scd_robot.resizing import crop_and_resize, resize
-from scd_robot.rotations import matrix_of
+from scd_robot.rotations import ROTATION_WIDTHS, matrix_of
 from scd_robot.transforms import (
     ChunkPart,
     GripperStep,
@@ -57,8 +57,8 @@ def test_rotation_and_gripper_on_explicit_numbers():
     transforms = Transforms(config, SPEC)
     assert transforms.spec.observation["pose"] == ArraySpec((10,))
     assert transforms.spec.action_dim == 10
-    half = np.sqrt(0.5)
-    pose = transforms.observation({"pose": np.array([1, 2, 3, 0, 0, half, half, 0.06]), "camera": None, "object": None})
+    half, rest = np.sqrt(0.5), {"camera": np.zeros((6, 8, 3), np.uint8), "object": np.zeros(3)}
+    pose = transforms.observation({"pose": np.array([1, 2, 3, 0, 0, half, half, 0.06]), **rest})
     np.testing.assert_allclose(pose["pose"], [1, 2, 3, 0, -1, 0, 1, 0, 0, 0.5], atol=1e-12)
     action = np.array([1, 2, 3, 0, 0, np.pi / 2, 1.0])
     seen = transforms.action(action)
@@ -250,3 +250,37 @@ def test_a_stand_in_is_an_observation_that_every_step_takes():
     seen = transforms.observation(found)
     np.testing.assert_allclose(seen["hands"][1:7], [1, 0, 0, 0, 1, 0], atol=1e-12)
     np.testing.assert_allclose(seen["goal.turn"], [1, 0, 0, 0, 1, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "int32", "bool"])
+def test_vectors_are_float32_whatever_was_recorded(dtype):
+    spec = DatasetSpec({"touch": ArraySpec((2, 2), dtype), "picture": ArraySpec((2, 2, 3), "uint8")}, 1, 0.1)
+    transforms = Transforms(TransformConfig(flatten=("touch",)), spec)
+    assert transforms.spec.observation == {"touch": ArraySpec((4,)), "picture": ArraySpec((2, 2, 3), "uint8")}
+    x = np.ones((5, 2, 2), dtype)
+    assert transforms.convert("touch", x).dtype == np.float32
+    assert transforms.convert("picture", np.ones((5, 2, 2, 3), np.uint8)).dtype == np.uint8
+
+
+@pytest.mark.parametrize("source", ["quat_xyzw", "quat_wxyz", "matrix", "axis_angle"])
+@pytest.mark.parametrize("chunk", ["absolute", "relative"])
+def test_an_action_that_nobody_told_has_rotations_that_can_be_converted(source, chunk):
+    width = ROTATION_WIDTHS[source]
+    spec = DatasetSpec({"pose": ArraySpec((3 + width,))}, 4 + width, 0.1)
+    rotations = (RotationStep("pose", 3, source), RotationStep("action", 3, source))
+    parts = (ChunkPart(0, "pose", 0, 3), ChunkPart(3, "pose", 3, 6, True)) if chunk == "relative" else ()
+    transforms = Transforms(TransformConfig(rotations=rotations, chunk=chunk, chunk_parts=parts), spec)
+    action = transforms.unknown_action()
+    assert action.shape == (4 + width,)
+    assert action.dtype == np.float32
+    state = {"pose": transforms.convert("pose", transforms.stand_in()["pose"])}
+    seen = transforms.chunk(transforms.action(action[None]), state)[0]
+    np.testing.assert_allclose(matrix_of(seen[3:9], "rot6d"), np.eye(3), atol=1e-6)
+    np.testing.assert_array_equal(np.delete(seen, range(3, 9)), 0)
+
+
+def test_an_action_of_six_numbers_that_nobody_told_is_a_rotation_too():
+    """Where actions were recorded so, no step converts them."""
+    spec = DatasetSpec({"pose": ArraySpec((6,))}, 6, 0.1)
+    config = TransformConfig(chunk="relative", chunk_parts=(ChunkPart(0, "pose", 0, 6, True),))
+    np.testing.assert_allclose(matrix_of(Transforms(config, spec).unknown_action(), "rot6d"), np.eye(3), atol=1e-6)

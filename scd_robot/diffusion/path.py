@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scd_robot.config import check_finite
 from scd_robot.errors import ConfigError
 
 __all__ = ["FlowTimeConfig", "PathSample", "interpolate", "sample_flow_time"]
@@ -33,6 +34,7 @@ class FlowTimeConfig:
     std: float = 1.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.distribution not in ("uniform", "logit_normal", "beta"):
             raise ConfigError(f"distribution must be uniform, logit_normal or beta, got {self.distribution!r}")
         if not self.std > 0:

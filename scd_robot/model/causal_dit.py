@@ -279,13 +279,12 @@ class EntangledModel(HistoryModel[HistoryContext]):
     def __init__(self, config: ScdConfig) -> None:
         super().__init__(config)
         self.decoder = CausalDitTransformer(config, self.tokenizer.tokens_per_step)
-        with torch.no_grad():  # a tensor with a graph could not be copied with the model
-            self._clean: Conditioning = self.decoder.clean()  # made anew with every cache, from the weights of then
+        self._clean = self._clean_conditioning()  # made anew with every cache, from the weights of then
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty history for `encode_step`: keys and values of all layers."""
         config, weight = self.config, self.decoder.position
-        self._clean = self.decoder.clean()
+        self._clean = self._clean_conditioning()
         return KVCache.create(
             num_layers=len(self.decoder.blocks),
             batch_size=batch_size,
@@ -296,6 +295,10 @@ class EntangledModel(HistoryModel[HistoryContext]):
             device=weight.device,
             dtype=weight.dtype,
         )
+
+    @torch.no_grad()  # a tensor with a graph could not be copied with the model
+    def _clean_conditioning(self) -> Conditioning:
+        return self.decoder.clean()
 
     def samples(self, context: HistoryContext, copies: int) -> HistoryContext:
         """What `encode_at` gave, for so many samples of each position."""

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from scd_robot.config import check_finite
 from scd_robot.errors import ConfigError, UnknownNameError
 from scd_robot.nn import AutoencoderConfig, ImageConfig
 
@@ -40,6 +41,11 @@ class FrameConfig:
         for name in ("patch_size", "decoder_layers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"frames.{name} must be at least 1, got {getattr(self, name)}")
+        if self.decoder_layers != 2 and not self.beside_actions:
+            raise ConfigError(
+                f"frames.decoder_layers {self.decoder_layers} is of a frame decoder beside actions; of a model that "
+                "decodes frames alone it is model.decoder_layers"
+            )
         if self.beside_actions and not self.camera:
             raise ConfigError("frames.beside_actions needs frames.camera, the key of the pictures to imagine")
         if self.autoencoder is not None and self.patch_size % self.autoencoder.factor:
@@ -82,9 +88,9 @@ class ScdConfig:
             which are uint8.
         action_dim: Da, width of one action.
         architecture: "separable", or "entangled": the rival `CausalDitModel` of the same width and of encoder_layers +
-            decoder_layers layers, all of which see the history at every denoising step. It reads no fusion,
-            add_context, num_context_tokens, context_corruption, memory_gate, encoder_bias and encoder_modulation, which
-            must be as by default, the corruption 0.
+            decoder_layers layers, all of which see the history at every denoising step. It has no context:
+            fusion, add_context and context_in_history change nothing, num_context_tokens must be 1, context_corruption
+            0, and memory_gate, encoder_bias and encoder_modulation off.
         local_layers: entangled only: in the last so many layers nothing attends to earlier control steps.
         width: D, of encoder and decoder tokens.
         num_heads: N; must divide `width` into an even head width.
@@ -156,6 +162,7 @@ class ScdConfig:
     frames: FrameConfig = field(default_factory=FrameConfig)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not self.observation_shapes:
             raise ConfigError("observation_shapes is empty: a model needs at least one observation key")
         for key, shape in self.observation_shapes.items():

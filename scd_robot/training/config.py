@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from scd_robot.config import check_finite
 from scd_robot.diffusion import FlowTimeConfig, SamplerConfig
 from scd_robot.errors import ConfigError, UnknownNameError
 from scd_robot.model import ScdConfig
@@ -45,6 +46,7 @@ class FrameLossConfig:
     flow_time: FlowTimeConfig = field(default_factory=lambda: FlowTimeConfig("logit_normal", mean=-2.0, std=1.2))
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not self.loss_weight >= 0:
             raise ConfigError(f"frames.loss_weight must not be negative, got {self.loss_weight}")
         if self.positions_per_segment < 1:
@@ -143,6 +145,7 @@ class TrainingConfig:
     self_forcing: SelfForcingConfig = field(default_factory=SelfForcingConfig)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for value, choices in ((self.objective, tuple(OBJECTIVES)), (self.trained, ("all", "decoder"))):
             if value not in choices:
                 raise UnknownNameError("training objective or part", value, choices)

@@ -141,7 +141,19 @@ def _warn_of_other_units(kept: Normalizer, found: dict[str, FieldStatistics]) ->
         old = kept.statistics[key]
         before, now = np.subtract(old.maximum, old.minimum), np.subtract(new.maximum, new.minimum)
         far = (now > _FAR * before) | (before > _FAR * now)
-        both_move = (old.center_and_half("min_max")[1] > 0) & (new.center_and_half("min_max")[1] > 0)
+        moved, moves = (one.center_and_half("min_max")[1] > 0 for one in (old, new))
+        for dim in np.flatnonzero(moves & ~moved)[:1]:
+            logger.warning(
+                "%r, dimension %d, is %.6g to %.6g in the dataset, but always %.6g in what the checkpoint was trained "
+                "on, whose statistics are kept: it stays 0 for the model. If it is to be used, give --init-statistics "
+                "dataset",
+                key,
+                dim,
+                new.minimum[dim],
+                new.maximum[dim],
+                old.minimum[dim],
+            )
+        both_move = moved & moves
         for dim in np.flatnonzero(far & both_move)[:1]:
             logger.warning(
                 "%r, dimension %d, is %.6g to %.6g in the dataset, but %.6g to %.6g in what the checkpoint was trained "
@@ -216,6 +228,13 @@ def check_fits(data: EpisodeDataset, experiment: ExperimentConfig) -> None:
             "predict: past-token prediction then teaches nothing; use 'noised' or 'none'",
             model.num_past_actions,
         )
+    parts = experiment.transforms.chunk_parts if experiment.transforms.chunk != "absolute" else ()
+    for key in dict.fromkeys(part.key for part in parts):
+        if data.has_gaps(key):
+            raise ConfigError(
+                f"actions are relative to {key!r} (chunk_parts of --transforms), which is absent in some control "
+                "steps: leave those episodes out (--drop), or let actions be absolute"
+            )
     held = [key for key in model.vector_keys if data.has_gaps(key)]
     if held and model.observation_tokens == "joint":
         raise ConfigError(

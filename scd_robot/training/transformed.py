@@ -4,8 +4,10 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scd_robot.datasets import ACTION, EXECUTED_ACTION, PRESENT, EpisodeDataset
 from scd_robot.datasets.lazy import LazyArray, MappedArray, RowArray
@@ -34,15 +36,24 @@ def transformed(data: EpisodeDataset, config: TransformConfig) -> EpisodeDataset
     for key, source in transforms.sources.items():
         array, convert = with_goals[source], partial(transforms.convert, key)
         if isinstance(array, LazyArray):
-            arrays[key] = MappedArray(array, convert, transforms.spec.observation[key].shape, array.dtype)
+            spec = transforms.spec.observation[key]
+            arrays[key] = MappedArray(array, convert, spec.shape, np.dtype(spec.dtype))
         else:
-            arrays[key] = convert(array)
+            arrays[key] = convert(_filled(array, data.arrays.get(PRESENT + source), transforms.stand_in()[source]))
         if PRESENT + source in data.arrays:
             arrays[PRESENT + key] = data.arrays[PRESENT + source]
     for key in (ACTION, EXECUTED_ACTION):
         if key in data.arrays:
             arrays[key] = transforms.action(np.asarray(data.arrays[key][:]))
     return replace(data, spec=transforms.spec, arrays=arrays)
+
+
+def _filled(array: RowArray, present: RowArray | None, stand_in: NDArray[Any]) -> NDArray[Any]:
+    """Rows (N, ...) of which those that are absent hold what can be converted: they are masked, and never seen."""
+    rows = np.asarray(array)
+    if present is None or (there := np.asarray(present[:], bool)).all():
+        return rows
+    return np.where(there.reshape(-1, *[1] * (rows.ndim - 1)), rows, stand_in)
 
 
 def with_pictures_in_memory(data: EpisodeDataset, keys: Iterable[str], most_gb: float) -> EpisodeDataset:

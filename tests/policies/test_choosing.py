@@ -214,3 +214,29 @@ def test_what_does_not_fit_together_is_refused(scd_policy, seen) -> None:
     inner = scd_policy()
     inner.spec = replace(inner.spec, optional=("eye", "goal"))
     assert ChoosingPolicy(inner, random_frames(), to_the_right).spec.optional == ("goal",)
+
+
+def test_what_is_refused_leaves_neither_history_a_step_ahead(scd_policy, seen) -> None:
+    observations = seen(2, 4)
+    policy = ChoosingPolicy(scd_policy(), random_frames(), bright_low, 3)
+    expected = act_all(policy, observations, [0, 1])
+    policy.reset(episodes=[0, 1])
+    bad = [{"position": np.full((2, 2), np.nan)}, {"eye": np.zeros((2, 3, 3, 1), np.uint8)}]
+    actions = []
+    for observation in observations:
+        for change in bad:
+            with pytest.raises(ShapeError):
+                policy.act({**observation, **change})
+        actions.append(policy.act(observation))
+    np.testing.assert_array_equal(actions, expected)
+
+
+def test_rows_may_be_given_as_a_mask(scd_policy, seen) -> None:
+    policy = ChoosingPolicy(scd_policy(), random_frames(), bright_low, 2)
+    policy.act(seen(3, 1)[0])
+    policy.reset(rows=np.array([False, False, True]))
+    assert policy._stream.position is not None
+    assert policy._stream.position.tolist() == [1, 1, 0]
+    for rows in ([3], [-1], [True, False]):
+        with pytest.raises(ShapeError, match="rows"):
+            policy._stream.reset(rows)

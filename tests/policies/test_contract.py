@@ -309,10 +309,14 @@ def test_what_is_far_from_the_training_is_told_once(exported, stream, caplog):
     assert caplog.text.count("observation 'position', dimension 1, is 57 in row 1; in training it was") == 1
 
 
-def test_numbers_that_never_moved_in_training_are_never_far(caplog):
+def test_numbers_that_never_moved_in_training_are_told_once_where_they_are_others(caplog):
     far = FarInputs({"state": ((0.0, 1.0), (0.0, 1.0 + 1e-9))})
-    far.look({"state": np.array([[100.0, -100.0]])}, {})
+    far.look({"state": np.array([[0.0, 1.005]])}, {})
     assert caplog.text == ""
+    for _ in range(2):
+        far.look({"state": np.array([[0.0, -100.0]])}, {})
+    assert caplog.text.count("dimension 1, is -100 in row 0; in training it was always 1 (to 1)") == 1
+    caplog.clear()
     far = FarInputs({"state": ((0.0, -1.0), (0.0, 1.0))})
     far.look({"state": np.array([[0.0, 100.0]])}, {"state": False})
     assert caplog.text == ""

@@ -1,5 +1,7 @@
 """Rows that reset, pause or never planned: nothing of an old episode, and nothing invented, reaches the model."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -92,3 +94,47 @@ def test_guidance_draws_its_corruption_once_per_plan(scd_policy, stream) -> None
     policy.act(stream(2, 1)[0])
     clean, corrupted = prepared
     assert (corrupted - clean).square().mean().sqrt().item() == pytest.approx(0.1, rel=0.3)
+
+
+def test_plans_take_rows_as_numbers_or_as_a_mask(scd_policy, stream) -> None:
+    first, second = scd_policy(), scd_policy()
+    for policy in (first, second):
+        policy.observe(stream(3, 1)[0])
+    np.testing.assert_array_equal(first.plan(rows=[1, 2]), second.plan(rows=np.array([False, True, True])))
+    for rows in ([3], [-1], [True]):
+        with pytest.raises(ShapeError, match="rows"):
+            first.plan(rows=rows)
+
+
+def test_a_step_that_fails_has_not_been(scd_policy, stream, monkeypatch) -> None:
+    expected, policy = scd_policy(), scd_policy()
+    observations, executed = stream(2, 4), np.random.default_rng(0).uniform(-1, 1, (4, 2, 2)).astype(np.float32)
+    for step, observation in enumerate(observations):
+        action = expected.act(observation, executed[step])
+        with monkeypatch.context() as patch:
+            patch.setattr(policy, "_encode", lambda *arguments: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                policy.act(observation, executed[step])
+        np.testing.assert_array_equal(policy.act(observation, executed[step]), action)
+
+
+def test_a_plan_between_encoder_steps_is_one_of_the_earlier_step(scd_policy, stream) -> None:
+    """Its second action is for the second control step, and the next plan comes with the encoder again."""
+    [first, second, third] = stream(1, 3)
+    model = {"history_stride": 2}
+    policy = scd_policy(model)
+    policy.observe(first)
+    chunk = policy.plan()
+    policy = scd_policy(model)
+    policy.observe(first)
+    np.testing.assert_array_equal(policy.act(second), chunk[:, 1])
+    policy.act(third)
+    assert policy.planned.all()
+
+
+@pytest.mark.parametrize("kind", ["scd_policy", "causal_dit_policy"])
+def test_a_policy_that_has_acted_can_be_copied(kind, stream, request) -> None:
+    policy = request.getfixturevalue(kind)()
+    [first, second] = stream(1, 2)
+    policy.act(first)
+    np.testing.assert_array_equal(copy.deepcopy(policy).act(second), policy.act(second))

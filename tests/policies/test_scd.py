@@ -1,5 +1,6 @@
 """`ScdPolicy`: when it plans, what reaches the model, committed actions, self-verification, overrides."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from tiny import tiny_data
 
 from scd_robot.checkpoint import write_checkpoint
 from scd_robot.config import to_json
+from scd_robot.diffusion import SamplerConfig
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.model import ActionPlan
 from scd_robot.policies import ScdPolicy, load_policy
@@ -293,6 +295,13 @@ class TestSettings:
         assert (policy.spec.num_executed, plain.spec.num_executed) == (4, 2)
         assert load_policy(tiny_run, num_denoising_steps=None, seed=None).config == plain.config
 
+    def test_overrides_may_be_objects_and_numbers_of_numpy(self, tiny_run) -> None:
+        midpoint = SamplerConfig("midpoint", 2)
+        assert load_policy(tiny_run, sampler=midpoint).config.sampler == midpoint
+        assert load_policy(tiny_run, sampler=midpoint, num_denoising_steps=np.int64(4)).config.sampler == replace(
+            midpoint, num_denoising_steps=4
+        )
+
     def test_each_override_has_an_effect(self, tiny_run, stream) -> None:
         plain = load_policy(tiny_run).act(stream(1, 1)[0])
         for override in ({"seed": 1}, {"num_denoising_steps": 1}):
@@ -308,6 +317,8 @@ class TestSettings:
             ({"num_executed": "two"}, "num_executed must be int, got 'two'"),
             ({"num_denoising_steps": 0}, "num_denoising_steps must be at least 1, got 0"),
             ({"seed": -1}, "seed must not be negative"),
+            ({"guidance_scale": -1.0}, "guidance_scale must not be negative"),
+            ({"guidance_scale": float("nan")}, "guidance_scale must be finite"),
             ({"num_samples": 2}, "num_past_actions > 0"),
         ],
     )

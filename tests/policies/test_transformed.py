@@ -1,19 +1,23 @@
 """A policy undoes what was done to its training data, skips control steps, and does without silent sensors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_data, tiny_experiment
 
+from scd_robot.datasets import EpisodeDataset
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.model import ScdModel
 from scd_robot.normalization import Normalizer, compute_statistics
 from scd_robot.policies.scd import ScdPolicy, ScdPolicyConfig
 from scd_robot.training.batches import SegmentDataset
 from scd_robot.training.config import ExperimentConfig
-from scd_robot.training.start import fit_normalizer
+from scd_robot.training.start import check_fits, fit_normalizer
 from scd_robot.training.transformed import transformed
-from scd_robot.transforms import ChunkPart, GripperStep, TransformConfig, Transforms
+from scd_robot.transforms import ChunkPart, GripperStep, RotationStep, TransformConfig, Transforms
+from scd_robot.types import ArraySpec, DatasetSpec
 
 RELATIVE = TransformConfig(
     rename={"position": "place"}, chunk="relative", chunk_parts=(ChunkPart(0, "place", 1, 1),),
@@ -169,3 +173,85 @@ def test_normalizer_of_other_keys_is_refused() -> None:
     plain = Normalizer({key: compute_statistics(data.arrays[key], key) for key in keys}, keys)
     with pytest.raises(ShapeError, match="'place'"):
         ScdPolicy(policy.model, plain, data.spec, transforms=RELATIVE)
+
+
+def quaternions(silent: bool = False) -> EpisodeDataset:
+    """The tiny dataset with poses, and actions that are the next pose; absent poses are zeros."""
+    data, rng = tiny_data(), np.random.default_rng(0)
+    turns = rng.standard_normal((len(data.arrays["action"]), 4)).astype(np.float32)
+    pose = np.hstack((data.arrays["position"], turns / np.linalg.norm(turns, axis=1, keepdims=True)))
+    arrays = {"goal": data.arrays["goal"], "pose": pose, "action": np.roll(pose, -1, axis=0)}
+    if silent:
+        there = np.arange(len(pose)) % 3 > 0
+        arrays |= {"present.pose": there, "pose": np.where(there[:, None], pose, 0).astype(np.float32)}
+    spec = DatasetSpec({"goal": ArraySpec((2,)), "pose": ArraySpec((6,))}, 6, data.spec.control_dt)
+    return EpisodeDataset(spec, data.episode_ends, arrays)
+
+
+ROTATED = TransformConfig(rotations=tuple(RotationStep(key, 2, "quat_xyzw") for key in ("pose", "action")))
+
+
+def rotated(chunk: str = "absolute", **model: object) -> ExperimentConfig:
+    parts = (ChunkPart(0, "pose", 0, 2), ChunkPart(2, "pose", 2, 6, True)) if chunk == "relative" else ()
+    shapes = {"goal": (2,), "pose": (8,)}
+    base = tiny_experiment(model={"observation_shapes": shapes, "action_dim": 8, **model})
+    return replace(base, transforms=replace(ROTATED, chunk=chunk, chunk_parts=parts))
+
+
+@pytest.mark.parametrize("chunk", ["absolute", "relative"])
+@pytest.mark.parametrize(("shown", "samples"), [("full", 1), ("none", 3)])
+def test_unknown_past_actions_are_no_rotations_of_length_0(chunk, shown, samples) -> None:
+    data, experiment = quaternions(), rotated(chunk, past_action_input=shown)
+    normalizer = fit_normalizer(transformed(data, experiment.transforms), experiment)
+    how = replace(experiment.policy, num_samples=samples)
+    policy = ScdPolicy(ScdModel(experiment.model), normalizer, data.spec, how, transforms=experiment.transforms)
+    steps = [{key: data.arrays[key][row : row + 2] for key in ("goal", "pose")} for row in range(4)]
+    policy.observe(steps[0])
+    policy.observe(steps[1])  # nothing was planned: what was done is not known
+    for step in steps[2:]:
+        assert np.isfinite(policy.act(step)).all()
+    policy.reset(rows=[0])
+    assert np.isfinite(policy.act(steps[0])).all()
+
+
+def test_rotations_that_are_absent_are_not_converted() -> None:
+    data = transformed(quaternions(silent=True), ROTATED)
+    whole = transformed(quaternions(), ROTATED)
+    there = data.arrays["present.pose"]
+    np.testing.assert_array_equal(data.arrays["pose"][there], whole.arrays["pose"][there])
+
+
+def test_actions_are_relative_to_what_is_always_there() -> None:
+    experiment = rotated("relative", observation_tokens="per_key")
+    with pytest.raises(ConfigError, match=r"actions are relative to 'pose'.*absent in some control steps"):
+        check_fits(transformed(quaternions(silent=True), experiment.transforms), experiment)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16])
+def test_small_integers_are_the_same_numbers_in_training_and_in_use(dtype) -> None:
+    """They are no pictures, and no features of pictures."""
+    data = tiny_data()
+    touch = (100 * data.arrays["position"] + 100).astype(dtype).reshape(-1, 1, 2)
+    spec = replace(data.spec, observation={"touch": ArraySpec((1, 2), np.dtype(dtype).name)})
+    data = EpisodeDataset(spec, data.episode_ends, {"touch": touch, "action": data.arrays["action"]})
+    transforms = TransformConfig(flatten=("touch",))
+    experiment = replace(tiny_experiment(model={"observation_shapes": {"touch": (2,)}}), transforms=transforms)
+    ready = transformed(data, transforms)
+    normalizer = fit_normalizer(ready, experiment)
+    model, batch = (
+        ScdModel(experiment.model).eval(),
+        SegmentDataset(ready, experiment, np.arange(1), validation=True)[0],
+    )
+    shown = normalizer.normalize_observation(batch.segments.observation)["touch"][0]
+    assert shown.dtype == torch.float32
+    assert shown.abs().max() <= 1
+    policy = ScdPolicy(model, normalizer, data.spec, experiment.policy, transforms=transforms)
+    seen = []
+    encode_step = model.encode_step
+    policy.model.encode_step = lambda observation, *rest, **more: (
+        seen.append(observation["touch"]),
+        encode_step(observation, *rest, **more),
+    )[1]
+    for row in range(data.episode_ends[0]):
+        policy.observe({"touch": touch[row : row + 1]})
+    np.testing.assert_array_equal(torch.cat(seen), shown[: len(seen)])
