@@ -7,6 +7,7 @@ reads; beside it lies DATASET.pusht.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -114,6 +115,65 @@ def check_weights_are_complete(folder, out):
         ScdPolicy.from_pretrained(out)
 
 
+def check_statistics(folder):
+    """What is held at 0 is that of the statistics LeRobot normalises with: the folder's, in training the data's."""
+    from lerobot_policy_scd import ScdPolicy
+
+    own = ScdPolicy.from_pretrained(folder).still
+    others = {
+        key: {"min": torch.zeros(count), "max": torch.zeros(count)}
+        for key, count in (("observation.state", 2), ("observation.environment_state", 16))
+    }
+    policy = ScdPolicy.from_pretrained(folder, dataset_stats=others)
+    assert (policy.still == own).all(), "lerobot-record gives the statistics of what is being recorded"
+    batch = training_batch(policy)
+    policy.forward(batch)
+    assert policy.still.all()
+
+
+def training_batch(policy, rows=2):
+    """Windows as LeRobot's datasets cut them, the first two steps of which lie before the episode."""
+    config = policy.config
+    steps, length = config.n_obs_steps, len(config.action_delta_indices)
+    batch = {key: torch.rand(rows, steps, *config.input_features[key].shape) for key in config.observation_keys}
+    outside = (torch.arange(steps) < 2).expand(rows, steps)
+    batch |= {f"{key}_is_pad": outside for key in config.observation_keys}
+    action = torch.rand(rows, length, *config.action_feature.shape)
+    return {**batch, "action": action, "action_is_pad": torch.zeros(rows, length, dtype=torch.bool)}
+
+
+def check_padding(folder):
+    """Renamed observations leave the names of their padding behind; without any, all would count as history."""
+    from lerobot_policy_scd import ScdPolicy
+    from scd_robot.errors import ShapeError
+
+    policy = ScdPolicy.from_pretrained(folder)
+    batch = training_batch(policy)
+    renamed = {key.replace("state_is_pad", "other_is_pad"): value for key, value in batch.items()}
+    for one in (batch, renamed):
+        assert (~policy._windows(one).step_valid).sum(1).tolist() == [2, 2]
+    with refused(ShapeError, "observation.KEY_is_pad"):
+        policy.forward({key: value for key, value in batch.items() if "state_is_pad" not in key})
+
+
+def check_settings(folder):
+    """Errors have the names that settings have in LeRobot, and what is not normalised is said."""
+    from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
+
+    from lerobot_policy_scd import ScdPolicy
+    from scd_robot.errors import ConfigError
+
+    config = ScdPolicy.from_pretrained(folder).config
+    camera = PolicyFeature(FeatureType.VISUAL, (3, 480, 640))
+    for change, told in (
+        ({"n_action_steps": 10}, "n_action_steps 10 exceeds the model's chunk_size 8"),
+        ({"input_features": {**config.input_features, "observation.images.front": camera}}, "--policy.resize_images="),
+        ({"normalization_mapping": {"STATE": NormalizationMode.MEAN_STD}}, "names nothing for ACTION, ENV"),
+    ):
+        with refused(ConfigError, told):
+            dataclasses.replace(config, **change).policy_config()
+
+
 def observations(policy, steps, rows, seed=0):
     """Normalised batches as LeRobot's loop gives them, one for each control step."""
     torch.manual_seed(seed)
@@ -189,6 +249,7 @@ def check_pictures(dataset, out):
 
     features = {
         "observation.state": {"type": "STATE", "shape": [6]},
+        "observation.gripper": {"type": "STATE", "shape": [1]},  # which LeRobot's windows have as numbers
         "observation.images.front": {"type": "VISUAL", "shape": [3, 64, 96]},
         "observation.images.gray": {"type": "VISUAL", "shape": [1, 16, 20]},
     }
@@ -207,6 +268,13 @@ def check_conversion(folder, out):
     from scd_robot.policies import load_policy
     from scd_robot.seeding import POLICY_NOISE, keyed_rng
 
+    for wrong in (["--fps=0"], ["--fps=10", "--keys", "agent"], ["--fps=10", "--keys", "state=agent"]):
+        with refused(SystemExit, "2"):
+            command(main, str(folder), str(out), *wrong)
+    both = ["observation.state=agent", "observation.environment_state=agent"]
+    with refused(SystemExit, "2"):
+        command(main, str(folder), str(out), "--fps=10", "--keys", *both)
+    assert not out.exists()
     command(main, str(folder), str(out), "--fps=10", "--keys", "observation.state=agent")
     theirs, ours = ScdPolicy.from_pretrained(folder), load_policy(out)
     assert (ours.spec.control_dt, ours.spec.num_executed) == (0.1, SMALL["n_action_steps"])
@@ -217,7 +285,7 @@ def check_conversion(folder, out):
     for step in range(9):
         state = rng.uniform(100, 400, (1, 2)).astype(np.float32)
         rest = rng.uniform(50, 450, (1, 16)).astype(np.float32)
-        rest[:, 3], rest[:, 5] = 250.1, 1.0
+        rest[:, 3], rest[:, 5] = 250.1 + 40 * (step % 2), 1.0 + step  # which never moved in the dataset
         observation = {"observation.state": state, "observation.environment_state": rest}
         noise = keyed_rng(POLICY_NOISE, 0, 5, step // SMALL["n_action_steps"]).standard_normal(shape, np.float32)
         batch = before({key: torch.from_numpy(value) for key, value in observation.items()})
@@ -236,6 +304,9 @@ def main(dataset, home):
 
     folder = check_training(f"{dataset}.pusht", home / "run")
     check_weights_are_complete(folder, home / "incomplete")
+    check_statistics(folder)
+    check_padding(folder)
+    check_settings(folder)
     check_streaming(ScdPolicy.from_pretrained(folder))
     check_evaluation(folder, home / "evaluation")
     check_conversion(folder, home / "converted")

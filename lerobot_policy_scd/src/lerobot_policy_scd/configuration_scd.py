@@ -3,6 +3,8 @@
 LeRobot finds `ScdPolicy` and `make_scd_pre_post_processors` by the names of this module and class.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lerobot.configs.policies import PreTrainedConfig
@@ -24,6 +26,28 @@ _OBSERVATIONS = (FeatureType.STATE, FeatureType.ENV, FeatureType.VISUAL)
 def _normalization() -> dict[str, NormalizationMode]:
     bounds = dict.fromkeys(("STATE", "ENV", "ACTION"), NormalizationMode.MIN_MAX)
     return {"VISUAL": NormalizationMode.IDENTITY, **bounds}
+
+
+# What messages of scd_robot call it, and what it is here.
+_NAMES = {
+    "images.channels": "--policy.image_channels",
+    " (or patch_size a larger one)": "",
+    "resize the pictures": "resize the pictures, say --policy.resize_images='[96, 128]'",
+    "num_executed": "n_action_steps",
+    "chunk_length": "chunk_size",
+}
+
+
+@contextlib.contextmanager
+def _lerobots_names() -> Iterator[None]:
+    """Errors within are told by the names that settings have here."""
+    try:
+        yield
+    except ConfigError as error:
+        told = str(error)
+        for ours, here in _NAMES.items():
+            told = told.replace(ours, here)
+        raise ConfigError(told) from error
 
 
 @PreTrainedConfig.register_subclass("scd")
@@ -124,6 +148,10 @@ class ScdConfig(PreTrainedConfig):
         Raises:
             ConfigError: a feature is none for this model, or the settings contradict each other.
         """
+        with _lerobots_names():
+            return self._model_config()
+
+    def _model_config(self) -> ModelConfig:
         self.validate_features()
         shapes: dict[str, tuple[int, ...]] = {}
         for key in self.observation_keys:
@@ -157,8 +185,9 @@ class ScdConfig(PreTrainedConfig):
             ConfigError: the settings contradict each other.
         """
         sampler = SamplerConfig(num_denoising_steps=self.num_denoising_steps)
-        config = ScdPolicyConfig(num_executed=self.n_action_steps, sampler=sampler)
-        config.check_fits(self.model_config())
+        with _lerobots_names():
+            config = ScdPolicyConfig(num_executed=self.n_action_steps, sampler=sampler)
+            config.check_fits(self._model_config())
         return config
 
     def validate_features(self) -> None:
@@ -169,6 +198,13 @@ class ScdConfig(PreTrainedConfig):
             raise ConfigError(
                 "the dataset has no observation.state, observation.environment_state or pictures; it has "
                 f"{sorted(self.input_features or {})}"
+            )
+        used = [self.input_features[key] for key in self.observation_keys] + [self.action_feature]
+        kinds = {feature.type.value for feature in used if feature.type is not FeatureType.VISUAL}
+        if unnamed := sorted(kinds - set(self.normalization_mapping)):
+            raise ConfigError(
+                f"normalization_mapping names nothing for {', '.join(unnamed)}; say how each is normalised, IDENTITY "
+                f"where it is not: got { ({kind: mode.value for kind, mode in self.normalization_mapping.items()}) }"
             )
         mode = self.normalization_mapping.get("VISUAL", NormalizationMode.IDENTITY)
         if mode is not NormalizationMode.IDENTITY:

@@ -3,10 +3,11 @@
     python -m lerobot_policy_scd.convert RUN/checkpoints/last/pretrained_model CHECKPOINT --fps 10
 
 Observation keys stay LeRobot's, unless `--keys observation.state=proprio` names what the robot or environment calls
-them. The normalisation becomes scd_robot's, which gives the same numbers.
+them. The normalisation becomes scd_robot's, which gives the same numbers but for the clamp at `observation_limit`.
 """
 
 import argparse
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from lerobot_policy_scd.configuration_scd import ScdConfig
 from lerobot_policy_scd.modeling_scd import ScdPolicy
 from scd_robot.checkpoint import write_checkpoint
 from scd_robot.config import to_json
-from scd_robot.errors import ConfigError, UnknownNameError
+from scd_robot.errors import ConfigError, ScdRobotError, UnknownNameError
 from scd_robot.normalization import FieldStatistics, Mode, Normalizer
 from scd_robot.transforms import ImageStep, TransformConfig
 from scd_robot.types import ArraySpec, DatasetSpec
 
 __all__ = ["convert"]
+
+logger = logging.getLogger(__name__)
 
 _MODES: dict[NormalizationMode, Mode] = {
     NormalizationMode.MIN_MAX: "min_max",
@@ -58,6 +61,9 @@ def convert(folder: Path, out: Path, control_dt: float, keys: Mapping[str, str] 
         if key not in called:
             raise UnknownNameError("observation key of the policy", key, called)
         called[key] = name
+    twice = sorted({name for name in called.values() if list(called.values()).count(name) > 1})
+    if twice:
+        raise ConfigError(f"several observation keys of the policy would be called {', '.join(twice)}")
     step = _normalizer_step(folder)
     still = {key: policy.still[place].numpy() for key, place in policy.places.items()}
     still[ACTION] = np.zeros(config.action_feature.shape, bool)
@@ -70,6 +76,8 @@ def convert(folder: Path, out: Path, control_dt: float, keys: Mapping[str, str] 
     normalizer = Normalizer(statistics, modes)
     for key, held in still.items():
         _check_alike(step, normalizer, key, held)
+        if key != ACTION:
+            _warn_of_limit(normalizer, key, config.observation_limit)
     write_checkpoint(
         out,
         policy="scd",
@@ -130,6 +138,21 @@ def _check_alike(step: NormalizerProcessorStep, normalizer: Normalizer, key: str
         )
 
 
+def _warn_of_limit(normalizer: Normalizer, key: str, limit: float) -> None:
+    """Says where LeRobot clamps numbers that were in the training data, which scd_robot does not."""
+    known = normalizer.statistics[key]
+    ends = normalizer.normalize(key, torch.tensor([known.minimum, known.maximum])).abs().amax(0).numpy()
+    if (beyond := np.flatnonzero(ends > limit)).size:
+        logger.warning(
+            "%r, dimensions %s, is up to %.3g normalised in the training data: LeRobot clamps it to %g "
+            "(observation_limit), the checkpoint will not, and acts otherwise there",
+            key,
+            beyond.tolist(),
+            ends.max(),
+            limit,
+        )
+
+
 def _experiment(policy: ScdPolicy, called: Mapping[str, str]) -> dict[str, Any]:
     config = policy.config
     size = tuple(config.resize_images)
@@ -160,7 +183,16 @@ def main() -> None:
         "--keys", nargs="*", default=[], metavar="KEY=NAME", help="what keys of the policy are called elsewhere"
     )
     given = parser.parse_args()
-    convert(given.folder, given.out, 1 / given.fps, dict(pair.split("=", 1) for pair in given.keys))
+    if not 0 < given.fps < float("inf"):
+        parser.error(f"--fps must be a positive number of control steps per second, got {given.fps}")
+    if wrong := [pair for pair in given.keys if "=" not in pair]:
+        parser.error(f"--keys takes KEY=NAME, got {wrong[0]!r}")
+    if not (given.folder / "config.json").is_file():
+        parser.error(f"{given.folder} is no pretrained_model folder of LeRobot: it holds no config.json")
+    try:
+        convert(given.folder, given.out, 1 / given.fps, dict(pair.split("=", 1) for pair in given.keys))
+    except ScdRobotError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -61,16 +61,19 @@ class ScdPolicy(PreTrainedPolicy):
         self.places = {key: slice(end - shapes[key][0], end) for key, end in zip(keys, ends, strict=True)}
         self.register_buffer("still", torch.zeros(ends[-1] if ends else 0, dtype=torch.bool))
         self._note_still(dataset_stats)
+        self._stats_in_training: Mapping[str, Any] | None = None
         self.reset()
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, *, strict: bool = True, **kwargs: Any) -> "ScdPolicy":
         """As LeRobot's, but weights that are missing are an error unless `strict=False`.
 
-        With the `dataset_stats` of another dataset, by which LeRobot then normalises, `still` is that one's.
+        `still` is that of the statistics that LeRobot normalises with: those of the policy's folder, but in training
+        those of the dataset, whose `dataset_stats` count from the first update on. (`lerobot-record` gives those of
+        what is being recorded as well, and does not normalise by them.)
         """
         policy = super().from_pretrained(pretrained_name_or_path, strict=strict, **kwargs)
-        policy._note_still(kwargs.get("dataset_stats"))
+        policy._stats_in_training = kwargs.get("dataset_stats")
         return policy
 
     def _note_still(self, stats: Mapping[str, Any] | None) -> None:
@@ -109,6 +112,8 @@ class ScdPolicy(PreTrainedPolicy):
         """
         if reduction not in ("mean", "none"):
             raise ConfigError(f"reduction must be mean or none, got {reduction!r}")
+        self._note_still(self._stats_in_training)
+        self._stats_in_training = None
         windows = self._windows(batch)
         draws = WindowDraws.random(self.model, windows, self.config.positions_per_window)
         total, count = window_loss(self.model, windows, draws)
@@ -129,16 +134,24 @@ class ScdPolicy(PreTrainedPolicy):
         observation = {key: self._observed(batch, key, (steps,)) for key in keys}
         first = observation[keys[0]]
         action, length = batch["action"], len(self.config.action_delta_indices)
+        if self.model.config.action_dim == 1 and action.ndim == 2:
+            action = action[..., None]  # LeRobot has vectors of one number as numbers
         if action.ndim != 3 or action.shape[1] != length:
             raise ShapeError(
                 f"action must be (B, {length}, {self.model.config.action_dim}), got {tuple(action.shape)}; LeRobot's "
                 "dataset cuts such windows with this configuration's action_delta_indices"
             )
-        outside = batch.get(f"{keys[0]}_is_pad")
-        step_valid = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device) if outside is None else ~outside
-        outside = batch.get("action_is_pad")
-        action_valid = torch.ones_like(action[..., 0], dtype=torch.bool) if outside is None else ~outside
-        return Windows(observation, step_valid.view(len(first), steps), action, action_valid)
+        # Where LeRobot renames observations (--rename_map), these keep the names of the dataset; all are the same.
+        padded = sorted(name for name in batch if name.startswith("observation.") and name.endswith("_is_pad"))
+        if (steps > 1 and not padded) or "action_is_pad" not in batch:
+            raise ShapeError(
+                "windows come with observation.KEY_is_pad and action_is_pad, by which LeRobot tells what is outside "
+                f"the episode; got {sorted(name for name in batch if isinstance(name, str))}"
+            )
+        step_valid = torch.ones(len(first), steps, dtype=torch.bool, device=first.device)
+        if padded:
+            step_valid = ~batch[padded[0]].view(len(first), steps)
+        return Windows(observation, step_valid, action, ~batch["action_is_pad"])
 
     # Inference.
 
@@ -236,6 +249,8 @@ class ScdPolicy(PreTrainedPolicy):
         expected = (*steps, *feature.shape)
         if steps == (1,) and tuple(value.shape[1:]) == tuple(feature.shape):
             value = value[:, None]  # LeRobot leaves the axis of time out where there is one picture
+        if tuple(feature.shape) == (1,) and value.ndim == 1 + len(steps):
+            value = value[..., None]  # LeRobot has vectors of one number as numbers
         if tuple(value.shape[1:]) != expected:
             wanted = ", ".join(map(str, expected))
             raise ShapeError(f"observation {key!r} must be (B, {wanted}), got {tuple(value.shape)}")
