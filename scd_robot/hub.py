@@ -206,8 +206,9 @@ def _reaching(repo_id: str, revision: str | None = None) -> Iterator[None]:
     except Exception as error:
         if not any(kind.__module__.startswith(_CLIENTS) for kind in type(error).__mro__):
             raise
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
         what = repo_id if revision is None else f"{repo_id} at {revision!r}"
         raise CheckpointError(
-            f"cannot reach {what} on the Hugging Face Hub: {str(error).strip().splitlines()[0]}; check the name, the "
+            f"cannot reach {what} on the Hugging Face Hub: {told}; check the name, the "
             "network, and that you are logged in where it is private or to be written (hf auth login)"
         ) from error

@@ -14,6 +14,7 @@ import pytest
 
 from scd_robot.checkpoint import find_checkpoint, list_checkpoints, read_checkpoint
 from scd_robot.cli.main import main
+from scd_robot.errors import CheckpointError
 from scd_robot.hub import download, upload
 from scd_robot.policies import load_policy
 
@@ -204,3 +205,12 @@ def test_the_real_client_takes_what_the_fake_one_takes(name):
     real = pytest.importorskip("huggingface_hub").HfApi
     theirs = inspect.signature(getattr(real, name)).parameters
     assert set(inspect.signature(getattr(FakeApi, name)).parameters) <= set(theirs)
+
+
+def test_an_error_without_words_is_told_by_its_kind(hub, tmp_path, monkeypatch) -> None:
+    def nothing(*arguments: object) -> None:
+        raise hub_error("")
+
+    monkeypatch.setattr(hub, "_folder", nothing)
+    with pytest.raises(CheckpointError, match="Hub: HfHubHTTPError; check the name"):
+        download(REPO, tmp_path / "policy")

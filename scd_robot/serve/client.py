@@ -5,6 +5,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -209,7 +210,7 @@ class PolicyClient:
             try:
                 attempt = self._endpoint.open(max(0.1, deadline - time.monotonic()))
                 self._connection = self._stack.enter_context(attempt)
-                self._welcome(self._next_message())
+                self._welcome(self._next_message(max(0.1, deadline - time.monotonic())))
                 return
             except (OSError, ConnectionClosed) as error:
                 if time.monotonic() + pause > deadline:
@@ -230,10 +231,10 @@ class PolicyClient:
             logger.warning("%s", error)
         self.metadata = metadata
 
-    def _next_message(self) -> dict[str, Any]:
+    def _next_message(self, most_s: float = math.inf) -> dict[str, Any]:
         if self._connection is None:
             raise ServerUnreachableError(f"the connection to {self.address} is closed; make a new client")
-        _, answer_timeout_s = self._timeouts
+        answer_timeout_s = min(self._timeouts[1], most_s)
         try:
             answer = self._connection.recv(timeout=answer_timeout_s)
         except TimeoutError as error:

@@ -4,6 +4,7 @@ Shapes: m remaining actions, Da action width.
 """
 
 import ssl
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,10 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not self.address.startswith(("ws://", "wss://")):
             raise ConfigError(f"an address begins with ws:// or wss://, got {self.address!r}")
+        try:
+            urllib.parse.urlsplit(self.address).port  # noqa: B018 - it looks when it is asked
+        except ValueError as error:
+            raise ConfigError(f"{self.address!r} is no address: {error}") from error
         object.__setattr__(self, "_tls", _tls(self.address, self.tls_ca))
 
     def open(self, timeout_s: float) -> ClientConnection:

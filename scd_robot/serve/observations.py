@@ -78,6 +78,7 @@ class ObservationReader:
         for name in given:
             alike.setdefault(_plain(name), []).append(name)
         seen: dict[str, NDArray[Any] | None] = {}
+        taken: dict[str, str] = {}
         for key, wanted in self._spec.items():
             name = self.client_keys[key]
             names = [name] if name in given or key in self._mapped else alike.get(_plain(name), [])
@@ -85,6 +86,10 @@ class ObservationReader:
             if len(came) > 1:
                 raise ShapeError(f"observation {key!r} could be any of {', '.join(map(repr, sorted(came)))}; send one")
             if came:
+                if (other := taken.setdefault(came[0], key)) != key:
+                    raise ShapeError(
+                        f"observations {other!r} and {key!r} would both be {came[0]!r}; {self.difference(given)}"
+                    )
                 seen[key] = self._checked(came[0], given[came[0]], wanted)
             elif key in self._optional and any(name in given for name in names):
                 seen[key] = None

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from scd_robot.errors import ConfigError, ShapeError
 from scd_robot.serve.client import PolicyClient
-from scd_robot.serve.endpoint import Served, weights_of
+from scd_robot.serve.endpoint import HistoryLostError, Served, weights_of
 from scd_robot.types import ActionArray, Observation
 
 __all__ = ["RemotePolicy"]
@@ -92,6 +92,7 @@ class RemotePolicy:
             ShapeError: keys are missing, or the number of rows changed without a reset.
             ConfigError: the last control step failed, and there was no reset since.
             PolicyChangedError: the server was started again with other weights.
+            HistoryLostError: it has dropped the history within an episode.
             ScdRobotError: see `PolicyClient.infer`.
         """
         rows = self._rows(observation)
@@ -114,6 +115,11 @@ class RemotePolicy:
             self._clients[row].send(seen, observe_only=not self.planned[row], prompt=self.prompt, **options)
         for row in range(rows):
             answer = self._clients[row].receive()
+            if answer.get("scd/new_history", row in new) != (row in new):
+                raise HistoryLostError(
+                    f"{self._options[0]} has dropped the history of row {row}, which was silent for longer than it "
+                    "keeps one (scd serve --idle-timeout-s), or was started again: reset the episode"
+                )
             if self.planned[row]:
                 self._chunks[row] = answer["actions"]
                 self._age[row] = 0

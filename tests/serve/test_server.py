@@ -280,6 +280,19 @@ def test_the_reset_endpoint_answers_with_its_text(start):
 
 
 @pytest.mark.parametrize(
+    ("keys", "mapping", "sent"),
+    [
+        (("a", "b"), {"a": "observation/b"}, "observation/b"),
+        (("state", "observation/state"), {}, "state"),
+    ],
+)
+def test_one_array_is_never_two_observations(keys, mapping, sent):
+    reader = ObservationReader(dict.fromkeys(keys, ArraySpec((2,))), mapping)
+    with pytest.raises(ShapeError, match=f"would both be '{sent}'"):
+        reader.read({sent: np.zeros(2, np.float32)})
+
+
+@pytest.mark.parametrize(
     ("shape", "hint"), [((224, 224, 3), "resize it to that of the training"), ((1, 64, 48, 3), "leave the batch axis")]
 )
 def test_a_picture_of_another_shape_is_refused_with_what_to_do(shape, hint):
