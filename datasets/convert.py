@@ -39,7 +39,7 @@ def write_zarr(
         for index in tqdm(range(dataset.num_episodes), desc="writing", unit="episode", disable=not progress):
             info = {name: values[index].item() for name, values in dataset.episode_info.items()}
             text = {name: values[index] for name, values in dataset.episode_text.items()}
-            writer.append(dataset.episode(index), info, text)
+            writer.append(dataset.episode(index), info, text, dataset.number(index))
     return {
         "path": str(path),
         "episodes": writer.num_episodes,

@@ -3,6 +3,7 @@
 All arrays are concatenated in time; `episode_ends` cuts them into episodes, as in diffusion_policy's replay buffer.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +27,10 @@ __all__ = [
     "TIMESTAMP",
     "EpisodeDataset",
     "row_blocks",
+    "tell_unread",
 ]
+
+logger = logging.getLogger(__name__)
 
 ACTION = "action"
 # Arrays that are not observations have these names, whatever the file called them.
@@ -244,6 +248,23 @@ class EpisodeDataset:
         """Episode and step within it of a row of the arrays."""
         episode = int(np.searchsorted(self.episode_ends, row, side="right"))
         return episode, row - (int(self.episode_ends[episode - 1]) if episode else 0)
+
+
+def tell_unread(dataset: EpisodeDataset, names: Iterable[str]) -> None:
+    """Warns of arrays that another format has a place for, but that are not read back from it.
+
+    Args:
+        dataset: that is written.
+        names: of arrays that are no observations and are read.
+    """
+    read = {*dataset.spec.observation, *names, ACTION, EXECUTED_ACTION, SIM_STATE, REWARD, DONE, TIMESTAMP}
+    others = sorted(key for key in dataset.arrays if key not in read and not key.startswith((PRESENT, POSITION)))
+    if others:
+        logger.warning(
+            "%s: written, but not read back by scd_robot, as they are no observations: %s",
+            dataset.spec.source or "the dataset",
+            ", ".join(others),
+        )
 
 
 def _first_bad_row(array: RowArray) -> int | None:

@@ -118,7 +118,7 @@ def read_aloha(path: str, files: Sequence[str], numbers: NDArray[np.int64], opti
     arrays[ACTION] = np.concatenate([episode.action for episode in episodes])
     control_dt, note = options.control_dt or ASSUMED_CONTROL_DT, ""
     if options.control_dt is None:
-        logger.info("%s does not tell its rate: %g s per control step assumed (--control-dt)", path, control_dt)
+        logger.warning("%s does not tell its rate: %g s per control step assumed (--control-dt)", path, control_dt)
         note = f", control_dt {control_dt} s assumed"
     spec = DatasetSpec(
         spec_of,

@@ -26,7 +26,7 @@ from scd_robot.datasets.hdf5.files import (
     shared_notes,
     where,
 )
-from scd_robot.datasets.schema import DONE, EXECUTED_ACTION, MASK, PRESENT, REWARD, SIM_STATE, TIMESTAMP
+from scd_robot.datasets.schema import DONE, EXECUTED_ACTION, MASK, POSITION, PRESENT, REWARD, SIM_STATE, TIMESTAMP
 from scd_robot.errors import DatasetError, UnknownNameError
 
 __all__ = ["Demos", "told_control_dt"]
@@ -167,7 +167,9 @@ class Demos:
         own = [
             name
             for name in first
-            if name not in EXTRAS and not name.startswith(PRESENT) and isinstance(child(first, name), h5py.Dataset)
+            if name not in EXTRAS
+            and not name.startswith((PRESENT, POSITION))
+            and isinstance(child(first, name), h5py.Dataset)
         ]
         grouped = child(first, ACTION_DICT)
         if not isinstance(grouped, h5py.Group):
@@ -221,7 +223,8 @@ class Demos:
         found: dict[str, NDArray[Any]] = {}
         made_up = self.own_note("filled", [])
         presence = {name: name for name in next(iter(self.groups.values())) if name.startswith(PRESENT)}
-        for name, key in (EXTRAS | presence).items():
+        positions = {name: name for name in next(iter(self.groups.values())) if name.startswith(POSITION)}
+        for name, key in (EXTRAS | presence | positions).items():
             if name in made_up:
                 continue
             items = {demo: self.item(demo, name) for demo in self.groups}
@@ -240,7 +243,7 @@ class Demos:
             if key == DONE or key in presence:
                 found[key] = (values != 0).astype(np.uint8)
             else:
-                found[key] = values.astype(_DTYPES[key], copy=False)
+                found[key] = values.astype(_DTYPES.get(key, values.dtype), copy=False)
         return found
 
     def _told_apart(self, name: str, datasets: Sequence[h5py.Dataset]) -> bool:
@@ -354,7 +357,7 @@ class Demos:
             return told, ""
         if measured is not None:
             return measured, f", control_dt {measured} s measured in its {clock}"
-        logger.info(
+        logger.warning(
             "%s does not tell its rate: %g s per control step assumed (--control-dt)", self.path, ASSUMED_CONTROL_DT
         )
         return ASSUMED_CONTROL_DT, f", control_dt {ASSUMED_CONTROL_DT} s assumed"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from scd_robot.datasets.hdf5.demos import ACTIONS, ATTRIBUTE, EXTRAS, told_control_dt
-from scd_robot.datasets.schema import ACTION, DONE, MASK, REWARD, EpisodeDataset
+from scd_robot.datasets.schema import ACTION, DONE, MASK, REWARD, EpisodeDataset, tell_unread
 from scd_robot.errors import ConfigError, OutputError
 from scd_robot.output import beside, check_local, dataset_output, to_plain
 
@@ -52,6 +52,7 @@ def write_robomimic(
     target = Path(path)
     _check_names(dataset)
     _check_target(target, overwrite)
+    tell_unread(dataset, _FILE_NAMES)
     part = beside(target)
     try:
         with dataset_output(target):

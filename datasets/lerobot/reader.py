@@ -16,7 +16,17 @@ from scd_robot.datasets.formats import ReadOptions, kept_episodes
 from scd_robot.datasets.lazy import RowArray, SelectedArray
 from scd_robot.datasets.lerobot.rows import BOOKKEEPING, ImageRows, read_columns
 from scd_robot.datasets.lerobot.tables import INFO, Episode, Info, read_episodes, read_info, read_tasks
-from scd_robot.datasets.schema import ACTION, DONE, EXECUTED_ACTION, REWARD, SIM_STATE, TIMESTAMP, EpisodeDataset
+from scd_robot.datasets.schema import (
+    ACTION,
+    DONE,
+    EXECUTED_ACTION,
+    POSITION,
+    PRESENT,
+    REWARD,
+    SIM_STATE,
+    TIMESTAMP,
+    EpisodeDataset,
+)
 from scd_robot.datasets.video import PIXEL_FORMATS, VideoRows, VideoSegment
 from scd_robot.errors import DatasetError, UnknownNameError
 from scd_robot.types import ArraySpec, DatasetSpec
@@ -66,6 +76,8 @@ def open_lerobot(path: str, options: ReadOptions) -> EpisodeDataset:
     inside = [episode for episode in every if episode.data_file in files]  # a file is checked against all of its own
     keys = _present(info, keys, episodes, asked=options.keys is not None)
     names = [name for name in (*_EXTRAS, *_SUCCESS, "task_index") if name in info.features and name != label]
+    names += [name for name in map(PRESENT.__add__, keys) if name in info.features]
+    names += [name for name in info.features if name.startswith(POSITION) and info.features[name].is_number]
     columns = read_columns(info, inside, [label, "timestamp", *keys, *names])
     images: dict[str, RowArray] = {
         key: ImageRows(inside, key, _pixels(info, key)) for key in keys if info.features[key].dtype == "image"
@@ -111,7 +123,7 @@ def _label(info: Info, asked: str | None) -> str:
 def _keys(info: Info, label: str, asked: Sequence[str] | None) -> list[str]:
     """Features to read as observations."""
     taken = {label, *BOOKKEEPING, *_EXTRAS, *_SUCCESS}
-    available = [name for name, feature in info.features.items() if name not in taken]
+    available = [name for name in info.features if name not in taken and not name.startswith((PRESENT, POSITION))]
     for name in [name for name in available if not (info.features[name].is_number or info.features[name].is_visual)]:
         dtype = info.features[name].dtype
         level = logging.INFO if dtype == "string" else logging.WARNING
@@ -198,6 +210,11 @@ def _arrays(
     for name, key in _EXTRAS.items():
         if name in columns:
             arrays.setdefault(key, columns[name][:, 0] if columns[name].shape[1] == 1 else columns[name])
+    for name, values in columns.items():
+        if name.startswith(PRESENT):
+            arrays[name] = (values[:, 0] != 0).astype(np.uint8)
+        elif name.startswith(POSITION):
+            arrays[name] = values
     arrays[TIMESTAMP] = timestamps
     return arrays
 

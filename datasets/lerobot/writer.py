@@ -25,9 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from scd_robot.datasets.lazy import RowArray
 from scd_robot.datasets.lerobot.statistics import histogram, image_stats, joined, number_stats
 from scd_robot.datasets.lerobot.tables import import_parquet
-from scd_robot.datasets.schema import DONE, REWARD, TIMESTAMP, EpisodeDataset
+from scd_robot.datasets.schema import DONE, PRESENT, REWARD, TIMESTAMP, EpisodeDataset, tell_unread
 from scd_robot.datasets.video import PIXEL_FORMATS, encode_png, encode_video, exact_rate
 from scd_robot.errors import ConfigError, DatasetError, OutputError
 from scd_robot.output import check_local, dataset_output, replace_folder, write_json
@@ -145,11 +146,12 @@ def _columns(dataset: EpisodeDataset, video: bool) -> list[_Column]:
         shape = array.shape[1:] or (1,)
         name, kind = _EXTRAS.get(key, key), "number"
         if key in dataset.spec.observation:
-            if array.dtype == np.uint8 and len(shape) == 3 and shape[2] in PIXEL_FORMATS:
+            name = _feature_name(dataset, key)
+            if _is_image(array):
                 fits = shape[2] == 3 and shape[0] % 2 == shape[1] % 2 == 0
                 kind = "video" if video and fits else "image"
-            prefix = _PREFIX if kind == "number" else f"{_PREFIX}images."
-            name = key if key.startswith(_PREFIX) else prefix + key
+        elif (seen := key.removeprefix(PRESENT)) != key and seen in dataset.spec.observation:
+            name = PRESENT + _feature_name(dataset, seen)
         if key != TIMESTAMP:
             columns.append(_Column(key, name, kind, str(array.dtype), shape))
     taken = Counter([*(column.name for column in columns), *_BOOKKEEPING])
@@ -166,8 +168,20 @@ def _columns(dataset: EpisodeDataset, video: bool) -> list[_Column]:
     return columns
 
 
+def _is_image(array: RowArray) -> bool:
+    return array.dtype == np.uint8 and len(array.shape) == 4 and array.shape[3] in PIXEL_FORMATS
+
+
+def _feature_name(dataset: EpisodeDataset, key: str) -> str:
+    """What LeRobot calls an observation."""
+    if key.startswith(_PREFIX):
+        return key
+    return f"{_PREFIX}images.{key}" if _is_image(dataset.arrays[key]) else _PREFIX + key
+
+
 def _tell_losses(dataset: EpisodeDataset) -> None:
     lost = (set(dataset.episode_info) | set(dataset.episode_text)) - {"success", "task"}
+    tell_unread(dataset, _EXTRAS)
     if lost:
         logger.info("LeRobot's format has no place for what is noted about episodes: %s", ", ".join(sorted(lost)))
     if TIMESTAMP in dataset.arrays:

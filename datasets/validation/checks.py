@@ -33,6 +33,8 @@ __all__ = [
     "quaternion_norms",
     "quaternion_signs",
     "saturated",
+    "silent",
+    "switch_values",
     "unit_changes",
 ]
 
@@ -42,6 +44,7 @@ Ends = NDArray[np.int64]
 _FEW = 3  # values of a dimension that is a switch: a gripper's command
 _SATURATED_SHARE = 0.2
 _LEVELS = 16  # values up to which a dimension is a choice of levels, by keys say, whose ends are as usual as the others
+_SILENT_SHARE = 0.01  # of steps that may be 0 where a sensor is on
 _JUMP_SIGMAS = 20.0
 _SIGMA = 1.4826  # standard deviations in a median absolute deviation of normal noise
 _JUMP_RANGE = 0.1  # of a dimension's range, below which a jump does no harm
@@ -124,6 +127,7 @@ def jumps(key: str, values: Values, ends: Ends, exempt: frozenset[int] = frozens
     episode, inside = episode_of(np.arange(len(values)), ends), follows(ends, len(values))
     plain: dict[int, NDArray[np.int64]] = {}
     wraps: dict[int, NDArray[np.int64]] = {}
+    sizes: dict[int, tuple[float, float]] = {}  # of the usual step, and of the longest jump
     for dimension in set(range(values.shape[1])) - exempt:
         column = values[:, dimension].astype(np.float64)
         steps = np.diff(column, prepend=np.nan)
@@ -132,6 +136,9 @@ def jumps(key: str, values: Values, ends: Ends, exempt: frozenset[int] = frozens
         turn = _full_turn(column)
         is_wrap = np.abs(np.abs(steps[rows]) - turn) < 0.05 * turn
         plain[dimension], wraps[dimension] = rows[~is_wrap], rows[is_wrap]
+        if len(rows[~is_wrap]):
+            moved = np.abs(steps[np.abs(steps) > 0])
+            sizes[dimension] = float(np.median(moved)), float(np.abs(steps[rows[~is_wrap]]).max())
     found = []
     for check, where in (("jump", plain), ("angle_wrap", wraps)):
         dimensions = [dimension for dimension, rows in where.items() if len(rows)]
@@ -144,12 +151,54 @@ def jumps(key: str, values: Values, ends: Ends, exempt: frozenset[int] = frozens
         if check == "angle_wrap":
             message += "jumps by a full turn: the angle wraps, and one pose has two far numbers; give sine and cosine"
         else:
+            largest = max(dimensions, key=lambda dimension: sizes[dimension][1] / sizes[dimension][0])
+            usual_step, longest = sizes[largest]
             message += f"jumps by more than {_JUMP_SIGMAS:g} times its usual step"
+            message += f" (up to {longest:.3g} in [{largest}], where {usual_step:.3g} is usual)"
             if at_start:
                 message += ", mostly right after the first: is the first observation a stale one?"
             else:
                 message += "; most episodes have some" if usual else ": a glitch, or a cut in the recording?"
         found += at_rows(check, "note" if usual else "warning", key, rows, ends, message, dimensions)
+    return found
+
+
+def silent(key: str, values: Values, ends: Ends) -> list[Finding]:
+    """Episodes in which a measurement is 0 throughout, which in the others hardly ever is: a sensor that was not on."""
+    lengths = np.maximum(np.diff(ends, prepend=0), 1)[:, None]
+    zero = np.stack([(part == 0).sum(axis=0) for part in np.split(values, ends[:-1])]) / lengths  # (E, D)
+    found = []
+    for dimension in np.flatnonzero((zero == 1).any(axis=0) & (zero < 1).any(axis=0)).tolist():
+        off = zero[:, dimension] == 1
+        if zero[~off, dimension].max() > _SILENT_SHARE or off.sum() > (~off).sum():
+            continue
+        message = (
+            f"{key}[{dimension}] is 0 in all steps of {counted(int(off.sum()), 'episode')}, and hardly ever in the "
+            "others: was the sensor off? leave them out, or record them again"
+        )
+        found += in_episodes("silent", "warning", key, np.flatnonzero(off), message, [dimension])
+    return found
+
+
+def switch_values(key: str, values: Values, ends: Ends) -> list[Finding]:
+    """Switches that have other values in some episodes: -1 and 1 in some, 0 and 1 in others."""
+    found = []
+    for dimension in range(values.shape[1]):
+        column = values[:, dimension]
+        if not few_values(column, _FEW + 1):
+            continue
+        pairs = [tuple(np.unique(part[~np.isnan(part)]).tolist()) for part in np.split(column, ends[:-1])]
+        kinds = sorted({pair for pair in pairs if len(pair) == 2})
+        if len(kinds) != 2 or any(len(pair) > 2 for pair in pairs):
+            continue
+        counts = [pairs.count(kind) for kind in kinds]
+        rare = kinds[counts.index(min(counts))]
+        told = " and ".join(
+            f"{low:g} or {high:g} in {counted(n, 'episode')}" for (low, high), n in zip(kinds, counts, strict=True)
+        )
+        others = [episode for episode, pair in enumerate(pairs) if pair == rare]
+        message = f"{key}[{dimension}] is {told}: two conventions of one switch? bring them to one"
+        found += in_episodes("switch_values", "warning", key, others, message, [dimension])
     return found
 
 

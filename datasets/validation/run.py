@@ -246,6 +246,8 @@ def _check_values(key: str, values: NDArray[Any], dataset: EpisodeDataset) -> li
     rotations = frozenset(first + offset for first in blocks for offset in range(4))
     found += checks.jumps(key, values, ends, rotations)
     found += checks.unit_changes(key, values, ends)
+    found += checks.silent(key, values, ends)
+    found += checks.switch_values(key, values, ends)
     return found + (checks.saturated(key, values, ends) if key == ACTION else [])
 
 

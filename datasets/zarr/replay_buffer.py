@@ -76,7 +76,7 @@ def open_replay_buffer(path: str, options: ReadOptions) -> EpisodeDataset:
         control_dt = measured_control_dt(np.asarray(arrays[TIMESTAMP], np.float64).reshape(-1), ends)
         note = f", control_dt {control_dt} s measured in its timestamp"
     if control_dt is None:
-        logger.info(
+        logger.warning(
             "%s does not tell its rate: %g s per control step assumed (--control-dt)", files.address, ASSUMED_CONTROL_DT
         )
         control_dt, note = ASSUMED_CONTROL_DT, f", control_dt {ASSUMED_CONTROL_DT} s assumed"

@@ -29,6 +29,7 @@ from numcodecs import Blosc
 from numpy.typing import NDArray
 from zarr.core.sync import sync
 
+from scd_robot.datasets.float32 import as_float32
 from scd_robot.datasets.schema import ACTION, EXECUTED_ACTION, REWARD, EpisodeDataset
 from scd_robot.datasets.zarr.files import ATTRIBUTE, ENDS, UNWRITTEN, is_zarr_group
 from scd_robot.errors import ConfigError, OutputError, ShapeError
@@ -119,6 +120,7 @@ class ZarrWriter:
         episode: Mapping[str, NDArray[Any]],
         info: Mapping[str, int | float] | None = None,
         text: Mapping[str, str] | None = None,
+        number: int | None = None,
     ) -> None:
         """Adds one episode.
 
@@ -128,6 +130,7 @@ class ZarrWriter:
                 decides the type of these; whole numbers in a `reward` or a list are stored as float64.
             info: numbers about this episode, the same names in all of them; they become `meta/episode_NAME`.
             text: texts about this episode, the same names in all of them; they become `meta/text_NAME`.
+            number: what messages call the episode, where it comes from another recording; None = as the store counts.
 
         Raises:
             ShapeError: keys, shapes or notes are not those of the specification and of the first episode, or numbers
@@ -139,14 +142,14 @@ class ZarrWriter:
             raise OutputError(f"the store {self.path} is not open for writing; use it in a `with` statement")
         numbers, texts = self._checked_info(info or {}), _checked_text(text or {}, self._next)
         names = {kind: self._check_names(kind, notes) for kind, notes in (("info", numbers), ("text", texts))}
-        arrays = self._checked(episode)
+        arrays = self._checked(episode, self.num_episodes if number is None else number)
         self._notes = names
         length = len(arrays[ACTION])
         with dataset_output(self.path, self.num_episodes):
             for key, array in arrays.items():
                 self._write(f"data/{key}", self.num_steps, array, np.nan if array.dtype.kind == "f" else 0)
-            for name, number in numbers.items():
-                self._write(f"meta/episode_{name}", self.num_episodes, number, 0)
+            for name, value in numbers.items():
+                self._write(f"meta/episode_{name}", self.num_episodes, value, 0)
             for name, encoded in texts.items():
                 self._write_text(name, encoded)
             self._write(f"meta/{ENDS}", self.num_episodes, np.asarray([self.num_steps + length]), UNWRITTEN)
@@ -264,7 +267,7 @@ class ZarrWriter:
             )
         return names
 
-    def _checked(self, episode: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def _checked(self, episode: Mapping[str, NDArray[Any]], number: int) -> dict[str, NDArray[Any]]:
         """The arrays in the dtypes of the specification, after the checks that a reader makes."""
         specs = {**self.spec.observation, ACTION: ArraySpec((self.spec.action_dim,))}
         if self._extras is None:
@@ -280,7 +283,9 @@ class ZarrWriter:
         for key, spec in specs.items():
             if arrays[key].shape != (length, *spec.shape):
                 raise ShapeError(f"{key!r} must be {(length, *spec.shape)}, got {arrays[key].shape}")
-        EpisodeDataset(self.spec, np.asarray([length]), arrays).check(self._next)
+        EpisodeDataset(self.spec, np.asarray([length]), arrays, numbers=np.asarray([number])).check(
+            f"what is written to {self.path}"
+        )
         self._extras = {key: spec for key, spec in specs.items() if key not in self.spec.observation and key != ACTION}
         return arrays
 
@@ -343,7 +348,7 @@ def _as_stored(name: str, values: Any, spec: ArraySpec) -> NDArray[Any]:
     if array.dtype.kind not in "biuf":
         raise ShapeError(f"{name} must hold numbers, got {array.dtype} {array.shape}")
     with np.errstate(over="ignore", invalid="ignore"):  # what gets infinite is refused later, what gets another is here
-        stored = array.astype(dtype)
+        stored = as_float32(array, name) if dtype == np.float32 else array.astype(dtype)
     rounds = dtype.kind == "f" and dtype.itemsize >= 4
     if rounds or np.array_equal(stored, array):
         return stored

@@ -9,6 +9,7 @@ Shapes: Da action width, Ta chunk length, d committed actions.
 import contextlib
 import queue
 import sys
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from scd_robot.types import ActionArray
 
 __all__ = ["ControlLoop"]
 
+_WATCHED, _MOST_SKIPPED = 50, 5  # control steps, and before how many of them some may be missed
 _SWITCH_INTERVAL_S = 0.0005  # within which Python lets a plan in another thread give way; by itself it takes 5 ms
 
 
@@ -80,6 +82,7 @@ class ControlLoop:
         self._intent: Literal["run", "pause", "stop"] = "run"
         self._followed = False  # a plan of this epoch was followed
         self._gap_told = False  # the standstill that the next control step will see as missed ones
+        self._skipped: deque[bool] = deque(maxlen=_WATCHED)  # whether control steps were missed before the latest ones
         self._approach: Approach | None = None  # while blending into a plan
         self._goal: Command | None = None
         self._from: Command = np.zeros(spec.action_dim)
@@ -156,6 +159,11 @@ class ControlLoop:
             self._journal.fault("clock_gap", f"{gap} control steps were missed")
             self._release()
         self._gap_told = False
+        self._skipped.append(gap > 0)
+        skipped = sum(self._skipped)
+        self._journal.condition(
+            "slow_loop", skipped > _MOST_SKIPPED, f"before {skipped} of the last {len(self._skipped)} some were missed"
+        )
         self._look()
         self._collect_plan()
         if self._commander.owes_hold:

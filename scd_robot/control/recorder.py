@@ -58,6 +58,8 @@ class RecorderConfig:
     at_end: bool = False
 
     def __post_init__(self) -> None:
+        if self.folder is not None:
+            object.__setattr__(self, "folder", Path(self.folder))  # texts will do
         if not self.seconds > 0 or self.least_apart_s < 0 or self.most < 1:
             raise ConfigError(
                 f"seconds must be positive, least_apart_s not negative and most at least 1, got {self.seconds}, "

@@ -36,6 +36,7 @@ FAULTS = {
     "stale_plan": "a plan was made from an observation that is too old by now; it is not followed",
     "delay_too_long": "plans take more than half a chunk, or longer than the policy was trained for",
     "clock_gap": "the loop stood still for too long",
+    "slow_loop": "control steps take too long, again and again: the policy runs slower than it was trained",
     "far_start": "the first action is far from where the robot is",
     "bad_pose": "the robot stands outside of its limits, or does not tell where",
     "gave_up": "it had to hold for too long",

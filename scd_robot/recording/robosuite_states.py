@@ -293,7 +293,7 @@ def write_observations(
             for index in tqdm(range(dataset.num_episodes), desc="observing", unit="episode", disable=not progress):
                 info = {name: values[index].item() for name, values in dataset.episode_info.items()}
                 text = {name: texts[index] for name, texts in dataset.episode_text.items()}
-                writer.append(_observed_episode(simulator, dataset, index, template), info, text)
+                writer.append(_observed_episode(simulator, dataset, index, template), info, text, dataset.number(index))
     return {"path": str(out), "episodes": writer.num_episodes, "steps": writer.num_steps, "keys": list(template)}
 
 

@@ -19,7 +19,7 @@ from scd_robot.datasets import ACTION, PRESENT, EpisodeDataset
 from scd_robot.errors import CheckpointError, ConfigError, DatasetError, ShapeError
 from scd_robot.model import ScdConfig
 from scd_robot.nn import HUB, OR_HUB, find_weights, import_timm
-from scd_robot.normalization import FieldStatistics, Mode, Normalizer, compute_statistics
+from scd_robot.normalization import FieldStatistics, Mode, Normalizer, compute_statistics, is_constant
 from scd_robot.training.autoencoder_file import SavedAutoencoder, read_autoencoder
 from scd_robot.training.callbacks import RESUME_FILE
 from scd_robot.training.config import ExperimentConfig
@@ -34,6 +34,7 @@ _SAMPLED_ROWS = 4096  # of each array enter the fingerprint, fewer where they ar
 _SAMPLED_BYTES = 1 << 26
 _CHECKED_PICTURES = 16
 _FAR = 10.0  # times the other range
+_STRETCHED = 20.0  # times the range of nearly all numbers
 _CHUNKS_IN_STATISTICS = 1 << 15
 
 
@@ -122,7 +123,29 @@ def fit_normalizer(data: EpisodeDataset, experiment: ExperimentConfig) -> Normal
         constant = np.flatnonzero(statistics[key].center_and_half(mode)[1] == 0)
         if len(constant):
             logger.info("%r is constant in dimensions %s: always 0 for the model", key, constant.tolist())
+        if mode != "quantile":
+            _warn_of_outliers(key, statistics[key])
     return Normalizer(statistics, modes)
+
+
+def _warn_of_outliers(key: str, found: FieldStatistics) -> None:
+    """Says, once per key, where few numbers stretch what a dimension is normalised by, and the rest is lost in it."""
+    low, high, least, most = (np.asarray(x) for x in (found.low, found.high, found.minimum, found.maximum))
+    usual = np.where(is_constant(low, high), np.inf, high - low)
+    for dim in np.flatnonzero(most - least > _STRETCHED * usual)[:1]:
+        logger.warning(
+            "%r, dimension %d, is %.6g to %.6g, but 98 %% of it %.6g to %.6g: are the others glitches? They stretch "
+            "what it is normalised by %.0f times, and the model sees little of the rest. 'scd data validate' tells "
+            "where; leave those episodes out (--drop), or give --set training.%s_normalization=quantile",
+            key,
+            dim,
+            least[dim],
+            most[dim],
+            low[dim],
+            high[dim],
+            (most[dim] - least[dim]) / usual[dim],
+            "action" if key == ACTION else "observation",
+        )
 
 
 def _statistics(data: EpisodeDataset, experiment: ExperimentConfig) -> dict[str, FieldStatistics]:

@@ -778,3 +778,25 @@ def test_changes_in_servo_steps_are_told_of(caplog):
     rest = Limits.of_box((-1.0, -1.0), (1.0, 1.0), rest=(0.0, 0.0))
     Scene(LoopConfig(servo_steps=4), limits=rest, spec=changes)
     assert "not add it up" in caplog.text
+
+
+@pytest.mark.parametrize("sleeps", [0.0, 0.5, 1.2])
+def test_a_loop_that_is_always_too_slow_says_so(sleeps, caplog):
+    """Control steps are missed, one at a time, and the policy runs slower than it was trained."""
+    scene = Scene(plan_steps=0.5)
+    observe = scene.robot.observe
+
+    def slow():
+        scene.clock.advance(sleeps * DT)
+        return observe()
+
+    scene.robot.observe = slow
+    report = scene.run(60)
+    assert report.faults.get("slow_loop", 0) == (sleeps > 1)
+    assert ("before 6 of the last" in caplog.text) == (sleeps > 1)
+
+
+def test_flight_records_go_to_a_folder_that_is_named_by_a_text(tmp_path):
+    scene = Scene(LoopConfig(recorder=RecorderConfig(str(tmp_path / "flights"), at_end=True)))
+    scene.run(5)
+    assert find_record(tmp_path / "flights").name == "flight-001-end"

@@ -435,3 +435,21 @@ def test_rows_and_frames_have_one_clock(tmp_path, control_dt, fps):
     assert isinstance(info["fps"], int) == (fps == 30)
     found = open_dataset(tmp_path / "out").arrays["observation.images.front"][-400:]
     np.testing.assert_array_equal(found.mean((1, 2, 3)) > 100, light[-400:] > 0)
+
+
+def test_what_is_absent_stays_absent_and_where_things_were_is_kept(tmp_path, caplog):
+    dataset = make()
+    steps = dataset.num_steps
+    extras = {
+        "present.front": (np.arange(steps) % 3 > 0).astype(np.uint8),
+        "present.observation.keypoints": (np.arange(steps) % 4 > 0).astype(np.uint8),
+        "position.hand": np.random.default_rng(1).normal(size=(steps, 3)),
+        "force": np.arange(steps),
+    }
+    again = written(tmp_path / "a", replace(dataset, arrays={**dataset.arrays, **extras}))
+    for ours, theirs in (("front", "observation.images.front"), *[("observation.keypoints",) * 2]):
+        assert again.has_gaps(theirs)
+        np.testing.assert_array_equal(again.arrays[f"present.{theirs}"], extras[f"present.{ours}"])
+    np.testing.assert_array_equal(again.arrays["position.hand"], extras["position.hand"])
+    assert set(again.spec.observation) == set(written(tmp_path / "b").spec.observation)
+    assert "not read back by scd_robot, as they are no observations: force" in caplog.text

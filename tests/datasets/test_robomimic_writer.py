@@ -59,6 +59,8 @@ def make_extras():
         "executed_action": np.full((steps, 2), 0.5, np.float32),
         "timestamp": np.arange(steps) / 3,
         "force": np.arange(steps),
+        "present.camera": (np.arange(steps) % 4 > 0).astype(np.uint8),
+        "position.hand": np.random.default_rng(2).normal(size=(steps, 3)),
     }
 
 
@@ -331,3 +333,8 @@ def test_robomimic_reads_the_converted_human_recording(recordings, sequences, tm
     write_robomimic(ours, tmp_path / "a.hdf5", progress=False)
     theirs = sequences(tmp_path / "a.hdf5", list(ours.spec.observation), seq_length=8, hdf5_cache_mode="low_dim")
     assert_same_windows(theirs, ours, True, 8, stride=7)
+
+
+def test_what_will_not_be_read_back_is_told(tmp_path, caplog):
+    write_robomimic(make_dataset(**make_extras()), tmp_path / "a.hdf5", progress=False)
+    assert "not read back by scd_robot, as they are no observations: force" in caplog.text

@@ -710,15 +710,21 @@ class TestValidate:
     def test_pictures_of_fractions_are_told(self, tmp_path):
         camera = np.random.default_rng(0).random((STEPS, 12, 16, 3))
         write_replay_buffer(tmp_path / "a.zarr", camera=camera, state=smooth(4), action=smooth(2, seed=1))
-        (finding,) = validate(tmp_path / "a.zarr", progress=False).findings
+        (finding,) = validate(tmp_path / "a.zarr", ReadOptions(control_dt=0.1), progress=False).findings
         assert (finding.check, finding.severity, finding.key) == ("pictures", "warning", "camera")
         assert "float32 pictures (12, 16, 3)" in finding.message
 
     def test_clean_data_is_fit_for_training(self, tmp_path):
         write_replay_buffer(tmp_path / "a.zarr", state=smooth(4), action=smooth(2, seed=1))
-        validation = validate(tmp_path / "a.zarr", progress=False)
+        validation = validate(tmp_path / "a.zarr", ReadOptions(control_dt=0.1), progress=False)
         assert not validation.spoils_training
         assert validation.counts == {"error": 0, "warning": 0, "note": 0}
+
+    def test_a_rate_that_is_assumed_is_a_warning(self, tmp_path):
+        write_replay_buffer(tmp_path / "a.zarr", state=smooth(4), action=smooth(2, seed=1))
+        (finding,) = validate(tmp_path / "a.zarr", progress=False).findings
+        assert (finding.check, finding.severity) == ("reading", "warning")
+        assert "0.1 s per control step assumed (--control-dt)" in finding.message
 
     def test_what_cannot_be_opened_is_a_finding(self, tmp_path):
         path = write_replay_buffer(tmp_path / "a.zarr", state=smooth(4)[:-3], action=smooth(2))
@@ -745,15 +751,53 @@ class TestWhatReadersTell:
                 file[f"data/{name}/obs/state"] = np.random.default_rng(0).normal(size=(30, 3))
                 file[f"data/{name}/actions"] = np.random.default_rng(1).normal(size=(30, 2))
             file["data"].attrs["total"] = 999
-        told = [finding for finding in validate(path, progress=False).findings if finding.check == "reading"]
+        findings = validate(path, ReadOptions(control_dt=0.1), progress=False).findings
+        told = [finding for finding in findings if finding.check == "reading"]
         assert [finding.severity for finding in told] == ["warning"]
         assert "notes 999 steps in all, but holds 60" in told[0].message
+
+
+class TestSensorsAndSwitches:
+    def test_a_sensor_that_was_off_in_an_episode(self):
+        values = smooth(3)
+        assert checks.silent("state", values, ENDS) == []
+        values[slice(row(2, 0), row(3, 0)), 1] = 0
+        (finding,) = checks.silent("state", values, ENDS)
+        assert (finding.severity, finding.dimensions, finding.places) == ("warning", (1,), ((2, None),))
+        assert "state[1] is 0 in all steps of 1 episode, and hardly ever in the others" in finding.message
+
+    def test_what_is_0_in_other_episodes_too_is_no_sensor_that_was_off(self):
+        values = smooth(3)
+        values[slice(row(2, 0), row(3, 0)), 1] = 0
+        values[row(1, 0) : row(1, 5), 1] = 0  # a gripper that rests, say
+        values[:, 2] = 0
+        assert checks.silent("state", values, ENDS) == []
+
+    def test_two_conventions_of_one_switch(self):
+        values = np.where(np.arange(sum(LENGTHS)) % 5 < 2, 1.0, -1.0)[:, None].astype(np.float32)
+        assert checks.switch_values("action", values, ENDS) == []
+        some = slice(row(1, 0), row(3, 0))
+        values[some] = np.maximum(values[some], 0)
+        (finding,) = checks.switch_values("action", values, ENDS)
+        assert finding.places == ((1, None), (2, None))
+        assert "-1 or 1 in" in finding.message
+        assert "0 or 1 in 2 episodes: two conventions" in finding.message
+
+    def test_a_switch_with_three_places_is_none(self):
+        values = (np.arange(sum(LENGTHS)) % 3 - 1.0)[:, None]
+        assert checks.switch_values("action", values, ENDS) == []
+
+    def test_a_jump_is_told_with_its_size(self):
+        values = smooth(3)
+        values[row(2, 7), 1] += 500
+        (finding,) = checks.jumps("state", values, ENDS)
+        assert re.search(r"up to 500 in \[1\], where 0\.0\d+ is usual", finding.message)
 
 
 class TestRealRecordings:
     def test_pusht_has_an_angle_that_wraps_and_no_fault(self, recordings):
         path = recordings / "pusht_cchi_v7_zarr" / "pusht_cchi_v7_replay.zarr"
-        validation = validate(path, ReadOptions(keys=["state"]), window=16, progress=False)
+        validation = validate(path, ReadOptions(keys=["state"], control_dt=0.1), window=16, progress=False)
         (wrap,) = (finding for finding in validation.findings if finding.severity != "note")
         assert (wrap.check, wrap.dimensions) == ("angle_wrap", (4,))
         assert validation.dataset is not None

@@ -650,3 +650,27 @@ def test_depth_of_double_precision_is_read_as_any_other(tmp_path):
     found = open_store(tmp_path / "a.zarr").arrays["depth"]
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found[:], depth.astype(np.float32))
+
+
+def test_a_damaged_episode_is_named_as_its_recording_counts_it(tmp_path):
+    with ZarrWriter(tmp_path / "a.zarr", SPEC) as writer:
+        writer.append(make_episode(5, 0))
+        bad = make_episode(5, 1)
+        bad["state"][3, 0] = np.nan
+        with pytest.raises(DatasetError, match=r"first in episode 1 at step 3.*--drop 1"):
+            writer.append(bad)
+        with pytest.raises(DatasetError, match=r"first in episode 7 at step 3.*--drop 7"):
+            writer.append(bad, number=7)
+        short = {key: value[:1] for key, value in make_episode(5, 1).items()}
+        with pytest.raises(DatasetError, match="but episode 1 has 1; leave out with --drop: 1"):
+            writer.append(short)
+
+
+def test_numbers_that_float32_cannot_tell_apart_are_told(tmp_path, caplog):
+    with ZarrWriter(tmp_path / "a.zarr", SPEC) as writer:
+        episode = make_episode(5, 0)
+        writer.append(episode)
+        assert caplog.text == ""
+        episode["state"] = np.arange(episode["state"].size).reshape(episode["state"].shape) + 2.0**40
+        writer.append(episode)
+    assert "too large for float32 to tell apart" in caplog.text

@@ -17,6 +17,7 @@ from scd_robot.training.batches import SegmentDataset
 from scd_robot.training.datamodule import EpisodeDataModule
 from scd_robot.training.features import replace_pictures
 from scd_robot.training.segments import SegmentReader
+from scd_robot.training.start import fit_normalizer
 from scd_robot.types import ArraySpec
 
 
@@ -174,3 +175,19 @@ def test_validation_looks_everywhere_in_the_dataset() -> None:
     assert parts[0] == 0
     assert parts[-1] == 19
     assert len(set(parts)) >= 9
+
+
+@pytest.mark.parametrize("mode", ["min_max", "quantile"])
+def test_one_glitch_that_stretches_the_normalisation_is_told(mode, caplog) -> None:
+    once, times = tiny_data(), 10  # of a hundred steps one is more than a hundredth
+    ends = np.concatenate([once.episode_ends + i * once.num_steps for i in range(times)])
+    arrays = {key: np.concatenate([array] * times) for key, array in once.arrays.items()}
+    data = replace(once, episode_ends=ends, arrays=arrays)
+    experiment = tiny_experiment(held_out=0.0, action_normalization=mode)
+    fit_normalizer(data, experiment)
+    assert caplog.text == ""
+    action = data.arrays["action"].copy()
+    action[10, 1] = 50.0
+    fit_normalizer(replace(data, arrays={**data.arrays, "action": action}), experiment)
+    told = "'action', dimension 1, is" in caplog.text and "training.action_normalization=quantile" in caplog.text
+    assert told == (mode == "min_max")
