@@ -104,9 +104,8 @@ class Imagination:
     ) -> None:
         self.config = config or ScdPolicyConfig(num_executed=1)
         self.transforms = Transforms(transforms or TransformConfig(), dataset)
-        ready(model, device)
-        self.model, self.normalizer = model, normalizer.to(device)
-        self.device = torch.device(device)
+        self.device = ready(model, device)
+        self.model, self.normalizer = model, normalizer.to(self.device)
         check_widths(model.config, normalizer, self.transforms.spec)
         self.config.check_fits(model.config)
         self._camera = model.config.frames.camera

@@ -7,7 +7,6 @@ import torch
 
 from scd_robot.checkpoint import Checkpoint, read_checkpoint
 from scd_robot.config import to_json
-from scd_robot.errors import ConfigError
 from scd_robot.policies.registry import policy_class
 
 __all__ = ["load_policy", "policy_of"]
@@ -39,14 +38,9 @@ def policy_of(checkpoint: Checkpoint, device: str | torch.device = "cpu", **over
     Its attribute `provenance` tells, as plain JSON types, what it was made of.
     """
     kind = policy_class(checkpoint.policy)
-    try:
-        policy = kind.from_parts(
-            checkpoint.config, checkpoint.weights, checkpoint.normalizer, checkpoint.dataset, device, **overrides
-        )
-    except (RuntimeError, AssertionError) as error:
-        if "CUDA" in str(error) or "device" in str(error).lower():
-            raise ConfigError(f"cannot use device {str(device)!r}: {str(error).splitlines()[0]}") from error
-        raise
+    policy = kind.from_parts(
+        checkpoint.config, checkpoint.weights, checkpoint.normalizer, checkpoint.dataset, device, **overrides
+    )
     policy.provenance = {
         "type": checkpoint.policy,
         "checkpoint": str(checkpoint.path),

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from scd_robot.errors import ConfigError
 from scd_robot.nn import KVCache, lay_out_for_few_tokens
 
 __all__ = ["TorchCache", "inference", "ready"]
@@ -59,11 +60,23 @@ class TorchCache:
         return torch.as_tensor(array, device=self.tensors.position.device)
 
 
-def ready(model: nn.Module, device: str | torch.device) -> None:
-    """Moves a trained model to where it is run, and readies it for that."""
-    model.to(device).eval()
-    if torch.device(device).type == "cpu":
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of this name; raises ConfigError where there is none, or it cannot be used."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"cannot use device {str(device)!r}: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def ready(model: nn.Module, device: str | torch.device) -> torch.device:
+    """Moves a trained model to where it is run, and readies it for that; raises ConfigError as `usable_device` does."""
+    found = usable_device(device)
+    model.to(found).eval()
+    if found.type == "cpu":
         lay_out_for_few_tokens(model)
+    return found
 
 
 @contextmanager

@@ -63,10 +63,9 @@ class ScdPolicy(ChunkPolicy):
         keys = list(model.config.observation_shapes)
         how = config, reproducible, task, goal
         super().__init__(Architecture.of(model.config), keys, dataset, normalizer.ranges(), between, *how)
-        ready(model, device)
+        self.device = ready(model, device)
         self.model = model
-        self.normalizer = normalizer.to(device)
-        self.device = torch.device(device)
+        self.normalizer = normalizer.to(self.device)
         self._planner = Planner(self.model, self.normalizer, self.transforms, self.config, self._repeated)
 
     @classmethod

@@ -30,13 +30,13 @@ def to_json(config: Any) -> Any:
     raise ConfigError(f"cannot write a {type(config).__name__} into a configuration")
 
 
-def from_json(cls: type[T], data: Any, where: str = "") -> T:
-    """Builds dataclass `cls` from what `to_json` gave.
+def from_json(cls: type[T], data: Any, where: str = "", partial: bool = False) -> T:
+    """Builds dataclass `cls` from what `to_json` gave, or, `partial`, from what somebody wrote who left defaults out.
 
     Raises:
         ConfigError: an unknown or missing field, or a value of another type; the message names the place.
     """
-    value: T = _read(cls, data, where or cls.__name__)
+    value: T = _read(cls, data, where or cls.__name__, partial)
     return value
 
 
@@ -48,10 +48,10 @@ def check_finite(config: Any) -> None:
             raise ConfigError(f"{field.name} must be finite, got {value}")
 
 
-def _read(kind: Any, data: Any, where: str) -> Any:
+def _read(kind: Any, data: Any, where: str, partial: bool) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        return _read_dataclass(kind, data, where)
+        return _read_dataclass(kind, data, where, partial)
     if origin is typing.Literal:
         if data not in arguments:
             raise ConfigError(f"{where} must be one of {', '.join(map(repr, arguments))}, got {data!r}")
@@ -59,15 +59,15 @@ def _read(kind: Any, data: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if data is None and type(None) in arguments:
             return None
-        return _read(next(a for a in arguments if a is not type(None)), data, where)
+        return _read(next(a for a in arguments if a is not type(None)), data, where, partial)
     if origin is dict:
         if not isinstance(data, Mapping):
             raise ConfigError(f"{where} must be an object, got {type(data).__name__}")
-        return {key: _read(arguments[1], value, f"{where}.{key}") for key, value in data.items()}
+        return {key: _read(arguments[1], value, f"{where}.{key}", partial) for key, value in data.items()}
     if origin is tuple:
         if not isinstance(data, list | tuple):
             raise ConfigError(f"{where} must be a list, got {type(data).__name__}")
-        return tuple(_read(arguments[0], value, f"{where}[{i}]") for i, value in enumerate(data))
+        return tuple(_read(arguments[0], value, f"{where}[{i}]", partial) for i, value in enumerate(data))
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
@@ -77,7 +77,7 @@ def _read(kind: Any, data: Any, where: str) -> Any:
     return data
 
 
-def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
+def _read_dataclass(kind: Any, data: Any, where: str, partial: bool) -> Any:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where} must be an object with the fields of {kind.__name__}, got {type(data).__name__}")
     hints = typing.get_type_hints(kind)
@@ -86,7 +86,12 @@ def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
         if name not in names:
             near = nearest_names(name, names)
             raise ConfigError(f"{where} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    missing = [name for name in names if name not in data]
+    required = [field.name for field in dataclasses.fields(kind) if _is_required(field)] if partial else names
+    missing = [name for name in required if name not in data]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}")
-    return kind(**{name: _read(hints[name], data[name], f"{where}.{name}") for name in names})
+    return kind(**{name: _read(hints[name], value, f"{where}.{name}", partial) for name, value in data.items()})
+
+
+def _is_required(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -8,6 +8,7 @@ import pytest
 
 from scd_robot.config import from_json, to_json
 from scd_robot.errors import ConfigError
+from scd_robot.transforms import ChunkPart, ImageStep, TransformConfig
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,17 @@ def test_a_whole_number_stands_for_a_float() -> None:
 def test_what_json_cannot_hold_is_refused() -> None:
     with pytest.raises(ConfigError, match="cannot write a set"):
         to_json({"a": {1, 2}})
+
+
+def test_what_somebody_wrote_may_leave_out_what_has_a_default() -> None:
+    given = {"images": [{"key": "eye", "size": [8, 8]}], "chunk": "relative", "chunk_parts": [
+        {"action_start": 0, "key": "pose", "key_start": 0, "count": 3}
+    ]}  # fmt: skip
+    found = from_json(TransformConfig, given, "--transforms", partial=True)
+    assert found == TransformConfig(
+        images=(ImageStep("eye", size=(8, 8)),), chunk="relative", chunk_parts=(ChunkPart(0, "pose", 0, 3),)
+    )
+    with pytest.raises(ConfigError, match=r"--transforms.images\[0\] lacks key"):
+        from_json(TransformConfig, {"images": [{"size": [8, 8]}]}, "--transforms", partial=True)
+    with pytest.raises(ConfigError, match="lacks"):
+        from_json(TransformConfig, given, "config")

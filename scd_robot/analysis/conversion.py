@@ -7,6 +7,7 @@ The weights are those of `scd_robot.model.convert`; the training is that of `scd
 a checkpoint like any other.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from scd_robot.analysis.latency import take_turns, timed
+from scd_robot.analysis.probes import as_seen
 from scd_robot.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from scd_robot.config import from_json, to_json
 from scd_robot.datasets import EpisodeDataset
@@ -25,12 +27,13 @@ from scd_robot.model.convert import parse_layers, separable_config, separate
 from scd_robot.output import write_json
 from scd_robot.policies.loading import policy_of
 from scd_robot.policies.scd import ScdPolicy
-from scd_robot.sim_eval import evaluate
+from scd_robot.sim_eval import evaluate, make_environment
 from scd_robot.sim_eval.comparison import compare
 from scd_robot.sim_eval.metrics import percentiles
 from scd_robot.training import EpisodeDataModule, ExperimentConfig, SegmentDataset, loss_terms, train
 from scd_robot.training.start import check_fits, fingerprint
 from scd_robot.training.transformed import transformed
+from scd_robot.transforms import GOAL
 
 __all__ = [
     "SCHEMA",
@@ -41,6 +44,8 @@ __all__ = [
     "plan_conversion",
     "write_converted",
 ]
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1  # of the JSON
 SHARE_OF_UPDATES = 0.3  # of the source's, each at half its cost, unless it is told otherwise
@@ -194,16 +199,28 @@ def convert_policy(
     Raises:
         OutputError: `out` holds a conversion already, or cannot be written.
         ConfigError, DatasetError, ShapeError: data, source and settings do not fit.
+        UnknownNameError: there is no such environment.
         TrainingDivergedError: see `train`.
     """
     source, experiment = conversion.source, conversion.experiment
     before, start = policy_of(source), out / "converted"
+    if rounds < 1 or episodes < 1:
+        raise ConfigError(f"rounds and episodes must be at least 1, got {rounds} and {episodes}")
+    if environment is not None and env_python is None:
+        make_environment(environment).close()  # what is wrong with it is told before anything is trained
+    data = as_seen(before, data)
     data.check("the training dataset")
     ready = transformed(data, experiment.transforms)
     check_fits(ready, experiment)
     model = write_converted(conversion, start)
     document: dict[str, Any] = {"schema": SCHEMA, "conversion": conversion.to_json()}
     document["same_dataset"] = fingerprint(ready) == source.origin.get("dataset")
+    if not document["same_dataset"]:
+        logger.warning(
+            "%s was not trained on these episodes, or not as they are read here (--action, --keys, --only, --drop, "
+            "--control-dt): it is fine-tuned on what is read now, in the units of before",
+            source.path,
+        )
     document["loss"] = {
         "source": _held_out_loss(before, ready, experiment),
         "converted": _held_out_loss(policy_of(read_checkpoint(start)), ready, experiment),
@@ -223,8 +240,11 @@ def convert_policy(
         name: sum(p.numel() for p in policy.model.parameters())
         for name, policy in zip(_SIDES, (before, after), strict=True)
     }
-    document["latency_ms"] = _latency(before, after, data, rounds)
     document["success"] = None
+    write_json(out / "conversion.json", document)  # what is measured below takes minutes, and can fail
+    for policy in (before, after):
+        _tell_task(policy, environment)
+    document["latency_ms"] = _latency(before, after, data, rounds)
     if environment is not None:
         document["success"] = _success(after, before, environment, episodes, out, env_python, progress)
     write_json(out / "conversion.json", document)
@@ -281,7 +301,8 @@ def _latency(before: ScdPolicy, after: ScdPolicy, data: EpisodeDataset, rounds: 
 
     def observe() -> dict[str, Any]:
         row = int(rng.integers(len(data.arrays["action"])))
-        return {key: np.asarray(data.arrays[key][row : row + 1]) for key in before.spec.observation}
+        keys = {key: key.removeprefix(GOAL) if key not in data.arrays else key for key in before.spec.observation}
+        return {key: np.asarray(data.arrays[recorded][row : row + 1]) for key, recorded in keys.items()}
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -290,6 +311,12 @@ def _latency(before: ScdPolicy, after: ScdPolicy, data: EpisodeDataset, rounds: 
     finally:
         torch.set_num_threads(threads)
     return {side: {name: percentiles(values) for name, values in found.items()} for side, found in times.items()}
+
+
+def _tell_task(policy: ScdPolicy, environment: str | None) -> None:
+    """One of several tasks: the environment's, or, where only times are measured, the first."""
+    if policy.spec.tasks and policy.task is None:
+        policy.task = environment if environment in policy.spec.tasks else policy.spec.tasks[0]
 
 
 def _success(
@@ -318,6 +345,7 @@ def format_conversion(document: dict[str, Any]) -> str:
     rows: list[Sequence[str]] = [("", *_SIDES)]
     layers = f"{_listed(how['encoder_layers'])} + {_listed(how['decoder_layers'])}"
     rows.append(("layers", str(how["source_layers"]), f"{layers} (encoder + decoder)"))
+    rows.append(("dataset", "", "the source's" if document["same_dataset"] else "ANOTHER one, or read otherwise"))
     rows.append(("parameters", *(f"{document['parameters'][side]:,}" for side in _SIDES)))
     rows.append(("updates", str(updates["source"]), f"{updates['fine_tuning']} ({100 * updates['share']:.1f} %)"))
     rows.append(("computing", "100 %", f"{100 * document['compute_share']:.1f} %"))

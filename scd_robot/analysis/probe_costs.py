@@ -20,6 +20,7 @@ from scd_robot.analysis.latency import timed
 from scd_robot.analysis.probes import Shortcut, middle_layers, shortened
 from scd_robot.config import to_json
 from scd_robot.datasets import EpisodeDataset
+from scd_robot.errors import ConfigError
 from scd_robot.policies import CausalDitPolicy, Imagination
 from scd_robot.policies.frame_stream import FrameStream
 from scd_robot.sim_eval import evaluate
@@ -32,12 +33,18 @@ _ROUNDS = 20  # in which the time of a frame is taken
 Numbers = NDArray[np.float64]
 
 
-def shortcuts_of(depth: int, full_steps: Sequence[int]) -> list[Shortcut]:
+def shortcuts_of(depth: int, full_steps: Sequence[int], num_denoising_steps: int) -> list[Shortcut]:
     """The middle layers in so many denoising steps only, reused later and left out; none without middle layers.
 
     Raises:
-        ConfigError: a number of steps is out of range.
+        ConfigError: a number of steps is out of range: with all denoising steps nothing is left out.
     """
+    beyond = [steps for steps in full_steps if steps >= num_denoising_steps]
+    if beyond:
+        raise ConfigError(
+            f"after {beyond[0]} of {num_denoising_steps} denoising steps none is left to leave layers out in; give "
+            "--full-steps fewer"
+        )
     layers = middle_layers(depth)
     if not layers:
         return []

@@ -39,6 +39,7 @@ __all__ = [
     "SCHEMA",
     "Probed",
     "Shortcut",
+    "as_seen",
     "check_entangled",
     "choose_episodes",
     "held_out_episodes",
@@ -254,9 +255,17 @@ def _as_seen(policy: Probed, data: EpisodeDataset) -> EpisodeDataset:
     """A recording as the model sees it, without observations that the training's did not have."""
     if isinstance(policy, Imagination):
         check_recording(policy, data)
-    trained = list(policy.transforms.recorded.observation)
-    known = [key for key in trained if key in data.spec.observation]
-    return transformed(data.with_keys(known or trained), policy.transforms.config)  # which refuses where none is known
+    return transformed(as_seen(policy, data), policy.transforms.config)
+
+
+def as_seen(policy: Probed, data: EpisodeDataset) -> EpisodeDataset:
+    """A recording without observations that the training's did not have.
+
+    Raises:
+        UnknownNameError: it has none of those.
+    """
+    trained = list(policy.transforms.dataset.observation)
+    return data.with_keys([key for key in trained if key in data.spec.observation] or trained)
 
 
 class _Sums:

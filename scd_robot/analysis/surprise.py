@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from scd_robot.analysis.imagination import check_gaps, check_recording
 from scd_robot.datasets import EpisodeDataset
@@ -83,7 +84,11 @@ def watch_frames(
 
 
 def calibrate_surprise(
-    imagination: Imagination, data: EpisodeDataset, episodes: Sequence[int], quantile: float = 0.99
+    imagination: Imagination,
+    data: EpisodeDataset,
+    episodes: Sequence[int],
+    quantile: float = 0.99,
+    progress: bool = False,
 ) -> SurpriseCalibration:
     """What is usual in recorded episodes, which should be none that the model was trained on.
 
@@ -92,15 +97,16 @@ def calibrate_surprise(
         data: recorded.
         episodes: their numbers, at least two.
         quantile: see `calibrate`.
+        progress: show a bar.
 
     Raises:
         ConfigError: too few, no such episode, one of a single control step, or without some of the pictures.
         ShapeError, UnknownNameError: see `check_recording`.
     """
     check_recording(imagination, data)
-    return calibrate(
-        imagination, [watch_frames(imagination, *_recorded(imagination, data, e), e)[0] for e in episodes], quantile
-    )
+    shown = tqdm(episodes, desc="calibrating", unit="episode", disable=not progress)
+    errors = [watch_frames(imagination, *_recorded(imagination, data, episode), episode)[0] for episode in shown]
+    return calibrate(imagination, errors, quantile)
 
 
 def episode_surprise(

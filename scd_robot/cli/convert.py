@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from scd_robot.datasets.formats import ReadOptions
+
 __all__ = ["convert_policy"]
 
 
@@ -12,8 +14,9 @@ def convert_policy(
     checkpoint: Annotated[Path, tyro.conf.Positional],
     /,
     *,
-    dataset: Path,
+    dataset: list[str],
     out: Path,
+    read: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions(),  # noqa: B008 - frozen
     encoder_layers: str,
     decoder_layers: str = "first:1,last:1",
     num_context_tokens: int = 1,
@@ -37,8 +40,10 @@ def convert_policy(
     Args:
         checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint), of an entangled policy
             (--set model.architecture=entangled).
-        dataset: recorded episodes to fine-tune on, best those of the source.
+        dataset: recorded episodes to fine-tune on, best those of the source, read as for its training; several datasets
+            are mixed.
         out: folder of the new run.
+        read: what to read of the datasets.
         encoder_layers: layers of the source that become the encoder, which runs once per control step.
         decoder_layers: those that become the decoder, which runs once per denoising step.
         num_context_tokens: context tokens of a plan; each begins as the query of a part of the chunk.
@@ -60,7 +65,7 @@ def convert_policy(
     from scd_robot.analysis.conversion import convert_policy as convert
     from scd_robot.analysis.conversion import format_conversion, plan_conversion
     from scd_robot.cli.threads import use_training_threads
-    from scd_robot.datasets import open_dataset
+    from scd_robot.cli.train import open_datasets
     from scd_robot.output import check_target, write_json
     from scd_robot.presets import with_settings
 
@@ -76,7 +81,7 @@ def convert_policy(
         seed=seed,
     )
     conversion = conversion.with_experiment(with_settings(conversion.experiment, settings))
-    data = open_dataset(dataset)
+    data = open_datasets(dataset, None, read)
     use_training_threads(threads)
     quiet = str(json) == "-"
     document = convert(

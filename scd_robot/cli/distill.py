@@ -61,6 +61,7 @@ def distill(
     from scd_robot.cli.threads import use_training_threads
     from scd_robot.cli.train import open_datasets, report
     from scd_robot.config import from_json
+    from scd_robot.errors import ConfigError
     from scd_robot.output import check_target
     from scd_robot.presets import with_settings
     from scd_robot.training import ExperimentConfig
@@ -70,6 +71,11 @@ def distill(
         check_target(json)
     teacher = read_checkpoint(checkpoint)
     experiment = from_json(ExperimentConfig, teacher.config, f"{teacher.path}/config.json")
+    if experiment.model.decodes_frames:
+        raise ConfigError(
+            f"{teacher.path} is a model of frames, and distillation is for policies; few denoising steps of a frame "
+            "are asked for where it is imagined (--num-denoising-steps)"
+        )
     everything = train_encoder or experiment.model.architecture == "entangled"
     steps = max(1, experiment.training.max_steps // 3) if max_steps is None else max_steps
     given = [f"training.objective={objective}", f"training.trained={'all' if everything else 'decoder'}"]

@@ -1,5 +1,6 @@
 """The verb `scd imagine`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import tyro
 
 from scd_robot.datasets.formats import ReadOptions
 
-__all__ = ["imagine"]
+__all__ = ["check_distinct", "imagine"]
 
 
 def imagine(
@@ -15,7 +16,7 @@ def imagine(
     /,
     *,
     dataset: Path,
-    episode: tuple[int, ...] = (0,),
+    episode: tuple[int, ...] = (),
     context: int = 16,
     length: int | None = None,
     out: Path,
@@ -39,7 +40,8 @@ def imagine(
         checkpoint: a checkpoint's folder, or a training run's (its newest checkpoint), of a model of frames
             (scd train frames_64) or of a policy that has one (scd train image_frames).
         dataset: recorded episodes of the same camera.
-        episode: their numbers, from 0 on; 'scd data info' tells how many there are.
+        episode: their numbers, from 0 on; 'scd data info' tells how many there are. By default the first that the
+            training held out, or 0 of another recording.
         context: control steps that the model sees.
         length: frames that it imagines then; by default up to the end of the shortest of the episodes.
         out: folder for the results.
@@ -57,10 +59,12 @@ def imagine(
     import torch
 
     from scd_robot.analysis.imagination import describe, format_errors, imagine_episodes, write_imagined
+    from scd_robot.analysis.probes import held_out_episodes
+    from scd_robot.checkpoint import read_checkpoint
     from scd_robot.datasets import open_dataset
     from scd_robot.errors import OutputError
     from scd_robot.output import check_target, write_json
-    from scd_robot.policies import load_imagination
+    from scd_robot.policies.imagination import imagination_of
 
     if (out / "frames.json").exists() and not overwrite:
         raise OutputError(f"{out} already holds imagined frames; choose another --out, or --overwrite them")
@@ -68,14 +72,36 @@ def imagine(
         check_target(target)
     torch.set_num_threads(1)
     overrides = {"num_denoising_steps": num_denoising_steps, "guidance_scale": guidance_scale, "seed": seed}
-    imagination = load_imagination(checkpoint, device, **overrides)
+    check_distinct(episode)
+    source = read_checkpoint(checkpoint)
+    imagination = imagination_of(source, device, **overrides)
     data = open_dataset(dataset, **vars(read))
+    held_out = held_out_episodes(source, imagination, data)
+    episode = episode or ((held_out or [0])[0],)
     weights = {"lpips_weights": lpips_weights, "fvd_weights": fvd_weights}
     found = imagine_episodes(imagination, data, episode, context, length, **weights)
-    document = {"checkpoint": str(checkpoint), "dataset": str(dataset), **describe(found, imagination)}
+    document = {
+        "checkpoint": str(source.path),
+        "step": source.step,
+        "weights_sha256": source.weights_sha256,
+        "dataset": str(dataset),
+        "read": {name: value for name, value in vars(read).items() if value != getattr(ReadOptions(), name)},
+        "held_out": None if held_out is None else set(episode) <= set(held_out),
+        **describe(found, imagination),
+    }
     write_imagined(found, out, 1 / data.spec.control_dt, document)
     if str(json) != "-":
+        told = {None: "another recording than the training's", True: "held out from training"}
+        print(f"episodes {', '.join(map(str, episode))}: {told.get(document['held_out'], 'TRAINED ON, some of them')}")
         print(format_errors(document))
         print(f"{out / 'frames.png'}, {out / 'frames.mp4'}, {out / 'frames.json'}")
     if json is not None:
         write_json(json, document)
+
+
+def check_distinct(episodes: Sequence[int]) -> None:
+    """Raises ConfigError where an episode is named twice, which would count twice."""
+    from scd_robot.errors import ConfigError
+
+    if twice := sorted({number for number in episodes if list(episodes).count(number) > 1}):
+        raise ConfigError(f"--episode names {', '.join(map(str, twice))} twice")

@@ -9,6 +9,7 @@ from scd_robot.datasets.formats import ReadOptions
 
 __all__ = ["probe"]
 
+_FULL_STEPS = (1, 2, 4)
 _FRAMES = 16  # of the context, and imagined after it, unless told otherwise
 
 
@@ -24,7 +25,7 @@ def probe(
     positions: int = 16,
     num_denoising_steps: int = 16,
     seed: int = 0,
-    full_steps: tuple[int, ...] = (1, 2, 4),
+    full_steps: tuple[int, ...] = (),
     env: str | None = None,
     env_episodes: int = 50,
     env_python: str | None = None,
@@ -51,7 +52,8 @@ def probe(
         positions: control steps of each whose plans, or next frames, are looked into.
         num_denoising_steps: of Euler's method; a policy has as many in ENV, too.
         seed: of noise and positions.
-        full_steps: denoising steps at the beginning in which all layers are computed, one shortcut each.
+        full_steps: denoising steps at the beginning in which all layers are computed, one shortcut each; fewer than
+            there are. By default 1, 2 and 4.
         env: environment for the shortcuts' success; of policies.
         env_episodes: of each run there.
         env_python: interpreter of another environment in which the simulator runs.
@@ -85,7 +87,9 @@ def probe(
     source, quiet = read_checkpoint(checkpoint), str(json) == "-"
     is_of_frames = source.policy == FRAMES
     policy: Any = imagination_of(source) if is_of_frames else policy_of(source, num_denoising_steps=num_denoising_steps)
-    shortcuts = shortcuts_of(check_entangled(policy).config.depth, full_steps)
+    steps = policy.config.sampler.num_denoising_steps
+    full_steps = full_steps or tuple(few for few in _FULL_STEPS if few < steps)
+    shortcuts = shortcuts_of(check_entangled(policy).config.depth, full_steps, steps)
     imagines = isinstance(policy, Imagination)
     _refuse_what_is_for_others(imagines, env, {"context": context, "length": length})
     seen, ahead = (_FRAMES if given is None else given for given in (context, length))

@@ -38,7 +38,8 @@ def surprise(
         dataset: recorded episodes of the same camera.
         episode: numbers of those to look at, from 0 on.
         calibration: what is usual: recorded episodes that the model was not trained on, or a surprise.json of the same
-            checkpoint; by default the other episodes of the dataset.
+            checkpoint; by default the other episodes of the dataset. Of another recording all episodes are taken:
+            --only, --drop and --mask are for the dataset.
         quantile: share of the frames of the calibration that are no alarm (default 0.99); a surprise.json has its own.
         out: folder for the results.
         read: what to read of the dataset.
@@ -51,8 +52,9 @@ def surprise(
     import torch
 
     from scd_robot.analysis.surprise import describe_surprise, episode_surprise, write_surprise
+    from scd_robot.cli.imagine import check_distinct
     from scd_robot.datasets import open_dataset
-    from scd_robot.errors import OutputError
+    from scd_robot.errors import ConfigError, OutputError
     from scd_robot.output import check_target, write_json
     from scd_robot.policies import load_imagination
 
@@ -64,7 +66,18 @@ def surprise(
     overrides: dict[str, Any] = {"num_denoising_steps": num_denoising_steps, "guidance_scale": 1.0, "seed": seed}
     imagination = load_imagination(checkpoint, device, **overrides)
     data = open_dataset(dataset, **vars(read))
-    usual = _calibration(imagination, data, episode, calibration, quantile, read)
+    check_distinct(episode)
+    for number in episode:  # calibration takes minutes
+        if not 0 <= number < data.num_episodes:
+            raise ConfigError(f"there is no episode {number}: the recording has {data.num_episodes}, from 0 on")
+        if data.episode_lengths[number] < 2:
+            raise ConfigError(f"episode {number} has a single control step: nothing follows that could surprise")
+    if quantile is not None and not 0 < quantile < 1:
+        raise ConfigError(f"--quantile must be between 0 and 1, got {quantile:g}")
+    if calibration is not None and calibration.exists() and calibration.resolve() == dataset.resolve():
+        calibration = None  # the same: without the episodes that are looked at
+    quiet = str(json) == "-"
+    usual = _calibration(imagination, data, episode, calibration, quantile, read, not quiet)
     found = [episode_surprise(imagination, usual, data, number) for number in episode]
     document = {
         "checkpoint": imagination.provenance["checkpoint"],
@@ -73,7 +86,7 @@ def surprise(
         **describe_surprise(found, usual),
     }
     write_surprise(found, usual, out, document)
-    if str(json) != "-":
+    if not quiet:
         for entry in document["episodes"]:
             alarms = ", ".join(f"{len(steps)} {kind}" for kind, steps in entry["alarms"].items())
             print(f"episode {entry['episode']}: alarms in {len(entry['scores']['moving']) - 1} frames: {alarms}")
@@ -89,6 +102,7 @@ def _calibration(
     source: Path | None,
     quantile: float | None,
     read: ReadOptions,
+    progress: bool,
 ) -> Any:
     from scd_robot.analysis.surprise import calibrate_surprise
     from scd_robot.datasets import open_dataset
@@ -106,4 +120,4 @@ def _calibration(
     if source is not None:
         data, looked_at = open_dataset(source, **{**vars(read), "only": None, "drop": None, "mask": None}), ()
     episodes = [number for number in range(data.num_episodes) if number not in looked_at]
-    return calibrate_surprise(imagination, data, episodes, 0.99 if quantile is None else quantile)
+    return calibrate_surprise(imagination, data, episodes, 0.99 if quantile is None else quantile, progress=progress)

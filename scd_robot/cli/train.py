@@ -158,7 +158,7 @@ def read_transforms(given: str | None) -> Any:
     """A `TransformConfig` of JSON, or of a file that holds it; fields may be left out. None without."""
     import json
 
-    from scd_robot.config import from_json, to_json
+    from scd_robot.config import from_json
     from scd_robot.errors import ConfigError
     from scd_robot.transforms import TransformConfig
 
@@ -170,8 +170,7 @@ def read_transforms(given: str | None) -> Any:
         found = json.loads(given if inline else Path(given).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the transforms {given}: {error}") from error
-    defaults = to_json(TransformConfig())
-    return from_json(TransformConfig, {**defaults, **found} if isinstance(found, dict) else found, told)
+    return from_json(TransformConfig, found, told, partial=True)
 
 
 def _told(experiment: Any, data: Any, tasks: str | None, goals: tuple[str, ...]) -> Any:

@@ -72,6 +72,7 @@ def train_autoencoder(
     from scd_robot.errors import OutputError
     from scd_robot.nn import AutoencoderConfig
     from scd_robot.output import check_target, write_json
+    from scd_robot.policies.sampling import usable_device
     from scd_robot.training.autoencoder import AutoencoderTraining, camera_of
     from scd_robot.training.autoencoder import train_autoencoder as run
     from scd_robot.training.autoencoder_file import write_autoencoder
@@ -90,7 +91,7 @@ def train_autoencoder(
     data = transformed(open_datasets(dataset, None, read), changes)
     key = camera_of(data, camera)
     shape = data.spec.observation[key].shape
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     count, name = use_training_threads(threads), " + ".join(dataset)
     logger.info("training an autoencoder on %s %s of %s, %s, %d threads", key, shape, name, device, count)
     started = time.monotonic()

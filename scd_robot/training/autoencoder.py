@@ -73,7 +73,7 @@ class AutoencoderTraining:
 
     def split(self, data: EpisodeDataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Numbers of the episodes that are trained on, and of those that are not."""
-        return split_episodes(data.num_episodes, self.held_out, self.seed)
+        return split_episodes(data.num_episodes, self.held_out, self.seed, data.parts)
 
 
 def camera_of(data: EpisodeDataset, camera: str | None = None) -> str:

@@ -15,6 +15,7 @@ from scd_robot.checkpoint import read_checkpoint
 from scd_robot.cli.main import main
 from scd_robot.datasets import POSITION, PRESENT, EpisodeDataset
 from scd_robot.datasets.convert import write_zarr
+from scd_robot.datasets.windows import split_episodes
 from scd_robot.errors import CheckpointError, ConfigError, ShapeError, UnknownNameError
 from scd_robot.model import build_model
 from scd_robot.policies import Imagination, load_imagination, load_policy
@@ -200,7 +201,9 @@ def test_arrays_that_are_no_recording_are_refused(frames: np.ndarray, actions: n
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_model_of_frames_trains_resumes_to_the_same_weights_and_imagines(tmp_path, architecture, capsys) -> None:
+def test_a_model_of_frames_trains_resumes_to_the_same_weights_and_imagines(
+    tmp_path, architecture, capsys, refused
+) -> None:
     options = {"accelerator": "cpu", "progress": False}
     train(DATA, frame_experiment(4, architecture), tmp_path / "run", **options)
     whole = read_checkpoint(tmp_path / "run")
@@ -218,6 +221,17 @@ def test_a_model_of_frames_trains_resumes_to_the_same_weights_and_imagines(tmp_p
     document = json.loads((tmp_path / "out" / "frames.json").read_text())
     assert (document["frames"], document["episode_numbers"], document["context"]) == (5, [1, 2], 6)
     assert document["settings"]["sampler"]["num_denoising_steps"] == 2
+    assert (document["step"], document["weights_sha256"]) == (4, again.weights_sha256)
+    held_out = split_episodes(DATA.num_episodes, 0.2, 0)[1].tolist()
+    assert document["held_out"] == ({1, 2} <= set(held_out))
+    place = arguments.index("--episode")
+    short = arguments[:place] + arguments[place + 3 :]
+    assert main([str(argument) for argument in [*short, "--overwrite"]]) == 0
+    assert f"episodes {held_out[0]}: held out from training" in capsys.readouterr().out
+    refused([*arguments, "--overwrite", "--episode", 1, 2, 1], "--episode names 1 twice")
+    refused([*arguments, "--overwrite", "--device", "abacus"], "cannot use device 'abacus'")
+    distill = ["distill", tmp_path / "run", "--objective", "mip", "--dataset", tmp_path / "square.zarr"]
+    refused([*distill, "--out", tmp_path / "student"], "is a model of frames, and distillation is for policies")
     assert (tmp_path / "out" / "frames.png").stat().st_size > 1000
     assert (tmp_path / "out" / "frames.mp4").stat().st_size > 1000
     assert main(["info", str(tmp_path / "run")]) == 0

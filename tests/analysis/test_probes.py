@@ -220,7 +220,7 @@ def test_a_solver_that_asks_twice_in_a_step_has_all_layers_twice(make) -> None:
 
 def test_what_shortcuts_cost_in_frames_is_told_of_the_same_episodes_and_noise() -> None:
     policy, episodes = make_frames(), [1, 4, 5]
-    shortcuts = shortcuts_of(4, [2])
+    shortcuts = shortcuts_of(4, [2], 8)
     assert [(s.first, s.stop, s.full_steps, s.reuse) for s in shortcuts] == [(1, 3, 2, True), (1, 3, 2, False)]
     cost = partial(cost_in_frames, policy, SQUARE, episodes, context=4, length=3, progress=False)
     found = cost(shortcuts)
@@ -280,7 +280,7 @@ def test_what_cannot_be_is_refused() -> None:
         probe(make_policy(), SQUARE, [0])
     with pytest.raises(ShapeError, match=r"the model takes 'goal' of shape \(2,\), the dataset has None"):
         probe(make_policy(), tiny_data().with_keys(["position"]), [0])
-    assert shortcuts_of(2, [1, 2]) == []
+    assert shortcuts_of(2, [1, 2], 8) == []
 
 
 def test_the_page_says_what_the_numbers_say(tmp_path) -> None:
@@ -301,7 +301,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path) -> None:
 def test_the_page_of_frames_says_what_they_cost(tmp_path) -> None:
     policy = make_frames()
     document = {**numbers(policy), "checkpoint": "runs/frames", "held_out": True}
-    costs = cost_in_frames(policy, SQUARE, [1, 4], shortcuts_of(4, [1]), context=4, length=3, progress=False)
+    costs = cost_in_frames(policy, SQUARE, [1, 4], shortcuts_of(4, [1], 8), context=4, length=3, progress=False)
     whole, reused, left_out = costs["shortcuts"]
     whole["psnr_moving"]["mean"], whole["ssim_moving"]["mean"], whole["frame_ms"] = 21.0, 0.7, 8.0
     costs["repeated"]["psnr_moving"]["mean"] = 16.5

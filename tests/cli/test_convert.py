@@ -84,6 +84,9 @@ def test_what_is_fine_tuned_are_the_copied_weights(arguments, entangled_run, tmp
         (["--num-context-tokens", "9"], "exceeds chunk_length 4"),
         (["--set", "model.width=8"], "the rest of the model follows from the source"),
         (["--max-steps", "0"], "max_steps must be at least 1"),
+        (["--rounds", "0"], "rounds and episodes must be at least 1, got 0"),
+        (["--env", "nowhere/at-all"], "unknown environment"),
+        (["--keys", "positon"], "did you mean 'position'"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_at_once(more, told, arguments, tmp_path, refused) -> None:
@@ -102,3 +105,24 @@ def test_where_a_backbone_came_from_is_still_told(entangled_run, tmp_path) -> No
     source = replace(planned.source, origin={**planned.source.origin, "backbone": backbone})
     write_converted(replace(planned, source=source), tmp_path / "converted")
     assert read_checkpoint(tmp_path / "converted").origin["backbone"] == backbone
+
+
+def test_other_episodes_than_the_sources_are_told(arguments, tmp_path, capsys, caplog) -> None:
+    assert run(arguments, "--max-steps", "1", "--only", "0-4") == 0
+    assert "ANOTHER one, or read otherwise" in capsys.readouterr().out
+    assert "was not trained on these episodes" in caplog.text
+    assert not json.loads((tmp_path / "separable" / "conversion.json").read_text())["same_dataset"]
+
+
+@pytest.mark.parametrize("how", [["--goals", "position"], ["--keys", "position"], ["--only", "0-4"]])
+def test_a_source_is_converted_with_the_data_as_it_was_read(
+    how, tiny_store, tiny_train_options, arguments, tmp_path
+) -> None:
+    model = ["model.architecture=entangled", "model.context_corruption=0", "training.validate_every=2"]
+    options = ["--dataset", str(tiny_store), "--out", str(tmp_path / "source"), "--max-steps", "2", *how]
+    assert main(["train", "metaworld_state", *options, *tiny_train_options, *model]) == 0
+    again = [] if how[0] == "--goals" else how  # the checkpoint has them
+    assert run([arguments[0], tmp_path / "source", *arguments[2:]], "--max-steps", "1", *again) == 0
+    document = json.loads((tmp_path / "separable" / "conversion.json").read_text())
+    assert document["same_dataset"]
+    assert document["latency_ms"]["converted"]["planning tick"]["p50"] > 0

@@ -119,5 +119,7 @@ def test_what_does_not_go_together_is_refused(
     refused([*policy, tiny_frames_store], "unknown observation key")
     refused([*frames, tiny_frames_store], "none of the 2 held-out episodes has the 32 control steps", "longest has 24")
     refused([*frames, tiny_frames_store, "--full-steps", 0], "full_steps must be at least 1, got 0")
+    few = ["--num-denoising-steps", 2, "--full-steps", 2]
+    refused([*policy, tiny_store, *few], "after 2 of 2 denoising steps none is left to leave layers out in")
     refused([*frames, tiny_frames_store, *AHEAD, "--episode", 9], "there is no episode 9")
     refused([*frames, tiny_frames_store, "--context", 4, "--length", 21, "--episode", 0], "length must be 1 to 20")

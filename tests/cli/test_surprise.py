@@ -49,5 +49,14 @@ def test_scores_of_an_episode_are_those_that_a_robot_would_be_told(
 
 def test_what_cannot_be_scored_is_refused(arguments, tiny_run, refused):
     refused([*arguments, "--episode", *range(5)], "at least 2 episodes", at_once=False)
-    refused([*arguments, "--episode", 6], "there is no episode 6", at_once=False)
+    refused([*arguments, "--episode", 6], "there is no episode 6")  # before minutes of calibration
+    refused([*arguments, "--quantile", 1], "--quantile must be between 0 and 1, got 1")
+    refused([*arguments, "--episode", 1, 1], "--episode names 1 twice")
+    refused([*arguments, "--device", "abacus"], "cannot use device 'abacus'")
     refused([arguments[0], tiny_run, *arguments[2:]], "imagines no frames")
+
+
+def test_episodes_that_are_looked_at_never_tell_what_is_usual(arguments, tiny_frames_store, tmp_path):
+    assert main([*arguments, "--episode", "4", "5", "--calibration", str(tiny_frames_store)]) == 0
+    document = json.loads((tmp_path / "out" / "surprise.json").read_text())
+    assert document["calibration"]["episodes"] == [2, 2]

@@ -89,3 +89,20 @@ def test_frames_are_imagined_as_latents_with_a_checkpoint_alone(store, autoencod
     shown = capsys.readouterr().out
     assert "frames       of eye, patches of 16 pixels as 12 numbers of an autoencoder" in shown
     assert ", autoencoder " in shown
+
+
+def test_of_several_datasets_the_episodes_are_held_out_that_training_holds_out(store):
+    from scd_robot.datasets import open_dataset
+    from scd_robot.datasets.combine import join_datasets
+    from scd_robot.datasets.windows import split_episodes
+    from scd_robot.training.autoencoder import AutoencoderTraining
+
+    data = join_datasets([open_dataset(store)] * 2, ["a", "b"])
+    _, held_out = AutoencoderTraining(updates=1, held_out=0.25).split(data)
+    assert held_out.tolist() == split_episodes(8, 0.25, 0, data.parts)[1].tolist()
+    assert {int(data.parts[number]) for number in held_out} == {0, 1}
+
+
+def test_a_device_that_is_not_there_is_told_before_the_training(store, tmp_path, refused):
+    arguments = ["train-autoencoder", "--dataset", store, "--out", tmp_path / "ae", *SMALL]
+    refused([*arguments, "--device", "abacus"], "cannot use device 'abacus'")
