@@ -47,6 +47,10 @@ class ArraySpec:
     shape: tuple[int, ...]
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.shape, tuple):
+            raise ConfigError(f"the shape of an array is a tuple such as (7,) or (96, 96, 3), got {self.shape!r}")
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types."""
         return {"shape": list(self.shape), "dtype": self.dtype}

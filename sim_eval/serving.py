@@ -34,7 +34,14 @@ def load_environment(source: EnvironmentSource) -> Environment:
     Raises:
         ScdRobotError: see `make_environment`.
     """
-    return make_environment(source) if isinstance(source, str) else source()
+    if isinstance(source, str):
+        return make_environment(source)
+    if not callable(source):
+        raise ConfigError(
+            f"an environment is given by its name or by what makes it, got one that is made already, "
+            f"{type(source).__name__}: give the class, or a function that can be pickled; each process makes its own"
+        )
+    return source()
 
 
 def serve(connection: Connection, source: EnvironmentSource, count: int = 1, at_work: Any = None) -> None:
@@ -112,6 +119,11 @@ def _hash(environment: Environment) -> str:
 
 
 def _frame(environment: Environment, height: int, width: int) -> NDArray[np.uint8]:
+    if not hasattr(environment, "render"):
+        raise RenderError(
+            f"environment {environment.spec.name!r} has no render(height, width), which gives a picture uint8 (height, "
+            "width, 3); docs/evaluation.md shows one"
+        )
     frame = np.asarray(environment.render(height, width))
     if frame.dtype != np.uint8 or frame.shape != (height, width, 3):
         raise RenderError(

@@ -153,7 +153,10 @@ def _replay(
     """
     worker.call("reset", episode.seed)
     if worker.call("state_hash") != episode.initial_state_hash:
-        raise ReplayError("its replay began in another state")
+        raise ReplayError(
+            f"its replay began in another state: reset({episode.seed}) of this environment does not follow from its "
+            "seed alone, so that no episode can be repeated, and arms of a comparison differ by their start states"
+        )
     yield _render(worker, size)
     for step, action in enumerate(actions, 1):
         result: StepResult = worker.call("step", action)

@@ -178,7 +178,10 @@ class ZarrFiles:
         array = self.array(name)
         length = array.shape[0] if count is None else count
         if array.shape[0] < length or (exact and array.shape[0] != length):
-            raise DatasetError(f"{name} of {self.address} has {array.shape[0]} rows, but its episodes have {length}")
+            raise DatasetError(
+                f"{name} of {self.address} has {array.shape[0]} rows, but its episodes have {length} by meta/{ENDS}: "
+                "one of the two is damaged; where other arrays fit, name those with --keys"
+            )
         whole = not self.fill_missing and self._check_chunks(name, array, length)
         return ZarrRows(self, name, (length, *array.shape[1:]), array.dtype, whole)
 
@@ -266,7 +269,8 @@ def read_ends(files: ZarrFiles, unfinished: bool) -> NDArray[np.int64]:
         ends = ends[:-1]
     if (np.diff(ends, prepend=0) <= 0).any():
         raise DatasetError(
-            f"meta/{ENDS} of {files.address} must increase from above 0, got {ends[:8].tolist()}...; damaged"
+            f"meta/{ENDS} of {files.address} must increase from above 0, got {ends[:8].tolist()}...: they are ends of "
+            "episodes, counted over all rows; of lengths np.cumsum makes them, and a 0 at the beginning is left out"
         )
     return ends
 

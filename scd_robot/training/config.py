@@ -200,8 +200,8 @@ class ExperimentConfig:
         reads_past = self.model.num_past_actions or self.model.past_action_input != "none"
         if self.transforms.chunk in ("delta", "velocity") and reads_past:
             raise ConfigError(
-                f"chunk {self.transforms.chunk!r} has no meaning for past actions; use num_past_actions=0 and "
-                "past_action_input='none', or chunk 'relative'"
+                f"chunk {self.transforms.chunk!r} has no meaning for past actions; use --set model.num_past_actions=0 "
+                "model.past_action_input=none, or chunk 'relative'"
             )
 
     def _check_objective(self) -> None:

@@ -252,7 +252,14 @@ def test_jpeg2000_without_its_package_says_what_to_install(tmp_path, monkeypatch
 class TestRefused:
     def test_an_array_of_another_length(self, tmp_path):
         path = buffer(tmp_path / "a.zarr", arrays={**ARRAYS, "state": ARRAYS["state"][:9]})
-        with pytest.raises(DatasetError, match=r"data/state of .* has 9 rows, but its episodes have 10"):
+        with pytest.raises(DatasetError, match=r"data/state of .* has 9 rows, but its episodes have 10 .* with --keys"):
+            open_dataset(path)
+
+    @pytest.mark.parametrize("ends", [[4, 2, 4], [0, 4, 10]])
+    def test_lengths_in_the_place_of_ends(self, tmp_path, ends):
+        path = buffer(tmp_path / "a.zarr")
+        zarr.open_group(path, mode="r+").create_array("meta/episode_ends", data=np.asarray(ends), overwrite=True)
+        with pytest.raises(DatasetError, match=r"must increase from above 0.*np\.cumsum"):
             open_dataset(path)
 
     @pytest.mark.parametrize("format_of_zarr", [2, 3])
@@ -423,7 +430,7 @@ class TestNumbersTooLargeForFloat32:
     )
     def test_what_becomes_indistinguishable_is_told(self, tmp_path, caplog, values, told):
         buffer(tmp_path / "a.zarr", arrays=ARRAYS | {"time": values})
-        open_dataset(tmp_path / "a.zarr")
+        open_dataset(tmp_path / "a.zarr", control_dt=0.1)
         warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert [("data/time of" in text, told in text) for text in warned] == [(True, True)] * (told is not None)
 

@@ -221,3 +221,4 @@ def test_replay_that_differs_is_no_video(toy, tmp_path, caplog):
         )
     assert result.videos == []
     assert result.video_error.count("began in another state") == 2
+    assert "does not follow from its seed alone" in result.video_error

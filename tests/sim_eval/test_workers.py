@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from scd_robot.errors import ConfigError, MissingDependencyError, RenderError, SimulatorError, UnknownNameError
+from scd_robot.sim_eval import serving
 from scd_robot.sim_eval.registry import make_environment
 from scd_robot.sim_eval.workers import (
     EnvironmentWorker,
@@ -17,6 +18,7 @@ from scd_robot.sim_eval.workers import (
     start_workers,
     usable_cores,
 )
+from scd_robot.types import ArraySpec
 
 POINT = "toy_environment:make_point"
 
@@ -273,3 +275,20 @@ def test_an_environment_of_ones_own_that_cannot_be_imported_says_what_to_do(toy,
         make_environment("own_broken:make")
     with pytest.raises(ConfigError, match=r"OPTION=WORD, .*got 'image'"):  # of ours, not a module called pusht
         make_environment("pusht:image")
+
+
+def test_an_environment_that_is_made_already_is_refused_with_what_to_give(toy):
+    with pytest.raises(ConfigError, match=r"PointEnvironment: give the class, or a function"):
+        load_environment(toy.make_point())
+
+
+def test_an_environment_without_pictures_is_told_what_it_lacks(toy, monkeypatch):
+    monkeypatch.delattr(toy.PointEnvironment, "render")
+    with pytest.raises(RenderError, match=r"has no render\(height, width\)"):
+        serving._frame(toy.make_point(), 8, 8)
+
+
+@pytest.mark.parametrize("shape", [7, [7], "7"])
+def test_the_shape_of_an_array_is_a_tuple(shape):
+    with pytest.raises(ConfigError, match="is a tuple such as"):
+        ArraySpec(shape)
