@@ -15,6 +15,7 @@ from scd_robot.datasets.plots import require_matplotlib
 from scd_robot.datasets.video import encode_png
 from scd_robot.errors import ConfigError
 from scd_robot.output import check_target, write_bytes
+from scd_robot.resizing import resize
 from scd_robot.sim_eval.video import write_video
 
 __all__ = ["write_sheet", "write_side_by_side"]
@@ -22,7 +23,7 @@ __all__ = ["write_sheet", "write_side_by_side"]
 Pixels = NDArray[np.uint8]
 
 _FULL_DIFFERENCE = 128  # grey levels that are shown brightest
-_TILE, _VIDEO_TILE = 112, 240  # pixels that a frame's longer side has at least
+_TILE, _VIDEO_TILE = 112, 240  # pixels that a frame's longer side has at least; at most it has twice as many
 _GAP, _PIECE_GAP = 4, 18
 _HEADER, _MARGIN = 26, 104  # pixels above and left of the frames, for labels
 _DPI = 100
@@ -140,9 +141,15 @@ def _difference(recorded: Pixels, imagined: Pixels) -> Pixels:
 
 
 def _grid(rows: Sequence[Pixels], tile: int) -> Pixels:
-    """Frames (n, H, W, 3) of each row side by side, enlarged by a whole number to `tile` pixels or more."""
-    factor = max(1, -(-tile // max(rows[0].shape[1:3])))
+    """Frames (n, H, W, 3) of each row side by side, their longer side `tile` pixels to twice that.
+
+    Small ones are enlarged by a whole number, so that their pixels can be seen.
+    """
+    height, width = rows[0].shape[1:3]
+    factor = max(1, -(-tile // max(height, width)))
     large = [row.repeat(factor, axis=1).repeat(factor, axis=2) for row in rows]
+    if (most := 2 * tile / max(height, width)) < 1:
+        large = [resize(row, (max(1, round(most * height)), max(1, round(most * width)))) for row in rows]
     return _stack([_stack([frame.swapaxes(0, 1) for frame in row], _GAP).swapaxes(0, 1) for row in large], _GAP)
 
 

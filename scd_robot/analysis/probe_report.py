@@ -71,6 +71,8 @@ def _of_frames(imagined: dict[str, Any]) -> list[str]:
     whole, *rows = imagined["shortcuts"]
     psnr, ssim = (_number(whole[name]["mean"], digits) for name, digits in _MOVING.items())
     repeated = _number(imagined["repeated"]["psnr_moving"]["mean"], 2)
+    if whole["psnr_moving"]["mean"] is None:
+        return [f"No pixel moves in the {counted(imagined['frames'], 'frame')} that are imagined: choose others."]
     lines = [
         f"With {_name(None)} moving pixels of {counted(imagined['frames'], 'imagined frame')} have a PSNR of {psnr} dB "
         f"and an SSIM of {ssim}, with the last seen frame repeated {repeated} dB; a frame takes "
@@ -214,6 +216,8 @@ def _frames_plot(imagined: dict[str, Any]) -> str:
     lines = {_short_name(row["shortcut"]): row["psnr_moving"]["by_frame"] for row in imagined["shortcuts"]}
     lines["no model"] = imagined["repeated"]["psnr_moving"]["by_frame"]
     ahead = list(range(1, imagined["frames"] + 1))
+    if not any(value is not None for values in lines.values() for value in values):
+        return ""
     return layers_plot(ahead, lines, "frames ahead", "PSNR of moving pixels [dB]", "full steps")
 
 

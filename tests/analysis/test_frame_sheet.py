@@ -65,3 +65,11 @@ def test_what_cannot_be_drawn_or_written_is_named(tmp_path):
     with pytest.raises(OutputError):
         write_side_by_side(tmp_path / "file" / "pair.mp4", frames, frames, 10)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_large_pictures_are_shown_smaller(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (1, 2, 480, 640, 3), dtype=np.uint8)
+    write_sheet(tmp_path / "a.png", frames, frames)
+    height, width, _ = decode_image((tmp_path / "a.png").read_bytes(), 3, "the sheet").shape
+    assert width < 2 * 240 + 120
+    assert height < 3 * 180 + 60
