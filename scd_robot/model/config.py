@@ -25,7 +25,7 @@ class FrameConfig:
             otherwise they hold the frame itself.
         beside_actions: the model plans actions, and on the same encoder has a frame decoder besides; otherwise frames
             are all that it decodes.
-        decoder_layers: of that frame decoder besides.
+        decoder_layers: of that frame decoder besides; where frames are all that is decoded, model.decoder_layers counts.
         autoencoder: tokens are patches of the latents that this one makes of a picture, and patch_size must be a
             multiple of its factor; it is trained apart, and stays as it is. None = of the pixels themselves.
     """
@@ -41,11 +41,6 @@ class FrameConfig:
         for name in ("patch_size", "decoder_layers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"frames.{name} must be at least 1, got {getattr(self, name)}")
-        if self.decoder_layers != 2 and not self.beside_actions:
-            raise ConfigError(
-                f"frames.decoder_layers {self.decoder_layers} is of a frame decoder beside actions; of a model that "
-                "decodes frames alone it is model.decoder_layers"
-            )
         if self.beside_actions and not self.camera:
             raise ConfigError("frames.beside_actions needs frames.camera, the key of the pictures to imagine")
         if self.autoencoder is not None and self.patch_size % self.autoencoder.factor:
