@@ -25,7 +25,7 @@ class FrameConfig:
             otherwise they hold the frame itself.
         beside_actions: the model plans actions, and on the same encoder has a frame decoder besides; otherwise frames
             are all that it decodes.
-        decoder_layers: of that frame decoder besides; where frames are all that is decoded, model.decoder_layers counts.
+        decoder_layers: of that frame decoder besides; not read where frames are all that it decodes.
         autoencoder: tokens are patches of the latents that this one makes of a picture, and patch_size must be a
             multiple of its factor; it is trained apart, and stays as it is. None = of the pixels themselves.
     """
