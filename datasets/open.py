@@ -84,7 +84,15 @@ def detect_format(path: Path | str) -> str:
         if known.is_at(str(path)):
             return name
     if inside := _datasets_inside(Path(path)):
-        raise DatasetError(f"{path} is a folder with datasets in it, not one itself; give one of them: {inside}")
+        together = ""
+        if ".hdf5" in inside or ".h5" in inside:
+            together = (
+                "; several go together with scd data merge, or, files of one episode each as ALOHA's tools write them, "
+                "under the names episode_0.hdf5, episode_1.hdf5, ..."
+            )
+        raise DatasetError(
+            f"{path} is a folder with datasets in it, not one itself; give one of them: {inside}{together}"
+        )
     for folder in Path(path).absolute().parents[:_MOST_ABOVE]:
         if _is_lerobot(str(folder)):
             raise DatasetError(f"{path} is a part of a LeRobot dataset, not one itself; give its folder: {folder}")

@@ -92,7 +92,7 @@ def clock(key: str, times: NDArray[Any], ends: Ends, control_dt: float) -> list[
     if abs(usual / control_dt - 1) > _RATE:
         message = (
             f"timestamps are {usual:.4g} s apart, but control_dt is {control_dt:.4g} s: one of them is wrong "
-            "(give the right one when opening)"
+            "(--control-dt gives the right one; time stamps are in seconds)"
         )
         found += overall("time_rate", "warning", key, message)
     return found

@@ -312,3 +312,12 @@ class TestDamage:
         monkeypatch.setattr(hdf5_files.subprocess, "run", lambda *args, **kw: started.append(args) or run(*args, **kw))
         open_dataset(path)
         assert len(started) == 1
+
+
+def test_files_that_are_named_otherwise_say_what_to_call_them(path, tmp_path):
+    folder = tmp_path / "renamed"
+    folder.mkdir()
+    for number, file in enumerate(sorted(path.glob("episode_*.hdf5"))):
+        (folder / f"demo{number}.hdf5").write_bytes(file.read_bytes())
+    with pytest.raises(DatasetError, match=r"give one of them.*names episode_0\.hdf5"):
+        open_dataset(folder)
