@@ -60,8 +60,8 @@ class FarInputs:
     def look(self, seen: Mapping[str, NDArray[Any]], present: Mapping[str, bool]) -> None:
         """Looks at what `model_observation` gave."""
         for limits, words in (
-            (self._limits, "%.6g to %.6g: other units, another order, a broken sensor?"),
-            (self._constants, "always %.6g (to %.6g): the model is not shown that it is another one"),
+            (self._limits, "{0:.6g} to {1:.6g}: other units, another order, a broken sensor?"),
+            (self._constants, "always {1:.6g}: the model is not shown that it is another one"),
         ):
             for key, (low, high) in list(limits.items()):
                 beyond = (seen[key] < low) | (seen[key] > high)
@@ -70,14 +70,13 @@ class FarInputs:
                 del limits[key]
                 (row, dim), (least, most) = np.argwhere(beyond)[0], self._known[key]
                 logger.warning(
-                    f"observation %r, dimension %d, is %.6g in row %d; in training it was {words} "
-                    "(told once for this observation)",
+                    "observation %r, dimension %d, is %.6g in row %d; in training it was %s (told once for this "
+                    "observation)",
                     key,
                     dim,
                     seen[key][row, dim],
                     row,
-                    least[dim],
-                    most[dim],
+                    words.format(least[dim], most[dim]),
                 )
 
 

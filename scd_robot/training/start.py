@@ -123,7 +123,7 @@ def fit_normalizer(data: EpisodeDataset, experiment: ExperimentConfig) -> Normal
         constant = np.flatnonzero(statistics[key].center_and_half(mode)[1] == 0)
         if len(constant):
             logger.info("%r is constant in dimensions %s: always 0 for the model", key, constant.tolist())
-        if mode != "quantile":
+        if mode in ("min_max", "mean_std"):
             _warn_of_outliers(key, statistics[key])
     return Normalizer(statistics, modes)
 

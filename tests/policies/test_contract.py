@@ -315,7 +315,7 @@ def test_numbers_that_never_moved_in_training_are_told_once_where_they_are_other
     assert caplog.text == ""
     for _ in range(2):
         far.look({"state": np.array([[0.0, -100.0]])}, {})
-    assert caplog.text.count("dimension 1, is -100 in row 0; in training it was always 1 (to 1)") == 1
+    assert caplog.text.count("dimension 1, is -100 in row 0; in training it was always 1: the model") == 1
     caplog.clear()
     far = FarInputs({"state": ((0.0, -1.0), (0.0, 1.0))})
     far.look({"state": np.array([[0.0, 100.0]])}, {"state": False})
