@@ -243,7 +243,7 @@ def _table(done: Results, name: str, task: Task, update_s: Mapping[str, float]) 
             "-" if arm == RIVAL else _difference(found, rival),
             f"{found[0]['training']['parameters']:,}",
             f"{np.mean([one[-1][0] for one in points]):.0f}" if all(points) else "-",
-            _mean([_time_to(one, _target(rival)) for one in points], "{:.0f}") if all(points) else "-",
+            _mean([_time_to(one, _target(rival)) for one in points], "{:.0f}") if all(points) and rival else "-",
             _mean([_success_at(one, equal) for one in points], "{:.1%}") if all(points) and equal else "-",
         )
         rows.append("| " + " | ".join(cells) + " |")
