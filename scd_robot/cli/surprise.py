@@ -1,5 +1,6 @@
 """The verb `scd surprise`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,9 +53,8 @@ def surprise(
     import torch
 
     from scd_robot.analysis.surprise import describe_surprise, episode_surprise, write_surprise
-    from scd_robot.cli.imagine import check_distinct
     from scd_robot.datasets import open_dataset
-    from scd_robot.errors import ConfigError, OutputError
+    from scd_robot.errors import OutputError
     from scd_robot.output import check_target, write_json
     from scd_robot.policies import load_imagination
 
@@ -66,14 +66,7 @@ def surprise(
     overrides: dict[str, Any] = {"num_denoising_steps": num_denoising_steps, "guidance_scale": 1.0, "seed": seed}
     imagination = load_imagination(checkpoint, device, **overrides)
     data = open_dataset(dataset, **vars(read))
-    check_distinct(episode)
-    for number in episode:  # calibration takes minutes
-        if not 0 <= number < data.num_episodes:
-            raise ConfigError(f"there is no episode {number}: the recording has {data.num_episodes}, from 0 on")
-        if data.episode_lengths[number] < 2:
-            raise ConfigError(f"episode {number} has a single control step: nothing follows that could surprise")
-    if quantile is not None and not 0 < quantile < 1:
-        raise ConfigError(f"--quantile must be between 0 and 1, got {quantile:g}")
+    _check_asked(data, episode, quantile)  # calibration takes minutes
     if calibration is not None and calibration.exists() and calibration.resolve() == dataset.resolve():
         calibration = None  # the same: without the episodes that are looked at
     quiet = str(json) == "-"
@@ -93,6 +86,21 @@ def surprise(
         print(f"{out / 'surprise.png'}, {out / 'surprise.json'}")
     if json is not None:
         write_json(json, document)
+
+
+def _check_asked(data: Any, episodes: Sequence[int], quantile: float | None) -> None:
+    """Raises ConfigError where there are no such episodes to look at, or no such quantile."""
+    from scd_robot.cli.imagine import check_distinct
+    from scd_robot.errors import ConfigError
+
+    check_distinct(episodes)
+    for number in episodes:
+        if not 0 <= number < data.num_episodes:
+            raise ConfigError(f"there is no episode {number}: the recording has {data.num_episodes}, from 0 on")
+        if data.episode_lengths[number] < 2:
+            raise ConfigError(f"episode {number} has a single control step: nothing follows that could surprise")
+    if quantile is not None and not 0 < quantile < 1:
+        raise ConfigError(f"--quantile must be between 0 and 1, got {quantile:g}")
 
 
 def _calibration(

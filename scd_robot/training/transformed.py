@@ -39,7 +39,7 @@ def transformed(data: EpisodeDataset, config: TransformConfig) -> EpisodeDataset
             spec = transforms.spec.observation[key]
             arrays[key] = MappedArray(array, convert, spec.shape, np.dtype(spec.dtype))
         else:
-            arrays[key] = convert(_filled(array, data.arrays.get(PRESENT + source), transforms.stand_in()[source]))
+            arrays[key] = convert(_filled(array, data.arrays.get(PRESENT + source), transforms, source))
         if PRESENT + source in data.arrays:
             arrays[PRESENT + key] = data.arrays[PRESENT + source]
     for key in (ACTION, EXECUTED_ACTION):
@@ -48,12 +48,12 @@ def transformed(data: EpisodeDataset, config: TransformConfig) -> EpisodeDataset
     return replace(data, spec=transforms.spec, arrays=arrays)
 
 
-def _filled(array: RowArray, present: RowArray | None, stand_in: NDArray[Any]) -> NDArray[Any]:
+def _filled(array: RowArray, present: RowArray | None, transforms: Transforms, source: str) -> NDArray[Any]:
     """Rows (N, ...) of which those that are absent hold what can be converted: they are masked, and never seen."""
     rows = np.asarray(array)
     if present is None or (there := np.asarray(present[:], bool)).all():
         return rows
-    return np.where(there.reshape(-1, *[1] * (rows.ndim - 1)), rows, stand_in)
+    return np.where(there.reshape(-1, *[1] * (rows.ndim - 1)), rows, transforms.stand_in()[source])
 
 
 def with_pictures_in_memory(data: EpisodeDataset, keys: Iterable[str], most_gb: float) -> EpisodeDataset:
